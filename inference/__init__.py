@@ -1,0 +1,30 @@
+"""Two verbs for any Pyro pair, ``fit`` and ``sample``; one ``Result`` that ArviZ reads; one table, ``compare``."""
+
+import warnings
+
+with warnings.catch_warnings():
+    # ArviZ announces its 1.0 at every import; what differs there is kept in one converter, result.py.
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz  # noqa: F401
+
+from inference.compare import Comparison, compare
+from inference.diagnostics import Diagnosis, diagnose
+from inference.fit import fit
+from inference.predict import pointwise_log_likelihood, posterior_predictive, prior_predictive
+from inference.queries import classify
+from inference.result import Result
+from inference.sample import sample
+
+__all__ = [
+    "Comparison",
+    "Diagnosis",
+    "Result",
+    "classify",
+    "compare",
+    "diagnose",
+    "fit",
+    "pointwise_log_likelihood",
+    "posterior_predictive",
+    "prior_predictive",
+    "sample",
+]

@@ -1,0 +1,276 @@
+r"""Several methods on one pair: a table, a plot, and files that ArviZ reads."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inference.diagnostics import R_HAT
+from inference.predict import pointwise_log_likelihood
+from inference.program import isolated
+from inference.queries import classify
+from inference.result import Result
+
+Method = Callable[[Any, Any], Result]
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+COLUMNS = {
+    "lpd": "log predictive density of a held-out row",
+    "lpd_se": "its standard error over rows",
+    "accuracy": "share of held-out labels that are right",
+    "ece": "expected calibration error of the labels, 10 bins",
+    "error_max": "largest error of a posterior mean, in posterior standard deviations",
+    "error_rms": "root mean square of those errors",
+    "sd_ratio": "geometric mean of standard deviation over the true one",
+    "ess": "smallest bulk effective sample size",
+    "ess_per_s": "the same a second of running; none where R-hat is above 1.01",
+    "r_hat": "largest R-hat",
+    "divergences": "divergent transitions",
+    "pareto_k": "Pareto k of the guide",
+    "seconds": "seconds of running, set-up left out",
+    "seconds_total": "seconds with set-up",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Results of several methods on one pair.
+
+    Attributes:
+        table: One row a method; the columns are told in ``COLUMNS``.
+        results: The Result of each method that did not fail.
+        truth: Mean and standard deviation of each site that they are held against.
+    """
+
+    table: pd.DataFrame
+    results: dict[str, Result]
+    truth: dict[str, tuple[Tensor, Tensor]]
+
+    def plot(self, quantities: int = 12) -> Figure:
+        """Draw the methods' posteriors over one another with the truth, and all errors below."""
+        return _plot(self, quantities)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write ``table.csv``, ``posteriors.png`` and one NetCDF a method; return the paths."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "table.csv", folder / "posteriors.png"]
+        self.table.to_csv(paths[0])
+        self.plot().savefig(paths[1], dpi=110)
+        for name, result in self.results.items():
+            paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.nc")
+            result.idata.to_netcdf(str(paths[-1]))
+        return paths
+
+    def __str__(self) -> str:
+        return self.table.dropna(axis=1, how="all").to_string(float_format=lambda v: f"{v:.4g}")
+
+
+def compare(
+    make_pair: Callable[[], Any],
+    data: Any,
+    methods: Mapping[str, Method],
+    *,
+    truth: Moments | Callable[[Any, Any], Moments] | None = None,
+    heldout: Any = None,
+    label: str = "y",
+    seed: int = 0,
+) -> Comparison:
+    r"""Run several methods on one pair and judge them side by side.
+
+    Args:
+        make_pair: Builds a fresh pair; called once a method, always from the same random state.
+        data: Data of the fit: a tensor or a mapping of names to tensors.
+        methods: Callables ``(pair, data) -> Result`` by name, mostly ``partial(fit, ...)`` or
+            ``partial(sample, ...)``.
+        truth: Mean and standard deviation (each of the site's shape) by site name, or a callable
+            ``(pair, data)`` that gives them.
+        heldout: Rows that were not fitted, by name as ``data``.
+        label: Name of the labels, for accuracy and calibration, where ``heldout`` has them.
+        seed: Seed that each pair is built from.
+
+    Returns:
+        A Comparison. A method that fails has an empty row in its table, and a warning says why.
+    """
+    if not methods:
+        raise ValueError("methods: expected at least one, got none")
+
+    def build() -> Any:
+        with isolated(seed):
+            return make_pair()
+
+    moments = dict(truth(build(), data) if callable(truth) else truth or {})
+    results, rows = {}, {}
+    for name, method in methods.items():
+        try:
+            results[name] = method(build(), data)
+            rows[name] = _judge(results[name], moments, heldout, label)
+        except (ArithmeticError, RuntimeError, ValueError, TypeError) as error:
+            if len(methods) == 1:
+                raise
+            rows[name] = {}
+            warnings.warn(f"{name} failed: {error}", stacklevel=2)
+    if not results:
+        raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
+    return Comparison(table.rename_axis("method"), results, moments)
+
+
+def _judge(result: Result, truth: Moments, heldout: Any, label: str) -> dict[str, float]:
+    run = result.seconds["run"]
+    diagnosis = result.diagnosis
+    ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat
+    row = {
+        "ess": ess,
+        "ess_per_s": ess / run if r_hat <= R_HAT else math.nan,
+        "r_hat": r_hat,
+        "divergences": _number(diagnosis.divergences),
+        "pareto_k": _number(diagnosis.pareto_k),
+        "seconds": run,
+        "seconds_total": run + result.seconds["setup"],
+    }
+    return row | _errors(result, truth) | _heldout_scores(result, heldout, label)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]:
+    if heldout is None:
+        return {}
+    score = pointwise_log_likelihood(result, heldout)
+    density = (score.logsumexp(0) - math.log(len(score))).double()
+    scores = {"lpd": float(density.mean()), "lpd_se": float(density.std() / math.sqrt(len(density)))}
+    site = result.program.sites.get(label)
+    if site is None or not site.finite or not isinstance(heldout, Mapping) or label not in heldout:
+        return scores
+    probabilities, labels = classify(result, heldout, label=label), torch.as_tensor(heldout[label]).long()
+    return scores | {
+        "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
+        "ece": calibration_error(probabilities, labels),
+    }
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
+    r"""Expected calibration error (Guo et al. 2017): mean of \|confidence - accuracy\| over confidence bins.
+
+    Args:
+        probabilities: Class probabilities (rows, classes).
+        labels: Classes (rows,).
+        bins: Number of bins of equal width.
+    """
+    confidence, guess = probabilities.double().max(-1)
+    right = (guess == labels).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    zero = torch.zeros(bins, dtype=torch.double)
+    gap = zero.index_add(0, which, confidence) - zero.index_add(0, which, right)
+    return float(gap.abs().sum() / len(labels))
+
+
+def _errors(result: Result, truth: Moments) -> dict[str, float]:
+    errors, ratios = _standardised(result, truth)
+    if not len(errors):
+        return {}
+    spread = ratios[ratios > 0]
+    return {
+        "error_max": float(np.abs(errors).max()),
+        "error_rms": float(np.sqrt((errors**2).mean())),
+        "sd_ratio": float(np.exp(np.log(spread).mean())) if len(spread) else 0.0,
+    }
+
+
+def _standardised(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of all posterior means in posterior standard deviations, and ratios of standard deviations."""
+    errors, ratios = [], []
+    for name, (mean, sd) in truth.items():
+        if name in result.draws:
+            drawn, mean, sd = result.draws[name].double(), mean.double(), sd.double()
+            errors.append(((drawn.mean(0) - mean) / sd).flatten())
+            ratios.append((drawn.std(0) / sd).flatten() if len(drawn) > 1 else torch.zeros(mean.numel()))
+    empty = torch.zeros(0, dtype=torch.double)
+    return torch.cat([*errors, empty]).numpy(), torch.cat([*ratios, empty]).numpy()
+
+
+def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
+    """The scalar quantities in which the methods differ most, the sites sharing alike."""
+    results = list(comparison.results.values())
+    names = [n for n in results[0].draws if all(n in r.draws for r in results)]
+    share = -(-quantities // max(len(names), 1))
+    picks = []
+    for name in names:
+        means = torch.stack([r.draws[name].double().mean(0).flatten() for r in results])
+        spread = torch.stack([r.draws[name].double().std(0).flatten() for r in results]).amax(0).clamp_min(1e-12)
+        apart = (means.amax(0) - means.amin(0)) / spread
+        picks += [(name, int(k)) for k in apart.argsort(descending=True)[:share]]
+    return picks[:quantities]
+
+
+def _plot(comparison: Comparison, quantities: int) -> Figure:
+    picks = _picks(comparison, quantities)
+    columns, errors = 4, bool(comparison.truth)
+    rows = -(-len(picks) // columns)
+    figure = Figure(figsize=(13, 2.5 * rows + 3.2 * errors + 0.6), layout="constrained")
+    grid = figure.add_gridspec(rows + errors, columns, height_ratios=[1.0] * rows + [1.3] * errors)
+    colours = {n: f"C{k}" for k, n in enumerate(comparison.results)}
+    for k, (name, index) in enumerate(picks):
+        _plot_density(figure.add_subplot(grid[k // columns, k % columns]), comparison, name, index, colours)
+    if errors:
+        _plot_errors(figure.add_subplot(grid[rows, :]), comparison, colours)
+    handles = [*figure.axes[0].get_lines()]
+    seen = {h.get_label(): h for h in handles if not h.get_label().startswith("_")}
+    figure.legend(seen.values(), seen.keys(), loc="outside upper right", ncols=6, frameon=False)
+    program = next(iter(comparison.results.values())).program
+    figure.suptitle(f"{program.name}: the quantities in which the methods differ most", x=0.01, ha="left")
+    return figure
+
+
+def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, colours: Mapping[str, str]) -> None:
+    if name in comparison.truth:
+        mean, sd = (float(v.flatten()[index]) for v in comparison.truth[name])
+        axes.axvspan(mean - sd, mean + sd, color="0.9", lw=0)
+        axes.axvline(mean, color="0.3", lw=1, ls="--", label="truth: mean, ±1 sd")
+    for method, result in comparison.results.items():
+        draws = result.draws[name].double().flatten(1)[:, index].cpu().numpy()
+        if np.ptp(draws) > 0:
+            x, density = az.kde(draws)
+            axes.plot(x, density, color=colours[method], lw=1.4, label=method)
+        else:
+            axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
+    axes.set_title(_label(next(iter(comparison.results.values())), name, index), fontsize=9)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=8)
+
+
+def _label(result: Result, name: str, index: int) -> str:
+    array = result.idata.posterior[name]
+    shape = array.shape[2:]
+    places = np.unravel_index(index, shape) if shape else ()
+    at = [str(array[d].values[p]) if d in array.coords else str(p) for d, p in zip(array.dims[2:], places, strict=True)]
+    return f"{name}[{', '.join(at)}]" if at else name
+
+
+def _plot_errors(axes: Axes, comparison: Comparison, colours: Mapping[str, str]) -> None:
+    rng = np.random.default_rng(0)
+    axes.axhspan(-0.1, 0.1, color="0.92", lw=0)
+    axes.axhline(0, color="0.5", lw=0.8)
+    for k, (method, result) in enumerate(comparison.results.items()):
+        errors, _ = _standardised(result, comparison.truth)
+        axes.scatter(k + rng.uniform(-0.25, 0.25, len(errors)), errors, s=9, color=colours[method], alpha=0.7, lw=0)
+    axes.set_xticks(range(len(comparison.results)), list(comparison.results))
+    axes.set_ylabel("error of the mean\n(posterior sd)", fontsize=9)
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_title("all quantities against the truth; the band is ±0.1", fontsize=9, loc="left")

@@ -1,0 +1,166 @@
+r"""Can this posterior be trusted? Every number comes with what to do about it.
+
+R-hat and effective sample sizes are those of Vehtari et al. 2021 (rank-normalised, split chains;
+https://doi.org/10.1214/20-BA1221). Pareto k is that of Yao et al. 2018 ("Yes, but did it work?"): the
+shape of the tail of the importance weights :math:`p(x, z_s) / q(z_s)` of a guide against the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import xarray as xr
+from torch import Tensor
+
+R_HAT = 1.01
+ESS_PER_CHAIN = 100
+PARETO_K = (0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of the quality of a posterior.
+
+    Attributes:
+        table: One row a scalar quantity: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat.
+        divergences: Number of divergent transitions; None without chains.
+        pareto_k: Pareto k of the guide against the model; None without a guide.
+        advice: One sentence for each thing that is wrong, with what to do; empty when all is well.
+    """
+
+    table: pd.DataFrame
+    divergences: int | None
+    pareto_k: float | None
+    advice: tuple[str, ...]
+
+    @property
+    def worst_r_hat(self) -> float:
+        """Largest R-hat, nan without chains."""
+        return _extreme(self.table, "r_hat", np.nanmax)
+
+    @property
+    def min_ess_bulk(self) -> float:
+        """Smallest bulk effective sample size, nan without chains."""
+        return _extreme(self.table, "ess_bulk", np.nanmin)
+
+    def __str__(self) -> str:
+        return "\n".join(self.advice) or "No warning."
+
+
+def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosis:
+    """Judge the chains of an InferenceData, or the guide by its Pareto k.
+
+    Args:
+        idata: With a ``posterior`` group; chains are judged when it has ``sample_stats``.
+        pareto_k: What :func:`pareto_k` gave for the guide; None for chains.
+    """
+    table = _summary(idata)
+    stats = idata.get("sample_stats")
+    if pareto_k is not None or stats is None or "diverging" not in stats:
+        return Diagnosis(table, None, pareto_k, _judge_guide(pareto_k))
+    divergences = int(stats["diverging"].sum())
+    chains, draws = idata.posterior.sizes["chain"], idata.posterior.sizes["draw"]
+    return Diagnosis(table, divergences, None, _judge_chains(table, divergences, chains, draws))
+
+
+def pareto_k(log_weights: Tensor) -> float:
+    """Pareto k of importance weights (Yao et al. 2018).
+
+    Args:
+        log_weights: Log density of the model less that of the guide, one a draw (S,), S at least 25.
+
+    Returns:
+        k: below 0.5 the guide is good, below 0.7 usable with reweighting, above it not to be trusted;
+        -inf when all weights are equal (the guide is the posterior); nan when they are not finite.
+    """
+    weights = log_weights.detach().double().cpu().numpy()
+    if len(weights) < 25:
+        raise ValueError(f"log_weights: expected at least 25 draws, got {len(weights)}")
+    if not np.isfinite(weights).all():
+        return float("nan")
+    if np.ptp(weights) < 1e-6 * max(1.0, abs(weights).max()):
+        return float("-inf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(az.psislw(weights)[1])
+
+
+def _summary(idata: az.InferenceData) -> pd.DataFrame:
+    posterior = idata.posterior
+    real = [n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
+    columns = {"mean": posterior[real].mean(("chain", "draw")), "sd": posterior[real].std(("chain", "draw"), ddof=1)}
+    if "sample_stats" in idata.groups() and "diverging" in idata.sample_stats:
+        with warnings.catch_warnings():
+            # ArviZ divides zero by zero for quantities that never move; the nan says so.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            columns |= {
+                "mcse_mean": az.mcse(posterior[real], method="mean"),
+                "ess_bulk": az.ess(posterior[real], method="bulk"),
+                "ess_tail": az.ess(posterior[real], method="tail"),
+                "r_hat": az.rhat(posterior[real]),
+            }
+    labels = az.labels.BaseLabeller()
+    names = [
+        labels.make_label_vert(n, sel, isel)
+        for n, sel, isel, _ in az.sel_utils.xarray_var_iter(posterior[real], skip_dims={"chain", "draw"})
+    ]
+    return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
+
+
+def _flat(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
+    return np.concatenate([np.ravel(dataset[n].values) for n in names]) if names else np.zeros(0)
+
+
+def _extreme(table: pd.DataFrame, column: str, reduce: np.ufunc) -> float:
+    values = table[column].to_numpy() if column in table else np.zeros(0)
+    # A quantity that never moves (the last entry of a one-element simplex) has no R-hat and no ESS.
+    values = values[table["sd"].to_numpy() > 0] if len(values) else values
+    return float(reduce(values)) if len(values) and not np.isnan(values).all() else float("nan")
+
+
+def _judge_guide(k: float | None) -> tuple[str, ...]:
+    good, usable = PARETO_K
+    if k is None:
+        return ()
+    if np.isnan(k):
+        return ("Pareto k could not be computed: the log density is not finite at some draws of the guide.",)
+    if k > usable:
+        return (
+            f"Pareto k of the guide is {k:.2f}, above {usable}: its posterior is not to be trusted; "
+            "use sample(), or a richer guide (AutoMultivariateNormal, a flow).",
+        )
+    if k > good:
+        return (
+            f"Pareto k of the guide is {k:.2f}, above {good}: usable for means after importance weighting; "
+            "train longer, or use a richer guide for variances and tails.",
+        )
+    return ()
+
+
+def _judge_chains(table: pd.DataFrame, divergences: int, chains: int, draws: int) -> tuple[str, ...]:
+    advice = []
+    moving = table[table["sd"] > 0]
+    if chains == 1:
+        advice.append("One chain has no R-hat: run at least two to see whether they agree.")
+    elif (moving["r_hat"] > R_HAT).any():
+        worst = moving["r_hat"].idxmax()
+        advice.append(
+            f"R-hat is {moving['r_hat'].max():.3f} for {worst}, above {R_HAT}: the chains disagree; "
+            "run a longer warmup and more draws, and look for several modes."
+        )
+    least = moving[["ess_bulk", "ess_tail"]].min(axis=1) if len(moving) else pd.Series(dtype=float)
+    if len(least) and least.min() < ESS_PER_CHAIN * chains:
+        advice.append(
+            f"Effective sample size is {least.min():.0f} for {least.idxmin()}, below {ESS_PER_CHAIN} a chain: "
+            "run more draws, or reparameterise what is correlated."
+        )
+    if divergences:
+        advice.append(
+            f"{divergences} of {chains * draws} transitions diverged: parts of the posterior were not reached; "
+            "raise target_accept_prob (partial(NUTS, target_accept_prob=0.95)), or use a non-centred form."
+        )
+    return tuple(advice)

@@ -1,0 +1,8 @@
+"""Kernels that ``sample`` runs: Pyro's own. Each is a subclass of ``pyro.infer.mcmc.MCMCKernel``.
+
+``sample`` takes a factory from the model to the kernel: ``NUTS``, or ``partial(NUTS, full_mass=True)``.
+"""
+
+from pyro.infer import HMC, NUTS
+
+__all__ = ["HMC", "NUTS"]

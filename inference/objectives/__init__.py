@@ -1,0 +1,23 @@
+"""Objectives that ``fit`` minimises: Pyro's own. Each is a subclass of ``pyro.infer.elbo.ELBO``.
+
+Tables of methods should hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda), for an
+instance remembers the plate nesting of the first pair it saw.
+"""
+
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+
+__all__ = [
+    "RenyiELBO",
+    "ReweightedWakeSleep",
+    "TraceEnum_ELBO",
+    "TraceGraph_ELBO",
+    "TraceMeanField_ELBO",
+    "Trace_ELBO",
+]

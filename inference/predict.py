@@ -1,0 +1,328 @@
+r"""Draws through a model: predictive samples, log joint density, pointwise log likelihood.
+
+All S draws run through the model at once, in a plate to the left of the model's own. Finite sites
+that have no draws are summed out exactly,
+
+.. math:: \log p(x_n \mid \theta_s) = \log \sum_y p(x_n, y \mid \theta_s).
+
+Before a model is trusted with that, two draws are scored both at once and one by one; where the two
+disagree the draws run one by one, and a warning gives the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate, infer_discrete
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.packed import pack
+from pyro.ops.rings import LogRing
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from inference.program import Program, Site, aside, bind, isolated
+
+Draws = Mapping[str, Tensor]
+PLATE = "_draws"
+BUDGET = 10_000_000
+"""Numbers of data that one pass may hold: draws are taken in chunks of this size."""
+_UNLIFTED = (RuntimeError, ValueError, NotImplementedError, AssertionError, IndexError)
+
+
+def prior_predictive(
+    pair: Any, data: Any = None, *, size: int | None = None, draws: int = 500, seed: int = 0
+) -> dict[str, Tensor]:
+    r"""Sample every site of the model from the prior.
+
+    Args:
+        pair: A pair, a ``(model, guide)`` tuple or a model.
+        data: The model's inputs; what the model observes is drawn afresh.
+        size: Number of rows, for a model that draws its rows without data.
+        draws: Number of draws S.
+
+    Returns:
+        A tensor (S, \*shape of the site) for each site.
+    """
+    with isolated(seed):
+        return _predict(bind(pair, data).generator(size), {}, draws)
+
+
+def posterior_predictive(result: Any, data: Any = None, *, size: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+    r"""Sample the observed sites for each posterior draw of a Result.
+
+    Args:
+        result: What ``fit`` or ``sample`` returned.
+        data: Other inputs; the data of the fit when None. What the model observes is drawn afresh.
+        size: Number of rows, for a model that draws its rows without data (``data={}``).
+
+    Returns:
+        A tensor (S, \*shape of the site) for each observed site.
+    """
+    program = result.program if data is None else result.program.with_data(data)
+    latent = set(result.draws) | set(program.enumerated)
+    with isolated(seed), result.state():
+        sites = _predict(program.generator(size), result.draws, result.size)
+    return {k: v for k, v in sites.items() if k not in latent or k in result.program.select("observed")}
+
+
+def pointwise_log_likelihood(result: Any, data: Any = None) -> Tensor:
+    """Log density of each row under each posterior draw, all observed sites together.
+
+    Args:
+        result: What ``fit`` or ``sample`` returned.
+        data: Other rows; the data of the fit when None.
+
+    Returns:
+        A tensor (S, rows).
+
+    Raises:
+        ValueError: The observed sites share no plate, so that rows cannot be told apart, or a
+            latent site has a value per row and the rows are new.
+    """
+    program = result.program if data is None else result.program.with_data(data)
+    with isolated(), result.state():
+        return rowwise(program, result.draws)
+
+
+def rowwise(program: Program, draws: Draws) -> Tensor:
+    """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
+    score = _scored(program, draws, "rows")
+    if score.dim() < 2:
+        observed = ", ".join(program.select("observed")) or "nothing"
+        raise ValueError(f"model: expected observed sites in a plate of rows, got {observed} outside of one")
+    return score.flatten(2).sum(-1) if score.dim() > 2 else score
+
+
+def log_joint(program: Program, draws: Draws) -> Tensor:
+    r"""Log density of draws (S, \*shape) and data, finite sites without draws summed out: (S,)."""
+    return _scored(program, draws, "joint")
+
+
+def log_likelihood_by_site(program: Program, draws: Draws) -> dict[str, Tensor]:
+    r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out."""
+    observed = program.select("observed")
+    if any(s.name not in draws for s in program.select("latent").values()):
+        return {"_and_".join(observed): _scored(program, draws, "rows")}
+    return {name: _scored(program, draws, name) for name in observed}
+
+
+def latent_functions(program: Program, draws: Draws) -> dict[str, Tensor]:
+    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
+    free = [s.name for s in program.select("latent").values() if s.finite and s.name not in draws]
+    wanted = {n: s for n, s in program.sites.items() if s.role == "deterministic" or n in free}
+
+    def body(chunk: Draws, count: int | None) -> dict[str, Tensor]:
+        model = _lift(program, program.model, chunk, count)
+        if free:
+            dim = -program.depth - (1 if count is None else 2)
+            model = infer_discrete(config_enumerate(model), first_available_dim=dim)
+        trace = poutine.trace(model).get_trace(**program.arguments())
+        return {n: _unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()}
+
+    return _chunked(program, draws, body) if wanted else {}
+
+
+def sample_guide(program: Program, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    r"""Draw the model's latent sites from the guide: values (S, \*shape), log density (S,)."""
+    wanted = {n: s for n, s in program.sites.items() if n in program.guided}
+    if not wanted:
+        return {}, torch.zeros(size)
+
+    def run(count: int | None) -> dict[str, Tensor]:
+        trace = poutine.trace(_lift(program, program.guide, {}, count)).get_trace(**program.arguments())
+        density = _contract(trace, _samples(trace), [], count)
+        return {
+            "": density,
+            **{n: _unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()},
+        }
+
+    step = max(1, BUDGET // _width(program))
+    with torch.no_grad():
+        try:
+            parts = [run(min(step, size - start)) for start in range(0, size, step)]
+        except _UNLIFTED as error:
+            _say_slow(program, "guide", error)
+            parts = [run(None) for _ in range(size)]
+    values = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
+    return values, values.pop("")
+
+
+def _predict(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
+    known = {n: v for n, v in draws.items() if n in program.sites}
+
+    def body(chunk: Draws, number: int | None) -> dict[str, Tensor]:
+        trace = poutine.trace(_lift(program, program.model, chunk, number)).get_trace(**program.arguments())
+        return {n: _unstack(trace.nodes[n]["value"], s, program.depth, number) for n, s in program.sites.items()}
+
+    return _chunked(program, known, body, count)
+
+
+def _scored(program: Program, draws: Draws, what: str) -> Tensor:
+    return _chunked(program, draws, lambda chunk, count: {"": _score(program, chunk, count, what)})[""]
+
+
+def _score(program: Program, draws: Draws, count: int | None, what: str) -> Tensor:
+    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or a site's (S, \*its plates)."""
+    free = [s.name for s in program.select("latent").values() if s.name not in draws]
+    unknown = [n for n in free if not program.sites[n].finite]
+    if unknown:
+        raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
+    model = _lift(program, program.model, draws, count)
+    if free:
+        dim = -program.depth - (1 if count is None else 2)
+        model = poutine.enum(config_enumerate(model), first_available_dim=dim)
+    trace = poutine.trace(model).get_trace(**program.arguments())
+    if what not in ("joint", "rows"):
+        return _unstack_score(trace.nodes[what], program.sites[what], program.depth, count)
+    names = [n for n in _samples(trace) if what == "joint" or n not in draws]
+    return _contract(trace, names, [] if what == "joint" else _common_plates(trace, names), count)
+
+
+def _samples(trace: poutine.Trace) -> list[str]:
+    return [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic")
+    ]
+
+
+def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
+    """Plates that all sites share, outermost dimension first."""
+    stacks = [{f.name: f.dim for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
+    shared = set.intersection(*map(set, stacks)) - {PLATE} if stacks else set()
+    return sorted(shared, key=lambda name: stacks[0][name])
+
+
+def _contract(trace: poutine.Trace, names: list[str], keep: list[str], count: int | None) -> Tensor:
+    """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
+    trace.compute_log_prob()
+    trace.symbolize_dims()
+    frames = {f.name: f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized}
+    symbol = {name: trace.plate_to_symbol[name] for name in frames}
+    plates = {symbol[name] for name in frames if name != PLATE}
+    terms: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for name in names:
+        node = trace.nodes[name]
+        # [...] makes a tensor of its own: pack marks it, and a log density may be shared by two sites.
+        term = pack(torch.as_tensor(node["log_prob"])[...], node["infer"]["_dim_to_symbol"])
+        terms.setdefault(frozenset(plates.intersection(term._pyro_dims)), []).append(term)
+    summed = {s for group in terms.values() for t in group for s in t._pyro_dims} - plates - {symbol.get(PLATE)}
+    sizes = {symbol[name]: frame.size for name, frame in frames.items()}
+    ring = LogRing(cache={}, dim_to_size=sizes)
+    target = [*([PLATE] if count is not None else []), *keep]
+    kept = frozenset(symbol[k] for k in keep if k in symbol)
+    total = contract_to_tensor(terms, summed, target_ordinal=kept, ring=ring) if terms else torch.zeros(())
+    order = [symbol[t] for t in target if t in symbol and symbol[t] in getattr(total, "_pyro_dims", "")]
+    if order:
+        total = total.permute([total._pyro_dims.index(s) for s in order])
+    shape = [frames[t].size if t in frames else count for t in target]
+    present = [size if t in symbol and symbol[t] in order else 1 for t, size in zip(target, shape, strict=True)]
+    total = total.reshape(present).expand(shape)
+    return total if count is not None else total[None]
+
+
+def _lift(program: Program, function: Any, draws: Draws, count: int | None) -> Callable[..., Any]:
+    """The function run once for ``count`` draws, or for a single one without a plate (count None)."""
+    if count is None:
+        return poutine.condition(function, {n: v[0] for n, v in draws.items()})
+    room = {n: (1,) * (program.depth - program.sites[n].batch) for n in draws}
+    values = {n: v.reshape(v.shape[:1] + room[n] + v.shape[1:]) for n, v in draws.items()}
+    return poutine.condition(pyro.plate(PLATE, count, dim=-program.depth - 1)(function), values)
+
+
+def _unstack(value: Tensor, site: Site, depth: int, count: int | None) -> Tensor:
+    r"""A value as the lifted model returned it, as (S, \*shape)."""
+    if count is None:
+        return value.expand(site.shape)[None]
+    if site.role == "deterministic" and value.numel() == count * torch.Size(site.shape).numel():
+        return value.reshape(count, *site.shape)
+    room = (1,) * (depth - site.batch)
+    try:
+        return value.expand(count, *room, *site.shape).reshape(count, *site.shape)
+    except RuntimeError:
+        raise ValueError(f"{site.name}: expected {(count, *room, *site.shape)}, got {tuple(value.shape)}") from None
+
+
+def _unstack_score(node: Any, site: Site, depth: int, count: int | None) -> Tensor:
+    value = node["fn"].log_prob(node["value"])
+    value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
+    plain = Site(**{**vars(site), "shape": site.shape[: site.batch]})
+    return _unstack(value, plain, depth, count)
+
+
+def _chunked(
+    program: Program,
+    draws: Draws,
+    body: Callable[[Draws, int | None], dict[str, Tensor]],
+    count: int | None = None,
+) -> dict[str, Tensor]:
+    """Run ``body`` over all draws, as many at once as the memory budget and the model allow."""
+    _check_draws(program, draws)
+    total = len(next(iter(draws.values()))) if draws else count or 1
+    step = max(1, BUDGET // max(1, _width(program))) if _lifts(program, draws) else None
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for start in range(0, total, step or 1):
+            stop = min(total, start + (step or 1))
+            chunk = {n: v[start:stop] for n, v in draws.items()}
+            for name, value in body(chunk, None if step is None else stop - start).items():
+                parts.setdefault(name, []).append(value)
+    return {n: v[0] if len(v) == 1 else torch.cat(v) for n, v in parts.items()}
+
+
+def _width(program: Program) -> int:
+    """Numbers that the largest site holds for one draw, times the states summed out."""
+    largest = max([torch.Size(s.shape).numel() for s in program.sites.values()], default=1)
+    return max(largest, program.numel) * (4 if program.enumerated else 1)
+
+
+def _lifts(program: Program, draws: Draws) -> bool:
+    """Whether the model gives the same densities for two draws at once as one by one."""
+    key = f"lifts {sorted(draws)}"
+    if key not in program.memo:
+        program.memo[key] = _try_lift(program, draws)
+    return program.memo[key]
+
+
+def _try_lift(program: Program, draws: Draws) -> bool:
+    try:
+        with aside(), torch.no_grad():
+            pair = {n: v[[0, -1]] for n, v in draws.items()}
+            if any(n not in pair and not s.finite for n, s in program.select("latent").items()):
+                trace = poutine.trace(_lift(program, program.model, pair, 2)).get_trace(**program.arguments())
+                names = program.select("latent")
+                pair = {n: _unstack(trace.nodes[n]["value"], s, program.depth, 2) for n, s in names.items()}
+            together = _score(program, pair, 2, "joint")
+            apart = torch.cat([_score(program, {n: v[k : k + 1] for n, v in pair.items()}, None, "joint") for k in (0, 1)])
+    except _UNLIFTED as error:
+        _say_slow(program, "model", error)
+        return False
+    tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
+    if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+        return True
+    _say_slow(program, "model", f"log density {together.tolist()} at once, {apart.tolist()} one by one")
+    return False
+
+
+def _say_slow(program: Program, half: str, reason: object) -> None:
+    said = " ".join(str(reason).split())[:160]
+    warnings.warn(
+        f"{program.name}: the {half} does not broadcast over draws ({said}); they run one by one", stacklevel=2
+    )
+
+
+def _check_draws(program: Program, draws: Draws) -> None:
+    for name, value in draws.items():
+        site = program.sites.get(name)
+        if site is None:
+            raise ValueError(f"draws: the model has no site {name}; it has {', '.join(program.sites)}")
+        if tuple(value.shape[1:]) != site.shape:
+            expected = ", ".join(map(str, ("draws", *site.shape)))
+            hint = " (a latent of rows that were not fitted)" if "rows" in site.plates else ""
+            raise ValueError(f"{name}: expected draws of shape ({expected}), got {tuple(value.shape)}{hint}")

@@ -1,0 +1,291 @@
+r"""What the verbs accept as a pair, its data by name, and the isolation every verb runs in.
+
+A pair is anything with ``.model`` and ``.guide``, a ``(model, guide)`` tuple of plain Pyro
+functions, or, where no guide is needed, a bare model. :func:`bind` turns any of them and its
+data into one :class:`Program`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+
+@contextmanager
+def isolated(seed: int | None = None) -> Iterator[None]:
+    """Run in a parameter store of one's own and leave the store and the random state as they were."""
+    state = get_rng_state()
+    try:
+        with pyro.get_param_store().scope():
+            if seed is not None:
+                pyro.set_rng_seed(seed)
+            yield
+    finally:
+        set_rng_state(state)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Run without moving the random state."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample site as one run of the model shows it.
+
+    Attributes:
+        role: ``latent``, ``observed`` or ``deterministic``.
+        shape: Shape of one value, batch and event dimensions.
+        batch: Number of batch dimensions of the value.
+        plates: Name of the plate of each batch dimension, left to right; None where there is none.
+        finite: Whether the site can be enumerated.
+        discrete: Whether its values are discrete.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    batch: int
+    plates: tuple[str | None, ...]
+    finite: bool
+    discrete: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model, a guide and named data, ready to be run by any verb."""
+
+    pair: Any
+    name: str
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    data: dict[str, Any]
+    takes_rows: bool
+    coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows: the common first dimension of the data; 0 without data."""
+        return next((len(v) for v in self.data.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+    @property
+    def numel(self) -> int:
+        """Number of numbers in the data."""
+        return sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
+
+    def arguments(self, rows: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
+        if rows is None:
+            return dict(self.data)
+        batch = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in self.data.items()}
+        return {**batch, "size": self.rows, "rows": rows}
+
+    def generator(self, size: int | None = None) -> Program:
+        """The same program with nothing observed: every run draws all its sites."""
+        data = self.data if size is None else {**self.data, "size": size}
+        return replace(self, model=poutine.uncondition(self.model), data=data, memo={})
+
+    def with_data(self, data: Any) -> Program:
+        """The same pair with other data."""
+        return bind(self.pair, data)
+
+    @cached_property
+    def _structure(self) -> tuple[dict[str, Site], int, bool]:
+        with isolated(), torch.no_grad(), poutine.block():
+            trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
+        sites = sites_of(trace)
+        nodes = [n for n in trace.nodes.values() if n["type"] == "sample"]
+        dims = [-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized]
+        batch = [s.batch for s in sites.values()]
+        observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
+        return sites, max(dims + batch, default=0), observes
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The model's sites, in order, as one run on the data shows them."""
+        return self._structure[0]
+
+    @property
+    def depth(self) -> int:
+        """Number of dimensions that plates use, from the right (Pyro's ``max_plate_nesting``)."""
+        return self._structure[1]
+
+    @property
+    def observes(self) -> bool:
+        """Whether the model observes anything: data at a site, or a factor."""
+        return self._structure[2]
+
+    @cached_property
+    def guided(self) -> frozenset[str]:
+        """Names of the latent sites that the guide samples."""
+        if self.guide is None:
+            return frozenset()
+        with isolated(), torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.guide).get_trace(**self.arguments())
+        return frozenset(s.name for s in sites_of(trace).values() if s.role == "latent") & set(self.sites)
+
+    @cached_property
+    def enumerated(self) -> tuple[str, ...]:
+        """Finite latent sites that the guide leaves out: they are summed out exactly."""
+        return tuple(s.name for s in self.sites.values() if s.role == "latent" and s.finite and s.name not in self.guided)
+
+    def select(self, role: str) -> dict[str, Site]:
+        """The sites of one role."""
+        return {s.name: s for s in self.sites.values() if s.role == role}
+
+
+def sites_of(trace: poutine.Trace) -> dict[str, Site]:
+    """The visible sites of a trace, without plates' and factors' own."""
+    found = {}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or site_is_factor(node):
+            continue
+        deterministic = bool(node["infer"].get("_deterministic"))
+        value, fn = node["value"], node["fn"]
+        batch = 0 if deterministic else len(fn.batch_shape)
+        frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        role = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+        found[name] = Site(
+            name=name,
+            role=role,
+            shape=tuple(value.shape),
+            batch=batch,
+            plates=tuple(frames.get(d - batch) for d in range(batch)),
+            finite=not deterministic and bool(fn.has_enumerate_support),
+            discrete=not deterministic and fn.support.is_discrete,
+        )
+    return found
+
+
+def bind(pair: Any, data: Any = None) -> Program:
+    """Read a pair and its data into a :class:`Program`.
+
+    Args:
+        pair: Anything with ``.model`` (and ``.guide``), a ``(model, guide)`` tuple, or a model.
+        data: A tensor or array (the model's first argument, ``x`` of a pair), a mapping of names
+            to tensors, or None for a model that needs no argument.
+
+    Raises:
+        TypeError: The pair is none of these.
+        ValueError: The data do not fit the model's arguments or the pair's own checks.
+    """
+    model, guide = _halves(pair)
+    accepted, free = _parameters(model)
+    named = _named(data, accepted)
+    unknown = [] if free else sorted(set(named) - set(accepted))
+    if unknown:
+        raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
+    missing = [k for k, required in accepted.items() if required and k not in named]
+    if missing:
+        raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
+    if hasattr(pair, "check"):
+        _same_length(named)
+        pair.check(**named)
+    return Program(
+        pair=pair,
+        name=_name(pair),
+        model=model if free else _only(model, accepted),
+        guide=None if guide is None else _fitted(guide),
+        data=named,
+        takes_rows={"size", "rows"} <= set(accepted),
+        coords=getattr(pair, "coords", {}),
+        dims=getattr(pair, "dims", {}),
+    )
+
+
+def enumerate_finite(program: Program) -> Callable[..., Any]:
+    """The model with the finite sites that the guide leaves out marked for parallel enumeration."""
+    if not program.enumerated:
+        return program.model
+    return config_enumerate(program.model, default="parallel")
+
+
+def _halves(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
+        return pair
+    if callable(getattr(pair, "model", None)) and not isinstance(pair, type):
+        guide = getattr(pair, "guide", None)
+        return pair.model, guide if callable(guide) else None
+    if callable(pair):
+        return pair, None
+    raise TypeError(
+        f"pair: expected an object with .model and .guide, a (model, guide) tuple or a model, got {type(pair).__name__}"
+    )
+
+
+def _name(pair: Any) -> str:
+    if isinstance(pair, tuple):
+        return _name(pair[0])
+    owner = getattr(pair, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return getattr(pair, "__name__", None) or type(pair).__name__
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
+    """Named parameters of a function (True: required) and whether any keyword is taken."""
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    parameters = inspect.signature(target).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
+    free = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return named, free
+
+
+def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        return function(**{k: v for k, v in arguments.items() if k in names})
+
+    return call
+
+
+def _fitted(guide: Callable[..., Any]) -> Callable[..., Any]:
+    target = guide.forward if isinstance(guide, torch.nn.Module) else guide
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
+        return guide
+    return _only(guide, _parameters(guide)[0])
+
+
+def _named(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if isinstance(data, Mapping):
+        return {str(k): _tensor(v, k) for k, v in data.items() if v is not None}
+    return {next(iter(accepted), "x"): _tensor(data, "data")}
+
+
+def _tensor(value: Any, name: str) -> Any:
+    if isinstance(value, Tensor | str | bool | int | float):
+        return value
+    if hasattr(value, "to_numpy"):
+        value = value.to_numpy()
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected numbers, got {type(value).__name__} ({error})") from None
+
+
+def _same_length(named: Mapping[str, Any]) -> None:
+    lengths = {k: len(v) for k, v in named.items() if isinstance(v, Tensor) and v.dim()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in lengths.items())
+        raise ValueError(f"data: expected the same number of rows in each, got {said}")

@@ -1,0 +1,208 @@
+r"""What every method returns, and the one converter to ArviZ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from inference import predict
+from inference.diagnostics import Diagnosis
+from inference.program import Program, isolated
+
+STORED = 20_000_000
+"""Numbers that one predictive group of a Result may hold."""
+
+
+class State:
+    """Parameters and buffers of a pair as a fit left them.
+
+    Calling it enters them: the parameter store holds them, and modules that have been trained on since
+    carry them, until the block is left.
+    """
+
+    def __init__(self, modules: tuple[torch.nn.Module, ...] = ()) -> None:
+        store = pyro.get_param_store().get_state()
+        self._store = store
+        self._modules = modules
+        tensors = [*store["params"].values(), *(b for m in modules for b in m.buffers())]
+        self._tensors = [(t, t.detach().clone()) for t in tensors]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Enter the parameters in a store scope of their own, modules in evaluation mode."""
+        now = [t.detach().clone() for t, _ in self._tensors]
+        training = [m for module in self._modules for m in module.modules() if m.training]
+        try:
+            for module in training:
+                module.training = False
+            with pyro.get_param_store().scope(self._store.copy()), torch.no_grad():
+                self._put(then for _, then in self._tensors)
+                yield
+        finally:
+            self._put(now)
+            for module in training:
+                module.training = True
+
+    def _put(self, values: Any) -> None:
+        with torch.no_grad():
+            for (tensor, _), value in zip(self._tensors, values, strict=True):
+                tensor.copy_(value)
+
+    def values(self) -> dict[str, Tensor]:
+        """Constrained values by dotted name."""
+        with isolated(), self():
+            return {dotted(n): v.detach().clone() for n, v in pyro.get_param_store().items()}
+
+
+def dotted(name: str) -> str:
+    """Name of a parameter as torch writes it: ``decoder.0.weight``, not ``decoder$$$0.weight``."""
+    return name.replace("$$$", ".")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    r"""A fitted posterior.
+
+    Attributes:
+        idata: ArviZ InferenceData: ``posterior``, ``sample_stats``, ``posterior_predictive``,
+            ``log_likelihood`` and ``observed_data``, as far as the method and the memory have them.
+        params: Constrained parameters by dotted name; empty for chains without parameters.
+        losses: Loss of each step (steps,), or (steps, 2) for an objective with two; empty for chains.
+        seconds: ``setup`` (until the first step or transition is done), ``run`` (the rest of them) and
+            ``draws`` (posterior draws, predictions and diagnostics).
+        method: What made it, for tables: ``SVI (Trace_ELBO)``, ``NUTS``.
+        diagnosis: R-hat, effective sample sizes, divergences, Pareto k, each with what to do.
+        draws: Posterior draws of the latent sites, (S, \*shape), chains one after another.
+    """
+
+    idata: az.InferenceData
+    params: dict[str, Tensor]
+    losses: np.ndarray
+    seconds: Mapping[str, float]
+    method: str
+    diagnosis: Diagnosis
+    draws: dict[str, Tensor]
+    program: Program = field(repr=False)
+    state: State = field(repr=False)
+    more: Callable[[int, int], dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of posterior draws S."""
+        return len(next(iter(self.draws.values()))) if self.draws else 1
+
+    def draw(self, size: int = 1000, *, seed: int = 1) -> dict[str, Tensor]:
+        r"""Draw afresh from the posterior: from the guide, or by running the chains on.
+
+        Returns:
+            A tensor (size, \*shape) for each latent site.
+        """
+        if size < 1:
+            raise ValueError(f"size: expected a positive number of draws, got {size}")
+        with isolated(seed), self.state():
+            return self.more(size, seed)
+
+    def summary(self) -> Any:
+        """Table of the posterior: mean, sd and, for chains, Monte Carlo error, effective sizes, R-hat."""
+        return self.diagnosis.table
+
+    def __str__(self) -> str:
+        took = self.seconds["setup"] + self.seconds["run"]
+        return f"{self.method} on {self.program.name}: {self.size} draws in {took:.1f} s. {self.diagnosis}"
+
+
+def to_idata(
+    program: Program,
+    posterior: Mapping[str, Tensor],
+    sample_stats: Mapping[str, np.ndarray] | None = None,
+    *,
+    chains: int = 1,
+    attrs: Mapping[str, Any] | None = None,
+) -> az.InferenceData:
+    r"""Convert draws of any method to InferenceData, in the current parameter store.
+
+    Args:
+        program: The pair and its data.
+        posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
+        sample_stats: Statistics (chains, draws) of each transition.
+        chains: Number of chains.
+        attrs: Attributes of the posterior group.
+
+    Dimensions are named by the plates (``rows``) and by the pair's ``dims``; coordinates are the
+    pair's ``coords``. Deterministic sites and the posterior of summed-out sites are added. Predictive
+    groups are left out, with a warning, when they would hold more than ``STORED`` numbers.
+    """
+    size = len(next(iter(posterior.values()))) if posterior else 1
+    groups: dict[str, Mapping[str, Tensor]] = {"posterior": posterior}
+    observed = program.select("observed")
+    held = size * sum(torch.Size(s.shape).numel() for s in observed.values())
+    if posterior and held <= STORED:
+        groups["posterior"] = {**posterior, **predict.latent_functions(program, posterior)}
+        groups["posterior_predictive"] = _replicates(program, posterior, size)
+        groups["log_likelihood"] = _likelihood(program, posterior)
+    elif posterior and observed:
+        warnings.warn(
+            f"{program.name}: posterior_predictive and log_likelihood left out ({held:,} numbers); ask "
+            "posterior_predictive(result, data) and pointwise_log_likelihood(result, data) for fewer rows",
+            stacklevel=3,
+        )
+    dims = {n: _dims(program, n) for n in program.sites}
+    plates = {n: d[: program.sites[n].batch] for n, d in dims.items()}
+    data = {n: program.data[n].detach().cpu().numpy() for n in observed if isinstance(program.data.get(n), Tensor)}
+    named = {"log_likelihood": plates}
+    datasets = {g: _dataset(program, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
+    if sample_stats:
+        datasets["sample_stats"] = az.dict_to_dataset(dict(sample_stats))
+    if data:
+        datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(program, dims), default_dims=[])
+    datasets["posterior"].attrs.update(attrs or {})
+    return az.InferenceData(**datasets)
+
+
+def _dataset(program: Program, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:
+    arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
+    used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
+    with warnings.catch_warnings():
+        # ArviZ warns of each group with more chains than draws; our diagnosis speaks of short chains.
+        warnings.filterwarnings("ignore", message="More chains")
+        return az.dict_to_dataset(arrays, dims=used, coords=_coords(program, used))
+
+
+def _replicates(program: Program, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    sites = predict._predict(program.generator(), posterior, size)
+    return {n: v for n, v in sites.items() if n in program.select("observed")}
+
+
+def _likelihood(program: Program, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not program.select("observed"):
+        return {}
+    try:
+        return predict.log_likelihood_by_site(program, posterior)
+    except ValueError as error:
+        warnings.warn(f"{program.name}: log_likelihood left out: {error}", stacklevel=4)
+        return {}
+
+
+def _dims(program: Program, name: str) -> list[str]:
+    site = program.sites[name]
+    named = list(program.dims.get(name, ()))
+    event = len(site.shape) - site.batch
+    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
+    plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
+    own = named[-event:] if event and len(named) >= event else []
+    rest = [f"{name}_dim_{site.batch + k}" for k in range(event)] if not own else own
+    return [*plates, *rest]  # type: ignore[list-item]
+
+
+def _coords(program: Program, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    used = {d for names in dims.values() for d in names}
+    return {k: list(v) for k, v in program.coords.items() if k in used}

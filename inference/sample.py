@@ -1,0 +1,332 @@
+r"""Markov chains: one loop for every kernel.
+
+A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. Chains run side by side in processes
+of our own, one a core (Pyro's own keep a core back), and each has a seed of its own, so that the draws do
+not depend on how many cores there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import NUTS
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from inference.diagnostics import diagnose
+from inference.program import Program, bind, isolated
+from inference.result import Result, State, to_idata
+
+KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
+
+
+@dataclass
+class Chain:
+    """One chain's draws (draws, \\*shape), statistics (draws,), and where and how it stands."""
+
+    draws: dict[str, np.ndarray]
+    stats: dict[str, np.ndarray]
+    seconds: dict[str, float]
+    position: dict[str, np.ndarray]
+    adaptation: dict[str, Any]
+
+
+def sample(
+    pair: Any,
+    data: Any = None,
+    kernel: KernelFactory | None = None,
+    *,
+    draws: int = 1000,
+    warmup: int = 1000,
+    chains: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    r"""Sample the posterior of a model by Markov chains.
+
+    Finite latent sites are summed out exactly; their posterior is drawn afterwards. The guide, if there
+    is one, is not used.
+
+    Args:
+        pair: A pair, a ``(model, guide)`` tuple or a bare model.
+        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        kernel: A factory from the model to an MCMCKernel: ``NUTS`` (the default), ``HMC``, or
+            ``partial(NUTS, target_accept_prob=0.95)``.
+        draws: Draws a chain to keep.
+        warmup: Draws a chain to adapt with and drop.
+        chains: Number of chains; as many run at once as there are cores.
+        seed: Seed of all randomness; the global random state is left as it was.
+        progress: Show a bar a chain with step size and acceptance (on a terminal).
+
+    Returns:
+        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp).
+
+    Raises:
+        ValueError: An argument does not fit, or a site cannot be sampled by the kernel.
+        RuntimeError: A chain failed; the message is that of the chain.
+    """
+    program = bind(pair, data)
+    factory = NUTS if kernel is None else kernel
+    _check(program, factory, draws=draws, warmup=warmup, chains=chains)
+    started = perf_counter()
+    with isolated(seed):
+        run = partial(_run_chain, program, factory, draws=draws, warmup=warmup)
+        done = _run_all(program, run, chains, seed, warmup + draws, progress)
+        return _conclude(program, factory, done, perf_counter() - started)
+
+
+def _run_chain(
+    program: Program,
+    factory: KernelFactory,
+    say: Callable[[int, str], None],
+    seed: int,
+    *,
+    draws: int,
+    warmup: int,
+    start: Chain | None = None,
+) -> Chain:
+    """Run one chain from its own seed, or on from where ``start`` stands."""
+    started = perf_counter()
+    pyro.set_rng_seed(seed)
+    kernel = factory(partial(program.model, **program.arguments()))
+    if start is not None:
+        kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
+    with warnings.catch_warnings():
+        # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
+        warnings.filterwarnings("ignore", message="Encountered")
+        kernel.setup(warmup)
+    if start is not None:
+        _readapt(kernel, start.adaptation)
+    steps = _count_steps(kernel)
+    params, kept = kernel.initial_params, []
+    set_up = perf_counter()
+    for t in range(warmup + draws):
+        if t == warmup:
+            kernel.end_warmup()
+        params = kernel.sample(params)
+        say(t + 1, ", ".join(f"{k} {v}" for k, v in (kernel.logging() or {}).items()))
+        if t >= warmup:
+            kept.append((params, _statistics(kernel, steps)))
+    transforms = getattr(kernel, "transforms", None) or {}
+    values = {n: torch.stack([p[n] for p, _ in kept]) for n in params}
+    position = {n: v.detach().cpu().numpy() for n, v in params.items()}
+    stats = {n: np.array([s[n] for _, s in kept]) for n in (kept[0][1] if kept else ())}
+    stats["diverging"] = np.isin(np.arange(draws), kernel.diagnostics().get("divergences", []))
+    if "mean_acceptance" in stats:
+        counts = np.arange(1, draws + 1)
+        sums = stats.pop("mean_acceptance") * counts
+        stats["acceptance_rate"] = np.diff(sums, prepend=0.0).clip(0, 1)
+    drawn = {n: (transforms[n].inv(v) if n in transforms else v).detach().cpu().numpy() for n, v in values.items()}
+    seconds = {"setup": set_up - started, "run": perf_counter() - set_up}
+    return Chain(drawn, stats, seconds, position, _adaptation(kernel))
+
+
+def _count_steps(kernel: MCMCKernel) -> list[int]:
+    """Count the calls of the kernel's potential: one a leapfrog step."""
+    count = [0]
+    potential = getattr(kernel, "potential_fn", None)
+    if potential is not None:
+
+        def counted(params: Any) -> Tensor:
+            count[0] += 1
+            return potential(params)
+
+        kernel.potential_fn = counted
+    return count
+
+
+def _statistics(kernel: MCMCKernel, steps: list[int]) -> dict[str, float]:
+    taken, steps[0] = steps[0], 0
+    stats: dict[str, float] = {"n_steps": taken} if hasattr(kernel, "potential_fn") else {}
+    if hasattr(kernel, "step_size"):
+        stats["step_size"] = float(kernel.step_size)
+    # Pyro keeps the acceptance as a running mean and the last energy in its cache only.
+    if hasattr(kernel, "_mean_accept_prob"):
+        stats["mean_acceptance"] = float(kernel._mean_accept_prob)
+    if getattr(kernel, "_potential_energy_last", None) is not None:
+        stats["lp"] = -float(kernel._potential_energy_last)
+    return stats
+
+
+def _adaptation(kernel: MCMCKernel) -> dict[str, Any]:
+    if not hasattr(kernel, "mass_matrix_adapter"):
+        return {}
+    metric = {k: v.detach().cpu().numpy() for k, v in kernel.inverse_mass_matrix.items()}
+    return {"step_size": kernel.step_size, "inverse_mass_matrix": metric}
+
+
+def _readapt(kernel: MCMCKernel, adaptation: Mapping[str, Any]) -> None:
+    if adaptation:
+        metric = adaptation["inverse_mass_matrix"]
+        kernel.mass_matrix_adapter.inverse_mass_matrix = {k: torch.as_tensor(v) for k, v in metric.items()}
+        kernel._adapter.step_size = adaptation["step_size"]
+
+
+def _run_all(
+    program: Program, run: Callable[..., Chain], chains: int, seed: int, length: int, progress: bool
+) -> list[Chain]:
+    seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(chains)]
+    workers = min(chains, _cores())
+    with _bars(program, chains, length, progress) as show:
+        if workers == 1 or not _can_fork(program):
+            return [run(partial(show, k), s) for k, s in enumerate(seeds)]
+        return list(_in_processes(run, seeds, workers, show))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _can_fork(program: Program) -> bool:
+    # A forked process shares no accelerator, and macOS aborts forks that touch its frameworks.
+    on_cpu = all(v.device.type == "cpu" for v in program.data.values() if isinstance(v, Tensor))
+    return sys.platform.startswith("linux") and on_cpu and not torch.cuda.is_initialized()
+
+
+def _in_processes(
+    run: Callable[..., Chain], seeds: list[int], workers: int, show: Callable[[int, int, str], None]
+) -> Iterator[Chain]:
+    context = mp.get_context("fork")
+    waiting, running, done = list(enumerate(seeds)), {}, {}
+    threads = max(1, _cores() // workers)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                k, seed = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(run, seed, theirs, threads), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (k, process)
+            for ours in wait(list(running)):
+                k, process = running[ours]
+                answer = _receive(ours, k, process)
+                if isinstance(answer, tuple):
+                    show(k, *answer)
+                else:
+                    done[k] = answer
+                    process.join()
+                    running.pop(ours)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.join()
+    return (done[k] for k in range(len(seeds)))
+
+
+def _receive(ours: Any, chain: int, process: Any) -> Any:
+    try:
+        answer = ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"chain {chain} ended without an answer (exit code {process.exitcode})") from None
+    if isinstance(answer, str):
+        raise RuntimeError(f"chain {chain}: {answer}")
+    return answer
+
+
+def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -> None:
+    """Body of a chain's process: progress goes out as tuples, the chain at the end, or an error's text."""
+    torch.set_num_threads(threads)
+    last = [perf_counter()]
+
+    def say(step: int, text: str) -> None:
+        if perf_counter() - last[0] > 0.1:
+            last[0] = perf_counter()
+            out.send((step, text))
+
+    try:
+        out.send(run(say, seed))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        kind = type(error).__name__
+        out.send(f"{kind}: {error}" if str(error) else traceback.format_exc(limit=-1))
+    finally:
+        out.close()
+
+
+class _bars:
+    """A progress bar for each chain."""
+
+    def __init__(self, program: Program, chains: int, length: int, progress: bool) -> None:
+        self._make = lambda k: tqdm(
+            total=length, desc=f"{program.name} chain {k}", disable=None if progress else True, leave=False
+        )
+        self._chains, self._stack = chains, ExitStack()
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        self._bars = [self._stack.enter_context(self._make(k)) for k in range(self._chains)]
+        return self._show
+
+    def _show(self, chain: int, step: int, text: str) -> None:
+        bar = self._bars[chain]
+        if not bar.disable:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(step - bar.n)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+
+def _check(program: Program, factory: Any, *, draws: int, warmup: int, chains: int) -> None:
+    for name, value, least in (("draws", draws, 4), ("warmup", warmup, 0), ("chains", chains, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if isinstance(factory, MCMCKernel) or not callable(factory):
+        kind = type(factory).__name__
+        raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
+    latent = program.select("latent").values()
+    endless = [s.name for s in latent if s.discrete and not s.finite]
+    if endless:
+        raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
+    if all(s.finite for s in latent):
+        raise ValueError("model: expected a continuous latent site to sample, got none")
+
+
+def _conclude(program: Program, factory: KernelFactory, done: list[Chain], elapsed: float) -> Result:
+    started = perf_counter()
+    names = [n for n in program.sites if n in done[0].draws]
+    draws = {n: torch.cat([torch.as_tensor(c.draws[n]) for c in done]) for n in names}
+    stats = {n: np.stack([c.stats[n] for c in done]) for n in done[0].stats}
+    method = getattr(getattr(factory, "func", factory), "__name__", "MCMC")
+    state = State(tuple(m for m in [program.pair] if isinstance(m, torch.nn.Module)))
+    with state():
+        idata = to_idata(program, draws, stats, chains=len(done), attrs={"method": method})
+    setup = max(c.seconds["setup"] for c in done)
+
+    def more(size: int, seed: int) -> dict[str, Tensor]:
+        each = -(-size // len(done))
+        run = partial(_run_chain, program, factory, draws=each, warmup=0)
+        seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence([seed, 1]).spawn(len(done))]
+        with torch.enable_grad():
+            on = [run(lambda *_: None, s, start=c) for s, c in zip(seeds, done, strict=True)]
+        return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in on])[:size] for n in names}
+
+    return Result(
+        idata=idata,
+        params=state.values(),
+        losses=np.zeros(0),
+        seconds={"setup": setup, "run": elapsed - setup, "draws": perf_counter() - started},
+        method=method,
+        diagnosis=diagnose(idata),
+        draws=draws,
+        program=program,
+        state=state,
+        more=more,
+    )

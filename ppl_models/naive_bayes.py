@@ -1,0 +1,328 @@
+r"""Naive Bayes: features that are independent given the class.
+
+.. math::
+
+    \pi \sim \mathrm{Dirichlet}(c), \qquad \theta_{kj} \sim \text{conjugate prior}, \qquad
+    y_n \sim \mathrm{Categorical}(\pi), \qquad x_{nj} \mid y_n \sim p(x \mid \theta_{y_n j})
+
+Labels may be given, missing, or partly missing; missing ones are summed out. With all labels given the
+posterior is conjugate, and ``exact`` is that posterior written as a guide.
+
+Reference: Murphy 2022, Probabilistic Machine Learning: An Introduction, section 9.3 and chapter 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from ppl_models.pair import Pair, check_labels, check_matrix, choose, continuous, rows_plate
+
+Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+class NaiveBayes(Pair):
+    r"""What the three share: class weights, labels, rows.
+
+    Args:
+        features: Number of features D, or their names.
+        classes: Number of classes K, or their names.
+        concentration: Dirichlet concentration of the class weights.
+        prior: False switches all priors off: the guide AutoDelta then finds the maximum of the likelihood.
+        guide: From the model to a guide of its parameters: AutoNormal (the default), AutoDelta, ...
+
+    Data: x (N, D); y (N,), integers, or floats with nan where the label is missing, or absent.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        classes: int | Sequence[str] = 2,
+        *,
+        concentration: float = 1.0,
+        prior: bool = True,
+        guide: Guide = AutoNormal,
+    ) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        self.classes = self.name_dimension("classes", classes)
+        self.prior = prior
+        self.register_buffer("concentration", torch.full((self.classes,), float(concentration)))
+        self.dims = {"x": ("features",), "weights": ("classes",)}
+        self.guide = guide(continuous(self.model))
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score weights, class parameters, labels and rows; return x."""
+        with poutine.mask(mask=self.prior):
+            weights = pyro.sample("weights", dist.Dirichlet(self.concentration))
+            with pyro.plate("classes", self.classes, dim=-1):
+                parameters = self.draw_parameters()
+        with rows_plate(x, size, rows):
+            y = draw_labels(weights, y)
+            chosen = [choose(p, y) for p in parameters]
+            return pyro.sample("x", self.likelihood(*chosen, x=x), obs=x)
+
+    def exact(self, x: Tensor, y: Tensor, **_: Any) -> None:
+        """The conjugate posterior of all parameters as a guide, without parameters of its own."""
+        counts = self.count(x, y)
+        pyro.sample("weights", dist.Dirichlet(self.concentration + counts[0]))
+        with pyro.plate("classes", self.classes, dim=-1):
+            self.draw_posterior(*counts)
+
+    def count(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sufficient statistics: rows (K,), sum (K, D) and sum of squared deviations (K, D) of each class."""
+        if y is None or (y.is_floating_point() and bool(y.isnan().any())):
+            raise ValueError("y: expected a label for every row (the posterior is conjugate only then), got missing ones")
+        members = torch.nn.functional.one_hot(y.long(), self.classes).to(x.dtype)
+        rows = members.sum(0)
+        total = members.mT @ x
+        centred = x - members @ (total / rows.clamp_min(1)[:, None])
+        return rows, total, members.mT @ centred**2
+
+    def moments(self, x: Tensor, y: Tensor) -> Moments:
+        """Exact posterior mean and standard deviation of each site, with all labels given."""
+        counts = self.count(x, y)
+        posterior = dist.Dirichlet(self.concentration + counts[0])
+        return {"weights": (posterior.mean, posterior.stddev), **self.parameter_moments(*counts)}
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D) and y its labels."""
+        if x is not None:
+            check_matrix("x", x, self.features)
+        if y is not None:
+            length = len(x) if x is not None else len(y)
+            check_labels("y", y, length, self.classes, missing=True)
+
+    def draw_parameters(self) -> tuple[Tensor, ...]:
+        """Sample the class parameters (K, D) from their prior, within the plate of classes."""
+        raise NotImplementedError
+
+    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        """Distribution of a row given its class's parameters."""
+        raise NotImplementedError
+
+    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
+        """Sample the class parameters from their conjugate posterior."""
+        raise NotImplementedError
+
+    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
+        """Mean and standard deviation of the class parameters under their conjugate posterior."""
+        raise NotImplementedError
+
+
+class GaussianNaiveBayes(NaiveBayes):
+    r"""Gaussian features, with a Normal-Inverse-Gamma prior.
+
+    .. math::
+
+        \sigma^2_{kj} \sim \mathrm{InverseGamma}(a, b), \qquad
+        \mu_{kj} \sim \mathrm{N}(m, \sigma^2_{kj} / \kappa), \qquad
+        x_{nj} \mid y_n = k \sim \mathrm{N}(\mu_{kj}, \sigma^2_{kj})
+
+    Args:
+        mean: m, in units of x.
+        strength: kappa, the rows that the prior of a mean is worth.
+        shape: a of the inverse gamma.
+        scale: b of the inverse gamma, in squared units of x.
+
+    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), variances (K, D), means (K, D), y, x.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        classes: int | Sequence[str] = 2,
+        *,
+        mean: float = 0.0,
+        strength: float = 0.1,
+        shape: float = 2.0,
+        scale: float = 1.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(features, classes, **shared)
+        for name, value in {"mean": mean, "strength": strength, "shape": shape, "scale": scale}.items():
+            self.register_buffer(name, torch.full((self.features,), float(value)))
+        self.dims |= {"means": ("features",), "variances": ("features",)}
+
+    def draw_parameters(self) -> tuple[Tensor, Tensor]:
+        variances = pyro.sample("variances", dist.InverseGamma(self.shape, self.scale).to_event(1))
+        means = pyro.sample("means", dist.Normal(self.mean, (variances / self.strength).sqrt()).to_event(1))
+        return means, variances
+
+    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        means, variances = chosen
+        return dist.Normal(means, variances.sqrt()).to_event(1)
+
+    def _posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = rows[:, None]
+        average = total / rows.clamp_min(1)
+        strength = self.strength + rows
+        mean = (self.strength * self.mean + total) / strength
+        shift = self.strength * rows / strength * (average - self.mean) ** 2
+        return mean, strength, self.shape + rows / 2, self.scale + (squares + shift) / 2
+
+    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
+        mean, strength, shape, scale = self._posterior(rows, total, squares)
+        variances = pyro.sample("variances", dist.InverseGamma(shape, scale).to_event(1))
+        pyro.sample("means", dist.Normal(mean, (variances / strength).sqrt()).to_event(1))
+
+    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
+        mean, strength, shape, scale = self._posterior(rows, total, squares)
+        variance = scale / (shape - 1)
+        return {
+            "variances": (variance, variance / (shape - 2).sqrt()),
+            "means": (mean, (variance / strength).sqrt()),
+        }
+
+
+class BernoulliNaiveBayes(NaiveBayes):
+    r"""Binary features, with a Beta prior.
+
+    .. math:: \theta_{kj} \sim \mathrm{Beta}(\alpha + 1, \alpha + 1), \qquad x_{nj} \mid y_n = k \sim \mathrm{Bernoulli}(\theta_{kj})
+
+    Args:
+        alpha: Additive smoothing: the mode of the posterior is scikit-learn's BernoulliNB(alpha).
+
+    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
+    """
+
+    def __init__(
+        self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, alpha: float = 1.0, **shared: Any
+    ) -> None:
+        super().__init__(features, classes, **shared)
+        self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
+        self.dims |= {"probs": ("features",)}
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a binary (rows, D) and y its labels."""
+        super().check(x, y)
+        if x is not None and bool(((x != 0) & (x != 1)).any()):
+            wrong = x[(x != 0) & (x != 1)][0].item()
+            raise ValueError(f"x: expected zeros and ones, got {wrong}")
+
+    def draw_parameters(self) -> tuple[Tensor]:
+        return (pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)),)
+
+    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        return dist.Bernoulli(chosen[0].clamp(1e-7, 1 - 1e-7)).to_event(1)
+
+    def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
+        return dist.Beta(self.alpha + 1 + total, self.alpha + 1 + rows[:, None] - total)
+
+    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
+        pyro.sample("probs", self._posterior(rows, total).to_event(1))
+
+    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
+        posterior = self._posterior(rows, total)
+        return {"probs": (posterior.mean, posterior.stddev)}
+
+
+class MultinomialNaiveBayes(NaiveBayes):
+    r"""Counts (a bag of words), with a Dirichlet prior.
+
+    .. math:: \theta_k \sim \mathrm{Dirichlet}(\alpha + 1), \qquad x_n \mid y_n = k \sim \mathrm{Multinomial}(L_n, \theta_k)
+
+    The length :math:`L_n` of a row is given: the sum of x, or ``length`` where rows are drawn.
+
+    Args:
+        alpha: Additive smoothing: the mode of the posterior is scikit-learn's MultinomialNB(alpha).
+        length: Length of a row that is drawn without data.
+
+    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        classes: int | Sequence[str] = 2,
+        *,
+        alpha: float = 1.0,
+        length: int = 100,
+        **shared: Any,
+    ) -> None:
+        super().__init__(features, classes, **shared)
+        self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
+        self.length = length
+        self.dims |= {"probs": ("features",)}
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x holds counts (rows, D) and y their labels."""
+        super().check(x, y)
+        if x is not None and bool(((x < 0) | (x != x.floor())).any()):
+            wrong = x[(x < 0) | (x != x.floor())][0].item()
+            raise ValueError(f"x: expected counts (0, 1, 2, ...), got {wrong}")
+
+    def draw_parameters(self) -> tuple[Tensor]:
+        return (pyro.sample("probs", dist.Dirichlet(self.alpha + 1)),)
+
+    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        length = torch.as_tensor(self.length, dtype=chosen[0].dtype) if x is None else x.sum(-1)
+        return Counts(chosen[0], length)
+
+    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
+        pyro.sample("probs", dist.Dirichlet(self.alpha + 1 + total))
+
+    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
+        posterior = dist.Dirichlet(self.alpha + 1 + total)
+        return {"probs": (posterior.mean, posterior.stddev)}
+
+
+class Counts(dist.TorchDistribution):
+    """Multinomial whose rows have lengths of their own (torch's has one length for all).
+
+    Args:
+        probs: Probabilities (..., D).
+        length: Number of trials of each row, broadcast against the batch.
+    """
+
+    arg_constraints = {"probs": dist.constraints.simplex}
+    support = dist.constraints.independent(dist.constraints.nonnegative_integer, 1)
+
+    def __init__(self, probs: Tensor, length: Tensor, validate_args: bool | None = None) -> None:
+        batch = torch.broadcast_shapes(probs.shape[:-1], length.shape)
+        self.probs, self.length = probs, length
+        super().__init__(batch, probs.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Counts:
+        return Counts(self.probs.expand(*batch_shape, self.probs.shape[-1]), self.length.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # Clamped for a word that a class never has: maximum likelihood gives it the probability 0.
+        score = (value * self.probs.clamp_min(1e-30).log()).sum(-1)
+        return score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        probs = self.probs.detach().expand(*shape, self.event_shape[0]).reshape(-1, self.event_shape[0])
+        length = self.length.expand(shape).reshape(-1, 1)
+        longest = int(length.max()) if length.numel() else 0
+        words = torch.multinomial(probs, max(longest, 1), replacement=True)
+        counted = (torch.arange(max(longest, 1), device=words.device) < length).to(probs.dtype)
+        return torch.zeros_like(probs).scatter_add_(1, words, counted).reshape(*shape, -1)
+
+
+def draw_labels(weights: Tensor, y: Tensor | None) -> Tensor:
+    """Sample or observe labels; floats may have nan for a missing one, which is then a latent site."""
+    prior = dist.Categorical(weights)
+    if y is None or not y.is_floating_point():
+        return pyro.sample("y", prior, obs=y)
+    labels = pyro.sample("y", prior)
+    agrees = y.isnan() | (labels == y)
+    pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(weights.dtype))
+    return labels

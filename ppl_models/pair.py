@@ -1,0 +1,118 @@
+r"""Pair: a model and a guide over the same sites.
+
+A model is :math:`p(x, z)`, a guide :math:`q(z)` or :math:`q(z \mid x)`. Both take the same arguments: data by
+name, ``size`` (the full number of rows N; without data, how many to draw) and ``rows`` (the indices of this
+minibatch), and keep their rows in ``pyro.plate("rows", ..., subsample=rows, dim=-1)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule, pyro_method
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+import pyro
+
+
+class Pair(PyroModule):
+    """Base of every pair in the zoo.
+
+    A subclass has a method ``model`` and either a method ``guide`` or an attribute of that name, set in
+    its constructor, such as ``self.guide = AutoNormal(continuous(self.model))``. Methods named ``model``,
+    ``guide`` and ``exact`` become Pyro methods by themselves: one that is not has gradients of None.
+
+    Attributes:
+        coords: Names along a dimension (a plate or one of ``dims``), for ArviZ.
+        dims: Names of the event dimensions of a site, for ArviZ.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coords: dict[str, list[str]] = {}
+        self.dims: dict[str, tuple[str, ...]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for half in ("model", "guide", "exact"):
+            if half in cls.__dict__:
+                setattr(cls, half, pyro_method(cls.__dict__[half]))
+
+    def check(self, **data: Any) -> None:
+        """Raise ValueError, one line, when the data do not fit the pair. The verbs call it before any work."""
+
+    def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
+        """Size of a dimension that is given as a number or as names; names become coordinates."""
+        size = given if isinstance(given, int) else len(given)
+        if size < 1:
+            raise ValueError(f"{dimension}: expected at least one, got {given!r}")
+        if not isinstance(given, int):
+            self.coords[dimension] = [str(name) for name in given]
+        return size
+
+
+def rows_plate(x: Tensor | None, size: int | None, rows: Tensor | None) -> Any:
+    """The plate of rows: N is ``size`` or the length of x; ``rows`` are the indices at hand."""
+    if size is None and x is None:
+        raise ValueError("size: expected the number of rows to draw when x is not given, got None")
+    count = len(x) if size is None else size  # type: ignore[arg-type]
+    return pyro.plate("rows", count, subsample=rows if rows is None else rows.long(), dim=-1)
+
+
+def continuous(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A model whose finite latent sites are hidden, for autoguides: those sites are summed out."""
+
+    def hidden(site: Any) -> bool:
+        stochastic = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        return stochastic and bool(site["fn"].has_enumerate_support)
+
+    return poutine.block(model, hide_fn=hidden)
+
+
+def check_matrix(name: str, value: Any, width: int) -> None:
+    """Raise unless the value is a finite, non-empty float matrix (rows, width)."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != width:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected (rows, {width}), got {got}")
+    if len(value) == 0:
+        raise ValueError(f"{name}: expected at least one row, got (0, {width})")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected floating point numbers, got {str(value.dtype).removeprefix('torch.')}")
+    bad = ~value.isfinite()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        count = int(bad.sum())
+        raise ValueError(
+            f"{name}: expected finite numbers, got {value[row, column].item()} at row {row}, column {column} ({count} in all)"
+        )
+
+
+def check_labels(name: str, value: Any, length: int, classes: int, *, missing: bool) -> None:
+    """Raise unless the value holds a label below ``classes`` for each row (nan where missing, if it may be)."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != (length,):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected one label a row ({length},), got {got}")
+    known = value[~value.isnan()] if value.is_floating_point() else value
+    if not missing and len(known) < length:
+        raise ValueError(f"{name}: expected a label for every row, got nan in {length - len(known)} rows")
+    wrong = known[(known < 0) | (known >= classes) | (known != known.floor() if value.is_floating_point() else False)]
+    if len(wrong):
+        hint = "; mark a missing label by nan" if missing else ""
+        raise ValueError(f"{name}: expected labels 0 to {classes - 1}, got {wrong[0].item()}{hint}")
+
+
+def choose(table: Tensor, labels: Tensor) -> Tensor:
+    r"""Rows of a table by label: table (..., K, \*event of one dimension), labels (..., N) -> (..., N, event).
+
+    A product with one-hot labels instead of an index: draws and enumerated labels broadcast on the left,
+    and its gradient is one matrix product.
+    """
+    classes = table.shape[-2]
+    return torch.nn.functional.one_hot(labels.long(), classes).to(table.dtype) @ table
