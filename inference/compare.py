@@ -244,7 +244,7 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
         axes.axvspan(mean - sd, mean + sd, color="0.9", lw=0)
         axes.axvline(mean, color="0.3", lw=1, ls="--", label="truth: mean, ±1 sd")
     for method, result in comparison.results.items():
-        draws = result.draws[name].double().flatten(1)[:, index].cpu().numpy()
+        draws = result.draws[name].double().reshape(result.size, -1)[:, index].cpu().numpy()
         if np.ptp(draws) > 0:
             x, density = az.kde(draws)
             axes.plot(x, density, color=colours[method], lw=1.4, label=method)

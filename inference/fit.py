@@ -103,7 +103,9 @@ def _descend(
         try:
             for step in range(steps):
                 arguments = program.arguments(next(rows))
-                loss, params = _gradients(objective, model, program.guide, arguments)
+                # One validated step finds what is wrong with a model; later steps find what is not finite.
+                with pyro.validation_enabled(step == 0 and pyro.settings.get("validate_distributions_pyro")):
+                    loss, params = _gradients(objective, model, program.guide, arguments)
                 culprit = _not_finite(loss, params)
                 if culprit:
                     _give_up(program, step, culprit, arguments)

@@ -108,7 +108,7 @@ class LogisticRegression(Classifier):
             weights, intercept = weights.unsqueeze(-2), intercept.unsqueeze(-1)
         return affine(x, weights, intercept)
 
-    def moments(self, x: Tensor, y: Tensor, *, draws: int = 400_000) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(self, x: Tensor, y: Tensor, *, draws: int = 200_000) -> dict[str, tuple[Tensor, Tensor]]:
         """Posterior mean and standard deviation of each site by importance sampling.
 
         The proposal is a multivariate t around the mode; the result is independent of any guide or chain.
@@ -207,18 +207,21 @@ def _importance_moments(
         return loss
 
     optimiser.step(closure)
-    hessian = torch.autograd.functional.hessian(density, mode.detach())
-    proposal = dist.MultivariateStudentT(
-        torch.tensor(freedom, dtype=like.dtype), mode.detach(), torch.linalg.cholesky(torch.linalg.inv(-hessian))
-    )
+    mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theta = proposal.sample(torch.Size([draws]))
-    chunk = max(1, 20_000_000 // max(len(like) * max(size // like.shape[1], 1), 1))
-    weights = torch.cat([density(part) for part in theta.split(chunk)]) - proposal.log_prob(theta)
-    weights = weights.softmax(0)
-    effective = float(1 / (weights**2).sum())
+        # The mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
+        for count in [draws // 4] * 5 + [draws]:
+            scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
+            proposal = dist.MultivariateStudentT(torch.tensor(freedom, dtype=like.dtype), mean, scale)
+            theta = proposal.sample(torch.Size([count]))
+            parts = theta.split(max(1, 2_000_000 // len(like)))
+            weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)
+            mean = weights @ theta
+            covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
+            effective = float(1 / (weights**2).sum())
+            if effective > 50_000:
+                break
     if effective < 5000:
         raise ArithmeticError(f"importance sampling: {effective:.0f} effective draws of {draws}, expected at least 5000")
-    mean = weights @ theta
-    return mean, (weights @ (theta - mean) ** 2).sqrt()
+    return mean, covariance.diagonal().sqrt()

@@ -1,0 +1,178 @@
+r"""The zoo: one row a pair. How to build it, its data, the methods that apply, the truth it is held against."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoDelta
+
+from inference import compare, fit, sample
+from inference.compare import Comparison, Method, Moments
+from ppl_models import data
+from ppl_models.data import Dataset
+from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
+from ppl_models.pair import Pair
+from ppl_models.regression import LogisticRegression, NeuralClassifier
+
+
+def exact(pair: NaiveBayes, data: Any, **arguments: Any) -> Any:
+    """Draw from a conjugate posterior: the pair's ``exact`` is a guide with nothing left to fit."""
+    return fit((pair.model, pair.exact), data, steps=0, **arguments)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair of the zoo.
+
+    Attributes:
+        name: Its name on the command line.
+        title: What it is, in one line.
+        build: From a data set to a fresh pair; ``guide=`` replaces its guide.
+        data: Name of its data set; ``also`` names others that fit it.
+        prepare: Arguments of ``data.load``: standardised, or made binary.
+        methods: Methods by name, as ``compare`` takes them.
+        truth: Exact or reference mean and standard deviation of each site, from a pair and its data.
+        source: What the truth is.
+    """
+
+    name: str
+    title: str
+    build: Callable[..., Pair]
+    data: str
+    also: tuple[str, ...]
+    prepare: Mapping[str, bool]
+    methods: Mapping[str, Method]
+    truth: Callable[[Any, Any], Moments] | None
+    source: str
+    dtype: torch.dtype = field(default=torch.float64)
+
+    def load(self, name: str | None = None) -> Dataset:
+        """The row's data set, or another by name, prepared for the row."""
+        return data.load(name or self.data, dtype=self.dtype, **self.prepare)
+
+    def pair(self, dataset: Dataset, **arguments: Any) -> Pair:
+        """A fresh pair for a data set, in the row's precision."""
+        return self.build(dataset, **arguments).to(self.dtype)
+
+    def compare(self, dataset: Dataset, methods: Mapping[str, Method] | None = None, *, seed: int = 0) -> Comparison:
+        """Run the row's methods, or those given, on a data set against the row's truth."""
+        return compare(
+            lambda: self.pair(dataset),
+            dataset.train,
+            self.methods if methods is None else methods,
+            truth=None if self.truth is None else partial(_truth, self.truth),
+            heldout=dataset.test,
+            seed=seed,
+        )
+
+
+def _truth(truth: Callable[[Any, Any], Moments], pair: Pair, given: Any) -> Moments:
+    return truth(pair, given)
+
+
+def _sizes(make: Callable[..., Pair]) -> Callable[..., Pair]:
+    def build(dataset: Dataset, **arguments: Any) -> Pair:
+        if "y" not in dataset.train:
+            raise ValueError(f"data: expected a set with labels, got {dataset.name} without")
+        return make(dataset.features, dataset.classes, **arguments)
+
+    return build
+
+
+def _conjugate(pair: NaiveBayes, given: Any) -> Moments:
+    return pair.moments(**given)
+
+
+def point(pair: Pair, given: Any, **arguments: Any) -> Any:
+    """Maximum a posteriori: the pair's model with a Delta guide."""
+    model = pair.model
+    return fit((model, AutoDelta(model)), given, **arguments)
+
+
+_SVI: dict[str, Method] = {"MAP": partial(point, steps=1500, learning_rate=0.05), "SVI": partial(fit, steps=3000)}
+_CONJUGATE: dict[str, Method] = {"exact": exact, **_SVI}
+_LONG = partial(sample, draws=1000, warmup=500, chains=4)
+
+ZOO: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(
+            name="naive_bayes",
+            title="Gaussian naive Bayes, Normal-Inverse-Gamma prior",
+            build=_sizes(GaussianNaiveBayes),
+            data="breast_cancer",
+            also=("wine", "iris", "digits"),
+            prepare={"standardise": True},
+            methods={**_CONJUGATE, "NUTS": partial(sample, draws=500, warmup=500, chains=2)},
+            truth=_conjugate,
+            source="conjugate posterior",
+        ),
+        Row(
+            name="bernoulli_naive_bayes",
+            title="Bernoulli naive Bayes, Beta prior",
+            build=_sizes(BernoulliNaiveBayes),
+            data="digits",
+            also=("xwindows", "news20_w100", "sms_spam", "mnist", "fashion_mnist"),
+            prepare={"binarise": True},
+            methods={**_CONJUGATE, "NUTS": _LONG},
+            truth=_conjugate,
+            source="conjugate posterior",
+        ),
+        Row(
+            name="multinomial_naive_bayes",
+            title="Multinomial naive Bayes, Dirichlet prior",
+            build=_sizes(MultinomialNaiveBayes),
+            data="digits",
+            also=("sms_spam", "xwindows", "news20_w100"),
+            prepare={},
+            methods={**_CONJUGATE, "NUTS": _LONG},
+            truth=_conjugate,
+            source="conjugate posterior",
+        ),
+        Row(
+            name="logistic_regression",
+            title="Bayesian logistic regression, binary or multiclass",
+            build=_sizes(LogisticRegression),
+            data="breast_cancer",
+            also=("wine", "iris", "digits"),
+            prepare={"standardise": True},
+            methods={**_SVI, "NUTS": _LONG},
+            truth=lambda pair, given: pair.moments(**given),
+            source="importance sampling, its own",
+        ),
+        Row(
+            name="neural_classifier",
+            title="Bayesian neural network, one hidden layer",
+            build=_sizes(NeuralClassifier),
+            data="wine",
+            also=("breast_cancer", "iris", "digits"),
+            prepare={"standardise": True},
+            methods={**_SVI, "NUTS": partial(sample, draws=500, warmup=500, chains=2)},
+            truth=None,
+            source="held-out predictions only: its modes are many",
+        ),
+    )
+}
+
+
+def find(name: str) -> Row:
+    """The row of a name, or a ValueError with the nearest names."""
+    if name not in ZOO:
+        near = difflib.get_close_matches(name, ZOO, n=3, cutoff=0.4)
+        hint = f"nearest: {', '.join(near)}; " if near else ""
+        raise ValueError(f"pair: unknown {name!r}; {hint}known: {', '.join(ZOO)}")
+    return ZOO[name]
+
+
+def table() -> str:
+    """The zoo as a Markdown table."""
+    lines = ["| pair | what | data | methods | held against |", "| --- | --- | --- | --- | --- |"]
+    for row in ZOO.values():
+        sets = ", ".join((f"**{row.data}**", *row.also))
+        lines.append(f"| `{row.name}` | {row.title} | {sets} | {', '.join(row.methods)} | {row.source} |")
+    return "\n".join(lines)
