@@ -7,6 +7,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import arviz  # noqa: F401
 
+from inference import kernels, objectives
 from inference.compare import Comparison, compare
 from inference.diagnostics import Diagnosis, diagnose
 from inference.fit import fit
@@ -23,6 +24,8 @@ __all__ = [
     "compare",
     "diagnose",
     "fit",
+    "kernels",
+    "objectives",
     "pointwise_log_likelihood",
     "posterior_predictive",
     "prior_predictive",

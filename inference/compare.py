@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from inference.diagnostics import R_HAT
+from inference.diagnostics import R_HAT, quantity
 from inference.predict import pointwise_log_likelihood
 from inference.program import isolated
 from inference.queries import classify
@@ -250,17 +250,11 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
             axes.plot(x, density, color=colours[method], lw=1.4, label=method)
         else:
             axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
-    axes.set_title(_label(next(iter(comparison.results.values())), name, index), fontsize=9)
+    array = next(iter(comparison.results.values())).idata.posterior[name]
+    place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
+    axes.set_title(quantity(array, place), fontsize=9)
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
-
-
-def _label(result: Result, name: str, index: int) -> str:
-    array = result.idata.posterior[name]
-    shape = array.shape[2:]
-    places = np.unravel_index(index, shape) if shape else ()
-    at = [str(array[d].values[p]) if d in array.coords else str(p) for d, p in zip(array.dims[2:], places, strict=True)]
-    return f"{name}[{', '.join(at)}]" if at else name
 
 
 def _plot_errors(axes: Axes, comparison: Comparison, colours: Mapping[str, str]) -> None:

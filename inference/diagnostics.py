@@ -103,12 +103,15 @@ def _summary(idata: az.InferenceData) -> pd.DataFrame:
                 "ess_tail": az.ess(posterior[real], method="tail"),
                 "r_hat": az.rhat(posterior[real]),
             }
-    labels = az.labels.BaseLabeller()
-    names = [
-        labels.make_label_vert(n, sel, isel)
-        for n, sel, isel, _ in az.sel_utils.xarray_var_iter(posterior[real], skip_dims={"chain", "draw"})
-    ]
+    names = [quantity(posterior[n], k) for n in real for k in np.ndindex(posterior[n].shape[2:])]
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
+
+
+def quantity(array: xr.DataArray, index: tuple[int, ...]) -> str:
+    """Name of one scalar of a posterior array (chain, draw, ...): ``means[benign, mean radius]``."""
+    places = zip(array.dims[2:], index, strict=True)
+    at = [str(array[d].values[k]) if d in array.coords else str(k) for d, k in places]
+    return f"{array.name}[{', '.join(at)}]" if at else str(array.name)
 
 
 def _flat(dataset: xr.Dataset, names: list[str]) -> np.ndarray:

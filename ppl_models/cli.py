@@ -1,0 +1,204 @@
+"""The command line: ``ppl-models list | fit | sample | compare``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import inference
+from inference.compare import COLUMNS, Comparison
+from inference.result import Result
+from ppl_models import data
+from ppl_models.data import Dataset
+from ppl_models.zoo import ZOO, Row, find
+
+app = typer.Typer(
+    help="A model zoo on Pyro: fit, sample and compare model/guide pairs.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+PairName = Annotated[str, typer.Argument(metavar="PAIR", help="A pair of the zoo; `ppl-models list` shows them.")]
+DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
+OutDir = Annotated[Path | None, typer.Option("--out", help="Directory of the files; default: results/PAIR-DATA.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+Draws = Annotated[int, typer.Option(min=4, help="Posterior draws (a chain, for chains).")]
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors and warnings as one line each on standard error; errors end with exit code 1."""
+
+    def say(message: Any, *_: Any, **__: Any) -> None:
+        err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = say
+        try:
+            yield
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
+            err.print(f"[red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+@app.command("list")
+def list_() -> None:
+    """Show the pairs of the zoo and their data."""
+    table = Table("pair", "what", "data", "methods", box=None, pad_edge=False)
+    for row in ZOO.values():
+        table.add_row(row.name, row.title, ", ".join((row.data, *row.also)), ", ".join(row.methods))
+    out.print(table)
+
+
+@app.command()
+def fit(
+    pair: PairName,
+    data_name: DataName = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 3000,
+    batch: Annotated[int | None, typer.Option(help="Rows a minibatch; default: all.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Start of the learning rate's schedule.")] = 0.02,
+    draws: Draws = 1000,
+    seed: Seed = 0,
+    out_dir: OutDir = None,
+) -> None:
+    """Fit a pair's guide by stochastic variational inference."""
+    with _one_line():
+        row, dataset, folder = _prepare(pair, data_name, out_dir)
+        model = row.pair(dataset)
+        result = inference.fit(
+            model, dataset.train, steps=steps, batch=batch, learning_rate=learning_rate, draws=draws, seed=seed
+        )
+        _report(result, folder)
+
+
+@app.command()
+def sample(
+    pair: PairName,
+    data_name: DataName = None,
+    draws: Draws = 1000,
+    warmup: Annotated[int, typer.Option(min=0, help="Draws a chain to adapt with.")] = 1000,
+    chains: Annotated[int, typer.Option(min=1, help="Number of chains.")] = 4,
+    kernel: Annotated[str, typer.Option(help="NUTS or HMC.")] = "NUTS",
+    seed: Seed = 0,
+    out_dir: OutDir = None,
+) -> None:
+    """Sample a pair's posterior by Markov chains."""
+    with _one_line():
+        factory = getattr(inference.kernels, _known("kernel", kernel.upper(), inference.kernels.__all__))
+        row, dataset, folder = _prepare(pair, data_name, out_dir)
+        result = inference.sample(
+            row.pair(dataset), dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed
+        )
+        _report(result, folder)
+
+
+@app.command()
+def compare(
+    pair: PairName,
+    data_name: DataName = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: all of the pair.")] = None,
+    seed: Seed = 0,
+    out_dir: OutDir = None,
+) -> None:
+    """Run several methods on one pair: a table, a plot, an ArviZ file a method."""
+    with _one_line():
+        row = find(pair)
+        chosen = {m: row.methods[_known("method", m, row.methods)] for m in (methods or ",".join(row.methods)).split(",")}
+        row, dataset, folder = _prepare(pair, data_name, out_dir)
+        seeded = {name: partial(method, seed=seed) for name, method in chosen.items()}
+        comparison = row.compare(dataset, seeded, seed=seed)
+        _show(comparison, row, dataset)
+        for path in comparison.save(folder):
+            out.print(f"[dim]{path}[/]", highlight=False)
+
+
+def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Row, Dataset, Path]:
+    """Find everything that a name or a path can get wrong before any work is done."""
+    row = find(pair)
+    if data_name is not None:
+        _known("data", data_name, data.names())
+    folder = out_dir or Path("results") / f"{row.name}-{data_name or row.data}"
+    _check_writable(folder)
+    return row, row.load(data_name), folder
+
+
+def _known(what: str, name: str, known: Any) -> str:
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f"nearest: {', '.join(near)}; " if near else ""
+    raise ValueError(f"{what}: unknown {name!r}; {hint}known: {', '.join(known)}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {folder}: {error.strerror}") from None
+
+
+def _report(result: Result, folder: Path) -> None:
+    table = result.summary()
+    shown = table.head(20)
+    out.print(_frame(shown.reset_index()))
+    if len(table) > len(shown):
+        out.print(f"[dim]... and {len(table) - len(shown)} more quantities in the file[/]")
+    out.print(escape(str(result)), highlight=False)
+    path = folder / f"{result.method.split()[0].lower()}.nc"
+    result.idata.to_netcdf(str(path))
+    out.print(f"[dim]{path}[/]", highlight=False)
+
+
+def _show(comparison: Comparison, row: Row, dataset: Dataset) -> None:
+    table = comparison.table.dropna(axis=1, how="all")
+    out.print(f"[bold]{row.title}[/] on {dataset.name}: {len(dataset.train['x'])} rows", highlight=False)
+    out.print(_frame(table.reset_index()))
+    for column in table.columns:
+        out.print(f"[dim]{column:14}{COLUMNS[column]}[/]", highlight=False)
+    if comparison.truth:
+        out.print(f"[dim]{'truth':14}{row.source}[/]", highlight=False)
+    for name, result in comparison.results.items():
+        for sentence in result.diagnosis.advice:
+            out.print(escape(f"{name}: {sentence}"), highlight=False)
+
+
+def _frame(table: pd.DataFrame) -> Table:
+    shown = Table(box=None, pad_edge=False)
+    for k, column in enumerate(table.columns):
+        shown.add_column(str(column), justify="left" if k == 0 else "right", no_wrap=True)
+    for row in table.itertuples(index=False):
+        shown.add_row(*(_cell(v) for v in row))
+    return shown
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return escape(str(value))
+    if math.isnan(value):
+        return "-"
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+
+
+def main() -> None:
+    """Entry point of ``python -m ppl_models``."""
+    sys.exit(app())
