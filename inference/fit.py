@@ -78,6 +78,8 @@ def fit(
     """
     program = bind(pair, data)
     _check(program, steps=steps, batch=batch, draws=draws, patience=patience, optimizer=optimizer)
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
     started = perf_counter()
     with isolated(seed):
         chosen = _objective(program, objective)
@@ -99,15 +101,19 @@ def _descend(
 ) -> tuple[np.ndarray, float | None]:
     model = enumerate_finite(program) if isinstance(objective, TraceEnum_ELBO) else program.model
     rows, losses, first = _minibatches(program, batch), [], None
-    with tqdm(total=steps, desc=f"fit {program.name}", disable=None if progress else True, leave=False) as bar:
+    validate = pyro.settings.get("validate_distributions_pyro")
+    bar = tqdm(total=steps, desc=f"fit {program.name}", disable=None if progress else True, leave=False)
+    with bar, warnings.catch_warnings():
+        # Pyro's word for a loss that is not finite; ours names the step, the sites and the parameters.
+        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
             for step in range(steps):
                 arguments = program.arguments(next(rows))
                 # One validated step finds what is wrong with a model; later steps find what is not finite.
-                with pyro.validation_enabled(step == 0 and pyro.settings.get("validate_distributions_pyro")):
+                with pyro.validation_enabled(step == 0 and validate):
                     loss, params = _gradients(objective, model, program.guide, arguments)
                 culprit = _not_finite(loss, params)
-                if culprit:
+                if culprit is not None:
                     _give_up(program, step, culprit, arguments)
                     break
                 optimizer(params)
@@ -202,7 +208,7 @@ def _objective(program: Program, objective: ELBO | Callable[[], ELBO] | None) ->
             return TraceEnum_ELBO(max_plate_nesting=program.depth)
         discrete = any(program.sites[n].finite for n in program.guided)
         return TraceGraph_ELBO() if discrete else Trace_ELBO()
-    chosen = objective if isinstance(objective, ELBO) else objective()
+    chosen = objective() if callable(objective) and not isinstance(objective, ELBO) else objective
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
     if program.enumerated and not isinstance(chosen, TraceEnum_ELBO):

@@ -201,7 +201,7 @@ def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
 
 def _contract(trace: poutine.Trace, names: list[str], keep: list[str], count: int | None) -> Tensor:
     """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
-    trace.compute_log_prob()
+    trace.compute_log_prob(site_filter=lambda name, _: name in names)
     trace.symbolize_dims()
     frames = {f.name: f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized}
     symbol = {name: trace.plate_to_symbol[name] for name in frames}

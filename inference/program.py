@@ -18,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
@@ -102,7 +103,7 @@ class Program:
     def generator(self, size: int | None = None) -> Program:
         """The same program with nothing observed: every run draws all its sites."""
         data = self.data if size is None else {**self.data, "size": size}
-        return replace(self, model=poutine.uncondition(self.model), data=data, memo={})
+        return replace(self, model=_Uncondition()(self.model), guide=None, data=data, memo={})
 
     def with_data(self, data: Any) -> Program:
         """The same pair with other data."""
@@ -151,6 +152,14 @@ class Program:
     def select(self, role: str) -> dict[str, Site]:
         """The sites of one role."""
         return {s.name: s for s in self.sites.values() if s.role == role}
+
+
+class _Uncondition(UnconditionMessenger):
+    """Pyro's uncondition, which would draw deterministic sites too, and in the wrong shape."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def sites_of(trace: poutine.Trace) -> dict[str, Site]:

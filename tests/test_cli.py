@@ -1,0 +1,83 @@
+"""The command line: what it prints, writes and refuses."""
+
+from pathlib import Path
+
+import arviz as az
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from ppl_models.cli import app
+from ppl_models.zoo import ZOO, table
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_list_shows_every_pair(run) -> None:
+    answer = run("list")
+    assert answer.exit_code == 0
+    assert all(name in answer.stdout for name in ZOO)
+
+
+def test_compare_prints_a_table_and_writes_its_files(run, tmp_path) -> None:
+    answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "exact,SVI", "--out", tmp_path / "out")
+    assert answer.exit_code == 0, answer.output
+    assert "error_max" in answer.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.csv", "posteriors.png", "exact.nc", "svi.nc"}
+    saved = pd.read_csv(tmp_path / "out" / "table.csv", index_col="method")
+    assert saved.loc["exact", "pareto_k"] == -float("inf")
+    assert 0.8 < saved.loc["SVI", "accuracy"] <= 1
+    idata = az.from_netcdf(str(tmp_path / "out" / "exact.nc"))
+    assert list(idata.posterior["means"].coords["classes"].values) == ["setosa", "versicolor", "virginica"]
+    assert (tmp_path / "out" / "posteriors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fit_and_sample_write_what_arviz_reads(run, tmp_path) -> None:
+    answer = run("fit", "logistic_regression", "--data", "iris", "--steps", 50, "--batch", 20)
+    assert answer.exit_code == 0, answer.output
+    assert "SVI (Trace_ELBO) on LogisticRegression" in answer.stdout
+    assert "weights[setosa, sepal length (cm)]" in answer.stdout
+    answer = run("sample", "logistic_regression", "--data", "iris", "--draws", 20, "--warmup", 20, "--chains", 2)
+    assert answer.exit_code == 0, answer.output
+    folder = tmp_path / "results" / "logistic_regression-iris"
+    assert az.from_netcdf(str(folder / "nuts.nc")).sample_stats.sizes == {"chain": 2, "draw": 20}
+    assert "posterior_predictive" in az.from_netcdf(str(folder / "svi.nc")).groups()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "naive_bays"], "pair: unknown 'naive_bays'; nearest: naive_bayes"),
+        (["fit", "naive_bayes", "--data", "wines"], "data: unknown 'wines'; nearest: wine"),
+        (["compare", "naive_bayes", "--methods", "NUT"], "method: unknown 'NUT'; nearest: NUTS"),
+        (["sample", "naive_bayes", "--kernel", "NUT"], "kernel: unknown 'NUT'; nearest: NUTS"),
+        (["compare", "naive_bayes", "--out", "/proc/nowhere"], "out: cannot write to /proc/nowhere"),
+        (["fit", "naive_bayes", "--data", "iris", "--batch", "1000"], "batch: expected 1 to 105 (the rows of the data)"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_non_zero_exit(run, arguments, message, tmp_path) -> None:
+    answer = run(*arguments)
+    assert answer.exit_code == 1
+    assert message in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_an_unwritable_directory_is_found_before_the_work(run, tmp_path, monkeypatch) -> None:
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("ppl_models.zoo.fit", lambda *a, **k: pytest.fail("worked before looking"))
+    answer = run("compare", "naive_bayes", "--out", tmp_path / "taken")
+    assert answer.exit_code == 1
+    assert "out: cannot write to" in answer.stderr
+
+
+def test_the_readme_has_the_zoo_as_it_is() -> None:
+    assert table() in README.read_text()

@@ -1,0 +1,284 @@
+"""fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
+
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+
+from inference import fit
+from inference.objectives import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+
+quiet = partial(fit, progress=False)
+Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
+PRECISION = 1 + len(Y)
+MEAN, SD = float(Y.sum() / PRECISION), PRECISION**-0.5
+EVIDENCE = float(
+    torch.distributions.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double() + 1).log_prob(Y)
+)
+
+
+def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+    """mu ~ N(0, 1), y_n ~ N(mu, 1): everything about it is known."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("rows", size or len(y), subsample=rows, dim=-1):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def guide(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+    loc = pyro.param("loc", torch.zeros(()).double())
+    scale = pyro.param("scale", torch.ones(()).double(), constraint=dist.constraints.positive)
+    pyro.sample("mu", dist.Normal(loc, scale))
+
+
+def mixture(y: Tensor) -> None:
+    """Two known components with an unknown distance; the labels are summed out."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("rows", len(y), dim=-1):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).double()))
+        pyro.sample("y", dist.Normal(mu * (2 * z - 1), 0.5), obs=y)
+
+
+OBJECTIVES = {
+    "Trace_ELBO": partial(Trace_ELBO, num_particles=10, vectorize_particles=True),
+    "TraceMeanField_ELBO": partial(TraceMeanField_ELBO, num_particles=10, vectorize_particles=True),
+    "TraceGraph_ELBO": partial(TraceGraph_ELBO, num_particles=5),
+    "TraceEnum_ELBO": partial(TraceEnum_ELBO, num_particles=10, vectorize_particles=True),
+    "RenyiELBO": partial(RenyiELBO, alpha=0.5, num_particles=10, vectorize_particles=True),
+    "ReweightedWakeSleep": partial(ReweightedWakeSleep, num_particles=10),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_every_objective_of_pyro_finds_the_conjugate_posterior(objective) -> None:
+    result = quiet((model, guide), Y, objective, steps=1500, learning_rate=0.05)
+    assert float(result.params["loc"]) == pytest.approx(MEAN, abs=0.1 * SD)
+    assert float(result.params["scale"]) == pytest.approx(SD, rel=0.1)
+    assert result.losses.shape == ((1500, 2) if objective.func is ReweightedWakeSleep else (1500,))
+
+
+def test_the_elbo_of_the_exact_guide_is_the_evidence() -> None:
+    def exact(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        pyro.param("unused", torch.zeros(()).double())
+        pyro.sample("mu", dist.Normal(torch.tensor(MEAN, dtype=torch.float64), SD))
+
+    result = quiet((model, exact), Y, Trace_ELBO(), steps=3)
+    np.testing.assert_allclose(result.losses, -EVIDENCE, rtol=1e-9)
+    assert result.diagnosis.pareto_k == -np.inf
+    assert result.diagnosis.advice == ()
+
+
+def test_minibatches_with_a_short_last_one_find_the_same_posterior() -> None:
+    elbo = partial(TraceMeanField_ELBO, num_particles=10, vectorize_particles=True)
+    result = quiet((model, guide), Y, elbo, steps=4000, batch=4, learning_rate=0.02)
+    assert float(result.params["loc"]) == pytest.approx(MEAN, abs=0.2 * SD)
+    assert float(result.params["scale"]) == pytest.approx(SD, rel=0.1)
+
+
+def test_finite_sites_are_summed_out_without_being_asked() -> None:
+    y = torch.cat([torch.full((50,), 2.0), torch.full((50,), -2.0)]).double()
+    visible = AutoDelta(poutine.block(mixture, hide=["z"]))
+    result = quiet((mixture, visible), y, steps=600, learning_rate=0.05)
+    assert result.method == "SVI (TraceEnum_ELBO)"
+    mu = float(result.params["mu"].abs()) if "mu" in result.params else float(result.draws["mu"][0].abs())
+    assert mu == pytest.approx(2.0, abs=0.01)
+    z = result.idata.posterior["z"]
+    assert z.dims == ("chain", "draw", "rows")
+    right = z.mean(("chain", "draw")).values
+    sign = float(result.draws["mu"][0].sign())
+    np.testing.assert_allclose(right, (y.sign().numpy() * sign + 1) / 2, atol=0.01)
+
+
+def test_an_objective_that_cannot_sum_out_is_refused() -> None:
+    visible = AutoNormal(poutine.block(mixture, hide=["z"]))
+    with pytest.raises(ValueError, match=r"objective: Trace_ELBO cannot sum out z; expected TraceEnum_ELBO"):
+        quiet((mixture, visible), Y, Trace_ELBO())
+
+
+def test_a_guide_with_discrete_sites_gets_the_graph_objective() -> None:
+    def discrete_guide(y: Tensor) -> None:
+        logits = pyro.param("logits", torch.zeros(len(y)).double())
+        loc = pyro.param("loc", torch.ones(()).double())
+        pyro.sample("mu", dist.Delta(loc))
+        with pyro.plate("rows", len(y), dim=-1):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    y = torch.tensor([2.0, -2.0, 2.0]).double()
+    result = quiet((mixture, discrete_guide), y, steps=1500, learning_rate=0.05)
+    assert result.method == "SVI (TraceGraph_ELBO)"
+    assert (result.params["logits"].sign() == y.sign()).all()
+
+
+def test_a_joint_guide_keeps_the_models_sites_and_shapes() -> None:
+    def regression(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.deterministic("twice", 2 * w)
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("y", dist.Normal((x * w).sum(-1) + b, 1.0), obs=y)
+
+    torch.manual_seed(0)
+    x = torch.randn(30, 3).double()
+    data = {"x": x, "y": x @ torch.tensor([1.0, -1.0, 0.5]).double()}
+    result = quiet((regression, AutoMultivariateNormal(regression)), data, steps=1500)
+    assert {n: tuple(v.shape) for n, v in result.draws.items()} == {"w": (1000, 3), "b": (1000,)}
+    posterior = result.idata.posterior
+    np.testing.assert_allclose(posterior["twice"], 2 * posterior["w"])
+    covariance = torch.linalg.inv(torch.eye(4).double() + torch.cat([x, torch.ones(30, 1)], 1).mT @ torch.cat([x, torch.ones(30, 1)], 1))
+    mean = covariance @ torch.cat([x, torch.ones(30, 1)], 1).mT @ data["y"]
+    drawn = torch.cat([result.draws["w"], result.draws["b"][:, None]], 1)
+    assert ((drawn.mean(0) - mean).abs() < 0.25 * covariance.diagonal().sqrt()).all()
+    assert result.diagnosis.pareto_k < 0.5
+
+
+def test_the_default_schedule_ends_at_a_hundredth_and_a_users_schedule_is_moved_on() -> None:
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    optimizer = pyro.optim.ExponentialLR({"optimizer": Watched, "optim_args": {"lr": 0.1}, "gamma": 0.5})
+    quiet((model, guide), Y, steps=4, optimizer=optimizer)
+    np.testing.assert_allclose(rates[::2], [0.1, 0.05, 0.025, 0.0125])
+
+
+def test_patience_stops_a_settled_fit_and_not_a_moving_one() -> None:
+    elbo = partial(TraceMeanField_ELBO, num_particles=10, vectorize_particles=True)
+    settled = quiet((model, guide), Y, elbo, steps=5000, learning_rate=0.1, patience=100)
+    assert 200 <= len(settled.losses) < 5000
+    assert float(settled.params["loc"]) == pytest.approx(MEAN, abs=0.3 * SD)
+
+    def far(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        loc = pyro.param("loc", torch.tensor(-200.0).double())
+        pyro.sample("mu", dist.Normal(loc, SD))
+
+    moving = quiet((model, far), Y, steps=600, learning_rate=0.1, patience=100)
+    assert len(moving.losses) == 600
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step_names_step_and_sites() -> None:
+    def broken(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y), dim=-1):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y / 0)
+    with pytest.raises((FloatingPointError, ValueError), match="y|step 0"):
+        quiet((broken, AutoNormal(broken)), torch.tensor([0.0, 1.0]))
+
+
+def test_a_loss_that_breaks_later_returns_the_last_good_parameters() -> None:
+    calls = [0]
+
+    def breaks(y: Tensor) -> None:
+        calls[0] += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("bomb", torch.tensor(float("nan")) if calls[0] in (26, 27) else 0 * mu)
+        with pyro.plate("rows", len(y), dim=-1):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match=r"not finite at step \d+; sites bomb") as caught:
+        result = quiet((breaks, AutoNormal(breaks)), Y.float(), steps=100)
+    assert len(caught) >= 1
+    assert 10 < len(result.losses) < 26
+    assert np.isfinite(result.losses).all()
+    assert all(v.isfinite().all() for v in result.params.values())
+
+
+def test_gradients_that_are_not_finite_name_their_parameters() -> None:
+    def guide_with_a_hole(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        hole = pyro.param("hole", torch.zeros(()).double())
+        loc = pyro.param("loc", torch.zeros(()).double())
+        pyro.sample("mu", dist.Normal(loc + hole.abs().sqrt() * 0, 1.0))
+
+    with pytest.raises(FloatingPointError, match=r"step 0; gradients of hole"):
+        quiet((model, guide_with_a_hole), Y)
+
+
+def test_interrupting_keeps_what_was_learned() -> None:
+    calls = [0]
+
+    def interrupted(y: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == 20:
+            raise KeyboardInterrupt
+        model(y)
+
+    with pytest.warns(UserWarning, match="interrupted at step"):
+        result = quiet((interrupted, guide), Y, steps=100)
+    assert 0 < len(result.losses) < 20
+    assert set(result.params) == {"loc", "scale"}
+
+
+def test_fitting_the_same_pair_again_goes_on() -> None:
+    shared = AutoNormal(model)
+    first = quiet((model, shared), Y, steps=300)
+    second = quiet((model, shared), Y, steps=1, learning_rate=1e-9)
+    torch.testing.assert_close(second.params["AutoNormal.locs.mu"], first.params["AutoNormal.locs.mu"], atol=1e-6, rtol=0)
+
+
+def test_a_wide_guide_is_told_by_pareto_k() -> None:
+    def narrow(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        pyro.param("unused", torch.zeros(()).double())
+        pyro.sample("mu", dist.Normal(torch.tensor(MEAN, dtype=torch.float64), 0.1 * SD))
+
+    result = quiet((model, narrow), Y, steps=0)
+    assert result.diagnosis.pareto_k > 0.7
+    assert "not to be trusted" in result.diagnosis.advice[0]
+    assert "sample()" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"steps": -1}, ValueError, "steps: expected an integer of at least 0, got -1"),
+        ({"draws": 0}, ValueError, "draws: expected an integer of at least 1, got 0"),
+        ({"batch": 7}, ValueError, r"batch: expected 1 to 6 \(the rows of the data\), got 7"),
+        ({"batch": 0}, ValueError, "batch: expected 1 to 6"),
+        ({"optimizer": torch.optim.Adam}, TypeError, "optimizer: expected a pyro.optim.PyroOptim, got type"),
+        ({"objective": "elbo"}, TypeError, "objective: expected an ELBO or a factory of one, got str"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate: expected a positive number, got -1.0"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, error, message) -> None:
+    with pytest.raises(error, match=message) as caught:
+        quiet((model, guide), Y, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_data_get_one_line() -> None:
+    with pytest.raises(ValueError, match="data: the model takes y, size, rows, got x"):
+        quiet((model, guide), {"x": Y})
+    with pytest.raises(ValueError, match="data: the model needs y, got nothing"):
+        quiet((model, guide), None)
+    with pytest.raises(ValueError, match="pair: expected a guide beside the model"):
+        quiet(model, Y)
+    with pytest.raises(TypeError, match="pair: expected an object with .model and .guide"):
+        quiet(3, Y)
+
+    def no_rows(y: Tensor) -> None:
+        model(y)
+
+    with pytest.raises(ValueError, match="batch: expected a model with the arguments size and rows"):
+        quiet((no_rows, guide), Y, batch=2)
+
+
+def test_a_model_that_observes_nothing_is_refused() -> None:
+    def generator(y: Tensor | None = None) -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="data: the model observes nothing"):
+        quiet((generator, AutoNormal(generator)))

@@ -1,0 +1,182 @@
+"""Predictive draws and scores: all draws at once, rows told apart, wrong shapes refused."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive
+from inference import predict as prediction
+from inference.program import bind, isolated
+
+X = torch.linspace(-1, 1, 12, dtype=torch.float64)
+DATA = {"x": X, "y": 2 * X + 0.3}
+
+
+def regression(x: Tensor, y: Tensor | None = None) -> None:
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(()).double(), 2.0))
+    noise = pyro.sample("noise", dist.Exponential(torch.ones(()).double()))
+    with pyro.plate("rows", len(x), dim=-1):
+        pyro.sample("y", dist.Normal(slope * x, noise), obs=y)
+
+
+def fitted(model=regression, data=DATA, **arguments):
+    return fit((model, AutoNormal(model)), data, steps=200, draws=60, progress=False, **arguments)
+
+
+def test_pointwise_scores_are_those_by_hand() -> None:
+    result = fitted()
+    slope, noise = (result.draws[n][:, None] for n in ("slope", "noise"))
+    by_hand = dist.Normal(slope * X, noise).log_prob(DATA["y"])
+    torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+    np.testing.assert_allclose(result.idata.log_likelihood["y"].values[0], by_hand)
+    other = {"x": X[:3], "y": torch.zeros(3).double()}
+    torch.testing.assert_close(pointwise_log_likelihood(result, other), dist.Normal(slope * X[:3], noise).log_prob(other["y"]))
+
+
+def test_the_joint_score_is_that_by_hand() -> None:
+    result = fitted()
+    slope, noise = result.draws["slope"], result.draws["noise"]
+    by_hand = dist.Normal(0.0, 2.0).log_prob(slope) + dist.Exponential(1.0).log_prob(noise)
+    by_hand = by_hand + dist.Normal(slope[:, None] * X, noise[:, None]).log_prob(DATA["y"]).sum(-1)
+    with isolated():
+        torch.testing.assert_close(prediction.log_joint(result.program, result.draws), by_hand)
+
+
+def test_posterior_predictive_draws_have_the_moments_of_the_model() -> None:
+    result = fitted(seed=2)
+    draws = torch.cat([posterior_predictive(result, seed=s)["y"] for s in range(200)])
+    slope, noise = result.draws["slope"], result.draws["noise"]
+    mean, sd = slope.mean() * X, (slope.var(unbiased=False) * X**2 + (noise**2).mean()).sqrt()
+    assert ((draws.mean(0) - mean).abs() < 5 * sd / math.sqrt(len(draws))).all()
+    torch.testing.assert_close(draws.std(0), sd, rtol=0.05, atol=0)
+
+
+def test_replicates_do_not_look_at_the_observed() -> None:
+    result = fitted()
+    blind = posterior_predictive(result, {"x": X})["y"]
+    seeing = posterior_predictive(result, {"x": X, "y": 1000 + X})["y"]
+    assert torch.equal(blind, seeing)
+
+
+def test_prior_draws_of_one_run_are_independent() -> None:
+    drawn = prior_predictive(regression, {"x": X}, draws=4000)
+    assert drawn["slope"].shape == (4000,)
+    assert drawn["y"].shape == (4000, 12)
+    assert float(drawn["slope"].std()) == pytest.approx(2.0, rel=0.06)
+    residual = (drawn["y"] - drawn["slope"][:, None] * X) / drawn["noise"][:, None]
+    assert abs(float(residual.mean())) < 0.03
+    assert float(residual.std()) == pytest.approx(1.0, rel=0.03)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10_000_000])
+def test_chunks_of_any_size_score_alike(monkeypatch, budget: int) -> None:
+    result = fitted()
+    whole = pointwise_log_likelihood(result)
+    monkeypatch.setattr(prediction, "BUDGET", budget)
+    torch.testing.assert_close(pointwise_log_likelihood(result), whole)
+    assert posterior_predictive(result)["y"].shape == (60, 12)
+
+
+def hidden_markov(y: Tensor) -> None:
+    """Two chained labels a row and a plate of sensors within rows: sums and products must nest rightly."""
+    stay = pyro.sample("stay", dist.Beta(torch.tensor(4.0).double(), 2.0))
+    with pyro.plate("rows", len(y), dim=-2):
+        first = pyro.sample("first", dist.Bernoulli(torch.tensor(0.3).double()))
+        second = pyro.sample("second", dist.Bernoulli(torch.where(first == 1, stay, 1 - stay)))
+        with pyro.plate("sensors", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(first + 2 * second, 0.7), obs=y)
+
+
+def test_summed_out_sites_are_those_of_brute_force() -> None:
+    y = torch.tensor([[0.1, 0.4, -0.3], [2.9, 3.2, 2.5], [1.2, 0.8, 1.9], [2.2, 1.4, 1.5]]).double()
+    program = bind(hidden_markov, y)
+    stay = torch.tensor([0.2, 0.6, 0.9]).double()
+
+    def by_hand(s: Tensor) -> Tensor:
+        terms = []
+        for a in (0, 1):
+            for b in (0, 1):
+                moves = s if a else 1 - s
+                weight = math.log(0.3 if a else 0.7) + (moves if b else 1 - moves).log()
+                terms.append(weight + dist.Normal(a + 2.0 * b, 0.7).log_prob(y).sum(-1))
+        return torch.stack(terms).logsumexp(0)
+
+    expected = torch.stack([by_hand(s) for s in stay])
+    with isolated():
+        torch.testing.assert_close(prediction.rowwise(program, {"stay": stay}), expected)
+        joint = expected.sum(-1) + dist.Beta(4.0, 2.0).log_prob(stay)
+        torch.testing.assert_close(prediction.log_joint(program, {"stay": stay}), joint)
+
+
+def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so() -> None:
+    def stubborn(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("y", dist.Normal(w[0] + w[1] * x, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="stubborn: the model does not broadcast over draws"):
+        result = fitted(stubborn)
+    w = result.draws["w"]
+    by_hand = dist.Normal(w[:, :1] + w[:, 1:] * X, 1.0).log_prob(DATA["y"])
+    torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+
+
+def test_a_model_that_broadcasts_wrongly_is_found_out() -> None:
+    def sly(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", len(x), dim=-1):
+            # Runs for many draws at once, but every draw gets the mean over all of them.
+            pyro.sample("y", dist.Normal(w.mean() * x, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="one by one"):
+        result = fitted(sly)
+    by_hand = dist.Normal(result.draws["w"][:, None] * X, 1.0).log_prob(DATA["y"])
+    torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+
+
+def test_rows_without_a_plate_cannot_be_told_apart() -> None:
+    def whole(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("y", dist.Normal(mu[..., None], torch.ones(12).double()).to_event(1), obs=y)
+
+    result = fitted(whole, DATA["y"])
+    with pytest.raises(ValueError, match="model: expected observed sites in a plate of rows, got y outside of one"):
+        pointwise_log_likelihood(result)
+
+
+def test_draws_of_a_wrong_shape_or_name_are_refused() -> None:
+    program = bind(regression, DATA)
+    with isolated():
+        with pytest.raises(ValueError, match=r"slope: expected draws of shape \(draws\), got \(5, 2\)"):
+            prediction.log_joint(program, {"slope": torch.zeros(5, 2), "noise": torch.ones(5)})
+        with pytest.raises(ValueError, match="draws: the model has no site slop"):
+            prediction.log_joint(program, {"slop": torch.zeros(5)})
+        with pytest.raises(ValueError, match="draws: expected values of noise, got only slope"):
+            prediction.log_joint(program, {"slope": torch.zeros(5).double()})
+
+
+def test_latents_of_rows_that_were_not_fitted_are_told() -> None:
+    def local(x: Tensor) -> None:
+        with pyro.plate("rows", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    result = fitted(local, X)
+    with pytest.raises(ValueError, match=r"z: expected draws of shape \(draws, 3\), got \(60, 12\) \(a latent of rows"):
+        pointwise_log_likelihood(result, X[:3])
+
+
+def test_large_groups_are_left_out_aloud(monkeypatch) -> None:
+    import inference.result
+
+    monkeypatch.setattr(inference.result, "STORED", 100)
+    with pytest.warns(UserWarning, match=r"posterior_predictive and log_likelihood left out \(720 numbers\)"):
+        result = fitted()
+    assert set(result.idata.groups()) == {"posterior", "observed_data"}
+    assert pointwise_log_likelihood(result).shape == (60, 12)

@@ -1,0 +1,228 @@
+"""sample: chains in processes, transforms, discrete sites, statistics, and what it refuses."""
+
+import importlib
+import os
+import time
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from inference import sample
+from inference.kernels import HMC, NUTS
+
+sampling = importlib.import_module("inference.sample")
+quiet = partial(sample, progress=False)
+Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
+
+
+def gamma_poisson(y: Tensor) -> None:
+    """rate ~ Gamma(2, 1), y_n ~ Poisson(rate): the posterior is Gamma(2 + sum y, 1 + N)."""
+    rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+COUNTS = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]).double()
+POSTERIOR = torch.distributions.Gamma(torch.tensor(16.0).double(), 6.0)
+
+
+def agrees(draws: Tensor, mean: float, sd: float, effective: float) -> bool:
+    """Whether a mean lies within four Monte Carlo standard errors."""
+    return abs(float(draws.mean()) - mean) < 4 * sd / effective**0.5
+
+
+@pytest.mark.parametrize("kernel", [NUTS, partial(HMC, trajectory_length=1.5)], ids=["NUTS", "HMC"])
+def test_a_constrained_posterior_is_the_conjugate_one(kernel) -> None:
+    result = quiet(gamma_poisson, COUNTS, kernel, draws=500, warmup=300, chains=2)
+    mean, sd = float(POSTERIOR.mean), float(POSTERIOR.stddev)
+    effective = result.diagnosis.min_ess_bulk
+    assert effective > 100
+    assert agrees(result.draws["rate"], mean, sd, effective)
+    assert float(result.draws["rate"].std()) == pytest.approx(sd, rel=4 / effective**0.5)
+    assert (result.draws["rate"] > 0).all()
+    more = result.draw(1000)["rate"]
+    assert agrees(more, mean, sd, effective / 2)
+    assert float(more.std()) == pytest.approx(sd, rel=6 / effective**0.5)
+
+
+def test_statistics_of_the_transitions() -> None:
+    result = quiet(gamma_poisson, COUNTS, draws=100, warmup=100, chains=2)
+    stats = result.idata.sample_stats
+    assert {"acceptance_rate", "diverging", "step_size", "n_steps", "lp"} <= set(stats.data_vars)
+    assert stats.sizes == {"chain": 2, "draw": 100}
+    assert 0.6 < float(stats.acceptance_rate.mean()) <= 1
+    assert (stats.n_steps >= 1).all()
+    assert int(stats.n_steps.max()) < 100
+    # lp is the log density of the unconstrained position: that of the draw and the log Jacobian, log(rate).
+    rate = torch.as_tensor(result.idata.posterior.rate.values)
+    density = dist.Gamma(torch.tensor(2.0).double(), 1.0).log_prob(rate)
+    density += dist.Poisson(rate[..., None]).log_prob(COUNTS).sum(-1)
+    np.testing.assert_allclose(stats.lp.values, density + rate.log(), rtol=1e-9)
+
+
+def test_simplex_and_matrix_sites_come_back_in_their_own_shapes() -> None:
+    def model(y: Tensor) -> None:
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3).double()))
+        pyro.sample("corr", dist.LKJCholesky(2, torch.tensor(1.0).double()))
+        pyro.deterministic("odds", p[..., 0] / p[..., 1])
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Categorical(p), obs=y)
+
+    result = quiet(model, torch.tensor([0, 0, 1, 2, 0]), draws=300, warmup=200, chains=2)
+    assert result.draws["p"].shape == (600, 3)
+    assert result.draws["corr"].shape == (600, 2, 2)
+    torch.testing.assert_close(result.draws["p"].sum(-1), torch.ones(600).double())
+    exact = torch.tensor([4.0, 2.0, 2.0]).double() / 8
+    assert (result.draws["p"].mean(0) - exact).abs().max() < 0.05
+    posterior = result.idata.posterior
+    np.testing.assert_allclose(posterior["odds"], posterior["p"][..., 0] / posterior["p"][..., 1])
+
+
+def test_finite_sites_are_summed_out_and_drawn_afterwards() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5]).double()))
+            pyro.sample("y", dist.Normal(torch.where(z == 1, mu.exp(), -mu.exp()), 0.5), obs=y)
+
+    y = torch.tensor([2.0, -2.0, 1.9, -2.1]).double()
+    result = quiet(model, y, draws=300, warmup=300, chains=2)
+    assert set(result.draws) == {"mu"}
+    z = result.idata.posterior["z"]
+    assert z.dtype.kind == "i"
+    np.testing.assert_allclose(z.mean(("chain", "draw")), [1, 0, 1, 0], atol=0.01)
+    assert float(result.draws["mu"].exp().mean()) == pytest.approx(2.0, abs=0.1)
+    assert list(result.idata.log_likelihood.data_vars) == ["y"]
+
+
+def test_draws_do_not_depend_on_the_number_of_processes(monkeypatch) -> None:
+    run = partial(quiet, gamma_poisson, COUNTS, draws=20, warmup=20, chains=3, seed=5)
+    torch.set_num_threads(1)
+    two = run()
+    monkeypatch.setattr(sampling, "_cores", lambda: 1)
+    one = run()
+    assert torch.equal(one.draws["rate"], two.draws["rate"])
+
+
+def test_two_chains_run_side_by_side(monkeypatch) -> None:
+    class Slow(MCMCKernel):
+        """Waits: two waits at once take as long as one."""
+
+        def __init__(self, model) -> None:
+            self.transforms: dict = {}
+            self._initial_params = {"rate": torch.tensor(float(os.getpid()))}
+
+        initial_params = property(lambda self: self._initial_params)
+
+        def sample(self, params):
+            time.sleep(0.02)
+            return params
+
+    monkeypatch.setattr(sampling, "_cores", lambda: 2)
+    started = time.perf_counter()
+    result = quiet(gamma_poisson, COUNTS, Slow, draws=50, warmup=0, chains=2)
+    pids = set(result.draws["rate"].tolist())
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert result.seconds["run"] < 1.9
+    assert time.perf_counter() - started > 1.0
+
+
+def test_any_kernel_of_the_contract_is_run() -> None:
+    class RandomWalk(MCMCKernel):
+        """Metropolis on log rate, with the density by hand."""
+
+        def __init__(self, model) -> None:
+            self._x = torch.zeros(()).double()
+
+        initial_params = property(lambda self: {"rate": self._x.exp()})
+
+        def density(self, x: Tensor) -> Tensor:
+            return POSTERIOR.log_prob(x.exp()) + x
+
+        def sample(self, params):
+            proposal = self._x + 0.5 * torch.randn(()).double()
+            if torch.rand(()) < (self.density(proposal) - self.density(self._x)).exp():
+                self._x = proposal
+            return {"rate": self._x.exp()}
+
+    result = quiet(gamma_poisson, COUNTS, RandomWalk, draws=3000, warmup=200, chains=2)
+    assert result.method == "RandomWalk"
+    assert agrees(result.draws["rate"], float(POSTERIOR.mean), float(POSTERIOR.stddev), result.diagnosis.min_ess_bulk)
+
+
+def test_a_chain_that_fails_says_which_and_why() -> None:
+    class Broken(MCMCKernel):
+        def __init__(self, model) -> None:
+            pass
+
+        initial_params = property(lambda self: {"rate": torch.ones(())})
+
+        def sample(self, params):
+            raise ZeroDivisionError("no way on")
+
+    with pytest.raises(RuntimeError, match=r"chain \d: ZeroDivisionError: no way on"):
+        quiet(gamma_poisson, COUNTS, Broken, draws=4, warmup=0, chains=2)
+
+    class Killed(Broken):
+        def sample(self, params):
+            os._exit(9)
+
+    with pytest.raises(RuntimeError, match=r"chain \d ended without an answer \(exit code 9\)"):
+        quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
+
+
+def test_divergences_of_a_funnel_are_told() -> None:
+    def funnel() -> None:
+        v = pyro.sample("v", dist.Normal(torch.zeros(()).double(), 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(9).double(), (v / 2).exp()[..., None]).to_event(1))
+
+    result = quiet(funnel, draws=200, warmup=200, chains=2)
+    assert result.diagnosis.divergences > 0
+    assert int(result.idata.sample_stats.diverging.sum()) == result.diagnosis.divergences
+    assert "diverged" in str(result)
+    assert "target_accept_prob" in str(result)
+
+
+def test_bad_arguments_get_one_line() -> None:
+    for arguments, message in (
+        ({"draws": 3}, "draws: expected an integer of at least 4, got 3"),
+        ({"warmup": -1}, "warmup: expected an integer of at least 0, got -1"),
+        ({"chains": 0}, "chains: expected an integer of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quiet(gamma_poisson, COUNTS, **arguments)
+    with pytest.raises(TypeError, match=r"kernel: expected a factory such as NUTS.*got an instance of NUTS"):
+        quiet(gamma_poisson, COUNTS, NUTS(gamma_poisson))
+
+
+def test_sites_that_no_kernel_can_sample_are_refused() -> None:
+    def endless(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        count = pyro.sample("count", dist.Poisson(rate))
+        pyro.sample("y", dist.Normal(count, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="model: count has infinitely many discrete states"):
+        quiet(endless, torch.tensor(3.0))
+
+    def nothing(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="model: expected a continuous latent site"):
+        quiet(nothing, torch.zeros(3))
+
+
+def test_a_model_without_a_valid_start_says_so() -> None:
+    def impossible(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("never", torch.tensor(-float("inf")) + 0 * mu)
+
+    with pytest.raises((RuntimeError, ValueError), match="cannot find valid initial params"), pyro.validation_enabled(False):
+        quiet(impossible, {"y": torch.zeros(2)}, draws=4, warmup=2, chains=2)
