@@ -1,73 +1,82 @@
-r"""Is it better to learn how the rows of each class arise, or only where the classes part?
+"""Is it better to learn how the rows of each class arise, or only where the classes part?
 
 Naive Bayes models p(y) prod_j p(x_j | y), logistic regression p(y | x) alone. Ng and Jordan (2002, "On Discriminative
-vs. Generative Classifiers", NIPS 14) find naive Bayes ahead for few training rows m, as it nears its asymptote after
-O(log D) rows, and in most of 15 problems overtaken by logistic regression, which needs O(D) but ends lower.
-
-- A split shuffles the rows (one of each class first), tests on the last 30 % and trains on the first m.
-- Columns are standardised by those m rows; one that is constant there (a blank pixel) is only centred.
-- Naive Bayes stands at its exact posterior mean. The paper's has one variance for both classes, so that it is linear.
-- Logistic regression stands at the mode of the pair's log joint density, by Newton steps on all splits in one tensor.
-  The prior w ~ N(0, scale^2) is ours: where a plane parts the m rows there is no mode without one.
-
-Run: python examples/generative_or_discriminative.py --splits 200
+vs. Generative Classifiers") find naive Bayes ahead for few training rows m, and in most of 15 problems overtaken. Here
+a split trains on m rows, which also standardise the columns (a constant pixel is only centred), and tests on 30 %, both
+stratified. Naive Bayes stands at its exact posterior mean; "one variance" for both classes is the paper's, and linear.
+Logistic regression stands at its posterior mode, by scikit-learn (C = scale^2; the tests hold it against our pair), the
+fastest way to 6,000 small fits; the paper has no prior. Run: python examples/generative_or_discriminative.py
 """
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 import typer
 from matplotlib.figure import Figure
+from pyro import validation_enabled
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedShuffleSplit
 from torch import Tensor
-from torch.func import grad, hessian, vmap
+from torch.func import vmap
 
 from ppl_models import data
 from ppl_models.naive_bayes import GaussianNaiveBayes
-from ppl_models.pair import choose
-from ppl_models.regression import LogisticRegression
 
-PROBLEMS = {"digits 0 v 1": ("digits", 0, 1), "digits 2 v 3": ("digits", 2, 3), "tumours": ("breast_cancer", 0, 1)}
-NAMES = ["naive Bayes", "naive Bayes, one variance", "logistic regression"]
+PANELS = {"digits 0 v 1": ("digits", 0, 1), "digits 2 v 3": ("digits", 2, 3), "breast cancer": ("breast_cancer", 0, 1)}
+RULES = ("naive Bayes", "one variance", "logistic")
 
 
+@validation_enabled(False)  # It reads values, and under vmap there are none to read.
 def naive_bayes(x: Tensor, y: Tensor, new: Tensor) -> list[Tensor]:
-    pair, pooled = (GaussianNaiveBayes(x.shape[-1], classes).double() for classes in (2, 1))
-    weights, variances, means = (mean for mean, _ in vmap(pair.moments)(x, y).values())
-    rows, total, _ = vmap(pair.count)(x, y)
-    shared, _ = vmap(pooled.moments)(x - choose(total / rows[..., None], y), 0 * y)["variances"]
-    rivals = [pair.likelihood(means[:, None], v[:, None], x=None) for v in (variances, shared)]
-    return [(weights.log()[:, None] + rival.log_prob(new[:, :, None])).argmax(-1) for rival in rivals]
+    """Labels of new rows, given labelled ones: with variances of each class, and with the same in both."""
+    pair = GaussianNaiveBayes(x.shape[-1]).double()
+    weights, variances, means = (mean for mean, _ in pair.moments(x, y).values())
+    rows, total, squares = (part.sum(0, keepdim=True) for part in pair.count(x, y))
+    same, _ = pair.parameter_moments(rows, 0 * total, squares)["variances"]
+    likelihoods = [pair.likelihood(means, v, x=None) for v in (variances, same.expand_as(means))]
+    return [(weights.log() + likelihood.log_prob(new[:, None])).argmax(-1) for likelihood in likelihoods]
 
 
-def logistic_regression(x: Tensor, y: Tensor, new: Tensor, scale: float) -> Tensor:
-    model = LogisticRegression(x.shape[-1], scale=scale).double().model
-
-    def log_joint(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        fixed = pyro.condition(model, {"weights": w[1:], "intercept": w[0]})
-        return pyro.poutine.trace(fixed).get_trace(x, y).log_prob_sum()
-
-    w = x.new_zeros(len(x), 1 + x.shape[-1])
-    for _ in range(50):
-        slope = vmap(grad(log_joint))(w, x, y)
-        if slope.abs().max() < 1e-6:
-            return (w[:, :1] + (new @ w[:, 1:, None])[..., 0] > 0).long()
-        w = w - torch.linalg.solve(vmap(hessian(log_joint))(w, x, y), slope)
-    raise ArithmeticError("logistic regression: expected a mode within 50 Newton steps")
-
-
-def learn(name: str, *classes: int, splits: int, sizes: int, scale: float, seed: int) -> pd.DataFrame:
-    both = data.load(name, dtype=torch.double)
+def errors(name: str, *classes: int, splits: int, sizes: int, scale: float) -> pd.DataFrame:
+    """Mean and standard error over splits of each rule's test error (%), and of logistic less one variance."""
+    both, curves = data.load(name, dtype=torch.double), {}
     x, y = (torch.cat([both.train[k], both.test[k]]) for k in "xy")
-    x, y = x[torch.isin(y, torch.tensor(classes))], 1 * (y[torch.isin(y, torch.tensor(classes))] == classes[1])
-    keys = torch.rand(splits, len(y), generator=torch.Generator().manual_seed(seed))
-    for k in (0, 1):
-        keys[range(splits), torch.where(y == k, keys, 2.0).argmin(1)] = -1
-    x, y, last = x[keys.argsort()], y[keys.argsort()], round(0.7 * len(y))
-    table = pd.DataFrame(index=pd.Index(np.geomspace(4, last, sizes).astype(int), name="m"))
-    for m in table.index:
-        sd, mean = torch.std_mean(x[:, :m], 1, correction=0, keepdim=True)
-        z = (x - mean) / torch.where(x[:, :m].amax(1, keepdim=True) == x[:, :m].amin(1, keepdim=True), 1, sd)
-        guesses = [*naive_bayes(...), logistic_regression(...)]
+    x, y = (v[torch.isin(y, torch.tensor(classes))] for v in (x, 1 * (y == classes[1])))
+    for m in np.geomspace(4, 0.7 * len(y), sizes).astype(int):
+        cuts = StratifiedShuffleSplit(splits, train_size=m, test_size=0.3, random_state=0).split(x, y)
+        train, test = map(np.stack, zip(*cuts, strict=True))
+        sd, mean = torch.std_mean(x[train], 1, correction=0, keepdim=True)
+        seen, new = ((x[part] - mean) / sd.where(sd > 1e-9, 1) for part in (train, test))
+        machine = LogisticRegression(C=scale**2, tol=1e-6, max_iter=10_000)
+        logistic = [machine.fit(*rows).predict(rest) for *rows, rest in zip(seen, y[train], new, strict=True)]
+        guesses = [*vmap(naive_bayes)(seen, y[train], new), torch.tensor(np.stack(logistic))]
+        wrong = pd.DataFrame({k: 100 * (g != y[test]).double().mean(1) for k, g in zip(RULES, guesses, strict=True)})
+        curves[m] = wrong.assign(gap=wrong["logistic"] - wrong["one variance"]).agg(["mean", "sem"]).unstack()
+    return pd.DataFrame(curves).T.rename_axis("m")
+
+
+def main(*, splits: int = 200, sizes: int = 10, scale: float = 1.0, out: Path = Path("results/examples")) -> pd.DataFrame:
+    """Print, draw and return test errors in percent, with their standard errors over splits."""
+    table = pd.concat({k: errors(*v, splits=splits, sizes=sizes, scale=scale) for k, v in PANELS.items()})
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, 3), table.groupby(level=0, sort=False), strict=True):
+        curves = curves.droplevel(0)
+        for rule in RULES:
+            mean, sem = curves[rule].T.to_numpy()
+            axes.semilogx(curves.index, mean, "o-", ms=3, label=rule)
+            axes.fill_between(curves.index, mean - 2 * sem, mean + 2 * sem, alpha=0.2)
+        gap, sem = curves["gap", "mean"], curves["gap", "sem"]
+        ahead, behind = curves.index[gap > 2 * sem].max(), curves.index[gap < -2 * sem].min()
+        axes.set(title=f"{title}: naive Bayes leads to m = {ahead}, logistic from {behind}")
+        axes.set(xlabel="training rows m", ylabel="test error (%), ±2 standard errors", ylim=(0, None))
+    figure.axes[0].legend(frameon=False)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "generative_or_discriminative.png", dpi=120)
+    print(table.to_string(float_format="{:.2f}".format), *(axes.get_title() for axes in figure.axes), sep="\n")
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

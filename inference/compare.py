@@ -230,9 +230,9 @@ def _plot(comparison: Comparison, quantities: int) -> Figure:
         _plot_density(figure.add_subplot(grid[k // columns, k % columns]), comparison, name, index, colours)
     if errors:
         _plot_errors(figure.add_subplot(grid[rows, :]), comparison, colours)
-    handles = [*figure.axes[0].get_lines()]
-    seen = {h.get_label(): h for h in handles if not h.get_label().startswith("_")}
-    figure.legend(seen.values(), seen.keys(), loc="outside upper right", ncols=6, frameon=False)
+    seen = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    named = {label: line for label, line in seen.items() if not label.startswith("_")}
+    figure.legend(list(named.values()), list(named), loc="outside upper right", ncols=6, frameon=False)
     program = next(iter(comparison.results.values())).program
     figure.suptitle(f"{program.name}: the quantities in which the methods differ most", x=0.01, ha="left")
     return figure
@@ -250,7 +250,7 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
             axes.plot(x, density, color=colours[method], lw=1.4, label=method)
         else:
             axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
-    array = next(iter(comparison.results.values())).idata.posterior[name]
+    array = next(iter(comparison.results.values())).idata["posterior"][name]
     place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
     axes.set_title(quantity(array, place), fontsize=9)
     axes.set_yticks([])

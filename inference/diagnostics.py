@@ -8,6 +8,7 @@ shape of the tail of the importance weights :math:`p(x, z_s) / q(z_s)` of a guid
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import arviz as az
@@ -63,7 +64,7 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosi
     if pareto_k is not None or stats is None or "diverging" not in stats:
         return Diagnosis(table, None, pareto_k, _judge_guide(pareto_k))
     divergences = int(stats["diverging"].sum())
-    chains, draws = idata.posterior.sizes["chain"], idata.posterior.sizes["draw"]
+    chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     return Diagnosis(table, divergences, None, _judge_chains(table, divergences, chains, draws))
 
 
@@ -90,10 +91,10 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def _summary(idata: az.InferenceData) -> pd.DataFrame:
-    posterior = idata.posterior
-    real = [n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
+    posterior = idata["posterior"]
+    real = [str(n) for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
     columns = {"mean": posterior[real].mean(("chain", "draw")), "sd": posterior[real].std(("chain", "draw"), ddof=1)}
-    if "sample_stats" in idata.groups() and "diverging" in idata.sample_stats:
+    if "sample_stats" in idata.groups() and "diverging" in idata["sample_stats"]:
         with warnings.catch_warnings():
             # ArviZ divides zero by zero for quantities that never move; the nan says so.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -118,7 +119,7 @@ def _flat(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
     return np.concatenate([np.ravel(dataset[n].values) for n in names]) if names else np.zeros(0)
 
 
-def _extreme(table: pd.DataFrame, column: str, reduce: np.ufunc) -> float:
+def _extreme(table: pd.DataFrame, column: str, reduce: Callable[[np.ndarray], float]) -> float:
     values = table[column].to_numpy() if column in table else np.zeros(0)
     # A quantity that never moves (the last entry of a one-element simplex) has no R-hat and no ESS.
     values = values[table["sd"].to_numpy() > 0] if len(values) else values

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.optim
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import zero_grads
-from pyro.optim import CosineAnnealingLR, PyroLRScheduler, PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,8 +29,8 @@ from inference.diagnostics import diagnose, pareto_k
 from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, dotted, to_idata
 
-JUDGED = 1_000_000_000
-"""Numbers of data times draws that Pareto k may read."""
+JUDGED = 100_000_000
+"""Numbers of data times draws that Pareto k may read at the end of a fit."""
 
 
 def fit(
@@ -116,7 +117,7 @@ def _descend(
                 if culprit is not None:
                     _give_up(program, step, culprit, arguments)
                     break
-                optimizer(params)
+                optimizer(list(params))
                 if isinstance(optimizer, PyroLRScheduler):
                     optimizer.step()
                 zero_grads(params)
@@ -136,8 +137,8 @@ def _gradients(
     objective: ELBO, model: Callable[..., Any], guide: Callable[..., Any] | None, arguments: dict[str, Any]
 ) -> tuple[float | tuple[float, ...], set[Tensor]]:
     with poutine.trace(param_only=True) as capture:
-        loss = objective.loss_and_grads(model, guide, **arguments)
-    params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
+        loss = objective.loss_and_grads(model, guide, **arguments)  # type: ignore[attr-defined]
+    params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}  # type: ignore[union-attr]
     if isinstance(loss, tuple):
         return tuple(map(float, loss)), params
     return float(loss), params
@@ -145,13 +146,12 @@ def _gradients(
 
 def _not_finite(loss: float | tuple[float, ...], params: set[Tensor]) -> list[str] | None:
     """Names of the parameters whose gradients are not finite; None when all is well."""
-    gradients = [p for p in params if p.grad is not None]
-    if np.isfinite(loss).all() and (
-        not gradients or torch.stack(torch._foreach_norm([p.grad for p in gradients])).isfinite().all()
-    ):
+    gradients = {p: p.grad for p in params if p.grad is not None}
+    norms = torch._foreach_norm(list(gradients.values())) if gradients else []
+    if np.isfinite(loss).all() and all(torch.stack(list(norms)).isfinite().tolist() if norms else []):
         return None
     store = pyro.get_param_store()
-    return sorted(dotted(store.param_name(p) or "?") for p in gradients if not p.grad.isfinite().all())
+    return sorted(dotted(store.param_name(p) or "?") for p, g in gradients.items() if not g.isfinite().all())
 
 
 def _give_up(program: Program, step: int, parameters: list[str], arguments: dict[str, Any]) -> None:
@@ -174,8 +174,8 @@ def _sites_not_finite(program: Program, arguments: dict[str, Any]) -> list[str]:
         found = []
         for trace in (guide, model):
             trace.compute_log_prob()
-            nodes = trace.nodes.items()
-            found += [n for n, v in nodes if v["type"] == "sample" and not torch.as_tensor(v["log_prob"]).isfinite().all()]
+            scores = {n: torch.as_tensor(v["log_prob"]) for n, v in trace.nodes.items() if v["type"] == "sample"}
+            found += [n for n, score in scores.items() if not score.isfinite().all()]
     return list(dict.fromkeys(found))
 
 
@@ -199,7 +199,9 @@ def _minibatches(program: Program, batch: int | None) -> Iterator[Tensor | None]
 
 def _adam(learning_rate: float, steps: int) -> PyroOptim:
     schedule = {"T_max": max(steps, 1), "eta_min": learning_rate / 100}
-    return CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": learning_rate}, **schedule})
+    # pyro.optim makes its schedulers by name, out of sight of a type checker.
+    arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": learning_rate}, **schedule}
+    return pyro.optim.CosineAnnealingLR(arguments)  # type: ignore[attr-defined]
 
 
 def _objective(program: Program, objective: ELBO | Callable[[], ELBO] | None) -> ELBO:
@@ -212,9 +214,8 @@ def _objective(program: Program, objective: ELBO | Callable[[], ELBO] | None) ->
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
     if program.enumerated and not isinstance(chosen, TraceEnum_ELBO):
-        raise ValueError(
-            f"objective: {type(chosen).__name__} cannot sum out {', '.join(program.enumerated)}; expected TraceEnum_ELBO"
-        )
+        named, kind = ", ".join(program.enumerated), type(chosen).__name__
+        raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
     return chosen
 
 
@@ -231,7 +232,7 @@ def _check(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if program.guide is None:
-        raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple or a pair, or use sample()")
+        raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
     if not program.observes:
@@ -245,9 +246,7 @@ def _check(
         raise ValueError(f"batch: expected 1 to {program.rows} (the rows of the data), got {batch!r}")
 
 
-def _conclude(
-    program: Program, objective: ELBO, losses: np.ndarray, draws: int, seconds: dict[str, float]
-) -> Result:
+def _conclude(program: Program, objective: ELBO, losses: np.ndarray, draws: int, seconds: dict[str, float]) -> Result:
     started = perf_counter()
     method = f"SVI ({type(objective).__name__})"
     state = State(_modules(program))
@@ -283,9 +282,15 @@ def _affordable(program: Program, draws: int) -> int:
 
 def _pareto_k(program: Program, posterior: dict[str, Tensor], density: Tensor) -> float | None:
     """Pareto k of the guide; None for a point estimate, and where it would take too long."""
-    spread = any((v != v[:1]).any() for v in posterior.values())
     affordable = min(len(density), JUDGED // max(program.numel, 1))
-    if not spread or affordable < 25:
+    if not any((v != v[:1]).any() for v in posterior.values()):
+        return None
+    if affordable < 25:
+        warnings.warn(
+            f"{program.name}: Pareto k left out ({program.numel:,} numbers a draw); ask "
+            "diagnostics.pareto_k(log_weights(result, draws=100))",
+            stacklevel=5,
+        )
         return None
     judged = {n: v[:affordable] for n, v in posterior.items()}
     try:
@@ -299,5 +304,3 @@ def _modules(program: Program) -> tuple[torch.nn.Module, ...]:
     halves = (program.pair, *(program.pair if isinstance(program.pair, tuple) else ()))
     owners = [getattr(h, "__self__", h) for h in halves]
     return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
-
-

@@ -112,6 +112,16 @@ def log_likelihood_by_site(program: Program, draws: Draws) -> dict[str, Tensor]:
     return {name: _scored(program, draws, name) for name in observed}
 
 
+def log_weights(result: Any, draws: int = 1000, *, seed: int = 1) -> Tensor:
+    """Log importance weights of fresh draws of a fitted guide against its model: (draws,).
+
+    Their mean in the exponential is the evidence; ``diagnostics.pareto_k`` reads how far to trust it.
+    """
+    with isolated(seed), result.state():
+        values, density = sample_guide(result.program, draws)
+        return log_joint(result.program, values) - density
+
+
 def latent_functions(program: Program, draws: Draws) -> dict[str, Tensor]:
     """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
     free = [s.name for s in program.select("latent").values() if s.finite and s.name not in draws]
@@ -188,18 +198,18 @@ def _samples(trace: poutine.Trace) -> list[str]:
     return [
         name
         for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic")
+        if node["type"] == "sample" and not site_is_subsample(node) and not (node["infer"] or {}).get("_deterministic")
     ]
 
 
 def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
     """Plates that all sites share, outermost dimension first."""
-    stacks = [{f.name: f.dim for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
+    stacks = [{f.name: f.dim or 0 for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
     shared = set.intersection(*map(set, stacks)) - {PLATE} if stacks else set()
     return sorted(shared, key=lambda name: stacks[0][name])
 
 
-def _contract(trace: poutine.Trace, names: list[str], keep: list[str], count: int | None) -> Tensor:
+def _contract(trace: Any, names: list[str], keep: list[str], count: int | None) -> Tensor:
     """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
     trace.compute_log_prob(site_filter=lambda name, _: name in names)
     trace.symbolize_dims()
@@ -210,18 +220,18 @@ def _contract(trace: poutine.Trace, names: list[str], keep: list[str], count: in
     for name in names:
         node = trace.nodes[name]
         # [...] makes a tensor of its own: pack marks it, and a log density may be shared by two sites.
-        term = pack(torch.as_tensor(node["log_prob"])[...], node["infer"]["_dim_to_symbol"])
+        term: Any = pack(torch.as_tensor(node["log_prob"])[...], node["infer"]["_dim_to_symbol"])
         terms.setdefault(frozenset(plates.intersection(term._pyro_dims)), []).append(term)
     summed = {s for group in terms.values() for t in group for s in t._pyro_dims} - plates - {symbol.get(PLATE)}
     sizes = {symbol[name]: frame.size for name, frame in frames.items()}
     ring = LogRing(cache={}, dim_to_size=sizes)
     target = [*([PLATE] if count is not None else []), *keep]
     kept = frozenset(symbol[k] for k in keep if k in symbol)
-    total = contract_to_tensor(terms, summed, target_ordinal=kept, ring=ring) if terms else torch.zeros(())
+    total: Any = contract_to_tensor(terms, summed, target_ordinal=kept, ring=ring) if terms else torch.zeros(())
     order = [symbol[t] for t in target if t in symbol and symbol[t] in getattr(total, "_pyro_dims", "")]
     if order:
         total = total.permute([total._pyro_dims.index(s) for s in order])
-    shape = [frames[t].size if t in frames else count for t in target]
+    shape = [int(frames[t].size if t in frames else count or 1) for t in target]
     present = [size if t in symbol and symbol[t] in order else 1 for t, size in zip(target, shape, strict=True)]
     total = total.reshape(present).expand(shape)
     return total if count is not None else total[None]
@@ -236,7 +246,7 @@ def _lift(program: Program, function: Any, draws: Draws, count: int | None) -> C
     return poutine.condition(pyro.plate(PLATE, count, dim=-program.depth - 1)(function), values)
 
 
-def _unstack(value: Tensor, site: Site, depth: int, count: int | None) -> Tensor:
+def _unstack(value: Any, site: Site, depth: int, count: int | None) -> Tensor:
     r"""A value as the lifted model returned it, as (S, \*shape)."""
     if count is None:
         return value.expand(site.shape)[None]
@@ -299,7 +309,8 @@ def _try_lift(program: Program, draws: Draws) -> bool:
                 names = program.select("latent")
                 pair = {n: _unstack(trace.nodes[n]["value"], s, program.depth, 2) for n, s in names.items()}
             together = _score(program, pair, 2, "joint")
-            apart = torch.cat([_score(program, {n: v[k : k + 1] for n, v in pair.items()}, None, "joint") for k in (0, 1)])
+            single = [{n: v[k : k + 1] for n, v in pair.items()} for k in (0, 1)]
+            apart = torch.cat([_score(program, draw, None, "joint") for draw in single])
     except _UNLIFTED as error:
         _say_slow(program, "model", error)
         return False

@@ -114,7 +114,7 @@ class Program:
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
         sites = sites_of(trace)
-        nodes = [n for n in trace.nodes.values() if n["type"] == "sample"]
+        nodes: list[Any] = [n for n in trace.nodes.values() if n["type"] == "sample"]
         dims = [-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized]
         batch = [s.batch for s in sites.values()]
         observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
@@ -147,7 +147,7 @@ class Program:
     @cached_property
     def enumerated(self) -> tuple[str, ...]:
         """Finite latent sites that the guide leaves out: they are summed out exactly."""
-        return tuple(s.name for s in self.sites.values() if s.role == "latent" and s.finite and s.name not in self.guided)
+        return tuple(n for n, s in self.select("latent").items() if s.finite and n not in self.guided)
 
     def select(self, role: str) -> dict[str, Site]:
         """The sites of one role."""
@@ -165,7 +165,8 @@ class _Uncondition(UnconditionMessenger):
 def sites_of(trace: poutine.Trace) -> dict[str, Site]:
     """The visible sites of a trace, without plates' and factors' own."""
     found = {}
-    for name, node in trace.nodes.items():
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or site_is_factor(node):
             continue
         deterministic = bool(node["infer"].get("_deterministic"))
@@ -206,9 +207,10 @@ def bind(pair: Any, data: Any = None) -> Program:
     missing = [k for k, required in accepted.items() if required and k not in named]
     if missing:
         raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
-    if hasattr(pair, "check"):
+    owner = pair if not isinstance(pair, tuple) else getattr(model, "__self__", model)
+    if hasattr(owner, "check"):
         _same_length(named)
-        pair.check(**named)
+        owner.check(**named)
     return Program(
         pair=pair,
         name=_name(pair),
@@ -216,8 +218,8 @@ def bind(pair: Any, data: Any = None) -> Program:
         guide=None if guide is None else _fitted(guide),
         data=named,
         takes_rows={"size", "rows"} <= set(accepted),
-        coords=getattr(pair, "coords", {}),
-        dims=getattr(pair, "dims", {}),
+        coords=getattr(owner, "coords", {}),
+        dims=getattr(owner, "dims", {}),
     )
 
 

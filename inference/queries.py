@@ -49,4 +49,5 @@ def _states(program: Program, label: str) -> Tensor:
     if site is None or not site.finite:
         finite = ", ".join(s.name for s in program.sites.values() if s.finite) or "none"
         raise ValueError(f"label: expected a finite site of the model ({finite}), got {label!r}")
-    return trace.nodes[label]["fn"].enumerate_support(expand=False).flatten()
+    distribution: Any = trace.nodes[label]["fn"]
+    return distribution.enumerate_support(expand=False).flatten()

@@ -199,7 +199,7 @@ def _dims(program: Program, name: str) -> list[str]:
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
     own = named[-event:] if event and len(named) >= event else []
-    rest = [f"{name}_dim_{site.batch + k}" for k in range(event)] if not own else own
+    rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
     return [*plates, *rest]  # type: ignore[list-item]
 
 

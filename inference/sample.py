@@ -139,7 +139,7 @@ def _run_chain(
     return Chain(drawn, stats, seconds, position, _adaptation(kernel))
 
 
-def _count_steps(kernel: MCMCKernel) -> list[int]:
+def _count_steps(kernel: Any) -> list[int]:
     """Count the calls of the kernel's potential: one a leapfrog step."""
     count = [0]
     potential = getattr(kernel, "potential_fn", None)
@@ -153,7 +153,7 @@ def _count_steps(kernel: MCMCKernel) -> list[int]:
     return count
 
 
-def _statistics(kernel: MCMCKernel, steps: list[int]) -> dict[str, float]:
+def _statistics(kernel: Any, steps: list[int]) -> dict[str, float]:
     taken, steps[0] = steps[0], 0
     stats: dict[str, float] = {"n_steps": taken} if hasattr(kernel, "potential_fn") else {}
     if hasattr(kernel, "step_size"):
@@ -166,14 +166,14 @@ def _statistics(kernel: MCMCKernel, steps: list[int]) -> dict[str, float]:
     return stats
 
 
-def _adaptation(kernel: MCMCKernel) -> dict[str, Any]:
+def _adaptation(kernel: Any) -> dict[str, Any]:
     if not hasattr(kernel, "mass_matrix_adapter"):
         return {}
     metric = {k: v.detach().cpu().numpy() for k, v in kernel.inverse_mass_matrix.items()}
     return {"step_size": kernel.step_size, "inverse_mass_matrix": metric}
 
 
-def _readapt(kernel: MCMCKernel, adaptation: Mapping[str, Any]) -> None:
+def _readapt(kernel: Any, adaptation: Mapping[str, Any]) -> None:
     if adaptation:
         metric = adaptation["inverse_mass_matrix"]
         kernel.mass_matrix_adapter.inverse_mass_matrix = {k: torch.as_tensor(v) for k, v in metric.items()}
@@ -205,7 +205,9 @@ def _in_processes(
     run: Callable[..., Chain], seeds: list[int], workers: int, show: Callable[[int, int, str], None]
 ) -> Iterator[Chain]:
     context = mp.get_context("fork")
-    waiting, running, done = list(enumerate(seeds)), {}, {}
+    waiting = list(enumerate(seeds))
+    running: dict[Any, tuple[int, Any]] = {}
+    done: dict[int, Chain] = {}
     threads = max(1, _cores() // workers)
     try:
         while waiting or running:
@@ -216,15 +218,15 @@ def _in_processes(
                 process.start()
                 theirs.close()
                 running[ours] = (k, process)
-            for ours in wait(list(running)):
-                k, process = running[ours]
-                answer = _receive(ours, k, process)
+            for ready in wait(list(running)):
+                k, process = running[ready]
+                answer = _receive(ready, k, process)
                 if isinstance(answer, tuple):
                     show(k, *answer)
                 else:
                     done[k] = answer
                     process.join()
-                    running.pop(ours)
+                    running.pop(ready)
     finally:
         for _, process in running.values():
             process.terminate()

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import inference
-from inference.compare import COLUMNS, Comparison
+from inference.compare import COLUMNS, Comparison, Method
 from inference.result import Result
 from ppl_models import data
 from ppl_models.data import Dataset
@@ -121,9 +121,10 @@ def compare(
     """Run several methods on one pair: a table, a plot, an ArviZ file a method."""
     with _one_line():
         row = find(pair)
-        chosen = {m: row.methods[_known("method", m, row.methods)] for m in (methods or ",".join(row.methods)).split(",")}
+        names = methods.split(",") if methods else list(row.methods)
+        chosen = {name: row.methods[_known("method", name, row.methods)] for name in names}
         row, dataset, folder = _prepare(pair, data_name, out_dir)
-        seeded = {name: partial(method, seed=seed) for name, method in chosen.items()}
+        seeded: dict[str, Method] = {name: partial(method, seed=seed) for name, method in chosen.items()}  # type: ignore[call-arg]
         comparison = row.compare(dataset, seeded, seed=seed)
         _show(comparison, row, dataset)
         for path in comparison.save(folder):

@@ -74,8 +74,7 @@ _SMS = (
     "/2f98ca443ecd26e1088b369260f1e9782e2e36fc/SMSSpamCollection"
 )
 _IDX = tuple(
-    f"{f}-ubyte.gz"
-    for f in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    f"{f}-ubyte.gz" for f in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 )
 _UPSTREAM: dict[str, tuple[str, ...]] = {
     **{f"mnist/{file}": (f"{_MNIST}/{file}",) for file in _IDX},
@@ -238,9 +237,7 @@ def _from_sklearn(name: str, threshold: float | None = None) -> _Raw:
     return _Raw(*_split(bunch.data, bunch.target), tuple(bunch.feature_names), classes, threshold=threshold)
 
 
-def _images(
-    splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), scale: float = 255
-) -> _Raw:
+def _images(splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), scale: float = 255) -> _Raw:
     flat = {split: images.reshape(len(images), -1) for split, images in splits.items()}
     features = tuple(f"row_{row}_column_{column}" for row in range(28) for column in range(28))
     return _Raw(flat, labels or {}, features, classes, scale, threshold=0.5)
@@ -253,9 +250,7 @@ def _from_idx(name: str, classes: tuple[str, ...]) -> _Raw:
 
 def _binarized_mnist() -> _Raw:
     packed = _arrays("binarized_mnist/binarized_mnist.npz")
-    return _images(
-        {split: np.unpackbits(packed[split], axis=1) for split in ("train", "test", "valid")}, scale=1
-    )
+    return _images({split: np.unpackbits(packed[split], axis=1) for split in ("train", "test", "valid")}, scale=1)
 
 
 def _omniglot() -> _Raw:

@@ -14,7 +14,7 @@ Reference: Murphy 2022, Probabilistic Machine Learning: An Introduction, section
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -88,7 +88,9 @@ class NaiveBayes(Pair):
     def count(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sufficient statistics: rows (K,), sum (K, D) and sum of squared deviations (K, D) of each class."""
         if y is None or (y.is_floating_point() and bool(y.isnan().any())):
-            raise ValueError("y: expected a label for every row (the posterior is conjugate only then), got missing ones")
+            raise ValueError(
+                "y: expected a label for every row (only then is the posterior conjugate), got missing ones"
+            )
         members = torch.nn.functional.one_hot(y.long(), self.classes).to(x.dtype)
         rows = members.sum(0)
         total = members.mT @ x
@@ -194,7 +196,10 @@ class GaussianNaiveBayes(NaiveBayes):
 class BernoulliNaiveBayes(NaiveBayes):
     r"""Binary features, with a Beta prior.
 
-    .. math:: \theta_{kj} \sim \mathrm{Beta}(\alpha + 1, \alpha + 1), \qquad x_{nj} \mid y_n = k \sim \mathrm{Bernoulli}(\theta_{kj})
+    .. math::
+
+        \theta_{kj} \sim \mathrm{Beta}(\alpha + 1, \alpha + 1), \qquad
+        x_{nj} \mid y_n = k \sim \mathrm{Bernoulli}(\theta_{kj})
 
     Args:
         alpha: Additive smoothing: the mode of the posterior is scikit-learn's BernoulliNB(alpha).
@@ -236,7 +241,10 @@ class BernoulliNaiveBayes(NaiveBayes):
 class MultinomialNaiveBayes(NaiveBayes):
     r"""Counts (a bag of words), with a Dirichlet prior.
 
-    .. math:: \theta_k \sim \mathrm{Dirichlet}(\alpha + 1), \qquad x_n \mid y_n = k \sim \mathrm{Multinomial}(L_n, \theta_k)
+    .. math::
+
+        \theta_k \sim \mathrm{Dirichlet}(\alpha + 1), \qquad
+        x_n \mid y_n = k \sim \mathrm{Multinomial}(L_n, \theta_k)
 
     The length :math:`L_n` of a row is given: the sum of x, or ``length`` where rows are drawn.
 
@@ -291,7 +299,7 @@ class Counts(dist.TorchDistribution):
         length: Number of trials of each row, broadcast against the batch.
     """
 
-    arg_constraints = {"probs": dist.constraints.simplex}
+    arg_constraints: ClassVar = {"probs": dist.constraints.simplex}
     support = dist.constraints.independent(dist.constraints.nonnegative_integer, 1)
 
     def __init__(self, probs: Tensor, length: Tensor, validate_args: bool | None = None) -> None:
@@ -307,7 +315,7 @@ class Counts(dist.TorchDistribution):
         score = (value * self.probs.clamp_min(1e-30).log()).sum(-1)
         return score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         probs = self.probs.detach().expand(*shape, self.event_shape[0]).reshape(-1, self.event_shape[0])
         length = self.length.expand(shape).reshape(-1, 1)

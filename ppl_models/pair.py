@@ -87,10 +87,8 @@ def check_matrix(name: str, value: Any, width: int) -> None:
     bad = ~value.isfinite()
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
-        count = int(bad.sum())
-        raise ValueError(
-            f"{name}: expected finite numbers, got {value[row, column].item()} at row {row}, column {column} ({count} in all)"
-        )
+        got = f"{value[row, column].item()} at row {row}, column {column} ({int(bad.sum())} in all)"
+        raise ValueError(f"{name}: expected finite numbers, got {got}")
 
 
 def check_labels(name: str, value: Any, length: int, classes: int, *, missing: bool) -> None:

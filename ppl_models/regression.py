@@ -74,7 +74,10 @@ class Classifier(Pair):
 class LogisticRegression(Classifier):
     r"""Bayesian logistic regression, binary or multiclass.
 
-    .. math:: w \sim \mathrm{N}(0, s^2), \quad b \sim \mathrm{N}(0, t^2), \quad y_n \sim \mathrm{Categorical}(\mathrm{softmax}(W x_n + b))
+    .. math::
+
+        w \sim \mathrm{N}(0, s^2), \qquad b \sim \mathrm{N}(0, t^2), \qquad
+        y_n \sim \mathrm{Categorical}(\mathrm{softmax}(W x_n + b))
 
     For two classes the softmax is the logistic function of one score. The posterior's mode equals
     scikit-learn's LogisticRegression(C=s**2) as t grows (it does not penalise the intercept).
@@ -139,7 +142,10 @@ class LogisticRegression(Classifier):
 class NeuralClassifier(Classifier):
     r"""A Bayesian neural network with one hidden layer of tanh units.
 
-    .. math:: f_w(x) = V \tanh(U x + a) + b, \qquad U, V \sim \mathrm{N}(0, s^2 / \text{inputs}), \quad a, b \sim \mathrm{N}(0, s^2)
+    .. math::
+
+        f_w(x) = V \tanh(U x + a) + b, \qquad
+        U, V \sim \mathrm{N}(0, s^2 / \text{inputs}), \qquad a, b \sim \mathrm{N}(0, s^2)
 
     Args:
         hidden: Number of hidden units H.
@@ -223,5 +229,7 @@ def _importance_moments(
             if effective > 50_000:
                 break
     if effective < 5000:
-        raise ArithmeticError(f"importance sampling: {effective:.0f} effective draws of {draws}, expected at least 5000")
+        raise ArithmeticError(
+            f"importance sampling: {effective:.0f} effective draws of {count}, expected at least 5000"
+        )
     return mean, covariance.diagonal().sqrt()

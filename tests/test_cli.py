@@ -59,7 +59,10 @@ def test_fit_and_sample_write_what_arviz_reads(run, tmp_path) -> None:
         (["compare", "naive_bayes", "--methods", "NUT"], "method: unknown 'NUT'; nearest: NUTS"),
         (["sample", "naive_bayes", "--kernel", "NUT"], "kernel: unknown 'NUT'; nearest: NUTS"),
         (["compare", "naive_bayes", "--out", "/proc/nowhere"], "out: cannot write to /proc/nowhere"),
-        (["fit", "naive_bayes", "--data", "iris", "--batch", "1000"], "batch: expected 1 to 105 (the rows of the data)"),
+        (
+            ["fit", "naive_bayes", "--data", "iris", "--batch", "1000"],
+            "batch: expected 1 to 105 (the rows of the data)",
+        ),
     ],
 )
 def test_bad_input_gets_one_line_and_a_non_zero_exit(run, arguments, message, tmp_path) -> None:

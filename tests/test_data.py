@@ -212,9 +212,7 @@ def test_binarise_at_the_middle_of_the_training_range_or_of_the_scale() -> None:
 
 
 def test_half_precision_is_rounded_last() -> None:
-    wide, half = (
-        data.load("wine", standardise=True, dtype=d).train["x"] for d in (torch.float32, torch.float16)
-    )
+    wide, half = (data.load("wine", standardise=True, dtype=d).train["x"] for d in (torch.float32, torch.float16))
     assert torch.equal(wide.half(), half)
 
 
@@ -249,12 +247,8 @@ def test_images_with_labels(name: str, train: list[int], test: list[int]) -> Non
 def test_images_without_labels() -> None:
     got = data.load("binarized_mnist")
     assert got.valid is not None and got.classes == ()
-    assert [tuple(s["x"].shape) for s in (got.train, got.valid, got.test)] == [(50000, 784)] + [
-        (10000, 784)
-    ] * 2
-    assert all(
-        set(s) == {"x"} and s["x"].unique().tolist() == [0, 1] for s in (got.train, got.valid, got.test)
-    )
+    assert [tuple(s["x"].shape) for s in (got.train, got.valid, got.test)] == [(50000, 784)] + [(10000, 784)] * 2
+    assert all(set(s) == {"x"} and s["x"].unique().tolist() == [0, 1] for s in (got.train, got.valid, got.test))
     # A static binarization has the grey images' mean, and the test images are those of MNIST, by digit.
     grey = data.load("mnist").test
     sorted_grey = grey["x"][grey["y"].sort(stable=True).indices]
@@ -278,9 +272,7 @@ def test_xwindows_gives_the_known_accuracies() -> None:
     scores = [bayes.score(s["x"].numpy(), s["y"].numpy()) for s in (got.train, got.test)]
     assert scores == pytest.approx([0.9167, 0.8133], abs=5e-5)
     motif = got.train["x"][:, got.features.index("motif")]
-    assert (
-        motif[got.train["y"] == got.classes.index("X-windows")].sum() > 10 * motif[got.train["y"] == 1].sum()
-    )
+    assert motif[got.train["y"] == got.classes.index("X-windows")].sum() > 10 * motif[got.train["y"] == 1].sum()
     assert torch.equal(data.load("xwindows", binarise=True).train["x"], got.train["x"])
 
 
@@ -299,9 +291,7 @@ def test_sms_spam_counts_words_of_the_training_split() -> None:
     got = data.load("sms_spam")
     counts = got.train["y"].bincount() + got.test["y"].bincount()
     assert counts.tolist() == [4827, 747] and got.classes == ("ham", "spam")
-    assert (
-        len(got.train["y"]) == 3901 and len(got.features) == got.train["x"].shape[1] == got.test["x"].shape[1]
-    )
+    assert len(got.train["y"]) == 3901 and len(got.features) == got.train["x"].shape[1] == got.test["x"].shape[1]
     assert (got.train["x"] > 0).sum(0).min() == 2 and got.train["x"].max() > 2
     free = got.train["x"][:, got.features.index("free")]
     assert free[got.train["y"] == 1].mean() > 5 * free[got.train["y"] == 0].mean()
@@ -369,9 +359,7 @@ def test_failed_download_leaves_nothing_and_the_next_one_succeeds(
         server.pages[first] = good[::-1]
     else:
         del server.pages[first]
-    reason = {"half": "Error: ", "wrong": "does not match the known hash", "missing": "404 Client Error"}[
-        fault
-    ]
+    reason = {"half": "Error: ", "wrong": "does not match the known hash", "missing": "404 Client Error"}[fault]
     message = f"^mnist/{data._IDX[0]}: not in .* not downloaded .*{server.url}{first}: .*{reason}"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         data.load("mnist")
@@ -448,9 +436,7 @@ def test_texts_of_the_static_binarization(
         np.testing.assert_array_equal(getattr(got, split)["x"], expected)
 
 
-def test_matlab_files_are_checked_by_their_numbers(
-    server: Pages, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matlab_files_are_checked_by_their_numbers(server: Pages, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 2, (40, 12), np.uint8), np.arange(40) % 2
     words = [f"word{column}" for column in range(12)]
@@ -509,9 +495,7 @@ def test_bag_of_words_from_the_plain_file(
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r"^name: expected one of breast_cancer, .*, got 'minst' \(nearest: mnist"
-    ):
+    with pytest.raises(ValueError, match=r"^name: expected one of breast_cancer, .*, got 'minst' \(nearest: mnist"):
         data.load("minst")
     with pytest.raises(ValueError, match=r"got 'qqq' \(nearest: none\)$"):
         data.load("qqq")
@@ -526,12 +510,8 @@ def test_arguments_that_cannot_be() -> None:
 
 
 def test_missing_file_says_where_it_was_looked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    omniglot = (
-        r"^omniglot/omniglot_28x28.npz: not in PPL_MODELS_DATA \(%s\), not in the cache \(.*ppl-models\) and "
-    )
-    omniglot += (
-        r"not downloaded \(no URL is known for it\): set PPL_MODELS_DATA to .* or PPL_MODELS_MIRROR to .*$"
-    )
+    omniglot = r"^omniglot/omniglot_28x28.npz: not in PPL_MODELS_DATA \(%s\), not in the cache \(.*ppl-models\) and "
+    omniglot += r"not downloaded \(no URL is known for it\): set PPL_MODELS_DATA to .* or PPL_MODELS_MIRROR to .*$"
     with pytest.raises(FileNotFoundError, match=omniglot % "not set"):
         data.load("omniglot")
     monkeypatch.setenv("PPL_MODELS_DATA", "/no/such/folder")
@@ -544,15 +524,11 @@ def test_missing_file_names_the_url_that_did_not_answer(
 ) -> None:
     url = f"{server.url}/SMSSpamCollection"
     monkeypatch.setitem(data._UPSTREAM, "text/SMSSpamCollection.gz", (url,))
-    with pytest.raises(
-        FileNotFoundError, match=rf"not downloaded \({url}: HTTPError: 404 .*\): set PPL_MODELS"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"not downloaded \({url}: HTTPError: 404 .*\): set PPL_MODELS"):
         data.load("sms_spam")
 
 
-def test_damaged_file_in_the_directory_is_named(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_file_in_the_directory_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "files" / "text" / "xwindows.npz"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
@@ -570,9 +546,7 @@ def test_damaged_file_in_the_directory_is_named(
 def test_simulated_rows_have_the_moments_of_their_truth(classes: int) -> None:
     rows = 200_000
     sample, truth = data.simulate_naive_bayes(rows, 5, classes, dtype=torch.float64)
-    assert (
-        sample["x"].shape == (rows, 5) and sample["y"].shape == (rows,) and sample["y"].dtype == torch.int64
-    )
+    assert sample["x"].shape == (rows, 5) and sample["y"].shape == (rows,) and sample["y"].dtype == torch.int64
     assert truth["weights"].sum() == pytest.approx(1)
     for label in range(classes):
         x = sample["x"][sample["y"] == label]

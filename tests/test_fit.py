@@ -25,9 +25,7 @@ quiet = partial(fit, progress=False)
 Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
 PRECISION = 1 + len(Y)
 MEAN, SD = float(Y.sum() / PRECISION), PRECISION**-0.5
-EVIDENCE = float(
-    torch.distributions.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double() + 1).log_prob(Y)
-)
+EVIDENCE = float(torch.distributions.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double() + 1).log_prob(Y))
 
 
 def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
@@ -137,8 +135,9 @@ def test_a_joint_guide_keeps_the_models_sites_and_shapes() -> None:
     assert {n: tuple(v.shape) for n, v in result.draws.items()} == {"w": (1000, 3), "b": (1000,)}
     posterior = result.idata.posterior
     np.testing.assert_allclose(posterior["twice"], 2 * posterior["w"])
-    covariance = torch.linalg.inv(torch.eye(4).double() + torch.cat([x, torch.ones(30, 1)], 1).mT @ torch.cat([x, torch.ones(30, 1)], 1))
-    mean = covariance @ torch.cat([x, torch.ones(30, 1)], 1).mT @ data["y"]
+    inputs = torch.cat([x, torch.ones(30, 1)], 1)
+    covariance = torch.linalg.inv(torch.eye(4).double() + inputs.mT @ inputs)
+    mean = covariance @ inputs.mT @ data["y"]
     drawn = torch.cat([result.draws["w"], result.draws["b"][:, None]], 1)
     assert ((drawn.mean(0) - mean).abs() < 0.25 * covariance.diagonal().sqrt()).all()
     assert result.diagnosis.pareto_k < 0.5
@@ -176,6 +175,7 @@ def test_a_loss_that_is_not_finite_at_the_first_step_names_step_and_sites() -> N
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("rows", len(y), dim=-1):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y / 0)
+
     with pytest.raises((FloatingPointError, ValueError), match="y|step 0"):
         quiet((broken, AutoNormal(broken)), torch.tensor([0.0, 1.0]))
 
@@ -227,7 +227,9 @@ def test_fitting_the_same_pair_again_goes_on() -> None:
     shared = AutoNormal(model)
     first = quiet((model, shared), Y, steps=300)
     second = quiet((model, shared), Y, steps=1, learning_rate=1e-9)
-    torch.testing.assert_close(second.params["AutoNormal.locs.mu"], first.params["AutoNormal.locs.mu"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        second.params["AutoNormal.locs.mu"], first.params["AutoNormal.locs.mu"], atol=1e-6, rtol=0
+    )
 
 
 def test_a_wide_guide_is_told_by_pareto_k() -> None:

@@ -36,7 +36,9 @@ def test_pointwise_scores_are_those_by_hand() -> None:
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
     np.testing.assert_allclose(result.idata.log_likelihood["y"].values[0], by_hand)
     other = {"x": X[:3], "y": torch.zeros(3).double()}
-    torch.testing.assert_close(pointwise_log_likelihood(result, other), dist.Normal(slope * X[:3], noise).log_prob(other["y"]))
+    torch.testing.assert_close(
+        pointwise_log_likelihood(result, other), dist.Normal(slope * X[:3], noise).log_prob(other["y"])
+    )
 
 
 def test_the_joint_score_is_that_by_hand() -> None:

@@ -224,5 +224,8 @@ def test_a_model_without_a_valid_start_says_so() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.factor("never", torch.tensor(-float("inf")) + 0 * mu)
 
-    with pytest.raises((RuntimeError, ValueError), match="cannot find valid initial params"), pyro.validation_enabled(False):
+    with (
+        pytest.raises((RuntimeError, ValueError), match="cannot find valid initial params"),
+        pyro.validation_enabled(False),
+    ):
         quiet(impossible, {"y": torch.zeros(2)}, draws=4, warmup=2, chains=2)
