@@ -216,7 +216,7 @@ def _contract(trace: Any, names: list[str], keep: list[str], count: int | None) 
     frames = {f.name: f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized}
     symbol = {name: trace.plate_to_symbol[name] for name in frames}
     plates = {symbol[name] for name in frames if name != PLATE}
-    terms: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    terms: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
     for name in names:
         node = trace.nodes[name]
         # [...] makes a tensor of its own: pack marks it, and a log density may be shared by two sites.
