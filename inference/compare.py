@@ -97,7 +97,7 @@ def compare(
         methods: Callables ``(pair, data) -> Result`` by name, mostly ``partial(fit, ...)`` or
             ``partial(sample, ...)``.
         truth: Mean and standard deviation (each of the site's shape) by site name, or a callable
-            ``(pair, data)`` that gives them.
+            ``(pair, data)`` that gives them (an ArithmeticError of it leaves the truth out, with a warning).
         heldout: Rows that were not fitted, by name as ``data``.
         label: Name of the labels, for accuracy and calibration, where ``heldout`` has them.
         seed: Seed that each pair is built from.
@@ -112,7 +112,7 @@ def compare(
         with isolated(seed):
             return make_pair()
 
-    moments = dict(truth(build(), data) if callable(truth) else truth or {})
+    moments = _moments(truth, build, data)
     results, rows = {}, {}
     for name, method in methods.items():
         try:
@@ -127,6 +127,16 @@ def compare(
         raise RuntimeError(f"every method failed: {', '.join(methods)}")
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
     return Comparison(table.rename_axis("method"), results, moments)
+
+
+def _moments(
+    truth: Moments | Callable[[Any, Any], Moments] | None, build: Callable[[], Any], data: Any
+) -> dict[str, tuple[Tensor, Tensor]]:
+    try:
+        return dict(truth(build(), data) if callable(truth) else truth or {})
+    except ArithmeticError as error:
+        warnings.warn(f"truth left out: {error}", stacklevel=3)
+        return {}
 
 
 def _judge(result: Result, truth: Moments, heldout: Any, label: str) -> dict[str, float]:
