@@ -20,6 +20,7 @@ from torch import Tensor
 R_HAT = 1.01
 ESS_PER_CHAIN = 100
 PARETO_K = (0.5, 0.7)
+POINT = "A point estimate: its draws have no spread, and predictions from it ignore what is not known."
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosi
     table = _summary(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
-        return Diagnosis(table, None, pareto_k, _judge_guide(pareto_k))
+        point = len(table) > 0 and not (table["sd"] > 0).any()
+        return Diagnosis(table, None, pareto_k, (POINT,) if point else _judge_guide(pareto_k))
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     return Diagnosis(table, divergences, None, _judge_chains(table, divergences, chains, draws))

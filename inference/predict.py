@@ -50,7 +50,7 @@ def prior_predictive(
         A tensor (S, \*shape of the site) for each site.
     """
     with isolated(seed):
-        return _predict(bind(pair, data).generator(size), {}, draws)
+        return draw_sites(bind(pair, data).generator(size), {}, draws)
 
 
 def posterior_predictive(result: Any, data: Any = None, *, size: int | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def posterior_predictive(result: Any, data: Any = None, *, size: int | None = No
     program = result.program if data is None else result.program.with_data(data)
     latent = set(result.draws) | set(program.enumerated)
     with isolated(seed), result.state():
-        sites = _predict(program.generator(size), result.draws, result.size)
+        sites = draw_sites(program.generator(size), result.draws, result.size)
     return {k: v for k, v in sites.items() if k not in latent or k in result.program.select("observed")}
 
 
@@ -163,7 +163,8 @@ def sample_guide(program: Program, size: int) -> tuple[dict[str, Tensor], Tensor
     return values, values.pop("")
 
 
-def _predict(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
+def draw_sites(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
+    """Draw the sites of a :meth:`Program.generator` that have no draws, given those that have."""
     known = {n: v for n, v in draws.items() if n in program.sites}
 
     def body(chunk: Draws, number: int | None) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ def _dataset(program: Program, sites: Mapping[str, Tensor], dims: dict[str, list
 
 
 def _replicates(program: Program, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = predict._predict(program.generator(), posterior, size)
+    sites = predict.draw_sites(program.generator(), posterior, size)
     return {n: v for n, v in sites.items() if n in program.select("observed")}
 
 

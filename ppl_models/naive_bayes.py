@@ -40,7 +40,15 @@ class NaiveBayes(Pair):
         guide: From the model to a guide of its parameters: AutoNormal (the default), AutoDelta, ...
 
     Data: x (N, D); y (N,), integers, or floats with nan where the label is missing, or absent.
+
+    A subclass samples the class parameters (K, D) from their prior and from their conjugate posterior, both
+    within the plate of classes, gives a row's distribution, and the posterior's moments.
     """
+
+    draw_parameters: Callable[[], tuple[Tensor, ...]]
+    likelihood: Callable[..., dist.TorchDistribution]
+    draw_posterior: Callable[[Tensor, Tensor, Tensor], None]
+    parameter_moments: Callable[[Tensor, Tensor, Tensor], Moments]
 
     def __init__(
         self,
@@ -110,22 +118,6 @@ class NaiveBayes(Pair):
         if y is not None:
             length = len(x) if x is not None else len(y)
             check_labels("y", y, length, self.classes, missing=True)
-
-    def draw_parameters(self) -> tuple[Tensor, ...]:
-        """Sample the class parameters (K, D) from their prior, within the plate of classes."""
-        raise NotImplementedError
-
-    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        """Distribution of a row given its class's parameters."""
-        raise NotImplementedError
-
-    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
-        """Sample the class parameters from their conjugate posterior."""
-        raise NotImplementedError
-
-    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
-        """Mean and standard deviation of the class parameters under their conjugate posterior."""
-        raise NotImplementedError
 
 
 class GaussianNaiveBayes(NaiveBayes):

@@ -32,7 +32,12 @@ class Classifier(Pair):
         guide: From the model to a guide: AutoNormal (the default), AutoDelta, AutoMultivariateNormal, ...
 
     Data: x (N, D), y (N,) integers.
+
+    A subclass samples its weights and gives the scores of the classes (..., N, K), or for two classes
+    their log odds (..., N, 1).
     """
+
+    scores: Callable[[Tensor], Tensor]
 
     def __init__(
         self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, guide: Guide = AutoNormal
@@ -59,10 +64,6 @@ class Classifier(Pair):
             if self.classes > 2:
                 return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
             return pyro.sample("y", dist.Bernoulli(logits=logits[..., 0]), obs=None if y is None else y.to(x.dtype))
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Scores of the classes (..., N, K), or their log odds (..., N, 1) for two."""
-        raise NotImplementedError
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D) and y its labels."""

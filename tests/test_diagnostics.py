@@ -1,0 +1,343 @@
+"""Pareto k with known tails, R-hat and effective sizes as ArviZ has them, and advice exactly when it is due."""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.signal
+import scipy.stats
+import torch
+from pyro.infer import NUTS
+from pyro.infer.autoguide import AutoDelta
+
+import inference
+from inference.diagnostics import Diagnosis, diagnose, pareto_k
+from inference.program import isolated
+
+R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
+FEW = "below 100 a chain: run more draws, or reparameterise what is correlated."
+ESS = rf"Effective sample size is \d+ for {{}}, {FEW}"
+ONE_CHAIN = r"One chain has no R-hat: run at least two to see whether they agree\."
+DIVERGED = r"{} of {} transitions diverged: parts of the posterior were not reached; raise target_accept_prob .*"
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A seed and a parameter store of its own, and one thread: the tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with isolated(0):
+        yield
+    torch.set_num_threads(threads)
+
+
+def double(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def autoregressive(coefficient: float, chains: int, draws: int) -> np.ndarray:
+    """Chains in which each draw is a multiple of the last plus noise, from their stationary start."""
+    innovations = noise(chains, draws)
+    innovations[:, 0] /= np.sqrt(1 - coefficient**2)
+    return scipy.signal.lfilter([1], [1, -coefficient], innovations)
+
+
+def chains(diverging: int = 0, **sites: np.ndarray) -> az.InferenceData:
+    """Chains (chain, draw, ...) as the verbs return them, the first few transitions divergent."""
+    shape = next(iter(sites.values())).shape[:2]
+    flags = np.arange(np.prod(shape)).reshape(shape) < diverging
+    return az.from_dict(posterior=sites, sample_stats={"diverging": flags})
+
+
+def assert_advice(diagnosis: Diagnosis, *lines: str) -> None:
+    """Exactly these sentences, in this order."""
+    assert len(diagnosis.advice) == len(lines), diagnosis.advice
+    for said, line in zip(diagnosis.advice, lines, strict=True):
+        assert re.fullmatch(line, said), said
+    assert str(diagnosis) == ("\n".join(diagnosis.advice) if lines else "No warning.")
+
+
+# Pareto k
+
+
+def tolerance(k: float, draws: int) -> float:
+    """Four standard errors over the tail that is fitted, 3 sqrt(S) draws, and the pull of the fit's prior."""
+    tail = 3 * np.sqrt(draws)
+    return float(4 * (1 + k) / np.sqrt(tail) + 5 / tail)
+
+
+@pytest.mark.parametrize("k", [0.1, 0.3, 0.5, 0.8, 0.95, 1.4])
+def test_k_of_weights_with_a_pareto_tail_is_its_shape(k: float) -> None:
+    weights = scipy.stats.genpareto(k).rvs(100_000, random_state=np.random.default_rng(1))
+    assert pareto_k(torch.tensor(np.log(weights))) == pytest.approx(k, abs=tolerance(k, 100_000))
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.8])
+def test_k_of_an_exponential_proposal_for_a_slower_exponential_is_one_minus_the_rates_ratio(k: float) -> None:
+    """p / q = (1 - k) exp(k z) with z ~ Exp(1): P(weight > t) falls as t^(-1/k)."""
+    z = np.random.default_rng(2).exponential(size=100_000)
+    weights = scipy.stats.expon(scale=1 / (1 - k)).logpdf(z) - scipy.stats.expon.logpdf(z)
+    assert pareto_k(torch.tensor(weights)) == pytest.approx(k, abs=tolerance(k, 100_000))
+
+
+@pytest.mark.parametrize("shift", [-800.0, 0.0, 800.0])
+def test_k_does_not_depend_on_the_evidence(shift: float) -> None:
+    weights = torch.tensor(0.5 * np.random.default_rng(3).exponential(size=1000))
+    assert pareto_k(weights + shift) == pytest.approx(pareto_k(weights), abs=1e-6)
+    assert pareto_k(weights.requires_grad_()) == pareto_k(weights.detach())
+
+
+def test_k_of_equal_weights_is_minus_infinity_and_of_weights_that_are_not_finite_nan() -> None:
+    assert pareto_k(torch.full((30,), -812.5)) == -np.inf
+    for value in (torch.nan, torch.inf, -torch.inf):
+        weights = torch.zeros(30)
+        weights[7] = value
+        assert np.isnan(pareto_k(weights))
+
+
+def test_k_needs_twenty_five_draws() -> None:
+    with pytest.raises(ValueError, match=r"^log_weights: expected at least 25 draws, got 24$"):
+        pareto_k(torch.zeros(24))
+
+
+def normal_model(x: torch.Tensor) -> None:
+    """mu ~ N(0, I), x ~ N(mu, I) in five dimensions: with x = 1 twice the posterior is N(2/3, 1/3) in each."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0).expand(5), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+
+ONES = torch.ones(2, 5, dtype=torch.float64)
+
+
+def fit_guide(width: float) -> Diagnosis:
+    """A normal guide in the right place, some times as wide as the posterior."""
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(double(2 / 3).expand(5), width * TRUE_SD).to_event(1))
+
+    return inference.fit((normal_model, guide), ONES, steps=0, draws=4000, progress=False).diagnosis
+
+
+TRUE_SD = (1 / 3) ** 0.5
+
+
+def test_a_guide_that_is_the_posterior_has_k_minus_infinity_and_no_advice() -> None:
+    diagnosis = fit_guide(1.0)
+    assert diagnosis.pareto_k == -np.inf
+    assert diagnosis.divergences is None
+    assert_advice(diagnosis)
+
+
+def test_a_guide_somewhat_wider_than_the_posterior_has_a_small_k_and_no_advice() -> None:
+    diagnosis = fit_guide(1.3)
+    assert diagnosis.pareto_k is not None
+    assert diagnosis.pareto_k < 0.3
+    assert_advice(diagnosis)
+
+
+def test_a_guide_that_is_too_narrow_has_a_large_k_and_is_not_to_be_trusted() -> None:
+    diagnosis = fit_guide(0.3)
+    assert diagnosis.pareto_k is not None
+    assert 0.7 < diagnosis.pareto_k < 1.5
+    said = rf"Pareto k of the guide is {diagnosis.pareto_k:.2f}, above 0\.7: its posterior is not to be trusted; .*"
+    assert_advice(diagnosis, said)
+
+
+def test_k_of_a_guide_grows_as_it_narrows() -> None:
+    found = [fit_guide(width).pareto_k for width in (1.6, 0.9, 0.7, 0.5, 0.3)]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("k", "line"),
+    [
+        (None, None),
+        (-np.inf, None),
+        (0.5, None),
+        (0.51, r"Pareto k of the guide is 0\.51, above 0\.5: usable for means after importance weighting; .*"),
+        (0.7, r"Pareto k of the guide is 0\.70, above 0\.5: usable .*"),
+        (0.71, r"Pareto k of the guide is 0\.71, above 0\.7: its posterior is not to be trusted; .*"),
+        (np.inf, r"Pareto k of the guide is inf, above 0\.7: .*"),
+        (np.nan, r"Pareto k could not be computed: the log density is not finite at some draws of the guide\."),
+    ],
+)
+def test_advice_on_a_guide_follows_its_k(k: float | None, line: str | None) -> None:
+    idata = az.from_dict(posterior={"mu": noise(1, 100)})
+    assert_advice(diagnose(idata, k), *([line] if line else []))
+
+
+def test_a_point_estimate_has_no_k() -> None:
+    result = inference.fit((normal_model, AutoDelta(normal_model)), ONES, steps=5, progress=False)
+    assert result.diagnosis.pareto_k is None
+    assert_advice(result.diagnosis)
+
+
+# The table
+
+
+def test_the_table_has_arvizs_numbers_one_row_a_scalar() -> None:
+    sites = {"mu": noise(4, 300).cumsum(1) / 30, "w": noise(4, 300, 2, 3, seed=1), "labels": np.ones((4, 300), int)}
+    idata = chains(**sites)
+    table = diagnose(idata).table
+    assert list(table.columns) == ["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
+    assert list(table.index) == ["mu", *(f"w[{i}, {j}]" for i in range(2) for j in range(3))]
+    theirs = az.summary(idata, var_names=["mu", "w"], round_to="none")
+    for column in table:
+        np.testing.assert_allclose(table[column], theirs[column], rtol=1e-12)
+    rhat, ess = az.rhat(idata, var_names=["mu", "w"]), az.ess(idata, var_names=["mu", "w"])
+    assert diagnose(idata).worst_r_hat == max(float(rhat["mu"]), float(rhat["w"].max()))
+    assert diagnose(idata).min_ess_bulk == min(float(ess["mu"]), float(ess["w"].min()))
+
+
+def test_a_quantity_bears_the_names_of_its_coordinates() -> None:
+    idata = az.from_dict(
+        posterior={"w": noise(2, 50, 2)}, coords={"features": ["height", "width"]}, dims={"w": ["features"]}
+    )
+    assert list(diagnose(idata).table.index) == ["w[height]", "w[width]"]
+
+
+def test_without_chains_the_table_has_mean_and_sd_alone() -> None:
+    idata = az.from_dict(posterior={"mu": noise(1, 500)})
+    diagnosis = diagnose(idata, 0.1)
+    assert list(diagnosis.table.columns) == ["mean", "sd"]
+    assert diagnosis.table.loc["mu", "sd"] == pytest.approx(noise(1, 500).std(ddof=1))
+    assert np.isnan(diagnosis.worst_r_hat)
+    assert np.isnan(diagnosis.min_ess_bulk)
+
+
+# Advice on chains
+
+
+def test_good_chains_get_no_advice() -> None:
+    diagnosis = diagnose(chains(mu=noise(4, 500), w=noise(4, 500, 3, seed=1)))
+    assert diagnosis.divergences == 0
+    assert diagnosis.pareto_k is None
+    assert diagnosis.worst_r_hat < 1.01
+    assert diagnosis.min_ess_bulk > 1000
+    assert_advice(diagnosis)
+
+
+def test_chains_at_two_modes_disagree() -> None:
+    w = noise(4, 1000, 2, seed=1)
+    w[2:, :, 1] += 5
+    diagnosis = diagnose(chains(mu=noise(4, 1000), w=w))
+    assert_advice(diagnosis, R_HAT.format(r"w\[1\]"), ESS.format(r"w\[1\]"))
+    assert diagnosis.worst_r_hat > 1.5
+    assert diagnosis.min_ess_bulk < 20
+
+
+def test_chains_of_different_width_disagree_too() -> None:
+    """Rank-normalised folded R-hat: the means agree, the scales do not."""
+    scale = np.array([1, 1, 1, 4])[:, None]
+    diagnosis = diagnose(chains(mu=scale * noise(4, 2000)))
+    assert_advice(diagnosis, R_HAT.format("mu"), ESS.format("mu"))
+    assert diagnosis.table.loc["mu", "ess_bulk"] > 5000
+
+
+def test_few_draws_are_too_few() -> None:
+    assert_advice(diagnose(chains(mu=noise(4, 60, seed=0))), ESS.format("mu"))
+
+
+def test_draws_that_are_correlated_are_worth_few() -> None:
+    """An autoregressive chain of coefficient a has an effective sample size of S (1 - a) / (1 + a)."""
+    diagnosis = diagnose(chains(mu=autoregressive(0.99, 4, 20_000), w=noise(4, 20_000)))
+    assert diagnosis.table.loc["mu", "ess_bulk"] == pytest.approx(80_000 * 0.01 / 1.99, rel=0.25)
+    assert diagnosis.min_ess_bulk == diagnosis.table.loc["mu", "ess_bulk"]
+    diagnosis = diagnose(chains(mu=autoregressive(0.99, 4, 5000), w=noise(4, 5000)))
+    assert re.fullmatch(ESS.format("mu"), diagnosis.advice[-1])
+
+
+def test_a_short_tail_is_advised_on_where_the_bulk_is_well() -> None:
+    """Fresh signs on a slow magnitude: the mean mixes fast, the quantiles slowly."""
+    diagnosis = diagnose(chains(mu=autoregressive(0.97, 4, 1000) * np.sign(noise(4, 1000, seed=1))))
+    row = diagnosis.table.loc["mu"]
+    assert row["ess_tail"] < 400 < row["ess_bulk"]
+    assert diagnosis.advice[-1] == f"Effective sample size is {row['ess_tail']:.0f} for mu, {FEW}"
+
+
+def test_one_chain_has_no_r_hat() -> None:
+    assert_advice(diagnose(chains(mu=noise(1, 500))), ONE_CHAIN)
+
+
+def test_divergences_are_counted() -> None:
+    diagnosis = diagnose(chains(diverging=7, mu=noise(4, 500)))
+    assert diagnosis.divergences == 7
+    assert_advice(diagnosis, DIVERGED.format(7, 2000))
+
+
+@pytest.mark.parametrize("constant", [1.0, 0.1])
+def test_a_quantity_that_never_moves_is_no_cause_for_alarm(constant: float) -> None:
+    """The one entry of a simplex of one, or a deterministic site: 0.1 sums to a standard deviation of rounding."""
+    diagnosis = diagnose(chains(mu=noise(4, 500), w=np.full((4, 500, 1), constant)))
+    assert_advice(diagnosis)
+    assert np.isfinite(diagnosis.worst_r_hat)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_draws_that_are_not_finite_are_not_passed_over(value: float) -> None:
+    draws = noise(4, 500)
+    draws[1, 3] = value
+    assert diagnose(chains(mu=draws)).advice
+
+
+def test_chains_too_short_for_any_number_are_not_passed_over() -> None:
+    assert diagnose(chains(mu=noise(2, 3))).advice
+
+
+# Chains of the verbs
+
+
+EFFECTS = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
+ERRORS = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
+
+
+def eight_schools(x: torch.Tensor) -> None:
+    """Centred, so that tau near 0 is a funnel."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(double(5.0)))
+    with pyro.plate("rows", len(x)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("x", dist.Normal(theta, ERRORS), obs=x)
+
+
+def test_nuts_diverges_on_the_centred_eight_schools_and_says_so() -> None:
+    kernel = partial(NUTS, target_accept_prob=0.6, max_tree_depth=4)
+    result = inference.sample(eight_schools, EFFECTS, kernel, draws=100, warmup=100, chains=2, progress=False)
+    diagnosis = result.diagnosis
+    assert diagnosis.divergences == int(result.idata.sample_stats["diverging"].sum())
+    assert diagnosis.divergences > 0
+    assert re.fullmatch(DIVERGED.format(diagnosis.divergences, 200), diagnosis.advice[-1])
+
+
+def test_nuts_on_a_normal_posterior_gets_no_advice() -> None:
+    kernel = partial(NUTS, target_accept_prob=0.9)
+    result = inference.sample(normal_model, ONES, kernel, draws=800, warmup=200, chains=2, progress=False)
+    assert_advice(result.diagnosis)
+    assert str(result).endswith("No warning.")
+    np.testing.assert_allclose(result.diagnosis.table["mean"], 2 / 3, atol=0.1)
+
+
+def two_modes(x: torch.Tensor) -> None:
+    """x ~ N(z^2, 0.1) with x = 16: z is near 4 or near -4, and no chain crosses."""
+    z = pyro.sample("z", dist.Normal(double(0.0), 5.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(z**2, 0.1), obs=x)
+
+
+def test_nuts_on_two_modes_is_told_that_its_chains_disagree() -> None:
+    data = torch.tensor([16.0], dtype=torch.float64)
+    result = inference.sample(two_modes, data, draws=100, warmup=100, chains=4, seed=1, progress=False)
+    signs = np.sign(result.idata.posterior["z"].mean("draw"))
+    assert set(signs.values) == {-1.0, 1.0}
+    assert result.diagnosis.advice[0].startswith("R-hat is")
+    assert result.diagnosis.worst_r_hat > 1.5
