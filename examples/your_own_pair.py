@@ -1,9 +1,8 @@
 """How do I write a pair of my own, and what do I get for it? Robust regression, as a class and as plain functions.
 
 nu ~ Gamma(2, 0.1), s ~ HalfNormal(1), w ~ N(0, 1), y_n ~ StudentT(nu, w x_n, s): Lange, Little and Taylor 1989, "Robust
-Statistical Modeling Using the t Distribution". Here y is the mean radius of the three worst nuclei of a tumour, given
-means x over all of its nuclei (standardised): some tumours have far worse nuclei than the means tell, so nu is small.
-Run: python examples/your_own_pair.py --steps 3000
+Statistical Modeling Using the t Distribution". y is the radius of the worst nuclei of a tumour, x means over all of its
+nuclei; some have far worse nuclei than the means tell, so nu is small. Run: python examples/your_own_pair.py
 """
 
 from functools import partial
@@ -20,13 +19,11 @@ from inference import Comparison, compare, fit, sample
 from ppl_models import data
 from ppl_models.pair import Pair, rows_plate
 
-COLUMNS = ("mean radius", "mean texture", "mean smoothness", "mean compactness", "mean symmetry")
-
 
 class RobustRegression(Pair):
-    """Data: x (N, D), y (N,). What a class adds: named columns, minibatches, a guide that owns its parameters."""
+    """Data: x (N, D), y (N,). A class adds named columns, minibatches and parameters; its guide lets s follow nu."""
 
-    def __init__(self, features: tuple[str, ...]) -> None:
+    def __init__(self, features: list[str]) -> None:
         super().__init__()
         size = self.name_dimension("features", features)
         self.dims = {"w": ("features",)}
@@ -43,8 +40,7 @@ class RobustRegression(Pair):
 
     def guide(self, x: Tensor, **_: Tensor) -> None:
         nu = pyro.sample("nu", dist.LogNormal(self.centre[0], self.sd[0]))
-        # The heavier the tails, the narrower the middle: a guide of one's own can let s follow nu.
-        pyro.sample("s", dist.LogNormal(self.centre[1] + self.slope * nu.log(), self.sd[1]))
+        pyro.sample("s", dist.LogNormal(self.centre[1] + self.slope * (nu.log() - self.centre[0]), self.sd[1]))
         pyro.sample("w", dist.MultivariateNormal(self.centre[2:], scale_tril=self.root))
 
 
@@ -59,23 +55,23 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
 def guide(x: Tensor, y: Tensor | None = None) -> None:
     centre = pyro.param("centre", x.new_zeros(2 + x.shape[1]))
     sd = pyro.param("sd", 0.1 * torch.ones_like(centre), constraint=dist.constraints.positive)
-    for k, name in enumerate(("nu", "s")):
-        pyro.sample(name, dist.LogNormal(centre[k], sd[k]))
+    pyro.sample("nu", dist.LogNormal(centre[0], sd[0]))
+    pyro.sample("s", dist.LogNormal(centre[1], sd[1]))
     pyro.sample("w", dist.Normal(centre[2:], sd[2:]).to_event(1))
 
 
 def main(steps: int = 3000, draws: int = 1000, out: Path = Path("results/examples")) -> Comparison:
-    """Hold the guides against long chains, and all of them against tumours left out; print, draw and return it."""
+    """Hold both guides against chains, and all of them against tumours left out; print, save and return it."""
+    names = ["mean radius", "mean texture", "mean smoothness", "mean compactness", "mean symmetry"]
     tumours = data.load("breast_cancer", standardise=True, dtype=torch.double)
-    x, y = ([tumours.features.index(name) for name in names] for names in (COLUMNS, ("worst radius",)))
-    train, test = ({"x": part["x"][:, x], "y": part["x"][:, y[0]]} for part in (tumours.train, tumours.test))
+    x, y = [tumours.features.index(name) for name in names], tumours.features.index("worst radius")
+    train, test = ({"x": part["x"][:, x], "y": part["x"][:, y]} for part in (tumours.train, tumours.test))
     chains = sample(model, train, draws=draws, chains=2)
     methods = {"class": partial(fit, steps=steps), "class, batches of 64": partial(fit, steps=steps, batch=64)}
     methods |= {"functions": lambda _, rows: fit((model, guide), rows, steps=steps), "chains": lambda *_: chains}
     truth = {site: (values.mean(0), values.std(0)) for site, values in chains.draws.items()}
-    comparison = compare(lambda: RobustRegression(COLUMNS).double(), train, methods, truth=truth, heldout=test)
-    out.mkdir(parents=True, exist_ok=True)
-    comparison.plot().savefig(out / "your_own_pair.png", dpi=110)
+    comparison = compare(lambda: RobustRegression(names).double(), train, methods, truth=truth, heldout=test)
+    comparison.save(out / "your_own_pair")
     print(comparison)
     return comparison
 

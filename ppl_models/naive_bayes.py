@@ -23,7 +23,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from ppl_models.pair import Pair, check_labels, check_matrix, choose, continuous, rows_plate
+from ppl_models.pair import Pair, check_labels, check_matrix, choose, continuous, members, rows_plate
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -99,11 +99,11 @@ class NaiveBayes(Pair):
             raise ValueError(
                 "y: expected a label for every row (only then is the posterior conjugate), got missing ones"
             )
-        members = torch.nn.functional.one_hot(y.long(), self.classes).to(x.dtype)
-        rows = members.sum(0)
-        total = members.mT @ x
-        centred = x - members @ (total / rows.clamp_min(1)[:, None])
-        return rows, total, members.mT @ centred**2
+        member = members(y, self.classes, x.dtype)
+        rows = member.sum(0)
+        total = member.mT @ x
+        centred = x - member @ (total / rows.clamp_min(1)[:, None])
+        return rows, total, member.mT @ centred**2
 
     def moments(self, x: Tensor, y: Tensor) -> Moments:
         """Exact posterior mean and standard deviation of each site, with all labels given."""

@@ -111,5 +111,9 @@ def choose(table: Tensor, labels: Tensor) -> Tensor:
     A product with one-hot labels instead of an index: draws and enumerated labels broadcast on the left,
     and its gradient is one matrix product.
     """
-    classes = table.shape[-2]
-    return torch.nn.functional.one_hot(labels.long(), classes).to(table.dtype) @ table
+    return members(labels, table.shape[-2], table.dtype) @ table
+
+
+def members(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """One-hot labels (..., N, K). Torch's own reads the labels' range back, which no graph can trace."""
+    return (labels[..., None] == torch.arange(classes, device=labels.device)).to(dtype)

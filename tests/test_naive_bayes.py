@@ -370,7 +370,33 @@ def test_moments_that_do_not_exist_are_infinite() -> None:
     assert (sd[2] == torch.inf).all()
 
 
+def test_a_far_origin_moves_the_means_and_nothing_else() -> None:
+    data, far = draw("gaussian"), 2.0**20
+    near, moved = make("gaussian").moments(**data), make("gaussian", mean=0.5 + far).moments(data["x"] + far, data["y"])
+    for name in near:
+        for part in (0, 1):
+            shift = far if (name, part) == ("means", 0) else 0.0
+            torch.testing.assert_close(moved[name][part] - shift, near[name][part], rtol=1e-8, atol=1e-8)
+
+
 @families
+@pytest.mark.parametrize("known", ["all", "some", "none"])
+def test_losses_of_minibatches_average_to_the_loss_of_all_rows(family: str, known: str) -> None:
+    data, pair = draw(family), make(family, guide=AutoDelta)
+    given = {"x": data["x"], "y": data["y"]} if known == "all" else {"x": data["x"], "y": missing(data["y"])}
+    given = {"x": data["x"]} if known == "none" else given
+    # An instance remembers the dimensions of its first run: a fresh one for every loss.
+    model = pair.model if known == "all" else config_enumerate(pair.model)
+    make_loss = Trace_ELBO if known == "all" else partial(TraceEnum_ELBO, max_plate_nesting=1)
+    full = make_loss().loss(model, pair.guide, **given)
+    parts = torch.randperm(40).split(10)
+    batches = [{**{k: v[rows] for k, v in given.items()}, "size": 40, "rows": rows} for rows in parts]
+    losses = [make_loss().loss(model, pair.guide, **batch) for batch in batches]
+    assert np.mean(losses) == pytest.approx(full, rel=1e-10)
+    assert np.ptp(losses) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gaussian", "multinomial", pytest.param("bernoulli", marks=pytest.mark.slow)])
 def test_nuts_agrees_with_the_exact_posterior(family: str) -> None:
     data, pair = draw(family, classes=2, features=2), make(family, 2, 2)
     result = inference.sample(pair, data, draws=300, warmup=150, chains=2, progress=False)
@@ -408,6 +434,14 @@ def test_rows_without_labels_have_the_density_of_a_mixture(family: str) -> None:
     by_hand = scipy.special.logsumexp(joint, -1)
     for labels in ({}, {"y": torch.full((40,), torch.nan, dtype=torch.float64)}):
         np.testing.assert_allclose(score_rows(family, {"x": data["x"], **labels}, theta), by_hand, rtol=1e-8)
+
+
+@families
+def test_new_rows_without_labels_are_scored_after_a_fit_with_labels(family: str) -> None:
+    fresh = draw(family, rows=5, seed=8)["x"]
+    result = fit_exactly(make(family), draw(family), draws=30)
+    by_hand = scipy.special.logsumexp(log_joint_of_draws(family, fresh.numpy(), result.draws), -1)
+    np.testing.assert_allclose(inference.pointwise_log_likelihood(result, {"x": fresh}), by_hand, rtol=1e-8)
 
 
 @families
@@ -478,11 +512,11 @@ def test_nuts_with_labels_missing_agrees_with_the_sum_over_all_ways_to_label(fam
         mixed[name] = mean, np.sqrt(np.tensordot(weights, sds**2 + means**2, 1) - mean**2)
     y = data["y"].double()
     y[hidden] = torch.nan
-    result = inference.sample(pair, {"x": data["x"], "y": y}, draws=500, warmup=200, chains=2, progress=False)
+    result = inference.sample(pair, {"x": data["x"], "y": y}, draws=300, warmup=150, chains=2, progress=False)
     assert_chains_agree(result, mixed)
     ones = sum(w * way["y"].numpy() for w, way in zip(weights, ways, strict=True))
     drawn = result.idata.posterior["y"].mean(("chain", "draw")).values
-    np.testing.assert_allclose(drawn, ones, atol=0.06)
+    np.testing.assert_allclose(drawn, ones, atol=0.08)
     assert ((ones[hidden] > 0.1) & (ones[hidden] < 0.9)).sum() >= 2  # the law is about rows in doubt
 
 
@@ -580,7 +614,7 @@ def test_bernoulli_on_xwindows_scores_murphys_accuracy() -> None:
     """Murphy 2012, section 3.5: 600 words, 900 documents to train on and 900 to test."""
     documents = load("xwindows", dtype=torch.float64)
     pair = BernoulliNaiveBayes(documents.features, documents.classes, alpha=1.0, guide=AutoDelta).double()
-    result = inference.fit(pair, documents.train, steps=500, learning_rate=0.5, draws=1, progress=False)
+    result = inference.fit(pair, documents.train, steps=200, learning_rate=1.0, draws=1, progress=False)
     guess = inference.classify(result, {"x": documents.test["x"]}).argmax(-1)
     assert (guess == documents.test["y"]).double().mean().item() == pytest.approx(0.8133, abs=5e-5)
 
@@ -786,7 +820,7 @@ def test_labels_alone_and_rows_without_a_size_are_refused() -> None:
 @families
 def test_the_conjugate_posterior_refuses_missing_labels(family: str) -> None:
     data, pair = draw(family), make(family)
-    line = r"^y: expected a label for every row \(the posterior is conjugate only then\), got missing ones$"
+    line = "^y: expected a label for every row .*, got missing ones$"
     for y in (missing(data["y"]), None):
         refuses(lambda y=y: pair.moments(data["x"], y), line)
         refuses(lambda y=y: pair.exact(data["x"], y), line)

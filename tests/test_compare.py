@@ -1,0 +1,434 @@
+"""The table, the plot and the files of ``compare`` on a conjugate model of plain functions, against numbers by hand."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import NUTS
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+
+import inference
+from inference import Comparison, Result
+from inference.compare import COLUMNS, calibration_error, compare
+from inference.program import isolated
+
+X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
+FRESH = torch.tensor([-1.0, 0.25, 1.5, 3.0], dtype=torch.float64)
+# mu ~ N(0, 1) and w ~ N(0, 1)^2 with x ~ N(mu, 1): three rows that sum to 4.
+MEAN, SD = 1.0, 0.5
+TRUTH = {
+    "mu": (torch.tensor(MEAN, dtype=torch.float64), torch.tensor(SD, dtype=torch.float64)),
+    "w": (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A seed and a parameter store of its own, and one thread: the tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with isolated(0):
+        yield
+    torch.set_num_threads(threads)
+
+
+def zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def model(x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None) -> None:
+    mu = pyro.sample("mu", dist.Normal(zero(), 1.0))
+    pyro.sample("w", dist.Normal(zero().expand(2), 1.0).to_event(1))
+    count = size if x is None else len(x)
+    with pyro.plate("rows", count, subsample=rows):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def guide(x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None) -> None:
+    pyro.sample("mu", dist.Normal(zero() + MEAN, SD))
+    pyro.sample("w", dist.Normal(zero().expand(2), 1.0).to_event(1))
+
+
+def make_pair() -> tuple[Callable[..., None], Callable[..., None]]:
+    return model, guide
+
+
+def exactly(pair: Any, data: Any, **arguments: Any) -> Result:
+    return inference.fit(pair, data, steps=0, progress=False, **{"draws": 500, **arguments})
+
+
+def at_its_mode(pair: Any, data: Any, draws: int = 500) -> Result:
+    return inference.fit((pair[0], AutoDelta(pair[0])), data, steps=5, draws=draws, progress=False)
+
+
+def by_nuts(pair: Any, data: Any) -> Result:
+    return inference.sample(pair, data, NUTS, draws=60, warmup=40, chains=2, progress=False)
+
+
+def failing(error: Exception) -> Callable[[Any, Any], Result]:
+    def method(pair: Any, data: Any) -> Result:
+        raise error
+
+    return method
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    """Three methods against the truth and held-out rows."""
+    methods = {"exact": exactly, "MAP": at_its_mode, "NUTS": by_nuts}
+    return compare(make_pair, X, methods, truth=TRUTH, heldout=FRESH)
+
+
+# The table
+
+
+def test_the_table_has_a_row_a_method_and_the_columns_that_are_told(comparison: Comparison) -> None:
+    assert list(comparison.table.index) == ["exact", "MAP", "NUTS"]
+    assert comparison.table.index.name == "method"
+    assert list(comparison.table.columns) == list(COLUMNS)
+    assert {str(kind) for kind in comparison.table.dtypes} == {"float64"}
+    assert list(comparison.results) == ["exact", "MAP", "NUTS"]
+    assert comparison.truth == TRUTH
+
+
+def test_errors_are_those_of_the_posterior_means_in_true_standard_deviations(comparison: Comparison) -> None:
+    for name, result in comparison.results.items():
+        mu, w = result.draws["mu"].numpy(), result.draws["w"].numpy()
+        errors = np.array([(mu.mean() - MEAN) / SD, *w.mean(0)])
+        row = comparison.table.loc[name]
+        assert row["error_max"] == pytest.approx(abs(errors).max(), rel=1e-10)
+        assert row["error_rms"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-10)
+        if name == "MAP":
+            assert row["sd_ratio"] == 0.0
+        else:
+            ratios = [mu.std(ddof=1) / SD, *w.std(0, ddof=1)]
+            assert row["sd_ratio"] == pytest.approx(scipy.stats.gmean(ratios), rel=1e-10)
+
+
+def test_a_point_estimate_of_one_draw_is_judged_too() -> None:
+    row = compare(make_pair, X, {"MAP": partial(at_its_mode, draws=1)}, truth=TRUTH, heldout=FRESH).table.loc["MAP"]
+    assert row["sd_ratio"] == 0.0
+    assert np.isfinite(row[["error_max", "error_rms", "lpd", "lpd_se"]].astype(float)).all()
+
+
+def test_errors_are_of_the_sites_that_have_a_truth() -> None:
+    only = {"w": TRUTH["w"], "elsewhere": TRUTH["mu"]}
+    found = compare(make_pair, X, {"exact": exactly}, truth=only)
+    w = found.results["exact"].draws["w"].numpy()
+    assert found.table.loc["exact", "error_max"] == pytest.approx(abs(w.mean(0)).max())
+    nothing = compare(make_pair, X, {"exact": exactly}, truth={"elsewhere": TRUTH["mu"]}).table.loc["exact"]
+    assert nothing[["error_max", "error_rms", "sd_ratio"]].isna().all()
+
+
+def test_the_truth_may_be_found_from_the_pair_and_the_data() -> None:
+    seen = []
+
+    def truth(pair: Any, data: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        seen.append((pair, data))
+        return TRUTH
+
+    found = compare(make_pair, X, {"exact": exactly}, truth=truth)
+    assert seen == [((model, guide), X)]
+    fixed = compare(make_pair, X, {"exact": exactly}, truth=TRUTH)
+    assert found.table.loc["exact", "error_max"] == fixed.table.loc["exact", "error_max"]
+
+
+def test_lpd_is_the_mean_over_rows_of_the_log_of_the_mean_over_draws(comparison: Comparison) -> None:
+    for name, result in comparison.results.items():
+        mu = result.draws["mu"].numpy()
+        densities = scipy.stats.norm(mu[:, None], 1).logpdf(FRESH.numpy())
+        of_rows = scipy.special.logsumexp(densities, 0) - math.log(len(mu))
+        assert comparison.table.loc[name, "lpd"] == pytest.approx(of_rows.mean(), rel=1e-10)
+        assert comparison.table.loc[name, "lpd_se"] == pytest.approx(of_rows.std(ddof=1) / 2, rel=1e-10)
+
+
+def test_lpd_of_the_exact_posterior_is_the_closed_form_predictive() -> None:
+    found = compare(make_pair, X, {"exact": partial(exactly, draws=20_000)}, heldout=FRESH).table.loc["exact"]
+    rows = scipy.stats.norm(MEAN, math.sqrt(1 + SD**2)).logpdf(FRESH.numpy())
+    assert found["lpd"] == pytest.approx(rows.mean(), abs=0.01)
+    assert found["lpd_se"] == pytest.approx(rows.std(ddof=1) / 2, abs=0.01)
+
+
+def test_one_held_out_row_has_a_density_without_an_error() -> None:
+    row = compare(make_pair, X, {"exact": exactly}, heldout=FRESH[:1]).table.loc["exact"]
+    assert np.isfinite(row["lpd"])
+    assert np.isnan(row["lpd_se"])
+
+
+def test_chains_have_their_diagnostics_and_guides_theirs(comparison: Comparison) -> None:
+    chains, guided = comparison.table.loc["NUTS"], comparison.table.loc["exact"]
+    result = comparison.results["NUTS"]
+    ess, r_hat = az.ess(result.idata), az.rhat(result.idata)
+    assert chains["ess"] == pytest.approx(min(float(ess["mu"]), float(ess["w"].min())))
+    assert chains["r_hat"] == pytest.approx(max(float(r_hat["mu"]), float(r_hat["w"].max())))
+    assert chains["divergences"] == result.idata.sample_stats["diverging"].sum()
+    assert np.isnan(chains["pareto_k"])
+    assert guided[["ess", "ess_per_s", "r_hat", "divergences"]].isna().all()
+    assert guided["pareto_k"] == -np.inf
+    assert np.isnan(comparison.table.loc["MAP", "pareto_k"])
+    for name, row in comparison.table.iterrows():
+        seconds = comparison.results[str(name)].seconds
+        assert row["seconds"] == seconds["run"]
+        assert row["seconds_total"] == seconds["run"] + seconds["setup"]
+
+
+@pytest.mark.parametrize("apart", [0.0, 3.0])
+def test_chains_that_disagree_have_no_effective_size_a_second(apart: float) -> None:
+    result = by_nuts((model, guide), X)
+    draws = np.random.default_rng(0).normal(size=(2, 500))
+    draws[1] += apart
+    idata = az.from_dict(posterior={"mu": draws}, sample_stats={"diverging": draws > 100})
+    judged = inference.diagnose(idata)
+    row = compare(make_pair, X, {"chains": lambda *_: replace(result, diagnosis=judged)}).table.loc["chains"]
+    assert row["ess"] == judged.min_ess_bulk
+    if apart:
+        assert np.isnan(row["ess_per_s"])
+    else:
+        assert row["ess_per_s"] == pytest.approx(judged.min_ess_bulk / result.seconds["run"])
+
+
+def test_without_truth_or_held_out_rows_their_columns_are_empty() -> None:
+    row = compare(make_pair, X, {"exact": exactly}).table.loc["exact"]
+    empty = ["lpd", "lpd_se", "accuracy", "ece", "error_max", "error_rms", "sd_ratio"]
+    assert row[empty].isna().all()
+
+
+def test_in_print_the_empty_columns_are_left_out(comparison: Comparison) -> None:
+    assert "lpd_se" in str(comparison)
+    assert "accuracy" not in str(comparison)
+
+
+# Labels
+
+
+def mixture(x: Tensor, y: Tensor | None = None) -> None:
+    """Two classes at -mu and mu."""
+    mu = pyro.sample("mu", dist.Normal(zero(), 1.0))
+    with pyro.plate("rows", len(x)):
+        y = pyro.sample("y", dist.Bernoulli(zero() + 0.5), obs=y)
+        pyro.sample("x", dist.Normal((2 * y - 1) * mu, 1.0), obs=x)
+
+
+def guide_of_mu(x: Tensor, y: Tensor | None = None) -> None:
+    pyro.sample("mu", dist.Normal(zero() + 1.0, 0.5))
+
+
+def test_accuracy_and_calibration_are_those_of_bayes_rule_on_the_held_out_labels() -> None:
+    data = {"x": torch.tensor([1.0, -1.5, 2.0]).double(), "y": torch.tensor([1.0, 0.0, 1.0]).double()}
+    fresh = {"x": torch.tensor([0.75, -0.25, 1.5, -2.0]).double(), "y": torch.tensor([1.0, 1.0, 1.0, 0.0]).double()}
+    found = compare(lambda: (mixture, guide_of_mu), data, {"exact": exactly}, heldout=fresh)
+    mu, x = found.results["exact"].draws["mu"].numpy(), fresh["x"].numpy()
+    ones, zeros = (scipy.stats.norm(sign * mu[:, None], 1).pdf(x).mean(0) for sign in (1, -1))
+    p = ones / (ones + zeros)
+    confidence, right = np.maximum(p, 1 - p), (p > 0.5) == fresh["y"].numpy()
+    row = found.table.loc["exact"]
+    assert row["accuracy"] == right.mean() == 0.75
+    bins = np.floor(confidence * 10)
+    gaps = [abs((confidence - right)[bins == b].sum()) for b in np.unique(bins)]
+    assert row["ece"] == pytest.approx(sum(gaps) / 4, rel=1e-6)
+    without = {"x": fresh["x"]}
+    unlabelled = compare(lambda: (mixture, guide_of_mu), data, {"exact": exactly}, heldout=without).table.loc["exact"]
+    assert unlabelled[["accuracy", "ece"]].isna().all()
+    assert unlabelled["lpd"] == pytest.approx(np.log((ones + zeros) / 2).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "bins", "expected"),
+    [
+        ([[1.0, 0.0]], [0], 10, 0.0),
+        ([[1.0, 0.0]], [1], 10, 1.0),
+        ([[0.75, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.25]], [0, 0, 1, 1], 10, 0.0),
+        # Bins of 0.55 (right), 0.62 and 0.68 (one right), 0.95 (wrong): |-0.45| + |0.3| + |0.95| over four rows.
+        ([[0.55, 0.45], [0.62, 0.38], [0.32, 0.68], [0.95, 0.05]], [0, 0, 0, 1], 10, (0.45 + 0.3 + 0.95) / 4),
+        # The same in two bins: all confidences are above a half.
+        ([[0.55, 0.45], [0.62, 0.38], [0.32, 0.68], [0.95, 0.05]], [0, 0, 0, 1], 2, (2.8 - 2) / 4),
+        ([[0.25, 0.36, 0.39], [0.55, 0.25, 0.2]], [2, 1], 5, (0.61 + 0.55) / 2),
+        ([[0.25, 0.36, 0.39], [0.55, 0.25, 0.2]], [2, 1], 1, (0.61 - 0.55) / 2),
+    ],
+)
+def test_calibration_error_by_hand(
+    probabilities: list[list[float]], labels: list[int], bins: int, expected: float
+) -> None:
+    found = calibration_error(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels), bins)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+# Methods that fail
+
+
+ERRORS = [ValueError, RuntimeError, TypeError, FloatingPointError, NotImplementedError]
+ERRORS += [KeyError, IndexError, AssertionError]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_method_that_fails_leaves_an_empty_row_and_a_warning(kind: type[Exception]) -> None:
+    methods = {"broken": failing(kind("out of order")), "exact": exactly}
+    with pytest.warns(UserWarning, match=r"^broken failed: '?out of order'?$"):
+        found = compare(make_pair, X, methods, truth=TRUTH, heldout=FRESH)
+    assert list(found.table.index) == ["broken", "exact"]
+    assert found.table.loc["broken"].isna().all()
+    assert np.isfinite(found.table.loc["exact", "lpd"])
+    assert list(found.results) == ["exact"]
+    assert isinstance(found.plot(), Figure)
+
+
+def test_methods_that_all_fail_are_an_error() -> None:
+    broken = failing(ValueError("out of order"))
+    failed = pytest.warns(UserWarning, match="^[ab] failed: out of order$")
+    with failed, pytest.raises(RuntimeError, match=r"^every method failed: a, b$"):
+        compare(make_pair, X, {"a": broken, "b": broken})
+    with pytest.raises(ValueError, match=r"^out of order$"):
+        compare(make_pair, X, {"a": broken})
+
+
+def test_no_methods_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^methods: expected at least one, got none$"):
+        compare(make_pair, X, {})
+
+
+def test_each_method_gets_a_fresh_pair_from_the_same_random_state() -> None:
+    built = []
+
+    def build() -> Any:
+        built.append(float(torch.rand(())))
+        return make_pair()
+
+    state = torch.get_rng_state()
+    compare(build, X, {"a": exactly, "b": exactly}, seed=3)
+    compare(build, X, {"c": exactly}, seed=4)
+    assert built[0] == built[1] != built[2]
+    assert (torch.get_rng_state() == state).all()
+    assert not dict(pyro.get_param_store().items())
+
+
+# The plot and the files
+
+
+def test_save_writes_a_table_a_plot_and_what_arviz_reads_back(comparison: Comparison, tmp_path: Path) -> None:
+    paths = comparison.save(tmp_path / "new" / "folder")
+    names = ["table.csv", "posteriors.png", "exact.nc", "map.nc", "nuts.nc"]
+    assert [p.name for p in paths] == names
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
+    table = pd.read_csv(paths[0], index_col="method")
+    pd.testing.assert_frame_equal(table, comparison.table, check_exact=False, rtol=1e-12)
+    image = matplotlib.image.imread(paths[1])
+    assert image.shape[1] > 500
+    assert image.std() > 0.01
+    for path, (name, result) in zip(paths[2:], comparison.results.items(), strict=True):
+        read = az.from_netcdf(str(path))
+        assert set(read.groups()) == set(result.idata.groups()), name
+        for group in read.groups():
+            assert read[group].equals(result.idata[group]), (name, group)
+        assert read.posterior.attrs["method"] == result.method
+        draws = result.draws["mu"].numpy().reshape(read.posterior["mu"].shape)
+        np.testing.assert_array_equal(read.posterior["mu"], draws)
+
+
+def test_names_of_methods_become_names_of_files(tmp_path: Path) -> None:
+    methods = {"NUTS, 0.95 (long)": exactly, "exact": exactly}
+    assert [p.name for p in compare(make_pair, X, methods).save(tmp_path)[2:]] == ["nuts_0_95_long.nc", "exact.nc"]
+
+
+@pytest.mark.parametrize("names", [("SVI", "svi"), ("a b", "a_b"), ("é", "ö")])
+def test_no_method_overwrites_the_file_of_another(names: tuple[str, str], tmp_path: Path) -> None:
+    seeds = {name: partial(exactly, seed=k, draws=30) for k, name in enumerate(names)}
+    found = compare(make_pair, X, seeds)
+    paths = found.save(tmp_path)[2:]
+    for path, result in zip(paths, found.results.values(), strict=True):
+        assert path.stem
+        np.testing.assert_array_equal(az.from_netcdf(str(path)).posterior["mu"].values[0], result.draws["mu"])
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_plot_has_a_panel_a_quantity_and_the_errors(comparison: Comparison) -> None:
+    figure = comparison.plot()
+    assert sorted(titles(figure)) == ["mu", "w[0]", "w[1]"]
+    assert len(figure.axes) == 4
+    assert figure.axes[-1].get_ylabel().startswith("error of the mean")
+    assert legend(figure) == ["truth: mean, ±1 sd", "exact", "MAP", "NUTS"]
+    mu = figure.axes[titles(figure).index("mu")]
+    lines = {line.get_label(): line for line in mu.get_lines()}
+    assert set(lines["truth: mean, ±1 sd"].get_xdata()) == {MEAN}
+    assert set(lines["MAP"].get_xdata()) == {float(comparison.results["MAP"].draws["mu"][0])}
+    x, density = lines["exact"].get_data()
+    assert np.trapezoid(density, x) == pytest.approx(1.0, abs=0.05)
+    mean = float(comparison.results["exact"].draws["mu"].mean())
+    assert np.trapezoid(x * density, x) == pytest.approx(mean, abs=0.05)
+    dots = [c for c in figure.axes[-1].collections if len(c.get_offsets()) == 3]
+    for dot, result in zip(dots, comparison.results.values(), strict=True):
+        errors = [(result.draws["mu"].mean() - MEAN) / SD, *result.draws["w"].mean(0)]
+        np.testing.assert_allclose(sorted(dot.get_offsets()[:, 1]), sorted(map(float, errors)), atol=1e-12)
+
+
+def test_the_plot_without_truth_has_no_errors() -> None:
+    figure = compare(make_pair, X, {"exact": exactly, "NUTS": by_nuts}).plot()
+    assert len(figure.axes) == 3
+    assert legend(figure) == ["exact", "NUTS"]
+
+
+def test_the_plot_shows_as_many_quantities_as_asked(comparison: Comparison) -> None:
+    """The sites share alike, and of each the quantities in which the methods differ most come first."""
+    figure = comparison.plot(2)
+    assert [title.partition("[")[0] for title in titles(figure)] == ["mu", "w"]
+    means = np.stack([result.draws["w"].mean(0).numpy() for result in comparison.results.values()])
+    spread = np.stack([result.draws["w"].std(0).numpy() for result in comparison.results.values()]).max(0)
+    assert titles(figure)[1] == f"w[{np.argmax(np.ptp(means, axis=0) / spread)}]"
+
+
+@pytest.mark.parametrize("truth", [None, TRUTH])
+@pytest.mark.parametrize("beside", [{}, {"exact": exactly}])
+def test_the_plot_takes_a_point_estimate_of_one_draw(truth: Any, beside: dict[str, Any]) -> None:
+    methods = {"MAP": partial(at_its_mode, draws=1), **beside}
+    figure = compare(make_pair, X, methods, truth=truth).plot()
+    assert sorted(titles(figure)) == ["mu", "w[0]", "w[1]"]
+    assert set(legend(figure)) >= set(methods)
+
+
+def other(x: Tensor) -> None:
+    """The same rows with another latent: nothing in common with ``model`` to draw."""
+    nu = pyro.sample("nu", dist.Normal(zero(), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(nu, 1.0), obs=x)
+
+
+def guide_of_nu(x: Tensor) -> None:
+    pyro.sample("nu", dist.Normal(zero() + MEAN, SD))
+
+
+@pytest.mark.parametrize("truth", [None, TRUTH])
+def test_methods_without_a_common_site_are_saved_and_plotted_too(truth: Any, tmp_path: Path) -> None:
+    methods = {"one": exactly, "other": lambda pair, data: exactly((other, guide_of_nu), data)}
+    found = compare(make_pair, X, methods, truth=truth)
+    assert [p.name for p in found.save(tmp_path)] == ["table.csv", "posteriors.png", "one.nc", "other.nc"]
+
+
+def test_names_are_coordinates_in_the_titles() -> None:
+    class Named:
+        coords = {"places": ["north", "south"]}  # noqa: RUF012
+        dims = {"w": ("places",)}  # noqa: RUF012
+        model = staticmethod(model)
+        guide = staticmethod(guide)
+
+    assert sorted(titles(compare(Named, X, {"exact": exactly}).plot())) == ["mu", "w[north]", "w[south]"]
