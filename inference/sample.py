@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -28,10 +28,13 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from inference.compiled import compile_kernel
 from inference.diagnostics import diagnose
 from inference.program import Program, bind, isolated
 from inference.result import Result, State, to_idata
 
+LEAPFROGS = 12
+"""Gradients that a transition is taken to cost when the work ahead is estimated."""
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
 
 
@@ -41,7 +44,7 @@ class Chain:
 
     draws: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
-    seconds: dict[str, float]
+    setup: float
     position: dict[str, np.ndarray]
     adaptation: dict[str, Any]
 
@@ -55,6 +58,7 @@ def sample(
     warmup: int = 1000,
     chains: int = 4,
     seed: int = 0,
+    compile: bool | str = "auto",
     progress: bool = True,
 ) -> Result:
     r"""Sample the posterior of a model by Markov chains.
@@ -71,6 +75,8 @@ def sample(
         warmup: Draws a chain to adapt with and drop.
         chains: Number of chains; as many run at once as there are cores.
         seed: Seed of all randomness; the global random state is left as it was.
+        compile: True: run the kernel's potential and its gradient as one compiled program. "auto": where the work
+            ahead is worth the cost of compiling. False: as Pyro runs it.
         progress: Show a bar a chain with step size and acceptance (on a terminal).
 
     Returns:
@@ -82,12 +88,17 @@ def sample(
     """
     program = bind(pair, data)
     factory = NUTS if kernel is None else kernel
-    _check(program, factory, draws=draws, warmup=warmup, chains=chains)
+    _check(program, factory, compile, draws=draws, warmup=warmup, chains=chains)
     started = perf_counter()
     with isolated(seed):
-        run = partial(_run_chain, program, factory, draws=draws, warmup=warmup)
-        done = _run_all(program, run, chains, seed, warmup + draws, progress)
-        return _conclude(program, factory, done, perf_counter() - started)
+        workers = min(chains, _cores()) if _can_fork(program) else 1
+        potential, how = _prepare(program, factory, warmup, -(-chains // workers) * (warmup + draws), compile, workers)
+        run = partial(_run_chain, program, factory, draws=draws, warmup=warmup, potential=potential)
+        prepared = perf_counter() - started
+        done = _run_all(program, run, chains, workers, seed, warmup + draws, progress)
+        elapsed = perf_counter() - started
+        setup = prepared + max(chain.setup for chain in done)
+        return _conclude(program, run, done, {"setup": setup, "run": elapsed - setup}, {"program": how})
 
 
 def _run_chain(
@@ -98,6 +109,7 @@ def _run_chain(
     *,
     draws: int,
     warmup: int,
+    potential: Any = None,
     start: Chain | None = None,
 ) -> Chain:
     """Run one chain from its own seed, or on from where ``start`` stands."""
@@ -106,12 +118,12 @@ def _run_chain(
     kernel = factory(partial(program.model, **program.arguments()))
     if start is not None:
         kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
-    with warnings.catch_warnings():
-        # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
-        warnings.filterwarnings("ignore", message="Encountered")
+    with _quiet_start():
         kernel.setup(warmup)
     if start is not None:
         _readapt(kernel, start.adaptation)
+    if potential is not None:
+        kernel.potential_fn = potential  # type: ignore[attr-defined]
     steps = _count_steps(kernel)
     params, kept = kernel.initial_params, []
     set_up = perf_counter()
@@ -135,8 +147,35 @@ def _run_chain(
         sums = stats.pop("mean_acceptance") * counts
         stats["acceptance_rate"] = np.diff(sums, prepend=0.0).clip(0, 1)
     drawn = {n: (transforms[n].inv(v) if n in transforms else v).detach().cpu().numpy() for n, v in values.items()}
-    seconds = {"setup": set_up - started, "run": perf_counter() - set_up}
-    return Chain(drawn, stats, seconds, position, _adaptation(kernel))
+    return Chain(drawn, stats, set_up - started, position, _adaptation(kernel))
+
+
+def _prepare(
+    program: Program, factory: KernelFactory, warmup: int, transitions: int, mode: bool | str, workers: int
+) -> tuple[Any, str]:
+    """Compile the potential once for all chains: the program, or None, and what was chosen."""
+    if mode is False:
+        return None, "eager"
+    threads = torch.get_num_threads()
+    try:
+        if workers > 1:
+            # A process that was forked can run no program that was compiled for several threads.
+            torch.set_num_threads(1)
+        kernel = factory(partial(program.model, **program.arguments()))
+        with _quiet_start():
+            kernel.setup(warmup)
+        how = compile_kernel(kernel, LEAPFROGS * transitions, mode)
+    finally:
+        torch.set_num_threads(threads)
+    return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
+        warnings.filterwarnings("ignore", message="Encountered")
+        yield
 
 
 def _count_steps(kernel: Any) -> list[int]:
@@ -181,12 +220,11 @@ def _readapt(kernel: Any, adaptation: Mapping[str, Any]) -> None:
 
 
 def _run_all(
-    program: Program, run: Callable[..., Chain], chains: int, seed: int, length: int, progress: bool
+    program: Program, run: Callable[..., Chain], chains: int, workers: int, seed: int, length: int, progress: bool
 ) -> list[Chain]:
     seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(chains)]
-    workers = min(chains, _cores())
     with _bars(program, chains, length, progress) as show:
-        if workers == 1 or not _can_fork(program):
+        if workers == 1:
             return [run(partial(show, k), s) for k, s in enumerate(seeds)]
         return list(_in_processes(run, seeds, workers, show))
 
@@ -289,10 +327,12 @@ class _bars:
         self._stack.close()
 
 
-def _check(program: Program, factory: Any, *, draws: int, warmup: int, chains: int) -> None:
+def _check(program: Program, factory: Any, compile: Any, *, draws: int, warmup: int, chains: int) -> None:
     for name, value, least in (("draws", draws, 4), ("warmup", warmup, 0), ("chains", chains, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
     if isinstance(factory, MCMCKernel) or not callable(factory):
         kind = type(factory).__name__
         raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
@@ -304,30 +344,32 @@ def _check(program: Program, factory: Any, *, draws: int, warmup: int, chains: i
         raise ValueError("model: expected a continuous latent site to sample, got none")
 
 
-def _conclude(program: Program, factory: KernelFactory, done: list[Chain], elapsed: float) -> Result:
+def _conclude(
+    program: Program, run: Any, done: list[Chain], seconds: dict[str, float], attrs: dict[str, str]
+) -> Result:
     started = perf_counter()
+    factory = run.args[1]
     names = [n for n in program.sites if n in done[0].draws]
     draws = {n: torch.cat([torch.as_tensor(c.draws[n]) for c in done]) for n in names}
     stats = {n: np.stack([c.stats[n] for c in done]) for n in done[0].stats}
     method = getattr(getattr(factory, "func", factory), "__name__", "MCMC")
     state = State(tuple(m for m in [program.pair] if isinstance(m, torch.nn.Module)))
     with state():
-        idata = to_idata(program, draws, stats, chains=len(done), attrs={"method": method})
-    setup = max(c.seconds["setup"] for c in done)
+        idata = to_idata(program, draws, stats, chains=len(done), attrs={"method": method, **attrs})
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         each = -(-size // len(done))
-        run = partial(_run_chain, program, factory, draws=each, warmup=0)
         seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence([seed, 1]).spawn(len(done))]
         with torch.enable_grad():
-            on = [run(lambda *_: None, s, start=c) for s, c in zip(seeds, done, strict=True)]
+            silent = partial(run, lambda *_: None, draws=each, warmup=0)
+            on = [silent(s, start=c) for s, c in zip(seeds, done, strict=True)]
         return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in on])[:size] for n in names}
 
     return Result(
         idata=idata,
         params=state.values(),
         losses=np.zeros(0),
-        seconds={"setup": setup, "run": elapsed - setup, "draws": perf_counter() - started},
+        seconds={**seconds, "draws": perf_counter() - started},
         method=method,
         diagnosis=diagnose(idata),
         draws=draws,

@@ -1,0 +1,158 @@
+"""Compiled programs: the same numbers as Pyro's own, nothing frozen, and a word where they cannot be had."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import NUTS
+from pyro.infer.mcmc.util import initialize_model
+from pyro.ops.integrator import potential_grad
+from torch import Tensor
+
+from inference import compiled, sample
+from inference.compiled import CompiledPotential, Untraceable, compile_kernel
+from inference.program import isolated
+from ppl_models.zoo import ZOO, Row
+
+quiet = partial(sample, progress=False)
+
+
+def mixture(y: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2).double()))
+    with pyro.plate("components", 2):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        member = (z[..., None] == torch.arange(2)).double()
+        pyro.sample("y", dist.Normal((member @ mu[..., None]).squeeze(-1), 0.5), obs=y)
+
+
+def constrained(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+    share = pyro.sample("share", dist.Beta(torch.tensor(2.0).double(), 2.0))
+    corr = pyro.sample("corr", dist.LKJCholesky(2, torch.tensor(1.0).double()))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.MultivariateNormal(share * torch.ones(2).double(), scale_tril=scale * corr), obs=y)
+
+
+PLAIN = {
+    "mixture": (mixture, torch.tensor([-2.0, -1.8, 2.1, 1.9, 2.2]).double()),
+    "constrained": (constrained, torch.tensor([[0.1, 0.4], [-0.3, 1.2], [0.8, 0.6]]).double()),
+}
+
+
+def agree(model, at_once: bool = False) -> None:
+    """Hold the value and gradient of the traced potential against Pyro's at ten random points."""
+    start, potential, _, _ = initialize_model(model)
+    program = CompiledPotential(potential, start)
+    if at_once:
+        program.fuse()
+    torch.manual_seed(1)
+    for _ in range(10):
+        point = {n: torch.randn_like(v) for n, v in start.items()}
+        gradients, energy = potential_grad(potential, point)
+        ours, value = potential_grad(program, point)
+        torch.testing.assert_close(value, energy, rtol=1e-9, atol=1e-9)
+        for name in start:
+            torch.testing.assert_close(ours[name], gradients[name], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", ZOO.values(), ids=list(ZOO))
+def test_the_traced_potential_of_every_row_is_pyros(row: Row) -> None:
+    dataset = row.load()
+    with isolated(0):
+        pair = row.pair(dataset)
+        agree(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_fused_potentials_of_plain_models_are_pyros(name: str) -> None:
+    model, y = PLAIN[name]
+    with isolated(0):
+        agree(partial(model, y), at_once=True)
+
+
+def test_chains_of_a_compiled_potential_have_the_conjugate_posterior() -> None:
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    result = quiet(model, torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]), draws=800, warmup=300, chains=2, compile=True)
+    assert result.idata.posterior.attrs["program"] == "fused"
+    posterior, effective = dist.Gamma(torch.tensor(16.0), 6.0), result.diagnosis.min_ess_bulk
+    assert effective > 200
+    assert abs(float(result.draws["rate"].mean() - posterior.mean)) < 4 * float(posterior.stddev) / effective**0.5
+    assert float(result.draws["rate"].std()) == pytest.approx(float(posterior.stddev), rel=4 / effective**0.5)
+    assert result.draw(10)["rate"].shape == (10,)
+
+
+def test_a_traced_chain_is_the_eager_chain_to_the_last_digit() -> None:
+    model, y = PLAIN["mixture"]
+    run = partial(quiet, model, y, draws=30, warmup=30, chains=2)
+    eager, traced = run(compile=False), run(compile="auto")
+    assert (eager.idata.posterior.attrs["program"], traced.idata.posterior.attrs["program"]) == ("eager", "traced")
+    torch.testing.assert_close(traced.draws["mu"], eager.draws["mu"], rtol=1e-6, atol=1e-6)
+
+
+def test_the_work_ahead_decides() -> None:
+    with isolated(0):
+        start, potential, _, _ = initialize_model(partial(*PLAIN["mixture"]))
+        for calls, expected in ((100, "eager"), (1000, "traced"), (100_000, "fused")):
+            kernel = NUTS(potential_fn=potential)
+            kernel.initial_params = start
+            assert compile_kernel(kernel, calls, "auto") == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
+def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
+    def steered(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu if mu > 0 else 2 * mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="runs eagerly, for it cannot be traced"):
+        result = quiet(steered, torch.ones(3).double(), draws=20, warmup=20, chains=2, compile=True)
+    assert result.idata.posterior.attrs["program"] == "eager"
+
+
+def test_a_frozen_branch_is_found_out() -> None:
+    calls = [0]
+
+    def counting(values):
+        calls[0] += 1
+        return (values["x"] ** 2).sum() * (1.0 if calls[0] == 1 else 3.0)
+
+    with pytest.raises(Untraceable, match="the traced potential gives"):
+        CompiledPotential(counting, {"x": torch.ones(2)})
+
+
+def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:
+    def noisy(values):
+        return (values["x"] * torch.randn(2)).sum()
+
+    item = Tensor.item
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    compiled.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert Tensor.item is item
+    assert torch._C._get_tracing_state() is None
+    graph = compiled.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    assert not torch.equal(graph(torch.ones(2)), graph(torch.ones(2)))
+
+
+def test_without_a_compiler_the_graph_runs_unfused_and_one_line_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    compiled._has_compiler.cache_clear()
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found"):
+        graph = compiled.traced(lambda x: x.exp(), torch.ones(2))
+        assert compiled.fused(graph) is graph
+    compiled._has_compiler.cache_clear()
+
+
+def test_bad_mode_gets_one_line() -> None:
+    with pytest.raises(ValueError, match="compile: expected True, False or \"auto\", got 'fast'"):
+        quiet(*PLAIN["mixture"], compile="fast")
