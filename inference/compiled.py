@@ -28,8 +28,8 @@ from inference.program import aside
 
 TRACE_FROM, FUSE_FROM = 500, 10_000
 """Calls ahead from which a graph is traced, and fused. Fusing took 18 to 24 ms for each operation of a graph (on a
-2-core machine) and saves some 5 us of dispatch for it in every call, so it pays from 5,000 calls or a few more; to decide
-by a clock would make the last digits of a result, and so a chain, depend on how busy the machine was."""
+2-core machine) and saves some 5 us of dispatch for it in every call, so it pays from 5,000 calls or a few more; to
+decide by a clock would make the last digits of a result, and so a chain, depend on how busy the machine was."""
 Potential = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -145,8 +145,8 @@ def _tracing() -> Iterator[None]:
     """Pyro's host reads out of the way: it asks torch whether it is being traced, and takes items as tensors."""
     state, item = torch._C._get_tracing_state, Tensor.item
     try:
-        torch._C._get_tracing_state = lambda: True  # type: ignore[assignment, return-value]
-        Tensor.item = lambda self: self.detach()  # type: ignore[method-assign]
+        torch._C._get_tracing_state = lambda: True  # type: ignore
+        Tensor.item = lambda self: self.detach()  # type: ignore
         with pyro.validation_enabled(False), warnings.catch_warnings():
             # Shapes are constants of a graph made for these shapes: what torch warns of is meant.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
