@@ -66,7 +66,7 @@ def main(steps: int = 3000, draws: int = 1000, out: Path = Path("results/example
     tumours = data.load("breast_cancer", standardise=True, dtype=torch.double)
     x, y = [tumours.features.index(name) for name in names], tumours.features.index("worst radius")
     train, test = ({"x": part["x"][:, x], "y": part["x"][:, y]} for part in (tumours.train, tumours.test))
-    chains = sample(model, train, draws=draws, chains=2)
+    chains = sample(model, train, draws=draws, warmup=draws, chains=2)
     methods = {"class": partial(fit, steps=steps), "class, batches of 64": partial(fit, steps=steps, batch=64)}
     methods |= {"functions": lambda _, rows: fit((model, guide), rows, steps=steps), "chains": lambda *_: chains}
     truth = {site: (values.mean(0), values.std(0)) for site, values in chains.draws.items()}

@@ -63,7 +63,7 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosi
     table = _summary(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
-        point = len(table) > 0 and not (table["sd"] > 0).any()
+        point = len(table) > 0 and not table["sd"].any()
         return Diagnosis(table, None, pareto_k, (POINT,) if point else _judge_guide(pareto_k))
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
@@ -95,16 +95,21 @@ def pareto_k(log_weights: Tensor) -> float:
 def _summary(idata: az.InferenceData) -> pd.DataFrame:
     posterior = idata["posterior"]
     real = [str(n) for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
-    columns = {"mean": posterior[real].mean(("chain", "draw")), "sd": posterior[real].std(("chain", "draw"), ddof=1)}
-    if "sample_stats" in idata.groups() and "diverging" in idata["sample_stats"]:
-        with warnings.catch_warnings():
-            # ArviZ divides zero by zero for quantities that never move; the nan says so.
-            warnings.simplefilter("ignore", RuntimeWarning)
+    draws, over = posterior[real], ("chain", "draw")
+    with warnings.catch_warnings():
+        # Draws that are not finite, or that never move, give nan; the advice says so.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        # Rounding leaves a spread of 1e-17 to a quantity that never moves.
+        columns = {
+            "mean": draws.mean(over),
+            "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0),
+        }
+        if "sample_stats" in idata.groups() and "diverging" in idata["sample_stats"]:
             columns |= {
-                "mcse_mean": az.mcse(posterior[real], method="mean"),
-                "ess_bulk": az.ess(posterior[real], method="bulk"),
-                "ess_tail": az.ess(posterior[real], method="tail"),
-                "r_hat": az.rhat(posterior[real]),
+                "mcse_mean": az.mcse(draws, method="mean"),
+                "ess_bulk": az.ess(draws, method="bulk"),
+                "ess_tail": az.ess(draws, method="tail"),
+                "r_hat": az.rhat(draws),
             }
     names = [quantity(posterior[n], k) for n in real for k in np.ndindex(posterior[n].shape[2:])]
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
@@ -149,16 +154,21 @@ def _judge_guide(k: float | None) -> tuple[str, ...]:
 
 def _judge_chains(table: pd.DataFrame, divergences: int, chains: int, draws: int) -> tuple[str, ...]:
     advice = []
-    moving = table[table["sd"] > 0]
+    moving = table[table["sd"] != 0]
+    broken = moving[~np.isfinite(moving["sd"])]
+    if len(broken):
+        advice.append(f"Draws of {broken.index[0]} are not finite: the density overflows there; check priors and data.")
     if chains == 1:
         advice.append("One chain has no R-hat: run at least two to see whether they agree.")
+    elif moving["r_hat"].isna().any() and not len(broken):
+        advice.append(f"{draws} draws a chain are too few for any R-hat: run more.")
     elif (moving["r_hat"] > R_HAT).any():
         worst = moving["r_hat"].idxmax()
         advice.append(
             f"R-hat is {moving['r_hat'].max():.3f} for {worst}, above {R_HAT}: the chains disagree; "
             "run a longer warmup and more draws, and look for several modes."
         )
-    least = moving[["ess_bulk", "ess_tail"]].min(axis=1) if len(moving) else pd.Series(dtype=float)
+    least = moving[["ess_bulk", "ess_tail"]].min(axis=1).dropna()
     if len(least) and least.min() < ESS_PER_CHAIN * chains:
         advice.append(
             f"Effective sample size is {least.min():.0f} for {least.idxmin()}, below {ESS_PER_CHAIN} a chain: "

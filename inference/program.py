@@ -106,8 +106,8 @@ class Program:
         return replace(self, model=_Uncondition()(self.model), guide=None, data=data, memo={})
 
     def with_data(self, data: Any) -> Program:
-        """The same pair with other data."""
-        return bind(self.pair, data)
+        """The model with other data, to predict or score them: the guide, which may read its data, is left out."""
+        return replace(bind(self.pair, data), guide=None)
 
     @cached_property
     def _structure(self) -> tuple[dict[str, Site], int, bool]:

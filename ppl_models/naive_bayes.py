@@ -86,14 +86,14 @@ class NaiveBayes(Pair):
             chosen = [choose(p, y) for p in parameters]
             return pyro.sample("x", self.likelihood(*chosen, x=x), obs=x)
 
-    def exact(self, x: Tensor, y: Tensor, **_: Any) -> None:
+    def exact(self, x: Tensor, y: Tensor | None = None, **_: Any) -> None:
         """The conjugate posterior of all parameters as a guide, without parameters of its own."""
         counts = self.count(x, y)
         pyro.sample("weights", dist.Dirichlet(self.concentration + counts[0]))
         with pyro.plate("classes", self.classes, dim=-1):
             self.draw_posterior(*counts)
 
-    def count(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def count(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sufficient statistics: rows (K,), sum (K, D) and sum of squared deviations (K, D) of each class."""
         if y is None or (y.is_floating_point() and bool(y.isnan().any())):
             raise ValueError(
@@ -105,7 +105,7 @@ class NaiveBayes(Pair):
         centred = x - member @ (total / rows.clamp_min(1)[:, None])
         return rows, total, member.mT @ centred**2
 
-    def moments(self, x: Tensor, y: Tensor) -> Moments:
+    def moments(self, x: Tensor, y: Tensor | None = None) -> Moments:
         """Exact posterior mean and standard deviation of each site, with all labels given."""
         counts = self.count(x, y)
         posterior = dist.Dirichlet(self.concentration + counts[0])
@@ -178,9 +178,10 @@ class GaussianNaiveBayes(NaiveBayes):
 
     def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
         mean, strength, shape, scale = self._posterior(rows, total, squares)
-        variance = scale / (shape - 1)
+        # Of an inverse gamma, the mean exists for a > 1 and the variance for a > 2.
+        variance = torch.where(shape > 1, scale / (shape - 1), torch.inf)
         return {
-            "variances": (variance, variance / (shape - 2).sqrt()),
+            "variances": (variance, torch.where(shape > 2, variance / (shape - 2).sqrt(), torch.inf)),
             "means": (mean, (variance / strength).sqrt()),
         }
 

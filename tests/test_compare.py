@@ -368,14 +368,16 @@ def test_the_plot_has_a_panel_a_quantity_and_the_errors(comparison: Comparison) 
     assert len(figure.axes) == 4
     assert figure.axes[-1].get_ylabel().startswith("error of the mean")
     assert legend(figure) == ["truth: mean, ±1 sd", "exact", "MAP", "NUTS"]
-    mu = figure.axes[titles(figure).index("mu")]
-    lines = {line.get_label(): line for line in mu.get_lines()}
-    assert set(lines["truth: mean, ±1 sd"].get_xdata()) == {MEAN}
-    assert set(lines["MAP"].get_xdata()) == {float(comparison.results["MAP"].draws["mu"][0])}
-    x, density = lines["exact"].get_data()
-    assert np.trapezoid(density, x) == pytest.approx(1.0, abs=0.05)
-    mean = float(comparison.results["exact"].draws["mu"].mean())
-    assert np.trapezoid(x * density, x) == pytest.approx(mean, abs=0.05)
+    for title, name, index in (("mu", "mu", ()), ("w[0]", "w", (0,)), ("w[1]", "w", (1,))):
+        panel = next(axes for axes in figure.axes if axes.get_title() == title)
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        assert set(lines["truth: mean, ±1 sd"].get_xdata()) == {float(TRUTH[name][0][index])}
+        drawn = {method: result.draws[name][:, *index] for method, result in comparison.results.items()}
+        assert set(lines["MAP"].get_xdata()) == {float(drawn["MAP"][0])}
+        for method in ("exact", "NUTS"):
+            x, density = lines[method].get_data()
+            assert np.trapezoid(density, x) == pytest.approx(1.0, abs=0.05)
+            assert np.trapezoid(x * density, x) == pytest.approx(float(drawn[method].mean()), abs=0.03)
     dots = [c for c in figure.axes[-1].collections if len(c.get_offsets()) == 3]
     for dot, result in zip(dots, comparison.results.values(), strict=True):
         errors = [(result.draws["mu"].mean() - MEAN) / SD, *result.draws["w"].mean(0)]

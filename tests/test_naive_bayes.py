@@ -614,7 +614,10 @@ def test_bernoulli_on_xwindows_scores_murphys_accuracy() -> None:
     """Murphy 2012, section 3.5: 600 words, 900 documents to train on and 900 to test."""
     documents = load("xwindows", dtype=torch.float64)
     pair = BernoulliNaiveBayes(documents.features, documents.classes, alpha=1.0, guide=AutoDelta).double()
-    result = inference.fit(pair, documents.train, steps=200, learning_rate=1.0, draws=1, progress=False)
+    result = inference.fit(pair, documents.train, steps=500, learning_rate=1.0, draws=1, progress=False)
+    members = [documents.train["x"][documents.train["y"] == k].numpy() for k in (0, 1)]
+    smoothed = [(m.sum(0) + 1) / (len(m) + 2) for m in members]
+    np.testing.assert_allclose(result.draws["probs"][0], smoothed, atol=1e-4)
     guess = inference.classify(result, {"x": documents.test["x"]}).argmax(-1)
     assert (guess == documents.test["y"]).double().mean().item() == pytest.approx(0.8133, abs=5e-5)
 

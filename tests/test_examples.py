@@ -1,0 +1,139 @@
+"""Examples: small runs give files, finite tables, and the findings that their docstrings tell."""
+
+import importlib.util
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import inference  # isort: skip  # Before ArviZ, whose announcement at import it quiets.
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from pyro import poutine
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression as ScikitLogisticRegression
+from threadpoolctl import threadpool_limits
+
+from ppl_models import data
+from ppl_models.naive_bayes import GaussianNaiveBayes
+from ppl_models.regression import LogisticRegression
+from ppl_models.zoo import exact
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    path = next(path for path in EXAMPLES if path.stem == name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_image(path: Path) -> None:
+    height, width, _ = plt.imread(path).shape
+    assert min(height, width) > 400
+    assert not plt.get_fignums()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # So small are the arrays that threads would only wait for one another.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tumours() -> data.Dataset:
+    return data.load("breast_cancer", standardise=True, dtype=torch.double)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_each_example_is_short_and_tells_its_options(path, monkeypatch, capsys):
+    assert len(path.read_text().splitlines()) <= 80
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+# ArviZ sorts in a way that pandas 3 is about to drop, and smooths the tails of few draws under protest.
+@pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+def test_bayesian_workflow_prefers_the_gamma(tmp_path, capsys):
+    table = load("bayesian_workflow").main(draws=60, warmup=200, chains=2, out=tmp_path)
+    assert list(table.index) == ["gamma", "normal"]
+    assert np.isfinite(table.to_numpy(dtype=float)).all()
+    assert table["elpd_loo"].between(-2450, -2350).all()
+    assert 5 < table.loc["normal", "elpd_diff"] < 30
+    assert (table["r_hat"] < 1.2).all()
+    assert (table["ess"] > 20).all()
+    assert (table["k > 0.7"] < 10).all()
+    assert table.loc["normal", "P(lower min)"] > 0.99
+    assert 0.2 < table.loc["gamma", "P(lower min)"] < 0.9
+    assert "elpd_loo" in capsys.readouterr().out
+    check_image(tmp_path / "bayesian_workflow.png")
+
+
+def test_naive_bayes_leads_and_is_overtaken(tmp_path, capsys):
+    example = load("generative_or_discriminative")
+    table = example.main(splits=40, sizes=4, out=tmp_path)
+    bayes, same, logistic = (table[rule, "mean"].unstack(0) for rule in example.RULES)
+    gap, sem = table["gap", "mean"].unstack(0), table["gap", "sem"].unstack(0)
+    assert set(gap.columns) == set(example.PANELS)
+    assert np.isfinite(table.to_numpy()).all()
+    for problem in example.PANELS:
+        errors = [curve[problem].dropna() for curve in (bayes, same, logistic)]
+        assert all(curve.between(0, 35).all() and curve.iloc[-1] < curve.iloc[0] for curve in errors)
+        assert all(curve.iloc[-1] < 20 for curve in errors)
+        assert (gap[problem] + 2 * sem[problem]).dropna().iloc[-1] < 0
+    assert gap.loc[4].sum() > 0
+    assert "breast cancer" in capsys.readouterr().out
+    check_image(tmp_path / "generative_or_discriminative.png")
+
+
+def test_rules_are_those_of_the_pairs(tumours):
+    x, y, new = tumours.train["x"], tumours.train["y"], tumours.test["x"]
+    own, same = load("generative_or_discriminative").naive_bayes(x, y, new)
+    bayes = inference.classify(exact(GaussianNaiveBayes(30).double(), tumours.train, draws=500), {"x": new})
+    assert (own == bayes.argmax(-1)).double().mean() > 0.98
+    rows = torch.stack([(y == k).sum() for k in (0, 1)])
+    means = torch.stack([x[y == k].sum(0) / (rows[k] + 0.1) for k in (0, 1)])
+    squares = sum(((x[y == k] - x[y == k].mean(0)) ** 2).sum(0) for k in (0, 1))
+    sd = ((1 + squares / 2) / (2 + len(x) / 2 - 1)).sqrt()
+    score = norm.logpdf(new[:, None], means, sd).sum(-1) + ((rows + 1) / (len(x) + 2)).log().numpy()
+    assert (same.numpy() == score.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_scikit_learn_stands_at_the_mode_of_the_pair(tumours, scale):
+    x, y = tumours.train["x"], tumours.train["y"]
+    fitted = ScikitLogisticRegression(C=scale**2, tol=1e-10, max_iter=10_000).fit(x, y)
+    mode = {"weights": torch.tensor(fitted.coef_[0]), "intercept": torch.tensor(fitted.intercept_[0])}
+    mode = {site: value.requires_grad_() for site, value in mode.items()}
+    pair = LogisticRegression(30, scale=scale, intercept_scale=1e6).double()
+    joint = poutine.trace(poutine.condition(pair.model, mode)).get_trace(x, y).log_prob_sum()
+    slopes = torch.autograd.grad(joint, tuple(mode.values()))
+    assert max(slope.abs().max() for slope in slopes) < 1e-3
+
+
+def test_your_own_pair_as_a_class_and_as_functions(tmp_path, capsys):
+    comparison = load("your_own_pair").main(steps=1200, draws=150, out=tmp_path)
+    table = comparison.table
+    assert list(table.index) == ["class", "class, batches of 64", "functions", "chains"]
+    assert np.isfinite(table[["lpd", "lpd_se", "error_max", "sd_ratio", "seconds"]].to_numpy()).all()
+    assert table["lpd"].between(0, 0.4).all()
+    assert table["error_max"].max() < 1
+    assert 0.7 < table.loc["class", "sd_ratio"] < 1.4
+    assert table.loc["functions", "sd_ratio"] < table.loc["class", "sd_ratio"]
+    assert 1.8 < comparison.results["class"].draws["nu"].mean() < 4
+    assert "mean texture" in comparison.results["class"].idata.posterior.features
+    assert "sd_ratio" in capsys.readouterr().out
+    check_image(tmp_path / "your_own_pair" / "posteriors.png")
