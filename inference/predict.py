@@ -62,13 +62,13 @@ def posterior_predictive(result: Any, data: Any = None, *, size: int | None = No
         size: Number of rows, for a model that draws its rows without data (``data={}``).
 
     Returns:
-        A tensor (S, \*shape of the site) for each observed site.
+        A tensor (S, \*shape of the site) for each site that the fit observed.
     """
     program = result.program if data is None else result.program.with_data(data)
-    latent = set(result.draws) | set(program.enumerated)
     with isolated(seed), result.state():
         sites = draw_sites(program.generator(size), result.draws, result.size)
-    return {k: v for k, v in sites.items() if k not in latent or k in result.program.select("observed")}
+    observed = set(result.program.select("observed"))
+    return {k: v for k, v in sites.items() if k in observed}
 
 
 def pointwise_log_likelihood(result: Any, data: Any = None) -> Tensor:
