@@ -182,6 +182,10 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
         probabilities: Class probabilities (rows, classes).
         labels: Classes (rows,).
         bins: Number of bins of equal width.
+
+    Example:
+        >>> round(calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 2)
+        0.4
     """
     confidence, guess = probabilities.double().max(-1)
     right = (guess == labels).double()

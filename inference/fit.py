@@ -76,6 +76,17 @@ def fit(
     Raises:
         ValueError: An argument does not fit the pair or the data.
         FloatingPointError: The loss is not finite at the first step: nothing was learned.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> result = fit((model, AutoNormal(model)), torch.tensor([1.0, 2.0, 3.0]), steps=500, progress=False)
+        >>> print(f"{result.draws['mu'].mean():.1f}", result.idata.groups())
+        2.0 ['posterior', 'posterior_predictive', 'log_likelihood', 'observed_data']
     """
     program = bind(pair, data)
     _check(program, steps=steps, batch=batch, draws=draws, patience=patience, optimizer=optimizer)

@@ -198,6 +198,13 @@ class BernoulliNaiveBayes(NaiveBayes):
         alpha: Additive smoothing: the mode of the posterior is scikit-learn's BernoulliNB(alpha).
 
     The rest are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
+
+    Example:
+        >>> pair = BernoulliNaiveBayes(features=2, classes=2)
+        >>> mean, sd = pair.moments(x=torch.tensor([[1.0, 0.0], [1.0, 1.0]]), y=torch.tensor([0, 0]))["probs"]
+        >>> mean  # of Beta(2 + 2, 2), Beta(2 + 1, 2 + 1), and twice of the prior Beta(2, 2)
+        tensor([[0.6667, 0.5000],
+                [0.5000, 0.5000]])
     """
 
     def __init__(

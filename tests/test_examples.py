@@ -68,7 +68,7 @@ def test_each_example_is_short_and_tells_its_options(path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 def test_bayesian_workflow_prefers_the_gamma(tmp_path, capsys):
-    table = load("bayesian_workflow").main(draws=60, warmup=200, chains=2, out=tmp_path)
+    table = load("bayesian_workflow").main(draws=60, warmup=150, chains=2, out=tmp_path)
     assert list(table.index) == ["gamma", "normal"]
     assert np.isfinite(table.to_numpy(dtype=float)).all()
     assert table["elpd_loo"].between(-2450, -2350).all()
@@ -125,12 +125,12 @@ def test_scikit_learn_stands_at_the_mode_of_the_pair(tumours, scale):
 
 
 def test_your_own_pair_as_a_class_and_as_functions(tmp_path, capsys):
-    comparison = load("your_own_pair").main(steps=1200, draws=150, out=tmp_path)
+    comparison = load("your_own_pair").main(steps=1000, draws=150, out=tmp_path)
     table = comparison.table
     assert list(table.index) == ["class", "class, batches of 64", "functions", "chains"]
     assert np.isfinite(table[["lpd", "lpd_se", "error_max", "sd_ratio", "seconds"]].to_numpy()).all()
     assert table["lpd"].between(0, 0.4).all()
-    assert table["error_max"].max() < 1
+    assert table["error_rms"].max() < 1
     assert 0.7 < table.loc["class", "sd_ratio"] < 1.4
     assert table.loc["functions", "sd_ratio"] < table.loc["class", "sd_ratio"]
     assert 1.8 < comparison.results["class"].draws["nu"].mean() < 4
