@@ -71,7 +71,10 @@ class Comparison:
         self.table.to_csv(paths[0])
         self.plot().savefig(paths[1], dpi=110)
         for name, result in self.results.items():
-            paths.append(folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.nc")
+            stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
+            taken = [p.stem for p in paths]
+            free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
+            paths.append(folder / f"{free}.nc")
             result.idata.to_netcdf(str(paths[-1]))
         return paths
 
@@ -118,7 +121,7 @@ def compare(
         try:
             results[name] = method(build(), data)
             rows[name] = _judge(results[name], moments, heldout, label)
-        except (ArithmeticError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             if len(methods) == 1:
                 raise
             rows[name] = {}
@@ -164,7 +167,8 @@ def _heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float
         return {}
     score = pointwise_log_likelihood(result, heldout)
     density = (score.logsumexp(0) - math.log(len(score))).double()
-    scores = {"lpd": float(density.mean()), "lpd_se": float(density.std() / math.sqrt(len(density)))}
+    spread = float(density.std()) if len(density) > 1 else math.nan
+    scores = {"lpd": float(density.mean()), "lpd_se": spread / math.sqrt(len(density))}
     site = result.program.sites.get(label)
     if site is None or not site.finite or not isinstance(heldout, Mapping) or label not in heldout:
         return scores
@@ -214,20 +218,26 @@ def _standardised(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarra
         if name in result.draws:
             drawn, mean, sd = result.draws[name].double(), mean.double(), sd.double()
             errors.append(((drawn.mean(0) - mean) / sd).flatten())
-            ratios.append((drawn.std(0) / sd).flatten() if len(drawn) > 1 else torch.zeros(mean.numel()))
+            ratios.append((_sd(drawn) / sd).flatten())
     empty = torch.zeros(0, dtype=torch.double)
     return torch.cat([*errors, empty]).numpy(), torch.cat([*ratios, empty]).numpy()
 
 
+def _sd(draws: Tensor) -> Tensor:
+    """Standard deviation over draws; zero for a single one."""
+    return draws.double().std(0) if len(draws) > 1 else torch.zeros_like(draws[0], dtype=torch.double)
+
+
 def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
     """The scalar quantities in which the methods differ most, the sites sharing alike."""
-    results = list(comparison.results.values())
-    names = [n for n in results[0].draws if all(n in r.draws for r in results)]
+    draws = [r.draws for r in comparison.results.values()]
+    names = list(dict.fromkeys(n for d in draws for n in d))
     share = -(-quantities // max(len(names), 1))
     picks = []
     for name in names:
-        means = torch.stack([r.draws[name].double().mean(0).flatten() for r in results])
-        spread = torch.stack([r.draws[name].double().std(0).flatten() for r in results]).amax(0).clamp_min(1e-12)
+        have = [d[name] for d in draws if name in d]
+        means = torch.stack([v.double().mean(0).flatten() for v in have])
+        spread = torch.stack([_sd(v).flatten() for v in have]).amax(0).clamp_min(1e-12)
         apart = (means.amax(0) - means.amin(0)) / spread
         picks += [(name, int(k)) for k in apart.argsort(descending=True)[:share]]
     return picks[:quantities]
@@ -236,7 +246,7 @@ def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
 def _plot(comparison: Comparison, quantities: int) -> Figure:
     picks = _picks(comparison, quantities)
     columns, errors = 4, bool(comparison.truth)
-    rows = -(-len(picks) // columns)
+    rows = max(-(-len(picks) // columns), 1 - errors)
     figure = Figure(figsize=(13, 2.5 * rows + 3.2 * errors + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows + errors, columns, height_ratios=[1.0] * rows + [1.3] * errors)
     colours = {n: f"C{k}" for k, n in enumerate(comparison.results)}
@@ -244,7 +254,7 @@ def _plot(comparison: Comparison, quantities: int) -> Figure:
         _plot_density(figure.add_subplot(grid[k // columns, k % columns]), comparison, name, index, colours)
     if errors:
         _plot_errors(figure.add_subplot(grid[rows, :]), comparison, colours)
-    seen = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
+    seen = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     named = {label: line for label, line in seen.items() if not label.startswith("_")}
     figure.legend(list(named.values()), list(named), loc="outside upper right", ncols=6, frameon=False)
     program = next(iter(comparison.results.values())).program
@@ -257,14 +267,15 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
         mean, sd = (float(v.flatten()[index]) for v in comparison.truth[name])
         axes.axvspan(mean - sd, mean + sd, color="0.9", lw=0)
         axes.axvline(mean, color="0.3", lw=1, ls="--", label="truth: mean, ±1 sd")
-    for method, result in comparison.results.items():
+    having = {method: result for method, result in comparison.results.items() if name in result.draws}
+    for method, result in having.items():
         draws = result.draws[name].double().reshape(result.size, -1)[:, index].cpu().numpy()
         if np.ptp(draws) > 0:
             x, density = az.kde(draws)
             axes.plot(x, density, color=colours[method], lw=1.4, label=method)
         else:
             axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
-    array = next(iter(comparison.results.values())).idata["posterior"][name]
+    array = next(iter(having.values())).idata["posterior"][name]
     place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
     axes.set_title(quantity(array, place), fontsize=9)
     axes.set_yticks([])

@@ -296,6 +296,8 @@ def _pareto_k(program: Program, posterior: dict[str, Tensor], density: Tensor) -
     affordable = min(len(density), JUDGED // max(program.numel, 1))
     if not any((v != v[:1]).any() for v in posterior.values()):
         return None
+    if len(density) < 25:
+        return None
     if affordable < 25:
         warnings.warn(
             f"{program.name}: Pareto k left out ({program.numel:,} numbers a draw); ask "

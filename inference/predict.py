@@ -49,6 +49,9 @@ def prior_predictive(
     Returns:
         A tensor (S, \*shape of the site) for each site.
     """
+    for name, value in (("size", size), ("draws", draws)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
     with isolated(seed):
         return draw_sites(bind(pair, data).generator(size), {}, draws)
 

@@ -227,7 +227,7 @@ def _importance_moments(
             mean = weights @ theta
             covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
             effective = float(1 / (weights**2).sum())
-            if effective > 50_000:
+            if effective > 20_000:
                 break
     if effective < 5000:
         raise ArithmeticError(
