@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +233,16 @@ def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
     """The scalar quantities in which the methods differ most, the sites sharing alike."""
     draws = [r.draws for r in comparison.results.values()]
     names = list(dict.fromkeys(n for d in draws for n in d))
-    share = -(-quantities // max(len(names), 1))
-    picks = []
+    ranked = []
     for name in names:
         have = [d[name] for d in draws if name in d]
         means = torch.stack([v.double().mean(0).flatten() for v in have])
         spread = torch.stack([_sd(v).flatten() for v in have]).amax(0).clamp_min(1e-12)
         apart = (means.amax(0) - means.amin(0)) / spread
-        picks += [(name, int(k)) for k in apart.argsort(descending=True)[:share]]
-    return picks[:quantities]
+        ranked.append([(name, int(k)) for k in apart.argsort(descending=True)[:quantities]])
+    # The sites take turns, so that one with few elements leaves its room to the others.
+    turns = [pick for turn in zip_longest(*ranked) for pick in turn if pick is not None]
+    return sorted(turns[:quantities], key=lambda pick: names.index(pick[0]))
 
 
 def _plot(comparison: Comparison, quantities: int) -> Figure:
@@ -292,4 +294,10 @@ def _plot_errors(axes: Axes, comparison: Comparison, colours: Mapping[str, str])
     axes.set_xticks(range(len(comparison.results)), list(comparison.results))
     axes.set_ylabel("error of the mean\n(posterior sd)", fontsize=9)
     axes.set_yscale("symlog", linthresh=0.1)
+    reach = max(0.2, *(abs(v) for v in axes.get_ylim()))
+    ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if t <= reach]
+    axes.set_yticks(
+        [*(-t for t in reversed(ticks)), 0, *ticks], [*(f"-{t}" for t in reversed(ticks)), "0", *map(str, ticks)]
+    )
+    axes.set_yticks([], minor=True)
     axes.set_title("all quantities against the truth; the band is ±0.1", fontsize=9, loc="left")

@@ -246,6 +246,7 @@ def _halves(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
 def _name(pair: Any) -> str:
     if isinstance(pair, tuple):
         return _name(pair[0])
+    pair = getattr(pair, "func", pair)
     owner = getattr(pair, "__self__", None)
     if isinstance(owner, torch.nn.Module):
         return type(owner).__name__

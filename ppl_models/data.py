@@ -234,7 +234,7 @@ def _from_sklearn(name: str, threshold: float | None = None) -> _Raw:
 
     bunch = getattr(sklearn.datasets, f"load_{name}")()
     classes = tuple(map(str, bunch.target_names))
-    return _Raw(*_split(bunch.data, bunch.target), tuple(bunch.feature_names), classes, threshold=threshold)
+    return _Raw(*_split(bunch.data, bunch.target), tuple(map(str, bunch.feature_names)), classes, threshold=threshold)
 
 
 def _images(splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), scale: float = 255) -> _Raw:

@@ -191,9 +191,7 @@ def test_maximum_likelihood_is_the_class_frequencies_means_and_variances(name: s
     close(found["variances"], theirs.var_)
 
 
-@pytest.mark.parametrize(
-    ("family", "theirs"), [("bernoulli", sk.BernoulliNB), ("multinomial", sk.MultinomialNB)]
-)
+@pytest.mark.parametrize(("family", "theirs"), [("bernoulli", sk.BernoulliNB), ("multinomial", sk.MultinomialNB)])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_the_mode_is_scikit_learns_smoothed_estimate(family: str, theirs: Any, alpha: float) -> None:
     digits = load("digits", binarise=family == "bernoulli", dtype=torch.float64).train
