@@ -1,6 +1,8 @@
 """fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
 
+import importlib.util
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -284,3 +286,15 @@ def test_a_model_that_observes_nothing_is_refused() -> None:
 
     with pytest.raises(ValueError, match="data: the model observes nothing"):
         quiet((generator, AutoNormal(generator)))
+
+
+@pytest.mark.slow
+def test_a_million_rows_fit_in_four_gibibytes_at_a_flat_cost_per_row() -> None:
+    path = Path(__file__).parent / "benchmarks" / "cost_per_row.py"
+    spec = importlib.util.spec_from_file_location("cost_per_row", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    costs, peaks = zip(*map(benchmark.run, benchmark.SIZES), strict=True)
+    assert max(peaks) < 4
+    # The smallest size carries Pyro's own milliseconds a step; a shared machine adds noise.
+    assert max(costs) < 2.5 * min(costs)
