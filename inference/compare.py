@@ -282,6 +282,7 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
     axes.set_title(quantity(array, place), fontsize=9)
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
 
 
 def _plot_errors(axes: Axes, comparison: Comparison, colours: Mapping[str, str]) -> None:

@@ -221,11 +221,14 @@ class BernoulliNaiveBayes(NaiveBayes):
             wrong = x[(x != 0) & (x != 1)][0].item()
             raise ValueError(f"x: expected zeros and ones, got {wrong}")
 
-    def draw_parameters(self) -> tuple[Tensor]:
-        return (pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)),)
+    def draw_parameters(self) -> tuple[Tensor, Tensor]:
+        probs = pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)).clamp(1e-7, 1 - 1e-7)
+        absent = (-probs).log1p()
+        return probs.log() - absent, absent.sum(-1, keepdim=True)
 
     def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        return dist.Bernoulli(chosen[0].clamp(1e-7, 1 - 1e-7)).to_event(1)
+        logits, absent = chosen
+        return Occurrences(logits, absent[..., 0])
 
     def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
         return dist.Beta(self.alpha + 1 + total, self.alpha + 1 + rows[:, None] - total)
@@ -289,6 +292,34 @@ class MultinomialNaiveBayes(NaiveBayes):
     def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
         posterior = dist.Dirichlet(self.alpha + 1 + total)
         return {"probs": (posterior.mean, posterior.stddev)}
+
+
+class Occurrences(dist.TorchDistribution):
+    r"""Independent Bernoulli features, scored as :math:`x \cdot \mathrm{logits} + \sum_j \log(1 - p_j)`.
+
+    Torch's Bernoulli takes a logarithm and an exponential of each entry of x; here they are taken once a class.
+
+    Args:
+        logits: Log odds (..., D).
+        absent: Log probability of a row of zeros (...).
+    """
+
+    arg_constraints: ClassVar = {"logits": dist.constraints.real_vector}
+    support = dist.constraints.independent(dist.constraints.boolean, 1)
+
+    def __init__(self, logits: Tensor, absent: Tensor, validate_args: bool | None = None) -> None:
+        batch = torch.broadcast_shapes(logits.shape[:-1], absent.shape)
+        self.logits, self.absent = logits, absent
+        super().__init__(batch, logits.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Occurrences:
+        return Occurrences(self.logits.expand(*batch_shape, *self.event_shape), self.absent.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (value * self.logits).sum(-1) + self.absent
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.logits.detach().sigmoid().expand(*sample_shape, *self.batch_shape, *self.event_shape).bernoulli()
 
 
 class Counts(dist.TorchDistribution):

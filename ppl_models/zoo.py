@@ -96,6 +96,7 @@ def point(pair: Pair, given: Any, **arguments: Any) -> Any:
 
 _SVI: dict[str, Method] = {"MAP": partial(point, steps=1500, learning_rate=0.05), "SVI": partial(fit, steps=3000)}
 _CONJUGATE: dict[str, Method] = {"exact": exact, **_SVI}
+_SHORT = partial(sample, draws=1000, warmup=500, chains=2)
 _LONG = partial(sample, draws=1000, warmup=500, chains=4)
 
 ZOO: dict[str, Row] = {
@@ -119,7 +120,7 @@ ZOO: dict[str, Row] = {
             data="digits",
             also=("xwindows", "news20_w100", "sms_spam", "mnist", "fashion_mnist"),
             prepare={"binarise": True},
-            methods={**_CONJUGATE, "NUTS": _LONG},
+            methods={**_CONJUGATE, "NUTS": _SHORT},
             truth=_conjugate,
             source="conjugate posterior",
         ),
@@ -130,7 +131,7 @@ ZOO: dict[str, Row] = {
             data="digits",
             also=("sms_spam", "xwindows", "news20_w100"),
             prepare={},
-            methods={**_CONJUGATE, "NUTS": _LONG},
+            methods={**_CONJUGATE, "NUTS": _SHORT},
             truth=_conjugate,
             source="conjugate posterior",
         ),
