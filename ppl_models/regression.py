@@ -218,7 +218,9 @@ def _importance_moments(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # The mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
-        for count in [draws // 4] * 5 + [draws]:
+        rounds = [draws // 4] * 5 + [draws]
+        while rounds:
+            count = rounds.pop(0)
             scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
             proposal = dist.MultivariateStudentT(torch.tensor(freedom, dtype=like.dtype), mean, scale)
             theta = proposal.sample(torch.Size([count]))
@@ -227,8 +229,9 @@ def _importance_moments(
             mean = weights @ theta
             covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
             effective = float(1 / (weights**2).sum())
-            if effective > 20_000:
-                break
+            if effective > count / 5:
+                # Near enough: what remains is the last round, with all draws.
+                rounds = rounds[-1:] if count < draws else []
     if effective < 5000:
         raise ArithmeticError(
             f"importance sampling: {effective:.0f} effective draws of {count}, expected at least 5000"
