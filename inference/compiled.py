@@ -27,9 +27,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from inference.program import aside
 
 TRACE_FROM, FUSE_FROM = 500, 10_000
-"""Calls ahead from which a graph is traced, and fused. Fusing took 18 to 24 ms for each operation of a graph (on a
-2-core machine) and saves some 5 us of dispatch for it in every call, so it pays from 5,000 calls or a few more; to
-decide by a clock would make the last digits of a result, and so a chain, depend on how busy the machine was."""
+"""Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
+both grow with the operations of the graph. To decide by a clock would make the last digits of a result, and so a chain,
+depend on how busy the machine was."""
 Potential = Callable[[dict[str, Tensor]], Tensor]
 
 

@@ -1,7 +1,7 @@
 """The table, the plot and the files of ``compare`` on a conjugate model of plain functions, against numbers by hand."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from torch import Tensor
 import inference
 from inference import Comparison, Result
 from inference.compare import COLUMNS, calibration_error, compare
-from inference.program import isolated
 
 X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
 FRESH = torch.tensor([-1.0, 0.25, 1.5, 3.0], dtype=torch.float64)
@@ -37,14 +36,7 @@ TRUTH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """A seed and a parameter store of its own, and one thread: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolated(0):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def zero() -> Tensor:

@@ -1,7 +1,6 @@
 """Pareto k with known tails, R-hat and effective sizes as ArviZ has them, and advice exactly when it is due."""
 
 import re
-from collections.abc import Iterator
 from functools import partial
 
 import arviz as az
@@ -17,7 +16,6 @@ from pyro.infer.autoguide import AutoDelta
 
 import inference
 from inference.diagnostics import Diagnosis, diagnose, pareto_k
-from inference.program import isolated
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
 FEW = "below 100 a chain: run more draws, or reparameterise what is correlated."
@@ -27,14 +25,7 @@ ONE_CHAIN = r"One chain has no R-hat: run at least two to see whether they agree
 DIVERGED = r"{} of {} transitions diverged: parts of the posterior were not reached; raise target_accept_prob .*"
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """A seed and a parameter store of its own, and one thread: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolated(0):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def double(value: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 import inference
 from inference import Result
 from inference.predict import rowwise
-from inference.program import bind, isolated
+from inference.program import bind
 from ppl_models.data import load, simulate_naive_bayes
 from ppl_models.naive_bayes import BernoulliNaiveBayes, Counts, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 
@@ -44,14 +44,7 @@ Data = dict[str, Tensor]
 families = pytest.mark.parametrize("family", list(CLASSES))
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """A seed and a parameter store of its own, and one thread: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolated(0):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def make(family: str, classes: int = 3, features: int = 4, **arguments: Any) -> NaiveBayes:

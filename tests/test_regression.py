@@ -1,7 +1,7 @@
 """Logistic regression and the neural classifier against scikit-learn, numerical integration and plain numpy."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import inference
 from inference.predict import log_joint
-from inference.program import bind, isolated
+from inference.program import bind
 from ppl_models.data import load
 from ppl_models.regression import Classifier, LogisticRegression, NeuralClassifier
 
@@ -35,14 +35,7 @@ pairs = pytest.mark.parametrize("name", list(PAIRS))
 classes = pytest.mark.parametrize("classes", [2, 3])
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """A seed and a parameter store of its own, and one thread: the tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolated(0):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def make(name: str, classes: int, features: int = 4, **arguments: Any) -> Any:

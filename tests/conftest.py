@@ -1,0 +1,18 @@
+"""What several test files share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from inference.program import isolated
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A seed and a parameter store of its own, and one thread: the tensors are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with isolated(0):
+        yield
+    torch.set_num_threads(threads)
