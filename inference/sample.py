@@ -28,8 +28,8 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from inference.compiled import compile_kernel
 from inference.diagnostics import diagnose
+from inference.potential import compile_kernel
 from inference.program import Program, bind, isolated
 from inference.result import Result, State, to_idata
 

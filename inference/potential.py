@@ -1,61 +1,25 @@
-r"""One objective or log density, traced once and fused into one tensor program.
+r"""The potential energy of a model and its gradient as one program.
 
-Pyro's cost on small and medium models is Python. Here the whole computation, handlers and gradients included,
-runs once under ``make_fx``, which records the tensor operations alone; ``torch.compile`` fuses them. Parameters
-are not inputs: the graph holds the very tensors that the optimizer moves.
-
-What tracing would freeze is watched: random state is left where it was, host reads of Pyro (a loss as a
-number, checks for nan) are out of the way, and a program that a condition on its data steers cannot be traced.
+The gradients of one call are computed in the same graph as its value: a kernel asks for both at every leapfrog step.
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from inference.program import aside
+from inference.tracing import Untraceable, fused, quietly, traced
 
 TRACE_FROM, FUSE_FROM = 500, 10_000
 """Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
 both grow with the operations of the graph. To decide by a clock would make the last digits of a result, and so a chain,
 depend on how busy the machine was."""
 Potential = Callable[[dict[str, Tensor]], Tensor]
-
-
-class Untraceable(RuntimeError):
-    """A program whose course depends on the values of its tensors."""
-
-
-def traced(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    """Record the tensor operations of a function of tensors.
-
-    Raises:
-        Untraceable: The function reads a value back to steer itself; the message is torch's.
-    """
-    with aside(), _tracing():
-        try:
-            return make_fx(function)(*inputs)
-        except RuntimeError as error:
-            raise Untraceable(" ".join(str(error).split())) from error
-
-
-def fused(graph: GraphModule) -> Callable[..., Any]:
-    """The graph as one compiled program; the graph itself where the machine has no C++ compiler."""
-    if not _has_compiler():
-        return graph
-    with _quietly():
-        return torch.compile(graph, dynamic=False)
 
 
 class CompiledPotential:
@@ -87,7 +51,7 @@ class CompiledPotential:
     def fuse(self) -> None:
         """Compile the graph, and run it once so that the cost is paid here."""
         self.run = fused(self.graph)
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), quietly():
             self.run(*self._inputs)
 
     def __call__(self, values: dict[str, Tensor]) -> Tensor:
@@ -138,35 +102,3 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"
-
-
-@contextmanager
-def _tracing() -> Iterator[None]:
-    """Pyro's host reads out of the way: it asks torch whether it is being traced, and takes items as tensors."""
-    state, item = torch._C._get_tracing_state, Tensor.item
-    try:
-        torch._C._get_tracing_state = lambda: True  # type: ignore
-        Tensor.item = lambda self: self.detach()  # type: ignore
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            # Shapes are constants of a graph made for these shapes: what torch warns of is meant.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            yield
-    finally:
-        torch._C._get_tracing_state = state
-        Tensor.item = item  # type: ignore[method-assign]
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Inductor speaks to its own developers through Python's warnings.
-        warnings.simplefilter("ignore")
-        yield
-
-
-@cache
-def _has_compiler() -> bool:
-    if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
-        return True
-    warnings.warn("no C++ compiler was found: programs run traced, but not fused", stacklevel=3)
-    return False

@@ -11,9 +11,10 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
-from inference import compiled, sample
-from inference.compiled import CompiledPotential, Untraceable, compile_kernel
+from inference import sample, tracing
+from inference.potential import CompiledPotential, compile_kernel
 from inference.program import isolated
+from inference.tracing import Untraceable
 from ppl_models.zoo import ZOO, Row
 
 quiet = partial(sample, progress=False)
@@ -136,21 +137,21 @@ def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:
     item = Tensor.item
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    compiled.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    tracing.traced(lambda x: noisy({"x": x}), torch.ones(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert Tensor.item is item
     assert torch._C._get_tracing_state() is None
-    graph = compiled.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    graph = tracing.traced(lambda x: noisy({"x": x}), torch.ones(2))
     assert not torch.equal(graph(torch.ones(2)), graph(torch.ones(2)))
 
 
 def test_without_a_compiler_the_graph_runs_unfused_and_one_line_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
-    compiled._has_compiler.cache_clear()
-    graph = compiled.traced(lambda x: x.exp(), torch.ones(2))
+    monkeypatch.setattr(tracing.shutil, "which", lambda _: None)
+    tracing._has_compiler.cache_clear()
+    graph = tracing.traced(lambda x: x.exp(), torch.ones(2))
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found"):
-        assert compiled.fused(graph) is graph
-    compiled._has_compiler.cache_clear()
+        assert tracing.fused(graph) is graph
+    tracing._has_compiler.cache_clear()
 
 
 def test_bad_mode_gets_one_line() -> None:
