@@ -79,7 +79,7 @@ class Joint(PyroOptim):
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of :meth:`get_state`, now or when the parameters are first seen."""
-        self._waiting = state_dict
+        self._waiting = {"state": dict(state_dict["state"]), "schedule": state_dict["schedule"]}
         self._take_up()
 
     def _add(self, fresh: list[Tensor]) -> None:
@@ -120,7 +120,9 @@ class Joint(PyroOptim):
             for key, value in self._waiting["state"].pop(name, {}).items():
                 self.optimizer.state[p][key] = value.clone() if isinstance(value, Tensor) else value
         if self.scheduler is not None and self._waiting["schedule"] is not None:
-            self.scheduler.load_state_dict(self._waiting.pop("schedule"))
+            self.scheduler.load_state_dict(self._waiting["schedule"])
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
             self._waiting["schedule"] = None
 
 
@@ -130,7 +132,7 @@ class Adam:
     .. math:: \theta \leftarrow \theta - \frac{\alpha_t}{1 - \beta_1^t} \,
         \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    Once a loss or a gradient is not finite nothing moves any more: the last good parameters stay.
+    Once a loss or a gradient is not finite nothing moves any more.
 
     Args:
         params: Unconstrained parameters by name, in the order in which each call has them.
@@ -168,9 +170,18 @@ class Adam:
         for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
             if g is None:
                 continue
-            m.lerp_(g, 1 - self.betas[0])
-            v.mul_(self.betas[1]).addcmul_(g, g, value=1 - self.betas[1])
-            move = rate.to(p.dtype) * m / (v.sqrt() / root.to(p.dtype) + self.epsilon)
-            p.copy_(torch.where(fine, p - move, p))
+            m.copy_(torch.where(fine, m.lerp(g, 1 - self.betas[0]), m))
+            v.copy_(torch.where(fine, (self.betas[1] * v).addcmul(g, g, value=1 - self.betas[1]), v))
+            p.copy_(torch.where(fine, p - self._move(m, v, rate, root), p))
         self.good.add_(fine)
         self.step.add_(1)
+
+    def back(self, params: Sequence[Tensor]) -> None:
+        """Take the last good move back: where it led, something was not finite."""
+        if self.good:
+            rate, root = self.scales[self.good - 1]
+            for p, m, v in zip(params, self.moments, self.squares, strict=True):
+                p.add_(self._move(m, v, rate, root))
+
+    def _move(self, m: Tensor, v: Tensor, rate: Tensor, root: Tensor) -> Tensor:
+        return rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.epsilon)

@@ -48,6 +48,7 @@ class Optimized:
     optimizer: PyroOptim
     taken: int = 0
     failure: Failure | None = None
+    last: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
@@ -61,13 +62,24 @@ class Optimized:
         culprits = _not_finite(loss, params)
         if culprits is not None:
             self.failure = Failure(self.taken, culprits, _sites_not_finite(self.program, arguments))
+            with torch.no_grad():
+                for n, p in self.last.items():
+                    params[n].copy_(p)
             return loss
+        self._remember(params)
         self.optimizer(list(params.values()))
         if isinstance(self.optimizer, PyroLRScheduler):
             self.optimizer.step()
         zero_grads(params.values())
         self.taken += 1
         return loss
+
+    def _remember(self, params: dict[str, Tensor]) -> None:
+        """Keep the parameters at which all was finite: the step from them may lead astray."""
+        if self.last.keys() != params.keys():
+            self.last = {n: torch.empty_like(p) for n, p in params.items()}
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.last.values()), list(params.values()))
 
     def check(self, now: bool = False) -> Failure | None:
         """What was not finite, if anything."""
@@ -109,9 +121,15 @@ class Whole:
             return None
         self.checked = perf_counter()
         good = int(self.adam.good) if self.adam is not None else self.taken
-        if good == self.taken:
+        if self.adam is None or good == self.taken:
             self.window = []
             return None
+        with pyro.validation_enabled(False):
+            return self._find(good)
+
+    def _find(self, good: int) -> Failure:
+        """Run the steps since the last check again, up to the one that failed, and name what is not finite."""
+        assert self.adam is not None
         first = self.taken - len(self.window)
         set_rng_state(self.random)
         for rows in self.window[: good - first]:
@@ -121,7 +139,10 @@ class Whole:
         sites = _sites_not_finite(self.program, arguments)
         set_rng_state(noise)
         loss, params = gradients(self.objective.objective, self.model, self.program.guide, arguments)
-        return Failure(good, _not_finite(loss, params) or [], sites)
+        culprits = _not_finite(loss, params) or []
+        with torch.no_grad():
+            self.adam.back(self._params())
+        return Failure(good, culprits, sites)
 
     def _step(self, rows: Rows) -> Loss:
         arguments = self.program.arguments(rows)
@@ -134,12 +155,14 @@ class Whole:
             self.adam = Adam(params, self.rates)
         found = [params[n].grad if n in params else None for n in self.adam.names]
         with torch.no_grad():
-            self.adam(
-                [pyro.get_param_store()._params[n] for n in self.adam.names], found, torch.as_tensor(np.sum(loss))
-            )
+            self.adam(self._params(), found, torch.as_tensor(np.sum(loss)))
         for p in params.values():
             p.grad = None
         return loss
+
+    def _params(self) -> list[Tensor]:
+        store = pyro.get_param_store()._params
+        return [store[n] for n in (self.adam.names if self.adam else ())]
 
 
 def by_adam(program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str) -> Optimized | Whole:

@@ -1,0 +1,521 @@
+"""Compiled objectives: the numbers of the eager ones, fresh noise, nothing frozen, a word where it cannot be had."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.util import zero_grads
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+
+from inference import fit, tracing
+from inference.compiled import LIMIT, Compiled
+from inference.optim import Joint
+from inference.program import bind, enumerate_finite, isolated
+from ppl_models.zoo import ZOO, Row, point
+
+quiet = partial(fit, progress=False)
+X = torch.tensor([[0.3, -1.2], [2.0, 0.1], [-0.7, 0.4], [1.1, 1.9], [0.0, -0.5]]).double()
+
+
+def noisy(x: Tensor) -> None:
+    scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0).double(), 2.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, scale[..., None]).to_event(1), obs=x)
+
+
+class Amortized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 4).double()
+
+    def model(self, x: Tensor) -> None:
+        noisy(x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("amortized", self)
+        a = pyro.param("a", torch.tensor(2.0).double(), constraint=constraints.positive)
+        b = pyro.param("b", torch.tensor(2.0).double(), constraint=constraints.positive)
+        pyro.sample("scale", dist.Gamma(a, b))
+        with pyro.plate("rows", len(x)):
+            loc, log_scale = self.net(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def discrete(x: Tensor) -> None:
+    rate = pyro.param("rate", torch.tensor(0.4).double(), constraint=constraints.unit_interval)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(rate.expand(len(x))))
+        pyro.sample("x", dist.Normal(z[..., None] * 2.0 - torch.ones_like(x), 1.0).to_event(1), obs=x)
+
+
+def with_baseline(x: Tensor, **baseline: Any) -> None:
+    logits = pyro.param("logits", torch.zeros(len(x)).double())
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=logits), infer={"baseline": baseline})
+
+
+def neural_baseline() -> Callable[..., None]:
+    network = nn.Linear(2, 1).double()
+
+    def guide(x: Tensor) -> None:
+        pyro.module("baseline", network)
+        with_baseline(x, nn_baseline=lambda value: network(value).squeeze(-1), nn_baseline_input=x)
+
+    return guide
+
+
+def enumerated(x: Tensor) -> None:
+    centres = pyro.sample("centres", dist.Normal(torch.zeros(2, 2).double(), 2.0).to_event(2))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7]).double()), infer={"enumerate": "parallel"})
+        chosen = ((z[..., None, None] == torch.arange(2)[:, None]).double() * centres).sum(-2)
+        pyro.sample("x", dist.Normal(chosen, 1.0).to_event(1), obs=x)
+
+
+def amortized() -> tuple[Any, Any]:
+    pair = Amortized()
+    return pair.model, pair.guide
+
+
+PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, Any]]]] = {
+    "Trace_ELBO": (Trace_ELBO, amortized),
+    "particles": (lambda: Trace_ELBO(num_particles=3, vectorize_particles=True), amortized),
+    "TraceMeanField_ELBO": (TraceMeanField_ELBO, amortized),
+    "RenyiELBO": (lambda: RenyiELBO(alpha=0.5, num_particles=2), amortized),
+    "AutoNormal": (Trace_ELBO, lambda: (noisy, AutoNormal(noisy))),
+    "AutoMultivariateNormal": (Trace_ELBO, lambda: (noisy, AutoMultivariateNormal(noisy))),
+    "AutoDelta": (Trace_ELBO, lambda: (noisy, AutoDelta(noisy))),
+    "TraceGraph_ELBO": (TraceGraph_ELBO, lambda: (discrete, with_baseline)),
+    "decaying": (TraceGraph_ELBO, lambda: (discrete, partial(with_baseline, use_decaying_avg_baseline=True))),
+    "neural": (TraceGraph_ELBO, lambda: (discrete, neural_baseline())),
+    "ReweightedWakeSleep": (lambda: ReweightedWakeSleep(num_particles=3), lambda: (discrete, with_baseline)),
+    "sleep": (lambda: ReweightedWakeSleep(num_particles=2, insomnia=0.5), lambda: (sleeper, sleeper_guide)),
+    "TraceEnum_ELBO": (
+        lambda: TraceEnum_ELBO(max_plate_nesting=1),
+        lambda: (enumerated, AutoNormal(pyro.poutine.block(enumerated, hide=["z"]))),
+    ),
+}
+
+
+def sleeper(x: Tensor, observations: Any = None) -> None:
+    loc = pyro.param("loc", torch.zeros(()).double())
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0).expand([len(x)]))
+        pyro.sample("x", dist.Normal(z[..., None] + torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+
+def sleeper_guide(x: Tensor, observations: Any = None) -> None:
+    slope = pyro.param("slope", torch.zeros(()).double())
+    seen = x if observations is None else observations["x"]
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(slope * seen.sum(-1), 1.0))
+
+
+def descend(
+    objective: Any, pair: tuple[Any, Any], steps: int, *, rate: float = 0.001, batches: Any = None
+) -> list[Any]:
+    """Losses and gradients of plain gradient steps, each in the current store."""
+    seen = []
+    for step in range(steps):
+        x = X if batches is None else X[batches[step % len(batches)]]
+        with pyro.poutine.trace(param_only=True) as capture:
+            loss = objective.loss_and_grads(*pair, x)
+        params = {n: site["value"].unconstrained() for n, site in capture.trace.nodes.items()}
+        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in params.items()}
+        seen.append((torch.as_tensor(loss).double(), gradients))
+        with torch.no_grad():
+            for p in params.values():
+                if p.grad is not None:
+                    p -= rate * p.grad
+        zero_grads(params.values())
+    return seen
+
+
+def agree(make_objective: Callable[[], Any], make_pair: Callable[[], Any], *, fuse: bool, steps: int = 13) -> None:
+    def run(wrap: Callable[[Any], Any]) -> Any:
+        with isolated(0):
+            objective = wrap(make_objective())
+            return descend(objective, make_pair(), steps), objective
+
+    expected, _ = run(lambda inner: inner)
+    got, compiled = run(partial(Compiled, fuse=fuse))
+    assert compiled.state == ("fused" if fuse else "traced")
+    for (loss, gradients), (other, others) in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, loss, rtol=1e-7, atol=1e-7)
+        assert set(gradients) == set(others)
+        for name, g in gradients.items():
+            if g is not None:
+                torch.testing.assert_close(others[name], g, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_objective_is_the_eager_one_under_the_same_noise(name: str) -> None:
+    agree(*PAIRS[name], fuse=False)
+
+
+@pytest.mark.parametrize("name", ["Trace_ELBO", "decaying", "ReweightedWakeSleep", "TraceEnum_ELBO"])
+def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
+    agree(*PAIRS[name], fuse=True)
+
+
+@pytest.mark.parametrize("row", ZOO.values(), ids=list(ZOO))
+def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
+    dataset = row.load()
+    few = {k: v[:40] for k, v in dataset.train.items()}
+    for method in (fit, point):
+        with isolated(0):
+            pairs = [row.pair(dataset) for _ in range(2)]
+        run = partial(method, steps=12, progress=False)
+        runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
+        eager, compiled = (torch.as_tensor(r.losses) for r in runs)
+        assert [r.idata.posterior.attrs["program"] for r in runs] == ["eager", "fused"]
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_fresh_at_every_step_and_the_same_from_one_seed() -> None:
+    def losses(seed: int) -> list[float]:
+        with isolated(seed):
+            steps = descend(Compiled(Trace_ELBO(), fuse=False), amortized(), 30, rate=0.0)
+        return [float(loss) for loss, _ in steps]
+
+    first = losses(1)
+    assert len(set(first)) == 30
+    torch.manual_seed(5)
+    with isolated(1):
+        state = torch.get_rng_state()
+    assert losses(1)[1:] != losses(2)[1:]
+    with isolated(1):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_short_batches_have_a_program_of_their_own() -> None:
+    batches = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4])]
+    with isolated(0):
+        expected = descend(Trace_ELBO(), amortized(), 12, batches=batches)
+    with isolated(0):
+        objective = Compiled(Trace_ELBO(), fuse=False)
+        got = descend(objective, amortized(), 12, batches=batches)
+    assert len([p for p in objective._programs.values() if p]) == 2
+    torch.testing.assert_close([float(x) for x, _ in got], [float(x) for x, _ in expected])
+
+
+def test_plain_svi_moves_the_same_parameters() -> None:
+    def run(objective: Any) -> list[float]:
+        with isolated(0):
+            svi = SVI(*amortized(), pyro.optim.Adam({"lr": 0.02}), loss=objective)
+            return [svi.step(X) for _ in range(15)]
+
+    torch.testing.assert_close(run(Compiled(Trace_ELBO(), fuse=False)), run(Trace_ELBO()), rtol=1e-7, atol=1e-7)
+
+
+def test_numbers_among_the_arguments_are_not_frozen() -> None:
+    def model(x: Tensor, beta: float = 1.0) -> None:
+        with pyro.poutine.scale(scale=beta):
+            noisy(x)
+
+    guide = AutoNormal(model)
+    with isolated(0):
+        objective = Compiled(Trace_ELBO(), fuse=False)
+        Trace_ELBO().loss(model, guide, X)
+        for beta in (1.0, 1.0, 0.5, 0.5, 1.0, 0.5):
+            random = torch.get_rng_state()
+            got = float(objective.loss_and_grads(model, guide, X, beta=beta))
+            torch.set_rng_state(random)
+            assert got == pytest.approx(Trace_ELBO().loss(model, guide, X, beta=beta), rel=1e-9)
+
+
+class Annealed(Trace_ELBO):
+    """An objective whose weight is a plain attribute, or a tensor."""
+
+    beta: Any = 1.0
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().loss_and_grads(pyro.poutine.scale(model, scale=self.beta), guide, *args, **kwargs)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["number", "tensor"])
+def test_an_annealed_objective_is_not_frozen(make: Callable[[float], Any]) -> None:
+    def run(wrap: Callable[[Any], Any]) -> list[Tensor]:
+        pair, inner, losses = (noisy, AutoNormal(noisy)), Annealed(), []
+        objective = wrap(inner)
+        with isolated(0):
+            for beta in (0.25, 0.25, 0.5, 0.5, 0.75, 1.0, 0.25):
+                inner.beta = make(beta)
+                losses.append(descend(objective, pair, 1, rate=0.0)[0][0])
+        return losses
+
+    torch.testing.assert_close(run(partial(Compiled, fuse=False)), run(lambda inner: inner))
+
+
+def test_a_number_that_changes_at_every_step_is_told() -> None:
+    inner = Annealed()
+    objective, pair = Compiled(inner, fuse=False), (noisy, AutoNormal(noisy))
+
+    def anneal() -> None:
+        for step in range(LIMIT + 2):
+            inner.beta = 0.1 + step
+            descend(objective, pair, 1, rate=0.0)
+
+    with isolated(0), pytest.warns(UserWarning, match=f"more than {LIMIT} programs"):
+        anneal()
+    assert objective.state == "eager"
+
+
+def test_a_counter_of_the_objective_is_told() -> None:
+    class Counting(Trace_ELBO):
+        step = 0
+
+        def loss_and_grads(self, *args: Any, **kwargs: Any) -> Any:
+            self.step += 1
+            return super().loss_and_grads(*args, **kwargs)
+
+    inner = Counting()
+    inner.step = 0
+    guide = AutoNormal(noisy)
+    with isolated(0), pytest.warns(UserWarning, match="more than|changes its attribute step"):
+        descend(Compiled(inner, fuse=False), (noisy, guide), LIMIT + 3)
+
+
+def test_a_hidden_number_that_changes_is_found_out() -> None:
+    hidden = {"beta": 1.0}
+
+    def model(x: Tensor) -> None:
+        with pyro.poutine.scale(scale=hidden["beta"]):
+            noisy(x)
+
+    guide = AutoNormal(model)
+    objective = Compiled(Trace_ELBO(), fuse=False)
+
+    def decay() -> None:
+        for _ in range(13):
+            descend(objective, (model, guide), 1)
+            hidden["beta"] *= 0.9
+
+    with isolated(0), pytest.warns(UserWarning, match="what changes from step to step must be a tensor"):
+        decay()
+    assert objective.state == "eager"
+
+
+class Normalised(nn.Module):
+    """A network with batch statistics, spectral normalisation and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(2, 4)),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.3),
+            nn.Linear(4, 4),
+        ).double()
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("net", self.net)
+        with pyro.plate("rows", len(x)):
+            loc, log_scale = self.net(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_buffers_and_training_mode_are_not_frozen(fuse: bool) -> None:
+    def run(wrap: Callable[[Any], Any]) -> tuple[list[Any], list[Tensor]]:
+        with isolated(0):
+            pair, objective = Normalised(), wrap(Trace_ELBO())
+            steps = descend(objective, (pair.model, pair.guide), 6)
+            pair.eval()
+            steps += descend(objective, (pair.model, pair.guide), 4)
+            return [x for x, _ in steps], list(pair.buffers())
+
+    expected, buffers = run(lambda inner: inner)
+    got, others = run(partial(Compiled, fuse=fuse))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(others, buffers)
+
+
+def test_what_cannot_be_traced_runs_eagerly_and_names_the_site_and_the_line() -> None:
+    def steered(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        loc = mu if mu > 0 else 2 * mu  # the line
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).expand(x.shape).to_event(1), obs=x)
+
+    objective = Compiled(Trace_ELBO())
+    expected = r"test_compiled.py:\d+ \(loc = mu if mu > 0 else 2 \* mu  # the line\), after site mu"
+    with isolated(0), pytest.warns(UserWarning, match=expected) as caught:
+        got = descend(objective, (steered, AutoNormal(steered)), 6)
+    assert len(caught) == 1
+    with isolated(0):
+        torch.testing.assert_close(
+            [x for x, _ in got], [x for x, _ in descend(Trace_ELBO(), (steered, AutoNormal(steered)), 6)]
+        )
+
+
+def test_a_cleared_store_starts_afresh() -> None:
+    guide, objective = AutoNormal(noisy), Compiled(Trace_ELBO(), fuse=False)
+    with isolated(0):
+        descend(objective, (noisy, guide), 5)
+        pyro.clear_param_store()
+        pair = amortized()
+        first = descend(objective, pair, 4)
+    assert len(first) == 4
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("optimizer", [None, lambda: Joint(torch.optim.AdamW, {"lr": 0.01}, clip_norm=1.0)])
+def test_compiled_fits_are_eager_fits(batch: int | None, optimizer: Any) -> None:
+    def rows(x=None, *, size=None, rows=None):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+    def run(compile: bool) -> Any:
+        movers = None if optimizer is None else optimizer()
+        return quiet((rows, AutoNormal(rows)), X, steps=60, batch=batch, optimizer=movers, compile=compile)
+
+    eager, compiled = run(False), run(True)
+    torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-8, atol=1e-8)
+    for name, value in eager.params.items():
+        torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
+
+
+def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
+    quiet((noisy, AutoNormal(noisy)), X, steps=5, compile=True)
+    known = len(tracing._PROGRAMS)
+    again = quiet((noisy, AutoNormal(noisy)), X + 1, steps=5, compile=True, seed=3)
+    assert again.idata.posterior.attrs["program"] == "fused"
+    assert len(tracing._PROGRAMS) == known
+
+
+def test_auto_goes_by_the_number_of_steps() -> None:
+    for steps, expected in ((100, "eager"), (400, "traced")):
+        result = quiet((noisy, AutoNormal(noisy)), X, steps=steps, draws=30)
+        assert result.idata.posterior.attrs["program"] == expected
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_program_that_breaks_names_step_site_and_parameter(batch: int | None) -> None:
+    def breaks(x=None, *, size=None, rows=None):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        slope = pyro.param("slope", torch.tensor(0.5).double())
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+        # The root of a negative number, as soon as the slope has moved far enough.
+        pyro.factor("bomb", -3 * slope + 1e-9 * (slope - 0.2).sqrt())
+
+    outcomes = []
+    for compile in (False, True):
+        with pytest.warns(UserWarning, match=r"not finite at step (\d+); sites bomb; gradients of slope") as caught:
+            result = quiet((breaks, AutoNormal(breaks)), X, steps=400, batch=batch, compile=compile)
+        assert 0.2 < result.params["slope"] < 0.25
+        assert all(v.isfinite().all() for v in result.params.values())
+        outcomes.append((str(caught[-1].message), len(result.losses), result.params["slope"]))
+    (said, steps, slope), (also, others, too) = outcomes
+    assert (said, steps) == (also, others)
+    assert 5 < steps < 400
+    torch.testing.assert_close(too, slope)
+
+
+def step_with(optimizer: PyroOptim, steps: int = 20) -> dict[str, Tensor]:
+    with isolated(0):
+        svi = SVI(*amortized(), optimizer, loss=Trace_ELBO())
+        for _ in range(steps):
+            svi.step(X)
+        return {n: p.detach().clone() for n, p in pyro.get_param_store()._params.items()}
+
+
+def test_the_joint_optimizer_takes_pyros_steps() -> None:
+    expected = step_with(pyro.optim.Adam({"lr": 0.03}))
+    torch.testing.assert_close(step_with(Joint(torch.optim.Adam, {"lr": 0.03})), expected, rtol=1e-9, atol=1e-9)
+    by_name = lambda name: {"lr": 0.0 if name.startswith("amortized") else 0.0003}  # noqa: E731
+    grouped = step_with(Joint(torch.optim.SGD, by_name))
+    with isolated(0):
+        start = dict(amortized()[1].__self__.named_parameters())
+    torch.testing.assert_close(grouped["amortized$$$net.weight"], start["net.weight"].detach())
+    assert grouped["a"] != torch.tensor(2.0).double().log()
+
+
+def test_the_joint_optimizer_clips_and_follows_a_schedule() -> None:
+    p = torch.zeros(3).double().requires_grad_()
+    halving = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    optimizer = Joint(torch.optim.SGD, {"lr": 1.0}, schedule=halving, clip_norm=2.0)
+    for _ in range(3):
+        p.grad = torch.tensor([30.0, 0.0, 40.0]).double()
+        optimizer([p])
+    # steps of length 2, 1 and 1/2 along (3, 0, 4) / 5
+    torch.testing.assert_close(p.detach(), -3.5 * torch.tensor([0.6, 0.0, 0.8]).double())
+    clipped = Joint(torch.optim.SGD, {"lr": 1.0}, clip_value=0.5)
+    p.grad, q = torch.tensor([30.0, 0.1, -40.0]).double(), p.detach().clone()
+    clipped([p])
+    torch.testing.assert_close(q - p.detach(), torch.tensor([0.5, 0.1, -0.5]).double())
+
+
+def test_a_parameter_without_gradient_rests() -> None:
+    p, q = (torch.ones(2).double().requires_grad_() for _ in range(2))
+    optimizer = Joint(torch.optim.Adam, {"lr": 0.1})
+    p.grad, q.grad = torch.ones(2).double(), torch.ones(2).double()
+    optimizer([p, q])
+    q.grad, before = None, q.detach().clone()
+    p.grad = torch.ones(2).double()
+    optimizer([p, q])
+    assert torch.equal(q.detach(), before)
+
+
+def test_the_joint_optimizer_goes_on_from_its_state() -> None:
+    def run(stop: int | None) -> dict[str, Tensor]:
+        schedule = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+        make = partial(Joint, torch.optim.Adam, {"lr": 0.05}, schedule=schedule)
+        with isolated(0):
+            model, guide = amortized()
+            optimizer = make()
+            for step in range(20):
+                if step == stop:
+                    state = optimizer.get_state()
+                    optimizer = make()
+                    optimizer.set_state(state)
+                SVI(model, guide, optimizer, loss=Trace_ELBO()).step(X)
+            return {n: p.detach().clone() for n, p in pyro.get_param_store()._params.items()}
+
+    torch.testing.assert_close(run(7), run(None))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Joint(clip_norm=0.0), ValueError, "clip_norm: expected a positive number, got 0.0"),
+        (lambda: Compiled("elbo"), TypeError, "objective: expected an ELBO with loss_and_grads, got str"),
+        (lambda: quiet((noisy, AutoNormal(noisy)), X, compile="yes"), ValueError, "compile: expected True, False or"),
+    ],
+)
+def test_bad_arguments_get_one_line(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_enumeration_survives_a_compiled_fit() -> None:
+    program = bind((enumerated, AutoNormal(pyro.poutine.block(enumerated, hide=["z"]))), X)
+    assert program.enumerated == ("z",)
+    assert callable(enumerate_finite(program))
+    result = quiet(program.pair, X, steps=40, compile=True)
+    assert result.idata.posterior.attrs["program"] == "fused"
+    assert "z" in result.idata.posterior
