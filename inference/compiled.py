@@ -37,6 +37,7 @@ LIMIT = 16
 """Programs that one objective may trace before it is taken to change at every step."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 Gradients = list[Tensor | None]
+_CHECKED = frozenset((0, *(10**k for k in range(1, 10))))
 
 
 class Update(Protocol):
@@ -202,11 +203,18 @@ class Program:
     def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
         """Loss, and the gradient of each parameter (None where the loss does not depend on it)."""
         with torch.no_grad():
-            outputs = iter(self._run(*inputs))
+            outputs = self._run(*inputs)
         self.calls += 1
         single, count, present = self._form
-        losses = tuple(next(outputs) for _ in range(count))
-        return losses[0] if single else losses, [next(outputs) if p else None for p in present]
+        rest = iter(outputs[count:])
+        return outputs[0] if single else tuple(outputs[:count]), [next(rest) if p else None for p in present]
+
+    def losses(self, inputs: list[Tensor]) -> Any:
+        """What a call gives, its gradients left aside."""
+        with torch.no_grad():
+            outputs = self._run(*inputs)
+        self.calls += 1
+        return outputs[0] if self._form[0] else tuple(outputs[: self._form[1]])
 
     def inputs(self, call: Call) -> list[Tensor]:
         """The tensors of a call in the program's order."""
@@ -229,7 +237,7 @@ class Program:
 
     def due(self) -> bool:
         """Whether it is time to hold the program against the eager objective: at calls 1, 11, 101, ..."""
-        return self.calls == 0 or (self.calls >= 10 and str(self.calls).strip("0") == "1")
+        return self.calls in _CHECKED
 
     def hold_against_eager(self, call: Call) -> None:
         """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise."""
