@@ -1,8 +1,9 @@
 """Seconds of one SVI step in steady state, float32, Adam at 1e-3; a step of a VAE takes a new minibatch.
 
 ``fit``'s step is the difference of two fits of different lengths, both after a first that compiles: set-up cancels,
-and the draws at the end are left out. The others run a loop of n steps (NumPyro: one jitted ``svi.run``). The losses of all
-contenders at the initial parameters are held against those of Pyro: z-scores by their Monte Carlo errors.
+and the draws at the end are left out. The others run a loop of n steps (NumPyro: one ``svi.run``, jitted, so that its
+compiling is left out too). The losses of all contenders at the initial parameters are held against those of Pyro:
+z-scores by their Monte Carlo errors.
 """
 
 from __future__ import annotations
