@@ -14,21 +14,23 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.optim
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
-from pyro.infer.util import zero_grads
-from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from inference import predict
+from inference.compiled import Compiled, numbers
 from inference.diagnostics import diagnose, pareto_k
 from inference.program import Program, bind, enumerate_finite, isolated
-from inference.result import STORED, Result, State, dotted, to_idata
+from inference.result import STORED, Result, State, to_idata
+from inference.steps import Failure, Optimized, Whole, by_adam
 
+TRACE_FROM, FUSE_FROM = 300, 5000
+"""Steps from which a fit is traced, and fused. Both the cost of compiling and what a step then saves grow with the
+operations of the graph (tens of milliseconds against microseconds for each), so that their ratio decides."""
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
 
@@ -45,6 +47,7 @@ def fit(
     patience: int | None = None,
     draws: int = 1000,
     seed: int = 0,
+    compile: bool | str = "auto",
     progress: bool = True,
 ) -> Result:
     r"""Fit a guide (and the parameters of a model) by stochastic gradient steps on an objective.
@@ -60,13 +63,16 @@ def fit(
         steps: Number of steps; 0 takes the guide as it is.
         batch: Rows a minibatch, drawn without replacement in every pass over the data (the last batch of a
             pass may be short). None: all rows at every step.
-        optimizer: A Pyro optimizer; one with a schedule is moved on at each step. Default: Adam whose
-            learning rate falls from ``learning_rate`` to a hundredth of it on a half cosine.
+        optimizer: A Pyro optimizer (``optim.Joint`` holds one torch optimizer over all parameters); one with a
+            schedule is moved on at each step. Default: Adam whose learning rate falls from ``learning_rate`` to a
+            hundredth of it on a half cosine, inside the program where the steps are compiled.
         learning_rate: Start of the default schedule, in units of the unconstrained parameters.
         patience: Stop when the mean loss of the last ``patience`` steps is not below that of the
             ``patience`` steps before by more than its standard error. None: never.
         draws: Draws of the posterior to keep.
         seed: Seed of all randomness; the global random state is left as it was.
+        compile: True: run each step as one compiled program. "auto": trace it, or compile it too, where that many
+            steps are worth it; ``idata.posterior.attrs["program"]`` says what was chosen. False: as Pyro runs it.
         progress: Show a progress bar with the running loss (on a terminal).
 
     Returns:
@@ -89,145 +95,133 @@ def fit(
         2.0 ['posterior', 'posterior_predictive', 'log_likelihood', 'observed_data']
     """
     program = bind(pair, data)
-    _check(program, steps=steps, batch=batch, draws=draws, patience=patience, optimizer=optimizer)
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
+    _check(
+        program,
+        steps=steps,
+        batch=batch,
+        draws=draws,
+        patience=patience,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        compile=compile,
+    )
     started = perf_counter()
     with isolated(seed):
-        chosen = _objective(program, objective)
-        movers = optimizer or _adam(learning_rate, steps)
-        losses, first = _descend(program, chosen, movers, steps, batch, patience, progress)
+        chosen, compile = _objective(program, objective, compile)
+        rows = _minibatches(program, batch)
+        plan = _plan(program, chosen, optimizer, learning_rate, steps, compile)
+        losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
-        return _conclude(program, chosen, losses, draws, {"setup": setup, "run": trained - started - setup})
+        return _conclude(program, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})
 
 
 def _descend(
-    program: Program,
-    objective: ELBO,
-    optimizer: PyroOptim,
-    steps: int,
-    batch: int | None,
+    steps: Optimized | Whole,
+    count: int,
+    rows: Iterator[Tensor | None],
     patience: int | None,
+    name: str,
     progress: bool,
 ) -> tuple[np.ndarray, float | None]:
-    model = enumerate_finite(program) if isinstance(objective, TraceEnum_ELBO) else program.model
-    rows, losses, first = _minibatches(program, batch), [], None
-    validate = pyro.settings.get("validate_distributions_pyro")
-    bar = tqdm(total=steps, desc=f"fit {program.name}", disable=None if progress else True, leave=False)
+    """Run the steps: losses of the good ones, and the time when the first was done."""
+    losses: list[Any] = []
+    validate, first, failure = pyro.settings.get("validate_distributions_pyro"), None, None
+    bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
     with bar, warnings.catch_warnings():
         # Pyro's word for a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
-            for step in range(steps):
-                arguments = program.arguments(next(rows))
+            for step in range(count):
                 # One validated step finds what is wrong with a model; later steps find what is not finite.
                 with pyro.validation_enabled(step == 0 and validate):
-                    loss, params = _gradients(objective, model, program.guide, arguments)
-                culprit = _not_finite(loss, params)
-                if culprit is not None:
-                    _give_up(program, step, culprit, arguments)
+                    losses.append(steps(next(rows)))
+                settled = bool(patience) and _settled(losses, patience or 0)
+                failure = steps.check(now=settled or step == 0 or step + 1 == count)
+                if failure is not None:
                     break
-                optimizer(list(params))
-                if isinstance(optimizer, PyroLRScheduler):
-                    optimizer.step()
-                zero_grads(params)
-                losses.append(loss)
                 first = first or perf_counter()
                 bar.update()
-                if step % 20 == 0:
-                    bar.set_postfix(loss=f"{np.sum(loss):.5g}", refresh=False)
-                if patience and _settled(losses, patience):
+                if step % 20 == 0 and not bar.disable:
+                    bar.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
+                if settled:
                     break
         except KeyboardInterrupt:
-            warnings.warn(f"fit of {program.name} interrupted at step {len(losses)} of {steps}", stacklevel=3)
-    return np.asarray(losses, dtype=float), first
+            warnings.warn(f"{name} interrupted at step {len(losses)} of {count}", stacklevel=3)
+            failure = steps.check(now=True)
+    if failure is not None:
+        _give_up(name, failure)
+        losses = losses[: failure.step]
+    return np.array([numbers(x) if isinstance(x, tuple) else float(x) for x in losses], dtype=float), first
 
 
-def _gradients(
-    objective: ELBO, model: Callable[..., Any], guide: Callable[..., Any] | None, arguments: dict[str, Any]
-) -> tuple[float | tuple[float, ...], set[Tensor]]:
-    with poutine.trace(param_only=True) as capture:
-        loss = objective.loss_and_grads(model, guide, **arguments)  # type: ignore[attr-defined]
-    params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}  # type: ignore[union-attr]
-    if isinstance(loss, tuple):
-        return tuple(map(float, loss)), params
-    return float(loss), params
-
-
-def _not_finite(loss: float | tuple[float, ...], params: set[Tensor]) -> list[str] | None:
-    """Names of the parameters whose gradients are not finite; None when all is well."""
-    gradients = {p: p.grad for p in params if p.grad is not None}
-    norms = torch._foreach_norm(list(gradients.values())) if gradients else []
-    if np.isfinite(loss).all() and all(torch.stack(list(norms)).isfinite().tolist() if norms else []):
-        return None
-    store = pyro.get_param_store()
-    return sorted(dotted(store.param_name(p) or "?") for p, g in gradients.items() if not g.isfinite().all())
-
-
-def _give_up(program: Program, step: int, parameters: list[str], arguments: dict[str, Any]) -> None:
-    said = f"fit of {program.name}: loss or gradient is not finite at step {step}"
-    sites = _sites_not_finite(program, arguments)
-    if sites:
-        said += f"; sites {', '.join(sites)}"
-    if parameters:
-        said += f"; gradients of {', '.join(parameters[:5])}"
+def _give_up(name: str, failure: Failure) -> None:
+    said = f"{name}: loss or gradient is not finite at step {failure.step}"
+    if failure.sites:
+        said += f"; sites {', '.join(failure.sites)}"
+    if failure.parameters:
+        said += f"; gradients of {', '.join(failure.parameters[:5])}"
     hint = "try a lower learning_rate, and check the data and the priors' scale"
-    if step == 0:
+    if failure.step == 0:
         raise FloatingPointError(f"{said}; {hint}")
     warnings.warn(f"{said}; the parameters before it are returned; {hint}", stacklevel=4)
-
-
-def _sites_not_finite(program: Program, arguments: dict[str, Any]) -> list[str]:
-    with torch.no_grad(), pyro.validation_enabled(False):
-        guide = poutine.trace(program.guide).get_trace(**arguments)
-        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**arguments)
-        found = []
-        for trace in (guide, model):
-            trace.compute_log_prob()
-            scores = {n: torch.as_tensor(v["log_prob"]) for n, v in trace.nodes.items() if v["type"] == "sample"}
-            found += [n for n, score in scores.items() if not score.isfinite().all()]
-    return list(dict.fromkeys(found))
 
 
 def _settled(losses: list[Any], patience: int) -> bool:
     if len(losses) < 2 * patience or len(losses) % patience:
         return False
-    recent = np.asarray(losses[-2 * patience :], dtype=float).reshape(2, patience, -1).sum(-1)
+    recent = np.array([sum(numbers(x)) for x in losses[-2 * patience :]]).reshape(2, patience)
     before, after = recent
     error = math.sqrt((before.var() + after.var()) / patience)
     return bool(before.mean() - after.mean() <= error)
 
 
 def _minibatches(program: Program, batch: int | None) -> Iterator[Tensor | None]:
+    """Rows of each step, drawn from a random state of their own: a step that is run again has its noise again."""
+    random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     while True:
         if batch is None:
             yield None
         else:
             device = next(v.device for v in program.data.values() if isinstance(v, Tensor))
-            yield from torch.randperm(program.rows).to(device).split(batch)
+            yield from torch.randperm(program.rows, generator=random).to(device).split(batch)
 
 
-def _adam(learning_rate: float, steps: int) -> PyroOptim:
-    schedule = {"T_max": max(steps, 1), "eta_min": learning_rate / 100}
-    # pyro.optim makes its schedulers by name, out of sight of a type checker.
-    arguments = {"optimizer": torch.optim.Adam, "optim_args": {"lr": learning_rate}, **schedule}
-    return pyro.optim.CosineAnnealingLR(arguments)  # type: ignore[attr-defined]
+def _plan(
+    program: Program,
+    objective: ELBO,
+    optimizer: PyroOptim | None,
+    learning_rate: float,
+    steps: int,
+    compile: bool | str,
+) -> Optimized | Whole:
+    """How to take the steps: whole ones inside a program for the default optimizer, else the objective alone."""
+    worth = "fused" if steps >= FUSE_FROM else "traced" if steps >= TRACE_FROM else "eager"
+    mode = worth if compile == "auto" else "fused" if compile else "eager"
+    model = enumerate_finite(program) if isinstance(objective, TraceEnum_ELBO) else program.model
+    if optimizer is None:
+        return by_adam(program, model, objective, learning_rate, steps, mode)
+    chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
+    return Optimized(program, model, chosen, optimizer)
 
 
-def _objective(program: Program, objective: ELBO | Callable[[], ELBO] | None) -> ELBO:
+def _objective(
+    program: Program, objective: ELBO | Callable[[], ELBO] | None, compile: bool | str
+) -> tuple[ELBO, bool | str]:
     if objective is None:
         if program.enumerated:
-            return TraceEnum_ELBO(max_plate_nesting=program.depth)
+            return TraceEnum_ELBO(max_plate_nesting=program.depth), compile
         discrete = any(program.sites[n].finite for n in program.guided)
-        return TraceGraph_ELBO() if discrete else Trace_ELBO()
+        return TraceGraph_ELBO() if discrete else Trace_ELBO(), compile
     chosen = objective() if callable(objective) and not isinstance(objective, ELBO) else objective
+    if isinstance(chosen, Compiled):
+        chosen, compile = chosen.objective, compile if compile is False else True
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
     if program.enumerated and not isinstance(chosen, TraceEnum_ELBO):
         named, kind = ", ".join(program.enumerated), type(chosen).__name__
         raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
-    return chosen
+    return chosen, compile
 
 
 def _check(
@@ -238,7 +232,13 @@ def _check(
     draws: int,
     patience: int | None,
     optimizer: PyroOptim | None,
+    learning_rate: float,
+    compile: Any,
 ) -> None:
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
     for name, value, least in (("steps", steps, 0), ("draws", draws, 1), ("patience", patience or 2, 2)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
@@ -257,14 +257,16 @@ def _check(
         raise ValueError(f"batch: expected 1 to {program.rows} (the rows of the data), got {batch!r}")
 
 
-def _conclude(program: Program, objective: ELBO, losses: np.ndarray, draws: int, seconds: dict[str, float]) -> Result:
+def _conclude(
+    program: Program, objective: ELBO, how: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
+) -> Result:
     started = perf_counter()
     method = f"SVI ({type(objective).__name__})"
     state = State(_modules(program))
     with state():
         posterior, density = predict.sample_guide(program, _affordable(program, draws))
         k = _pareto_k(program, posterior, density)
-        idata = to_idata(program, posterior, attrs={"method": method})
+        idata = to_idata(program, posterior, attrs={"method": method, "program": how})
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         return predict.sample_guide(program, size)[0]

@@ -13,7 +13,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from inference.tracing import Untraceable, fused, quietly, traced
+from inference.tracing import Untraceable, fused, lifted, traced
 
 TRACE_FROM, FUSE_FROM = 500, 10_000
 """Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
@@ -45,17 +45,18 @@ class CompiledPotential:
 
         inputs = [example[n].detach() for n in self.names]
         self.graph = traced(value_and_gradient, *inputs)
+        self.held = lifted(self.graph)
         self.run: Callable[..., Any] = self.graph
         self._check(potential, inputs)
 
     def fuse(self) -> None:
         """Compile the graph, and run it once so that the cost is paid here."""
-        self.run = fused(self.graph)
-        with torch.no_grad(), quietly():
-            self.run(*self._inputs)
+        self.run = fused(self.graph, [*self._inputs, *self.held])
+        with torch.no_grad():
+            self.run(*self._inputs, *self.held)
 
     def __call__(self, values: dict[str, Tensor]) -> Tensor:
-        return _Energy.apply(self.run, *[values[n] for n in self.names])
+        return _Energy.apply(self.run, *[values[n] for n in self.names], *self.held)
 
     def _check(self, potential: Potential, inputs: list[Tensor]) -> None:
         """Hold the graph against the potential at another point: a frozen branch shows there."""
@@ -63,7 +64,7 @@ class CompiledPotential:
         with torch.no_grad():
             moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
             expected = potential(dict(zip(self.names, moved, strict=True)))
-            got = self.graph(*moved)[0]
+            got = self.graph(*moved, *self.held)[0]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
 
@@ -77,7 +78,8 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(outer[0] * g for g in ctx.saved_tensors)
+        gradients = [outer[0] * g for g in ctx.saved_tensors]
+        return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
 
 
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:

@@ -1,67 +1,113 @@
 r"""A computation recorded as one graph of tensor operations, and fused into one program.
 
 Pyro's cost on small and medium models is Python. Here the whole computation, handlers and gradients included,
-runs once under ``make_fx``, which records the tensor operations alone; ``torch.compile`` fuses them. Host reads
-of Pyro (a loss as a number, checks for nan) are out of the way meanwhile, and the random state stays where it was.
+runs once under ``make_fx``, which records the tensor operations alone; inductor fuses them. Host reads of Pyro (a
+loss as a number, checks for nan) are out of the way meanwhile, and the random state stays where it was. Random
+numbers come from torch's own generator, so that a fused program draws what the eager one draws.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyro
+import pyro.util
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.program import aside
+
+_PROGRAMS: dict[Any, Callable[..., Any]] = {}
+"""Fused programs of this process by the text of their graph: a fit of the same shape compiles nothing anew."""
+_OPTIONS = {"fallback_random": True}
+_LIBRARIES = ("torch", "pyro", "inference")
 
 
 class Untraceable(RuntimeError):
     """A program whose course depends on the values of its tensors."""
 
 
-def traced(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
+def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     """Record the tensor operations of a function of tensors.
 
     Raises:
-        Untraceable: The function reads a value back to steer itself; the message is torch's.
+        Untraceable: The function reads a value back to steer itself; the message has torch's reason, the line and
+            the last site before it.
     """
-    with aside(), host_reads_away():
+    with aside(), host_reads_away(), _Last() as last:
         try:
-            return make_fx(function)(*inputs)
+            graph = make_fx(function)(*inputs)
         except RuntimeError as error:
-            raise Untraceable(" ".join(str(error).split())) from error
+            raise Untraceable(f"{_first_sentence(error)}{_place(error, last.name)}") from error
+    _plain_noise(graph)
+    _plain_masks(graph)
+    graph.recompile()
+    return graph
 
 
-def fused(graph: GraphModule) -> Callable[..., Any]:
-    """The graph as one compiled program; the graph itself where the machine has no C++ compiler."""
-    if not _has_compiler():
+def lifted(graph: GraphModule) -> list[Tensor]:
+    """Make the tensors that a graph holds its last inputs, in place, and return them: they may change."""
+    held: dict[str, Node] = {}
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1:]
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            after = list(held.values())[-1:] or last
+            with graph.graph.inserting_after(after[0]) if after else graph.graph.inserting_before():
+                held[name] = graph.graph.placeholder(f"held_{len(held)}")
+            held[name].meta = dict(node.meta)
+        node.replace_all_uses_with(held[name])
+        graph.graph.erase_node(node)
+    tensors = [_attribute(graph, name) for name in held]
+    graph.recompile()
+    return tensors
+
+
+def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """The graph as one compiled program of tensors; the graph itself where the machine has no C++ compiler.
+
+    The graph holds no tensors (see :func:`lifted`); call the program under ``torch.no_grad``.
+    """
+    if not has_compiler():
         return graph
-    with quietly():
-        return torch.compile(graph, dynamic=False)
+    shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+    key = (graph.code, shapes, torch.get_num_threads())
+    if key not in _PROGRAMS:
+        with quietly(), torch.no_grad():
+            _PROGRAMS[key] = torch._inductor.compile(graph, list(inputs), options=_OPTIONS)  # type: ignore[attr-defined]
+    return _PROGRAMS[key]
 
 
 @contextmanager
 def host_reads_away() -> Iterator[None]:
     """Pyro's host reads out of the way: it asks torch whether it is being traced, and takes items as tensors."""
-    state, item = torch._C._get_tracing_state, Tensor.item
-    try:
-        torch._C._get_tracing_state = lambda: True  # type: ignore
-        Tensor.item = lambda self: self.detach()  # type: ignore
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            # Shapes are constants of a graph made for these shapes: what torch warns of is meant.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    aim: list[Any] = [
+        # torch.distributions asks too, and would draw other random numbers than it draws eagerly.
+        patch.object(torch._C, "_get_tracing_state", lambda: _caller().startswith("pyro") or None),
+        patch.object(Tensor, "item", lambda self: self.detach()),
+        patch.object(pyro.util, "torch_isnan", lambda value: False),
+        patch.object(pyro.util, "torch_isinf", lambda value: False),
+        patch.object(torch.nn.functional, "one_hot", _one_hot),
+    ]
+    with ExitStack() as stack, warnings.catch_warnings():
+        for each in aim:
+            stack.enter_context(each)
+        # Shapes are constants of a graph made for these shapes: what torch warns of is meant.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with pyro.validation_enabled(False):
             yield
-    finally:
-        torch._C._get_tracing_state = state
-        Tensor.item = item  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -73,8 +119,103 @@ def quietly() -> Iterator[None]:
 
 
 @cache
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether programs can be fused; the first time that they cannot, one line says so."""
     if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
         return True
     warnings.warn("no C++ compiler was found: programs run traced, but not fused", stacklevel=3)
     return False
+
+
+class _Last(Messenger):
+    """Remembers the last sample site that was entered."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.name = msg["name"]
+
+
+def _one_hot(index: Tensor, num_classes: int) -> Tensor:
+    """torch's own, which reads its input back to check it."""
+    return (index[..., None] == torch.arange(num_classes, device=index.device)).long()
+
+
+def _caller() -> str:
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "get value out of a tracing tensor" in text:
+        return "a value of a tensor decides its course"
+    return text[:300]
+
+
+def _place(error: BaseException, site: str | None) -> str:
+    """Where the user's own code was: file, line and the last site."""
+    roots = {str(Path(sys.modules[m].__file__ or "").parent) for m in _LIBRARIES if m in sys.modules}
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *roots))]
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return f"{at}{f', after site {site}' if site else ''}"
+
+
+def _plain_noise(graph: GraphModule) -> None:
+    """Draw standard normal noise by randn, the same numbers as filling an empty tensor, in a third of the time."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.normal_.default or len(node.args) > 1 or node.kwargs:
+            continue
+        empty = node.args[0]
+        if empty.target not in (aten.empty.memory_format, aten.new_empty.default) or len(empty.users) > 1:
+            continue
+        value = node.meta["val"]
+        with graph.graph.inserting_before(node):
+            noise = graph.graph.call_function(
+                aten.randn.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+            )
+        noise.meta = dict(node.meta)
+        node.replace_all_uses_with(noise)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(empty)
+
+
+def _plain_masks(graph: GraphModule) -> None:
+    """Write an index by a constant mask as one by numbers: a mask's result has no shape that inductor would know."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            continue
+        places: list[Any] = []
+        for index in node.args[1]:
+            mask = _constant(index) if isinstance(index, Node) and index.meta["val"].dtype == torch.bool else None
+            if mask is None:
+                places.append(index)
+                continue
+            for numbers in mask.nonzero(as_tuple=True):
+                name = f"_places_{len(list(graph.buffers()))}"
+                graph.register_buffer(name, numbers)
+                with graph.graph.inserting_before(node):
+                    places.append(graph.graph.get_attr(name))
+        node.args = (node.args[0], places, *node.args[2:])
+    graph.graph.eliminate_dead_code()
+
+
+def _constant(node: Node) -> Tensor | None:
+    """Value of a node that neither inputs, held tensors nor noise reach."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return None
+    if node.target is torch.ops.aten.lift_fresh_copy.default:
+        return _attribute(node.graph.owning_module, str(node.args[0].target))  # type: ignore[arg-type, union-attr]
+    values = {n: _constant(n) for n in node.all_input_nodes}
+    if any(v is None for v in values.values()):
+        return None
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _attribute(graph: GraphModule, name: str) -> Tensor:
+    value: Any = graph
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,435 @@
+r"""An objective traced once a shape and run as one program.
+
+``Compiled(objective)`` is an objective too: it works in a user's plain ``pyro.infer.SVI``, as Pyro's own
+JitTrace_ELBO does, for any objective. The whole of ``loss_and_grads`` becomes one graph, whose inputs are the
+parameters by name, the buffers of the modules, the tensors among the arguments and those that the graph holds.
+
+What tracing would freeze is watched. Part of the key of a program: shapes, arguments that are no tensors, the plain
+attributes of the objective, whether modules train. Carried through it: buffers, and what the objective keeps in the
+parameter store. For all else the program is held against the eager objective at calls 1, 10, 100, ...: numbers and
+gradients must be the same, for both draw the same noise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO
+from pyro.poutine.runtime import am_i_wrapped, apply_stack
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inference.program import aside
+from inference.tracing import Untraceable, fused, lifted, traced
+
+LIMIT = 16
+"""Programs that one objective may trace before it is taken to change at every step."""
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-8}
+Gradients = list[Tensor | None]
+
+
+class Update(Protocol):
+    """What a program does with the gradients, and the tensors that it keeps for it."""
+
+    names: list[str]
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+    def __call__(self, params: list[Tensor], gradients: Gradients, loss: Tensor) -> None: ...
+
+
+class Compiled(ELBO):
+    r"""An objective whose loss and gradients are one compiled program.
+
+    The first call of each shape runs eagerly (it makes the parameters and validates the model), the second traces.
+
+    Args:
+        objective: Any objective: a subclass of ``pyro.infer.elbo.ELBO`` with ``loss_and_grads``.
+        fuse: Compile the graph; False runs it as traced.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> pyro.set_rng_seed(0)
+        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), loss=Compiled(Trace_ELBO()))
+        >>> losses = [svi.step(torch.tensor([1.0, 2.0, 3.0])) for _ in range(300)]
+        >>> print(sum(losses[-100:]) < sum(losses[:100]))
+        True
+    """
+
+    def __init__(self, objective: ELBO, *, fuse: bool = True) -> None:
+        if not hasattr(objective, "loss_and_grads"):
+            kind = type(objective).__name__
+            raise TypeError(f"objective: expected an ELBO with loss_and_grads, got {kind}")
+        super().__init__()
+        self.objective = objective
+        self.fuse = fuse
+        self._programs: dict[Any, Program | None] = {}
+        self._eager: str | None = None
+
+    @property
+    def state(self) -> str:
+        """How calls run: ``fused``, ``traced`` or ``eager``."""
+        if self._eager or not any(self._programs.values()):
+            return "eager"
+        return "fused" if any(p and p.fused for p in self._programs.values()) else "traced"
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss without gradients, eagerly."""
+        return self.objective.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as a tensor (or a tuple of them); the gradients are added to those of the parameters."""
+        program, inputs = self.prepare(model, guide, args, kwargs)
+        if program is None:
+            return self.objective.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        if am_i_wrapped():
+            program.declare()
+        losses, gradients = program(inputs)
+        for p, g in zip(inputs, gradients, strict=False):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad.add_(g)
+        return losses
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.objective._get_trace(model, guide, args, kwargs)
+
+    def prepare(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
+    ) -> tuple[Program | None, list[Tensor]]:
+        """The program for these arguments and its inputs; None where this call has to run eagerly."""
+        if self._eager:
+            return None, []
+        call = Call(self.objective, model, guide, *_split(args, kwargs))
+        try:
+            key = call.key()
+            hash(key)
+        except TypeError as error:
+            self._give_up(f"an argument is neither a tensor nor hashable ({error})")
+            return None, []
+        if key not in self._programs:
+            # Parameters come to be in a first eager call.
+            self._programs[key] = None
+            if len(self._programs) > LIMIT:
+                self._give_up(f"more than {LIMIT} programs: an argument or an attribute that is no tensor changes")
+            return None, []
+        program = self._programs[key]
+        try:
+            if program is None or not program.lives():
+                program = self._programs[key] = Program(call, self.fuse, update)
+            inputs = program.inputs(call)
+            if program.due():
+                program.hold_against_eager(call)
+        except Untraceable as error:
+            self._give_up(str(error))
+            return None, []
+        return program, inputs
+
+    def _give_up(self, reason: str) -> None:
+        self._eager = reason
+        kind = type(self.objective).__name__
+        warnings.warn(f"{kind} runs eagerly from here on, for it cannot be compiled: {reason}", stacklevel=5)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an objective: what decides its program, and its tensors."""
+
+    objective: Any
+    model: Any
+    guide: Any
+    tensors: list[Tensor]
+    static: Any
+
+    def key(self) -> tuple[Any, ...]:
+        """Everything that is a constant of a program."""
+        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+        own = tuple(_plain(self.objective).items())
+        return self.model, self.guide, shapes, self.static, own, torch.get_default_dtype()
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        """Loss of the objective, its gradients left with the parameters."""
+        args, kwargs = _join(tensors, self.static)
+        return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+
+    def held(self) -> list[Tensor]:
+        """Tensors that the objective keeps as attributes."""
+        return [v for v in vars(self.objective).values() if isinstance(v, Tensor)]
+
+
+@dataclass(eq=False)
+class Program:
+    """The program of one call: loss and gradients, or with ``update`` a whole step."""
+
+    call: Call
+    fuse: bool
+    update: Update | None = None
+    names: list[str] = field(init=False)
+    calls: int = field(default=0, init=False)
+    fused: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.names = self._parameters() if self.update is None else self.update.names
+        self.modules = reachable(self.call.model, self.call.guide)
+        self.training = self._training()
+        self.buffers = [b for m in self.modules for b in m.buffers(recurse=False)]
+        self._form: Any = None
+        self._held: list[Tensor] = []
+        self._graph, self._held = self._trace()
+        self._run: Callable[..., Any] = self._graph
+        if self.fuse:
+            self._run = fused(self._graph, self.inputs(self.call))
+            self.fused = self._run is not self._graph
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
+        """Loss, and the gradient of each parameter (None where the loss does not depend on it)."""
+        with torch.no_grad():
+            outputs = iter(self._run(*inputs))
+        self.calls += 1
+        single, count, present = self._form
+        losses = tuple(next(outputs) for _ in range(count))
+        return losses[0] if single else losses, [next(outputs) if p else None for p in present]
+
+    def inputs(self, call: Call) -> list[Tensor]:
+        """The tensors of a call in the program's order."""
+        store = pyro.get_param_store()._params
+        kept = self.update.tensors if self.update else ()
+        return [*(store[n] for n in self.names), *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
+
+    def lives(self) -> bool:
+        """Whether the program is still that of its modules."""
+        store = pyro.get_param_store()._params
+        return all(n in store for n in self.names) and self.training == self._training()
+
+    def declare(self) -> None:
+        """Issue the ``pyro.param`` statements that a user's handlers wait for."""
+        store = pyro.get_param_store()
+        for name in self.names:
+            with torch.no_grad():
+                value = store[name]
+            apply_stack(_message(name, value))
+
+    def due(self) -> bool:
+        """Whether it is time to hold the program against the eager objective: at calls 1, 11, 101, ..."""
+        return self.calls == 0 or (self.calls >= 10 and str(self.calls).strip("0") == "1")
+
+    def hold_against_eager(self, call: Call) -> None:
+        """Raise Untraceable if the eager objective gives another loss under the same noise."""
+        with aside(), self._untouched(call):
+            expected = numbers(call.run(call.tensors))
+        with aside(), self._untouched(call), torch.no_grad():
+            got = numbers(tuple(self._run(*self.inputs(call))[: self._form[1]]))
+        if not _same(expected, got, call.tensors):
+            raise Untraceable(
+                f"at call {self.calls + 1} it gives a loss of {sum(expected):.7g} and its program {sum(got):.7g}: "
+                "what changes from step to step must be a tensor, an argument, or an attribute of the objective"
+            )
+
+    def _parameters(self) -> list[str]:
+        """Names of the parameters, by one eager run of the objective that leaves nothing behind."""
+        with aside(), self._untouched(self.call), poutine.trace(param_only=True) as capture:
+            self.call.run(self.call.tensors)
+        return list(capture.trace.nodes)
+
+    def _training(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.modules)
+
+    def _trace(self) -> tuple[GraphModule, list[Tensor]]:
+        call = self.call
+        before = _plain(call.objective)
+        with self._untouched(call):
+            graph = traced(self._whole, *self.inputs(call))
+        changed = [k for k, v in _plain(call.objective).items() if before.get(k) != v]
+        if changed:
+            vars(call.objective).update(before)
+            raise Untraceable(f"the objective changes its attribute {changed[0]} at every step; keep it in a tensor")
+        return graph, lifted(graph)
+
+    def _whole(self, *given: Tensor) -> list[Tensor]:
+        """The computation that is traced: losses, then gradients, or with an update losses alone."""
+        params, call = list(given[: len(self.names)]), self.call
+        with _gradients_of(params) as gradients, _kept_in_store(params, self.names):
+            returned = call.run(list(given[len(given) - len(call.tensors) :]))
+            found = gradients()
+        single = not isinstance(returned, tuple)
+        losses = [torch.as_tensor(x).detach() for x in ((returned,) if single else returned)]
+        if self.update is not None:
+            with torch.no_grad():
+                self.update(params, found, torch.stack(losses).sum())
+            found = [None] * len(params)
+        self._form = single, len(losses), [g is not None for g in found]
+        return [*losses, *(g for g in found if g is not None)]
+
+    @contextmanager
+    def _untouched(self, call: Call) -> Iterator[None]:
+        """Leave parameters, buffers, gradients and the store's entries as they were."""
+        store = pyro.get_param_store()
+        entries = dict(store._params)
+        kept = self.update.tensors if self.update else []
+        tensors = [*entries.values(), *getattr(self, "buffers", []), *kept, *call.held()]
+        values = [t.detach().clone() for t in tensors]
+        gradients = [(p, p.grad) for p in entries.values()]
+        for p, _ in gradients:
+            p.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, v in zip(tensors, values, strict=True):
+                    t.copy_(v)
+            for p, g in gradients:
+                p.grad = g
+            for name, p in entries.items():
+                _restore(name, p)
+
+
+def reachable(*functions: Any) -> list[torch.nn.Module]:
+    """Modules that functions hold: themselves, their owners, what they close over, and the globals that they name."""
+    found: dict[int, Any] = {}
+    waiting = list(functions)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in found or not (isinstance(item, torch.nn.Module) or callable(item)):
+            continue
+        found[id(item)] = item
+        if isinstance(item, torch.nn.Module):
+            waiting += item.children()
+            continue
+        waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
+        waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
+        if isinstance(item, FunctionType):
+            waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
+            waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
+    return [m for m in found.values() if isinstance(m, torch.nn.Module)]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _gradients_of(params: list[Tensor]) -> Iterator[Callable[[], Gradients]]:
+    """Collect what ``backward`` would leave with the parameters."""
+
+    def backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
+        found = torch.autograd.grad(
+            loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        for p, g in zip(params, found, strict=True):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+
+    with patch.object(Tensor, "backward", backward):
+        yield lambda: [p.grad for p in params]
+
+
+@contextmanager
+def _kept_in_store(params: list[Tensor], names: list[str]) -> Iterator[None]:
+    """Write what an objective puts into the parameter store into the tensors that are there."""
+    yield
+    with torch.no_grad():
+        for name, p in zip(names, params, strict=True):
+            now = pyro.get_param_store()._params[name]
+            if now is not p:
+                p.copy_(now.detach())
+                _restore(name, p)
+
+
+def _restore(name: str, param: Tensor) -> None:
+    store = pyro.get_param_store()
+    if store._params.get(name) is not param:
+        store._params[name] = param
+        store._param_to_name[param] = name
+
+
+def _message(name: str, value: Tensor) -> Any:
+    return {
+        "type": "param",
+        "name": name,
+        "fn": lambda *_, **__: value,
+        "is_observed": False,
+        "args": (),
+        "kwargs": {},
+        "value": value,
+        "scale": 1.0,
+        "mask": None,
+        "cond_indep_stack": (),
+        "done": True,
+        "stop": False,
+        "continuation": None,
+        "infer": None,
+    }
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How arguments were nested; equal when they read the same."""
+
+    spec: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Form) and repr(self.spec) == repr(other.spec)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.spec))
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """Arguments as their tensors and the rest."""
+    leaves: Any = (*args, *kwargs.values())
+    form: Any = len(args), tuple(kwargs)
+    if any(isinstance(v, list | tuple | dict) for v in leaves):
+        leaves, spec = tree_flatten((args, kwargs))
+        form = _Form(spec)
+    which = tuple(isinstance(v, Tensor) for v in leaves)
+    return [v for v in leaves if isinstance(v, Tensor)], (
+        tuple(v for v in leaves if not isinstance(v, Tensor)),
+        which,
+        form,
+    )
+
+
+def _join(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    fixed, which, form = static
+    given, rest = iter(tensors), iter(fixed)
+    leaves = [next(given) if w else next(rest) for w in which]
+    if isinstance(form, _Form):
+        return tree_unflatten(leaves, form.spec)
+    count, names = form
+    return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
+
+
+def _plain(objective: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(objective).items() if v is None or isinstance(v, int | float | str)}
+
+
+def numbers(losses: Any) -> list[float]:
+    """A loss, or each of several, as numbers."""
+    return [float(x) for x in (losses if isinstance(losses, tuple) else (losses,))]
+
+
+def _same(expected: list[float], got: list[float], tensors: list[Tensor]) -> bool:
+    doubles = any(t.dtype == torch.float64 for t in tensors)
+    tolerance = TOLERANCE[torch.float64 if doubles else torch.float32]
+    return torch.allclose(
+        torch.tensor(got).double(), torch.tensor(expected).double(), rtol=tolerance, atol=tolerance, equal_nan=True
+    )

@@ -1,0 +1,176 @@
+r"""One torch optimizer over all parameters, where Pyro holds one a parameter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.params.param_store import normalize_param_name
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Joint(PyroOptim):
+    r"""A ``PyroOptim`` that moves all parameters by one torch optimizer.
+
+    Args:
+        optimizer: Class of a torch optimizer: ``torch.optim.Adam``, ``AdamW``, ``SGD``, ...
+        optim_args: Its arguments, or a function from a parameter's dotted name to them: parameters with equal
+            arguments form one group. ``fused=True`` is added where the optimizer has it and nothing else was asked.
+        schedule: From the torch optimizer to a torch learning-rate schedule, moved on after each step.
+        clip_norm: Largest norm of all gradients together; they are scaled down to it.
+        clip_value: Largest magnitude of each entry of a gradient.
+
+    Raises:
+        ValueError: A clip is not positive.
+
+    Example:
+        >>> from functools import partial
+        >>> rates = lambda name: {"lr": 0.1 if "scales" in name else 0.01}
+        >>> halving = partial(torch.optim.lr_scheduler.StepLR, step_size=1000, gamma=0.5)
+        >>> optimizer = Joint(torch.optim.AdamW, rates, schedule=halving, clip_norm=10.0)
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        optim_args: dict[str, Any] | Callable[[str], dict[str, Any]] | None = None,
+        *,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> None:
+        for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        super().__init__(optimizer, {} if optim_args is None else optim_args)
+        self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
+        self.optimizer: Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self._known: dict[Tensor, str] = {}
+        self._waiting: dict[str, Any] | None = None
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Take one step for the parameters; those that have no gradient rest."""
+        fresh = [p for p in params if p not in self._known]
+        if fresh:
+            self._add(fresh)
+        assert self.optimizer is not None
+        moving = [p for p in self._known if p.grad is not None]
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(moving, self.clip_norm)
+        if self.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(moving, self.clip_value)
+        self.optimizer.step(*args, **kwargs)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def get_state(self) -> dict[str, Any]:
+        """State of the optimizer by parameter name, and of the schedule."""
+        if self.optimizer is None:
+            return dict(self._waiting or {})
+        state = {name: self.optimizer.state.get(p, {}) for p, name in self._known.items()}
+        return {"state": state, "schedule": self.scheduler.state_dict() if self.scheduler else None}
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of :meth:`get_state`, now or when the parameters are first seen."""
+        self._waiting = state_dict
+        self._take_up()
+
+    def _add(self, fresh: list[Tensor]) -> None:
+        groups: list[dict[str, Any]] = []
+        # SVI hands parameters over as a set: by name, their order and so each result is the same every time.
+        for name, p in sorted(((self._name(p), p) for p in fresh), key=lambda named: named[0]):
+            self._known[p] = name
+            arguments = self._arguments(name)
+            group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == arguments), None)
+            if group is None:
+                groups.append({**arguments, "params": [p]})
+            else:
+                group["params"].append(p)
+        if self.optimizer is None:
+            self.optimizer = self.pt_optim_constructor(groups)  # type: ignore[operator, call-arg]
+            self.scheduler = self.schedule(self.optimizer) if self.schedule else None
+        else:
+            for each in groups:
+                self.optimizer.add_param_group(each)
+        self._take_up()
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        given = self.pt_optim_args
+        arguments = dict(given(normalize_param_name(name)) if callable(given) else given)
+        accepted = inspect.signature(self.pt_optim_constructor).parameters  # type: ignore[arg-type]
+        if "fused" in accepted and not arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+            arguments["fused"] = True
+        return arguments
+
+    @staticmethod
+    def _name(param: Tensor) -> str:
+        return str(pyro.get_param_store().param_name(param))
+
+    def _take_up(self) -> None:
+        if self._waiting is None or self.optimizer is None:
+            return
+        for p, name in self._known.items():
+            for key, value in self._waiting["state"].pop(name, {}).items():
+                self.optimizer.state[p][key] = value.clone() if isinstance(value, Tensor) else value
+        if self.scheduler is not None and self._waiting["schedule"] is not None:
+            self.scheduler.load_state_dict(self._waiting.pop("schedule"))
+            self._waiting["schedule"] = None
+
+
+class Adam:
+    r"""Adam (Kingma and Ba 2015) on a half cosine, as tensor operations that a program can hold.
+
+    .. math:: \theta \leftarrow \theta - \frac{\alpha_t}{1 - \beta_1^t} \,
+        \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Once a loss or a gradient is not finite nothing moves any more: the last good parameters stay.
+
+    Args:
+        params: Unconstrained parameters by name, in the order in which each call has them.
+        rates: Learning rate of each step.
+
+    Attributes:
+        good: Number of steps taken; it stands still after the first that is not finite.
+    """
+
+    betas, epsilon = (0.9, 0.999), 1e-8
+
+    def __init__(self, params: Mapping[str, Tensor], rates: Sequence[float]) -> None:
+        self.names = list(params)
+        device = next((p.device for p in params.values()), torch.device("cpu"))
+        steps = torch.arange(1, len(rates) + 1, dtype=torch.float64)
+        first, second = (1 - beta**steps for beta in self.betas)
+        self.scales = torch.stack([torch.tensor(rates, dtype=torch.float64) / first, second.sqrt()], -1).to(device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.good = torch.zeros((), dtype=torch.int64, device=device)
+        self.moments = [torch.zeros_like(p) for p in params.values()]
+        self.squares = [torch.zeros_like(p) for p in params.values()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and changes."""
+        return [self.step, self.good, self.scales, *self.moments, *self.squares]
+
+    def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], loss: Tensor) -> None:
+        """Move the parameters, unless something is or was not finite."""
+        fine = loss.isfinite() & (self.good == self.step)
+        for g in gradients:
+            if g is not None:
+                fine = fine & g.isfinite().all()
+        rate, root = self.scales.index_select(0, self.step.reshape(1))[0]
+        for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
+            if g is None:
+                continue
+            m.lerp_(g, 1 - self.betas[0])
+            v.mul_(self.betas[1]).addcmul_(g, g, value=1 - self.betas[1])
+            move = rate.to(p.dtype) * m / (v.sqrt() / root.to(p.dtype) + self.epsilon)
+            p.copy_(torch.where(fine, p - move, p))
+        self.good.add_(fine)
+        self.step.add_(1)

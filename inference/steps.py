@@ -1,0 +1,188 @@
+r"""One step of a fit: loss, gradients and the move of the parameters, eagerly or as one program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import zero_grads
+from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+
+from inference.compiled import Compiled
+from inference.optim import Adam, Joint
+from inference.program import Program
+from inference.result import dotted
+
+WINDOW, PACE = 100, 0.5
+"""Steps, and seconds, after which a program is asked at the latest whether all was finite."""
+Rows = Tensor | None
+Loss = float | tuple[float, ...] | Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step whose loss or gradients are not finite, its parameters and its sites by name."""
+
+    step: int
+    parameters: list[str]
+    sites: list[str]
+
+
+@dataclass
+class Optimized:
+    """Steps by any Pyro optimizer; the objective may be a compiled one."""
+
+    program: Program
+    model: Callable[..., Any]
+    objective: ELBO
+    optimizer: PyroOptim
+    taken: int = 0
+    failure: Failure | None = None
+
+    @property
+    def how(self) -> str:
+        """How steps run: ``eager``, ``traced`` or ``fused``."""
+        return self.objective.state if isinstance(self.objective, Compiled) else "eager"
+
+    def __call__(self, rows: Rows) -> Loss:
+        """Take a step, unless its loss or its gradients are not finite."""
+        arguments = self.program.arguments(rows)
+        loss, params = gradients(self.objective, self.model, self.program.guide, arguments)
+        culprits = _not_finite(loss, params)
+        if culprits is not None:
+            self.failure = Failure(self.taken, culprits, _sites_not_finite(self.program, arguments))
+            return loss
+        self.optimizer(list(params.values()))
+        if isinstance(self.optimizer, PyroLRScheduler):
+            self.optimizer.step()
+        zero_grads(params.values())
+        self.taken += 1
+        return loss
+
+    def check(self, now: bool = False) -> Failure | None:
+        """What was not finite, if anything."""
+        return self.failure
+
+
+@dataclass
+class Whole:
+    """Steps of Adam on a half cosine inside the program; checked for what is not finite from time to time.
+
+    The steps since the last check can be run again with their own noise, to name what was not finite.
+    """
+
+    program: Program
+    model: Callable[..., Any]
+    objective: Compiled
+    rates: list[float]
+    taken: int = 0
+    adam: Adam | None = None
+    window: list[Rows] = field(default_factory=list)
+    checked: float = field(default_factory=perf_counter)
+
+    @property
+    def how(self) -> str:
+        """How steps run: ``eager``, ``traced`` or ``fused``."""
+        return self.objective.state
+
+    def __call__(self, rows: Rows) -> Loss:
+        """Take a step; after one that is not finite nothing moves."""
+        if not self.window:
+            self.random = get_rng_state()
+        self.window.append(rows)
+        self.taken += 1
+        return self._step(rows)
+
+    def check(self, now: bool = False) -> Failure | None:
+        """What was not finite, as far as it is known: ``now``, or when many steps or much time have passed."""
+        if not now and len(self.window) < WINDOW and perf_counter() - self.checked < PACE:
+            return None
+        self.checked = perf_counter()
+        good = int(self.adam.good) if self.adam is not None else self.taken
+        if good == self.taken:
+            self.window = []
+            return None
+        first = self.taken - len(self.window)
+        set_rng_state(self.random)
+        for rows in self.window[: good - first]:
+            self._step(rows)
+        arguments = self.program.arguments(self.window[good - first])
+        noise = get_rng_state()
+        sites = _sites_not_finite(self.program, arguments)
+        set_rng_state(noise)
+        loss, params = gradients(self.objective.objective, self.model, self.program.guide, arguments)
+        return Failure(good, _not_finite(loss, params) or [], sites)
+
+    def _step(self, rows: Rows) -> Loss:
+        arguments = self.program.arguments(rows)
+        if self.adam is not None:
+            program, inputs = self.objective.prepare(self.model, self.program.guide, (), arguments, self.adam)
+            if program is not None:
+                return program(inputs)[0]
+        loss, params = gradients(self.objective.objective, self.model, self.program.guide, arguments)
+        if self.adam is None:
+            self.adam = Adam(params, self.rates)
+        found = [params[n].grad if n in params else None for n in self.adam.names]
+        with torch.no_grad():
+            self.adam(
+                [pyro.get_param_store()._params[n] for n in self.adam.names], found, torch.as_tensor(np.sum(loss))
+            )
+        for p in params.values():
+            p.grad = None
+        return loss
+
+
+def by_adam(program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str) -> Optimized | Whole:
+    """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
+    low = rate / 100
+    if mode == "eager":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR
+        optimizer = Joint(
+            torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=low)
+        )
+        return Optimized(program, model, objective, optimizer)
+    rates = [low + (rate - low) * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
+    return Whole(program, model, Compiled(objective, fuse=mode == "fused"), rates)
+
+
+def gradients(
+    objective: ELBO, model: Callable[..., Any], guide: Callable[..., Any] | None, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Loss of an objective as a number or numbers, and the parameters that it met, with their gradients."""
+    with poutine.trace(param_only=True) as capture:
+        loss = objective.loss_and_grads(model, guide, **arguments)  # type: ignore[attr-defined]
+    params = {name: node["value"].unconstrained() for name, node in capture.trace.nodes.items()}  # type: ignore[union-attr]
+    if isinstance(loss, tuple):
+        return tuple(map(float, loss)), params
+    return float(loss), params
+
+
+def _not_finite(loss: Any, params: dict[str, Tensor]) -> list[str] | None:
+    """Names of the parameters whose gradients are not finite; None when all is well."""
+    found = {n: p.grad for n, p in params.items() if p.grad is not None}
+    norms = torch._foreach_norm(list(found.values())) if found else []
+    if np.isfinite(loss).all() and all(torch.stack(list(norms)).isfinite().tolist() if norms else []):
+        return None
+    return sorted(dotted(n) for n, g in found.items() if not g.isfinite().all())
+
+
+def _sites_not_finite(program: Program, arguments: dict[str, Any]) -> list[str]:
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide = poutine.trace(program.guide).get_trace(**arguments)
+        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(**arguments)
+        found = []
+        for trace in (guide, model):
+            trace.compute_log_prob()
+            scores = {n: torch.as_tensor(v["log_prob"]) for n, v in trace.nodes.items() if v["type"] == "sample"}
+            found += [n for n, score in scores.items() if not score.isfinite().all()]
+    return list(dict.fromkeys(found))
