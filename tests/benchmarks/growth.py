@@ -73,11 +73,10 @@ def our_gradient(rows: int, columns: int) -> Call:
     kernel.setup(0)
     program = CompiledPotential(kernel.potential_fn, kernel.initial_params)
     program.fuse()
-    values = [v.detach() for v in kernel.initial_params.values()]
+    values = {n: v.detach().requires_grad_() for n, v in kernel.initial_params.items()}
 
     def call() -> int:
-        with torch.no_grad():
-            program.run(*values)
+        torch.autograd.grad(program(values), list(values.values()))
         return 1
 
     return call

@@ -143,7 +143,9 @@ def blackjax(posterior: Posterior, kernel: str, *, chains: int, warmup: int, dra
             warnings.simplefilter("ignore")
             first, second = jax.random.split(jax.random.PRNGKey(seed))
             positions = start(jax.random.split(first, chains)).param_info.z
-            kept = {n: np.asarray(v) for n, v in program(second, positions).items()}
+            drawn = program(second, positions)
+        # jit sorts the names; the order of the sites is the order of the quantities.
+        kept = {n: np.asarray(drawn[n]) for n in posterior.sites}
         return kept, perf_counter() - started
 
     return run

@@ -116,8 +116,9 @@ def _panels(name: str, frame: pd.DataFrame) -> list[Any]:
         return []
     good = frame[frame[value].notna()]
     if name == "start":
-        return list(dict.fromkeys(zip(good["case"], good["target"], strict=True)))
-    return list(dict.fromkeys(good["case"]))
+        return sorted(set(zip(good["case"], good["target"], strict=True)))
+    order = {"svi": svi.CASES, "chains": POSTERIORS, "growth": growth.AXES}[name]
+    return [case for case in order if case in set(good["case"])]
 
 
 def _bars(axis: Any, labels: list[str], values: list[float], mine: list[bool], title: str, **style: Any) -> None:
