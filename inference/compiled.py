@@ -47,6 +47,9 @@ class Update(Protocol):
     moments: list[Tensor]
 
     @property
+    def changing(self) -> list[Tensor]: ...
+
+    @property
     def tensors(self) -> list[Tensor]: ...
 
     def __call__(self, params: list[Tensor], gradients: Gradients, loss: Tensor) -> None: ...
@@ -124,27 +127,30 @@ class Compiled(ELBO):
             key = call.key()
             hash(key)
         except TypeError as error:
-            self._give_up(f"an argument is neither a tensor nor hashable ({error})")
+            self.give_up(f"an argument is neither a tensor nor hashable ({error})")
             return None, []
         if key not in self._programs:
             # Parameters come to be in a first eager call.
             self._programs[key] = None
             if len(self._programs) > LIMIT:
-                self._give_up(f"more than {LIMIT} programs: an argument or an attribute that is no tensor changes")
+                self.give_up(f"more than {LIMIT} programs: an argument or an attribute that is no tensor changes")
             return None, []
         program = self._programs[key]
         try:
             if program is None or not program.lives():
-                program = self._programs[key] = Program(call, self.fuse, update)
+                program = self._programs[key] = Program(call, update)
+                if self.fuse:
+                    program.fuse(program.inputs(call))
             inputs = program.inputs(call)
             if program.due():
                 program.hold_against_eager(call)
         except Untraceable as error:
-            self._give_up(str(error))
+            self.give_up(str(error))
             return None, []
         return program, inputs
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Run eagerly from here on, and say why."""
         self._eager = reason
         kind = type(self.objective).__name__
         warnings.warn(f"{kind} runs eagerly from here on, for it cannot be compiled: {reason}", stacklevel=5)
@@ -181,7 +187,6 @@ class Program:
     """The program of one call: loss and gradients, or with ``update`` a whole step."""
 
     call: Call
-    fuse: bool
     update: Update | None = None
     names: list[str] = field(init=False)
     calls: int = field(default=0, init=False)
@@ -194,11 +199,8 @@ class Program:
         self.names = self._parameters() if self.update is None else self.update.names
         self._form: Any = None
         self._held: list[Tensor] = []
-        self._graph, self._held = self._trace()
-        self._run: Callable[..., Any] = self._graph
-        if self.fuse:
-            self._run = fused(self._graph, self.inputs(self.call))
-            self.fused = self._run is not self._graph
+        self.graph, self._held = self._trace()
+        self._run: Callable[..., Any] = self.graph
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
         """Loss, and the gradient of each parameter (None where the loss does not depend on it)."""
@@ -222,6 +224,16 @@ class Program:
         kept = self.update.tensors if self.update else ()
         return [*(store[n] for n in self.names), *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
 
+    def fuse(self, inputs: list[Tensor]) -> None:
+        """Compile the graph."""
+        self._run = fused(self.graph, inputs)
+        self.fused = self._run is not self.graph
+
+    def moving(self, inputs: list[Tensor]) -> list[int]:
+        """Places of the inputs that a step with an update changes; buffers are taken to stay."""
+        kept = {id(t) for t in self.update.changing} if self.update else set()
+        return [k for k, t in enumerate(inputs) if k < len(self.names) or id(t) in kept]
+
     def lives(self) -> bool:
         """Whether the program is still that of its modules."""
         store = pyro.get_param_store()._params
@@ -235,17 +247,17 @@ class Program:
                 value = store[name]
             apply_stack(_message(name, value))
 
-    def due(self) -> bool:
+    def due(self, ahead: int = 1) -> bool:
         """Whether it is time to hold the program against the eager objective: at calls 1, 11, 101, ..."""
-        return self.calls in _CHECKED
+        return self.calls in _CHECKED if ahead == 1 else any(self.calls <= c < self.calls + ahead for c in _CHECKED)
 
     def hold_against_eager(self, call: Call) -> None:
         """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise."""
         inputs, count = self.inputs(call), self.calls
-        with aside(), self._untouched(call):
+        with aside(), self.untouched(call):
             losses, gradients = self._eagerly(inputs, call)
             expected = self._outcome(losses, gradients)
-        with aside(), self._untouched(call):
+        with aside(), self.untouched(call):
             got = self._outcome(*self(inputs))
         self.calls = count
         if not _close(got[:1], expected[:1]) or not _close(got[1:], expected[1:]):
@@ -279,7 +291,7 @@ class Program:
 
     def _parameters(self) -> list[str]:
         """Names of the parameters, by one eager run of the objective that leaves nothing behind."""
-        with aside(), self._untouched(self.call), poutine.trace(param_only=True) as capture:
+        with aside(), self.untouched(self.call), poutine.trace(param_only=True) as capture:
             self.call.run(self.call.tensors)
         return list(capture.trace.nodes)
 
@@ -289,7 +301,7 @@ class Program:
     def _trace(self) -> tuple[GraphModule, list[Tensor]]:
         call = self.call
         before = _plain(call.objective)
-        with self._untouched(call):
+        with self.untouched(call):
             graph = traced(self._whole, *self.inputs(call))
         changed = [k for k, v in _plain(call.objective).items() if before.get(k) != v]
         if changed:
@@ -306,8 +318,9 @@ class Program:
         return [*losses, *(g for g in found if g is not None)]
 
     @contextmanager
-    def _untouched(self, call: Call) -> Iterator[None]:
+    def untouched(self, call: Call | None = None) -> Iterator[None]:
         """Leave parameters, buffers, gradients and the store's entries as they were."""
+        call = call or self.call
         store = pyro.get_param_store()
         entries = dict(store._params)
         kept = self.update.tensors if self.update else []

@@ -109,7 +109,7 @@ def fit(
     with isolated(seed):
         chosen, compile = _objective(program, objective, compile)
         rows = _minibatches(program, batch)
-        plan = _plan(program, chosen, optimizer, learning_rate, steps, compile)
+        plan = _plan(program, chosen, optimizer, learning_rate, steps, patience, compile)
         losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
@@ -193,6 +193,7 @@ def _plan(
     optimizer: PyroOptim | None,
     learning_rate: float,
     steps: int,
+    patience: int | None,
     compile: bool | str,
 ) -> Optimized | Whole:
     """How to take the steps: whole ones inside a program for the default optimizer, else the objective alone."""
@@ -200,7 +201,7 @@ def _plan(
     mode = worth if compile == "auto" else "fused" if compile else "eager"
     model = enumerate_finite(program) if isinstance(objective, TraceEnum_ELBO) else program.model
     if optimizer is None:
-        return by_adam(program, model, objective, learning_rate, steps, mode)
+        return by_adam(program, model, objective, learning_rate, steps, mode, single=patience is not None)
     chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
     return Optimized(program, model, chosen, optimizer)
 

@@ -156,9 +156,14 @@ class Adam:
         self.squares = [torch.zeros_like(p) for p in params.values()]
 
     @property
+    def changing(self) -> list[Tensor]:
+        """All that a step changes beside the parameters."""
+        return [self.step, self.good, *self.moments, *self.squares]
+
+    @property
     def tensors(self) -> list[Tensor]:
-        """All that a step reads and changes."""
-        return [self.step, self.good, self.scales, *self.moments, *self.squares]
+        """All that a step reads and changes beside the parameters."""
+        return [*self.changing, self.scales]
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         """Move the parameters, unless something is or was not finite."""

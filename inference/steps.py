@@ -3,6 +3,7 @@ r"""One step of a fit: loss, gradients and the move of the parameters, eagerly o
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -18,10 +19,12 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from inference.block import SMALL, STEPS, Block
 from inference.compiled import Compiled
 from inference.optim import Adam, Joint
 from inference.program import Program
 from inference.result import dotted
+from inference.tracing import Untraceable
 
 WINDOW, PACE = 100, 0.5
 """Steps, and seconds, after which a program is asked at the latest whether all was finite."""
@@ -90,39 +93,56 @@ class Optimized:
 class Whole:
     """Steps of Adam on a half cosine inside the program; checked for what is not finite from time to time.
 
-    The steps since the last check can be run again with their own noise, to name what was not finite.
+    The steps since the last check can be run again with their own noise, to name what was not finite. Small work on
+    all rows runs many steps a call, unless each step is to be looked at (``single``).
     """
 
     program: Program
     model: Callable[..., Any]
     objective: Compiled
     rates: list[float]
-    taken: int = 0
+    fuse: bool = True
+    single: bool = False
     adam: Adam | None = None
+    done: int = 0
+    start: int = 0
     window: list[Rows] = field(default_factory=list)
     checked: float = field(default_factory=perf_counter)
     _same: tuple[Any, list[Tensor]] | None = None
+    _block: Block | None = None
+    _ahead: deque[Tensor] = field(default_factory=deque)
 
     @property
     def how(self) -> str:
         """How steps run: ``eager``, ``traced`` or ``fused``."""
-        return self.objective.state
+        return "fused" if self._block else self.objective.state
 
     def __call__(self, rows: Rows) -> Loss:
         """Take a step; after one that is not finite nothing moves."""
-        if not self.window:
-            self.random = get_rng_state()
+        if not self.window and not self._ahead:
+            self.random, self.start = get_rng_state(), self.done
         self.window.append(rows)
-        self.taken += 1
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._block is not None and len(self.rates) - self.done >= STEPS:
+            try:
+                self._ahead.extend(self._block())
+                self.done += STEPS
+                return self._ahead.popleft()
+            except Untraceable as error:
+                self.objective.give_up(str(error))
+                self._same = self._block = None
+        self.done += 1
         return self._step(rows)
 
     def check(self, now: bool = False) -> Failure | None:
         """What was not finite, as far as it is known: ``now``, or when many steps or much time have passed."""
-        if not now and len(self.window) < WINDOW and perf_counter() - self.checked < PACE:
+        pause = self._ahead or (len(self.window) < WINDOW and perf_counter() - self.checked < PACE)
+        if (pause and not now) or self.adam is None:
             return None
         self.checked = perf_counter()
-        good = int(self.adam.good) if self.adam is not None else self.taken
-        if self.adam is None or good == self.taken:
+        good = int(self.adam.good)
+        if good == self.done:
             self.window = []
             return None
         with pyro.validation_enabled(False):
@@ -131,11 +151,11 @@ class Whole:
     def _find(self, good: int) -> Failure:
         """Run the steps since the last check again, up to the one that failed, and name what is not finite."""
         assert self.adam is not None
-        first = self.taken - len(self.window)
         set_rng_state(self.random)
-        for rows in self.window[: good - first]:
+        seen = [*self.window, *[None] * len(self._ahead)]
+        for rows in seen[: good - self.start]:
             self._step(rows)
-        arguments = self.program.arguments(self.window[good - first])
+        arguments = self.program.arguments(seen[good - self.start])
         noise = get_rng_state()
         sites = _sites_not_finite(self.program, arguments)
         set_rng_state(noise)
@@ -145,6 +165,17 @@ class Whole:
             self.adam.back(self._params())
         return Failure(good, culprits, sites)
 
+    def _fuse(self, program: Any, inputs: list[Tensor], rows: Rows) -> None:
+        """Compile many steps of small work on all rows, or the one step."""
+        numbers, on_cpu = sum(t.numel() for t in inputs), all(t.device.type == "cpu" for t in inputs)
+        if rows is None and not self.single and numbers <= SMALL and on_cpu and len(self.rates) - self.done > STEPS:
+            try:
+                self._block = Block(program, inputs)
+                return
+            except Untraceable:
+                pass
+        program.fuse(inputs)
+
     def _step(self, rows: Rows) -> Loss:
         if self._same is not None and not self._same[0].due():
             return self._same[0].losses(self._same[1])
@@ -152,6 +183,8 @@ class Whole:
         if self.adam is not None:
             program, inputs = self.objective.prepare(self.model, self.program.guide, (), arguments, self.adam)
             if program is not None:
+                if self.fuse and program.calls == 0:
+                    self._fuse(program, inputs, rows)
                 # All rows at every step: the inputs are the same tensors each time.
                 self._same = (program, inputs) if rows is None else None
                 return program.losses(inputs)
@@ -171,7 +204,9 @@ class Whole:
         return [store[n] for n in (self.adam.names if self.adam else ())]
 
 
-def by_adam(program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str) -> Optimized | Whole:
+def by_adam(
+    program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str, single: bool = False
+) -> Optimized | Whole:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
     low = rate / 100
     if mode == "eager":
@@ -181,7 +216,7 @@ def by_adam(program: Program, model: Any, objective: ELBO, rate: float, steps: i
         )
         return Optimized(program, model, objective, optimizer)
     rates = [low + (rate - low) * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
-    return Whole(program, model, Compiled(objective, fuse=mode == "fused"), rates)
+    return Whole(program, model, Compiled(objective, fuse=False), rates, mode == "fused", single)
 
 
 def gradients(

@@ -31,7 +31,8 @@ from inference.program import aside
 
 _PROGRAMS: dict[Any, Callable[..., Any]] = {}
 """Fused programs of this process by the text of their graph: a fit of the same shape compiles nothing anew."""
-_OPTIONS = {"fallback_random": True}
+OPTIONS = {"fallback_random": True, "cpp.min_chunk_size": 16_384}
+"""How inductor compiles: with torch's own random numbers, and on several cores only what is worth their meeting."""
 _LIBRARIES = ("torch", "pyro", "inference")
 
 
@@ -86,7 +87,7 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     key = (graph.code, shapes, torch.get_num_threads())
     if key not in _PROGRAMS:
         with quietly(), torch.no_grad():
-            _PROGRAMS[key] = torch._inductor.compile(graph, list(inputs), options=_OPTIONS)  # type: ignore[attr-defined]
+            _PROGRAMS[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined]
     return _PROGRAMS[key]
 
 

@@ -1,0 +1,137 @@
+r"""Many steps of a small program in one call.
+
+A call into a compiled program costs some tens of microseconds, a step of a small model less than that. Here the steps
+are a loop inside the program: what a step changes is carried round, its noise is drawn beforehand, number for number
+what the single steps would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch.func import functionalize
+from torch.fx import GraphModule
+
+from inference.compiled import TOLERANCE, Program
+from inference.program import aside
+from inference.tracing import OPTIONS, Untraceable, has_compiler, quietly, traced
+
+STEPS = 50
+"""Steps that one call makes."""
+SMALL = 100_000
+"""Numbers among a program's inputs up to which the call costs as much as the step."""
+_LOOPS: dict[Any, Callable[..., Any]] = {}
+"""Compiled loops of this process by the text of their step."""
+_FILL = {torch.ops.aten.randn.default: Tensor.normal_, torch.ops.aten.rand.default: Tensor.uniform_}
+
+
+class Block:
+    r"""``STEPS`` steps of a program with an update, as one call.
+
+    Args:
+        program: A program whose update changes its parameters and its own tensors.
+        inputs: Its inputs, the same tensors at every step.
+
+    Raises:
+        Untraceable: The program draws other noise than normal and uniform, or does not run in a loop.
+    """
+
+    def __init__(self, program: Program, inputs: list[Tensor]) -> None:
+        if not has_compiler():
+            raise Untraceable("no C++ compiler was found")
+        self._program, self._inputs = program, inputs
+        self._moving = program.moving(inputs)
+        self._fixed = [k for k in range(len(inputs)) if k not in self._moving]
+        self._graph = self._stepped()
+        self._noise = [torch.empty((STEPS, *v.shape), dtype=v.dtype, device=v.device) for _, v in self._draws]
+        shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+        key = (self._graph.code, shapes, tuple(self._moving), torch.get_num_threads())
+        if key not in _LOOPS:
+            # The wrapper in C++ is what makes a step in a loop cost no Python.
+            options = {**OPTIONS, "cpp_wrapper": True}
+            _LOOPS[key] = torch.compile(self._loop(), dynamic=False, fullgraph=True, options=options)
+        self._run = _LOOPS[key]
+        self._hold_against_single_steps()
+
+    def __call__(self) -> list[Tensor]:
+        """Take the steps: their losses."""
+        if self._program.due(STEPS):
+            self._program.hold_against_eager(self._program.call)
+        with torch.no_grad():
+            self._draw()
+            carried, losses = self._run(*self._given())
+            torch._foreach_copy_([self._inputs[k] for k in self._moving], list(carried))
+        self._program.calls += STEPS
+        return list(losses.unbind())
+
+    def _given(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        moving = tuple(self._inputs[k].detach() for k in self._moving)
+        return moving, tuple(self._inputs[k].detach() for k in self._fixed), tuple(self._noise)
+
+    def _draw(self) -> None:
+        fills = [_FILL[target] for target, _ in self._draws]
+        for row in zip(*self._noise, strict=True):
+            for fill, each in zip(fills, row, strict=True):
+                fill(each)
+
+    def _stepped(self) -> GraphModule:
+        """The program's graph without in-place writes: its outputs are the loss and the new values of what moves."""
+        step = self._program.graph
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            fresh = [v.clone() if k in self._moving else v for k, v in enumerate(inputs)]
+            loss, *_ = step(*fresh)
+            return [loss, *(fresh[k] for k in self._moving)]
+
+        with self._program.untouched():
+            graph = traced(functionalize(run), *self._inputs)
+        self._draws = []
+        last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+        for node in list(graph.graph.nodes):
+            if node.target in _FILL:
+                self._draws.append((node.target, node.meta["val"]))
+                with graph.graph.inserting_after(last):
+                    last = graph.graph.placeholder(f"noise_{len(self._draws)}")
+                node.replace_all_uses_with(last)
+                graph.graph.erase_node(node)
+            elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+                raise Untraceable("a step changes a buffer")
+            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise Untraceable(f"{node.target} draws noise that depends on values")
+        graph.recompile()
+        return graph
+
+    def _loop(self) -> Callable[..., Any]:
+        # A module's call goes through hooks that a compiler cannot follow.
+        step, moving, fixed, count = self._graph.forward, self._moving, self._fixed, len(self._inputs)
+
+        def loop(carried: Any, constants: Any, noise: Any) -> Any:
+            def body(carry: Any, now: Any) -> Any:
+                inputs: list[Any] = [None] * count
+                for k, v in [*zip(moving, carry, strict=True), *zip(fixed, constants, strict=True)]:
+                    inputs[k] = v
+                loss, *new = step(*inputs, *now)
+                return tuple(v.clone() for v in new), loss.clone()
+
+            return scan(body, carried, noise)
+
+        return loop
+
+    def _hold_against_single_steps(self) -> None:
+        """Compile, and raise Untraceable if the losses are not those of single steps under the same noise."""
+        with aside(), self._program.untouched(), torch.no_grad():
+            expected = torch.stack([self._program.graph(*self._inputs)[0] for _ in range(STEPS)])
+        with aside(), self._program.untouched():
+            try:
+                with quietly():
+                    got = torch.stack(self())
+            except Exception as error:  # whatever a compiler may raise
+                raise Untraceable(f"no loop could be compiled ({type(error).__name__})") from error
+        self._program.calls -= STEPS
+        tolerance = 10 * TOLERANCE[got.dtype]
+        if not torch.allclose(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+            raise Untraceable("a loop of steps gives other losses than single steps")
