@@ -68,6 +68,68 @@ class CompiledPotential:
             raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
 
 
+class ManyChains:
+    r"""Potential energies and gradients of many chains as one graph, at positions (chains, D) in one matrix.
+
+    One chain's value and gradient are traced, and ``torch.vmap`` runs over the graph: in this order it is exact for
+    summed-out sites and in-place writes, at which ``vmap`` of the potential itself fails. A position holds the
+    unconstrained sites one after another, flattened.
+
+    Args:
+        potential: A potential function, as a kernel has it after its set-up.
+        example: Unconstrained values of one chain by name, for their shapes.
+        chains: Number of chains.
+        eager: Call the potential chain after chain: slow, for one that cannot be traced.
+
+    Raises:
+        Untraceable: The potential steers itself by the values of its tensors.
+    """
+
+    def __init__(self, potential: Potential, example: dict[str, Tensor], chains: int, *, eager: bool = False) -> None:
+        self._potential, self._example = potential, example
+        self._sizes = [v.numel() for v in example.values()]
+        first = torch.cat([v.detach().reshape(-1) for v in example.values()])
+        many = first.expand(chains, -1).clone()
+        self.dim = len(first)
+        self.like = first
+        self.traced = not eager
+        self.run: Callable[[Tensor], tuple[Tensor, Tensor]] = self._loop
+        if not eager:
+            graph = traced(torch.vmap(traced(lambda q: self._one(q), first)), many)
+            # A module's call goes through hooks that a compiler cannot follow.
+            self.run = graph.forward
+            self._check(many)
+
+    def unpack(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by name, (..., \*shape), of positions (..., D)."""
+        parts = positions.split(self._sizes, -1)
+        named = zip(self._example.items(), parts, strict=True)
+        return {n: p.reshape((*p.shape[:-1], *v.shape)).to(v.dtype) for (n, v), p in named}
+
+    def pack(self, values: dict[str, Tensor]) -> Tensor:
+        r"""Positions (chains, D) of values by name, (chains, \*shape)."""
+        return torch.cat([values[n].reshape(len(values[n]), -1).to(self.like) for n in self._example], -1)
+
+    def _one(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = position.detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self._potential(self.unpack(leaf))
+            (gradient,) = torch.autograd.grad(energy, leaf)
+        return energy.detach().to(position.dtype), gradient
+
+    def _loop(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        energies, gradients = zip(*map(self._one, positions), strict=True)
+        return torch.stack(energies), torch.stack(gradients)
+
+    def _check(self, many: Tensor) -> None:
+        """Hold the graph against the potential at other points, one a chain: a frozen branch shows there."""
+        moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
+        pick = sorted({0, len(many) - 1})
+        expected, got = self._loop(moved[pick])[0], self.run(moved)[0][pick]
+        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
+            raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
 class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], *values: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def traced(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
 
 def fused(graph: GraphModule) -> Callable[..., Any]:
     """The graph as one compiled program; the graph itself where the machine has no C++ compiler."""
-    if not _has_compiler():
+    if not has_compiler():
         return graph
     with quietly():
         return torch.compile(graph, dynamic=False)
@@ -73,7 +73,7 @@ def quietly() -> Iterator[None]:
 
 
 @cache
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
         return True
     warnings.warn("no C++ compiler was found: programs run traced, but not fused", stacklevel=3)

@@ -147,11 +147,11 @@ def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:
 
 def test_without_a_compiler_the_graph_runs_unfused_and_one_line_says_so(monkeypatch) -> None:
     monkeypatch.setattr(tracing.shutil, "which", lambda _: None)
-    tracing._has_compiler.cache_clear()
+    tracing.has_compiler.cache_clear()
     graph = tracing.traced(lambda x: x.exp(), torch.ones(2))
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found"):
         assert tracing.fused(graph) is graph
-    tracing._has_compiler.cache_clear()
+    tracing.has_compiler.cache_clear()
 
 
 def test_bad_mode_gets_one_line() -> None:
