@@ -5,6 +5,7 @@ The gradients of one call are computed in the same graph as its value: a kernel 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from inference.tracing import Untraceable, fused, quietly, traced
 
@@ -95,7 +98,8 @@ class ManyChains:
         self.traced = not eager
         self.run: Callable[[Tensor], tuple[Tensor, Tensor]] = self._loop
         if not eager:
-            graph = traced(torch.vmap(traced(lambda q: self._one(q), first)), many)
+            one = traced(torch.func.functionalize(traced(lambda q: self._one(q), first), remove="mutations"), first)
+            graph = _folded(traced(torch.vmap(one), many))
             # A module's call goes through hooks that a compiler cannot follow.
             self.run = graph.forward
             self._check(many)
@@ -128,6 +132,41 @@ class ManyChains:
         expected, got = self._loop(moved[pick])[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _folded(graph: GraphModule) -> GraphModule:
+    """The graph with everything computed that no input reaches: terms of the data alone are not worth a leapfrog."""
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(graph, str(node.target))
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _random(node):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    # A view stays in the graph: as a constant it would be a second name of what it views.
+    needed = {n for n in graph.graph.nodes if n not in known}
+    for node in reversed(known):
+        if _is_view(node) and any(u in needed for u in node.users):
+            needed.add(node)
+    for k, (node, value) in enumerate(known.items()):
+        if node.op == "call_function" and node not in needed and any(u in needed for u in node.users):
+            graph.register_buffer(f"folded_{k}", value.contiguous())
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.op == "get_attr" or any(r.alias_info is not None for r in returns)
+
+
+def _random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 class _Energy(torch.autograd.Function):

@@ -120,7 +120,7 @@ class ChEES(MCMCKernel):
         self.program = "traced" if self._density.traced else "eager"
         self._run: Callable[..., Any] = run_block
         position = self._density.pack(self._initial) if self._initial else self._random_start()
-        self._chains = Chains(position, *self._density.run(position))
+        self._chains = Chains(*(v.contiguous() for v in (position, *self._density.run(position))))
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
         dense = dim <= DENSE if self.full_mass is None else self.full_mass
@@ -215,9 +215,11 @@ class ChEES(MCMCKernel):
         jitter = like.new_tensor([_halton(self._given + self._taken + t + 1) for t in range(BLOCK)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
+        # A tensor laid out otherwise would be another program.
+        chains = Chains(*(v.contiguous() for v in self._chains))
         with torch.no_grad():
             return self._run(
-                self._density.run, self._chains, self._tuning, self._metric, rules, Noise(normal, uniform, jitter)
+                self._density.run, chains, self._tuning, self._metric, rules, Noise(normal, uniform, jitter)
             )
 
     def _renew(self) -> None:
@@ -281,7 +283,7 @@ def _metric(draws: Tensor, effective: float, old: Metric) -> tuple[Metric, float
     shrunk = keep * correlation + (1 - keep) * torch.eye(dim).to(draws)
     root = torch.linalg.cholesky(shrunk)
     whitener = torch.linalg.solve_triangular(root, torch.diag(1 / spread), upper=False)
-    return Metric((spread[:, None] * shrunk * spread).to(like), whitener.to(like)), 1.0
+    return Metric((spread[:, None] * shrunk * spread).to(like), whitener.contiguous().to(like)), 1.0
 
 
 def _halton(n: int) -> float:
