@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
+from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -98,8 +99,9 @@ class ManyChains:
         self.traced = not eager
         self.run: Callable[[Tensor], tuple[Tensor, Tensor]] = self._loop
         if not eager:
-            one = traced(torch.func.functionalize(traced(lambda q: self._one(q), first), remove="mutations"), first)
-            graph = _folded(traced(torch.vmap(one), many))
+            # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
+            one = traced(functionalize(traced(lambda q: self._one(q), first)), first)
+            graph = _folded(traced(functionalize(torch.vmap(one)), many))
             # A module's call goes through hooks that a compiler cannot follow.
             self.run = graph.forward
             self._check(many)
