@@ -163,8 +163,10 @@ def _folded(graph: GraphModule) -> GraphModule:
 def _is_view(node: Node) -> bool:
     if node.target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return node.op == "get_attr" or any(r.alias_info is not None for r in returns)
+    schema = getattr(node.target, "_schema", None)
+    # What writes in place returns what it wrote to, which nothing else names.
+    views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    return node.op == "get_attr" or views
 
 
 def _random(node: Node) -> bool:
