@@ -185,6 +185,13 @@ class _Energy(torch.autograd.Function):
         return None, *(outer[0] * g for g in ctx.saved_tensors)
 
 
+def choose(calls: int, mode: bool | str) -> str:
+    """How a potential that is to be called so often runs: "eager", "traced" or "fused"."""
+    if mode == "auto":
+        return "fused" if calls >= FUSE_FROM else "traced" if calls >= TRACE_FROM else "eager"
+    return "fused" if mode else "eager"
+
+
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
     """Replace the potential of a kernel that has been set up by its program; return what was chosen.
 
@@ -195,7 +202,8 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
     """
     potential: Any = getattr(kernel, "potential_fn", None)
     example = kernel.initial_params if potential is not None else {}
-    if mode is False or not example or (mode == "auto" and calls < TRACE_FROM):
+    chosen = choose(calls, mode)
+    if chosen == "eager" or not example:
         return "eager"
     try:
         program = CompiledPotential(potential, example)
@@ -203,7 +211,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, for it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if mode == "auto" and calls < FUSE_FROM:
+    if chosen == "traced":
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

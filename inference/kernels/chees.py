@@ -51,6 +51,7 @@ class ChEES(MCMCKernel):
         full_mass: Whether the metric is dense; None: if the posterior has at most 200 dimensions.
         max_steps: Most leapfrogs of a trajectory.
         jit_compile: Whether blocks of transitions run as one compiled program; False runs the traced graph.
+        eager: Whether a model that cannot be traced runs one chain after another, with a warning; False: an error.
         transforms: Transforms from constrained to unconstrained values by site; None: Pyro's.
         max_plate_nesting: Dimensions that plates use; None: found by running the model.
 
@@ -78,6 +79,7 @@ class ChEES(MCMCKernel):
         full_mass: bool | None = None,
         max_steps: int = 512,
         jit_compile: bool = True,
+        eager: bool = True,
         transforms: Mapping[str, Any] | None = None,
         max_plate_nesting: int | None = None,
     ) -> None:
@@ -93,7 +95,7 @@ class ChEES(MCMCKernel):
             raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {target_accept_prob!r}")
         self.model, self.potential_fn = model, potential_fn
         self.num_chains, self.max_steps, self.full_mass = num_chains, max_steps, full_mass
-        self.jit_compile = jit_compile
+        self.jit_compile, self._eager = jit_compile, eager
         self.transforms: dict[str, Any] = dict(transforms or {})
         self._target, self._start = target_accept_prob, (step_size, trajectory_length)
         self._given_transforms, self._nesting = transforms, max_plate_nesting
@@ -120,19 +122,16 @@ class ChEES(MCMCKernel):
         self.program = "traced" if self._density.traced else "eager"
         self._run: Callable[..., Any] = run_block
         position = self._density.pack(self._initial) if self._initial else self._random_start()
-        self._chains = Chains(*(v.contiguous() for v in (position, *self._density.run(position))))
+        self._place(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
         dense = dim <= DENSE if self.full_mass is None else self.full_mass
         self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in range(2)))
         self._tuning = fresh_tuning(*self._start, like)
-        self._warmup, self._taken, self._given, self._ended = warmup_steps, 0, 0, warmup_steps == 0
+        self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
-        self._queue: deque[tuple[dict[str, Tensor], dict[str, Tensor]]] = deque()
-        self._diverged: list[Tensor] = []
-        self._accepted = like.new_zeros(self.num_chains)
-        self._last: dict[str, Tensor] = {}
+        self._last, self._diverging = self._initial, []
         if self.jit_compile:
             self.fuse()
 
@@ -152,7 +151,7 @@ class ChEES(MCMCKernel):
             with quietly():
                 self._block(learning=False)
             self.program = "fused"
-        except ZeroDivisionError as error:
+        except Exception as error:
             self._run = run_block
             warnings.warn(f"the chains run traced, but not fused: {type(error).__name__}", stacklevel=3)
         finally:
@@ -160,59 +159,90 @@ class ChEES(MCMCKernel):
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""One transition of all chains, of a block that has been run ahead: values by name (chains, \*shape)."""
+        if params is not self._last:
+            self._place(self._density.pack(params))
+        if self._handed == self._warmup:
+            self.end_warmup()
         if not self._queue:
-            moves = self.advance()
-            values = self._density.unpack(moves.position)
-            for t in range(BLOCK):
-                self._queue.append(({n: v[t] for n, v in values.items()}, {}))
-        self._given += 1
-        draw, self._last = self._queue.popleft()
-        return draw
+            values = self._density.unpack(self.advance().position)
+            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(BLOCK))
+        self._handed += 1
+        self._last = self._queue.popleft()
+        return self._last
 
     def advance(self) -> Moves:
         """Run a block of transitions: the warmup's until it is over, then draws."""
-        if self._ended:
-            self._chains, _, moves = self._block(learning=False)
-            self._diverged.append(moves.diverging)
-            return moves
-        self._chains, self._tuning, moves = self._block(learning=True)
+        learning = self.warming
+        self._chains, self._tuning, self._latest = self._block(learning)
         self._taken += BLOCK
-        self._window.append(moves.position)
+        if not learning:
+            self._diverging.append(self._latest.diverging)
+            return self._latest
+        self._window.append(self._latest.position)
         if self._taken in self._renewals:
             self._renew()
         if self._taken >= self._warmup:
-            self.end_warmup()
-        return moves
+            self._hold()
+        return self._latest
+
+    @property
+    def warming(self) -> bool:
+        """Whether the next block is one of the warmup."""
+        return not self._ended
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Where the chains stand, to go on from there again."""
+        return self._chains, self._tuning, self._metric, self._taken
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self._chains, self._tuning, self._metric, self._taken = state
+        self._queue.clear()
+
+    def constrain(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) of positions (..., D)."""
+        values = self._density.unpack(positions)
+        return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
 
     def end_warmup(self) -> None:
         """Hold the metric, and the running means of step and length, from now on."""
-        if not self._ended:
-            self._ended = True
-            learnt = Tuning(*self._tuning.unbind())
-            self._tuning = torch.stack(learnt._replace(step=learnt.step_mean, length=learnt.length_mean))
-            self._window.clear()
+        if self._handed <= self._warmup:
+            # What is left of the last block of the warmup is no draw.
             self._queue.clear()
+        if self.warming:
+            self._hold()
 
     def logging(self) -> OrderedDict[str, str]:
         """Step size, longest trajectory in steps and acceptance, for a progress bar."""
         learnt = Tuning(*self._tuning.exp().tolist())
         shown = {"step size": f"{learnt.step:.2e}", "steps": f"{learnt.length / learnt.step:.0f}"}
-        return OrderedDict(shown)
+        return OrderedDict(shown | {"acc. prob": f"{float(self._latest.acceptance.mean()):.3f}"})
 
     def diagnostics(self) -> dict[str, Any]:
         """Divergent draws by chain, after the warmup."""
-        if not self._diverged:
+        if not self._diverging:
             return {"divergences": {}}
-        diverging = torch.cat(self._diverged).cpu()
+        diverging = torch.cat(self._diverging).cpu()
         chains = diverging.any(0).nonzero().flatten().tolist()
         return {"divergences": {f"chain {c}": diverging[:, c].nonzero().flatten().tolist() for c in chains}}
+
+    def _hold(self) -> None:
+        self._ended = True
+        learnt = Tuning(*self._tuning.unbind())
+        self._tuning = torch.stack(learnt._replace(step=learnt.step_mean, length=learnt.length_mean))
+        self._window.clear()
+
+    def _place(self, position: Tensor) -> None:
+        self._chains = Chains(*(v.contiguous() for v in (position, *self._density.run(position))))
+        self._queue: deque[dict[str, Tensor]] = deque()
 
     def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
         like, shape = self._density.like, (BLOCK, *self._chains.position.shape)
         # A start far away may need few long steps or many short ones: until the metric is known, few.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
         rules = like.new_tensor(Rules(self._target, limit, learning))
-        jitter = like.new_tensor([_halton(self._given + self._taken + t + 1) for t in range(BLOCK)])
+        jitter = like.new_tensor([_halton(self._taken + t + 1) for t in range(BLOCK)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
         # A tensor laid out otherwise would be another program.
@@ -249,6 +279,8 @@ class ChEES(MCMCKernel):
         try:
             return ManyChains(self.potential_fn, example, self.num_chains)  # type: ignore[arg-type]
         except Untraceable as error:
+            if not self._eager:
+                raise
             warnings.warn(f"the chains run eagerly one after another, for they cannot be traced: {error}", stacklevel=4)
             return ManyChains(self.potential_fn, example, self.num_chains, eager=True)  # type: ignore[arg-type]
 
