@@ -37,6 +37,9 @@ from inference.tracing import Untraceable
 
 LEAPFROGS = 12
 """Gradients that a transition is taken to cost when the work ahead is estimated."""
+SMALL = 10_000_000
+"""Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
+costs several threads more than the operation, and many times more on a busy machine."""
 FEWEST = 8
 """Chains from which the default kernel is ChEES: fewer have little to learn from each other."""
 LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
@@ -155,14 +158,16 @@ def _many(
     kernel: Any = factory(partial(program.model, **program.arguments()))
     draws, warmup, chains = _lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
-    kernel.setup(warmup)
-    if choose(LEAPFROGS * (warmup + draws), mode) == "fused":
-        kernel.fuse()
+    threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
+    with _threads(threads):
+        kernel.setup(warmup)
+        if choose(LEAPFROGS * (warmup + draws), mode) == "fused":
+            kernel.fuse()
     setup = perf_counter() - started
 
     def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         blocks, done = [], 0
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), _threads(threads):
             while (left := size - sum(len(b.energy) for b in blocks)) > 0:
                 warming = kernel.warming
                 block = kernel.advance()
@@ -296,18 +301,22 @@ def _prepare(
     """Compile the potential once for all chains: the program, or None, and what was chosen."""
     if mode is False:
         return None, "eager"
-    threads = torch.get_num_threads()
-    try:
-        if workers > 1:
-            # A process that was forked can run no program that was compiled for several threads.
-            torch.set_num_threads(1)
+    # A process that was forked can run no program that was compiled for several threads.
+    with _threads(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
         kernel = factory(partial(program.model, **program.arguments()))
-        with _quiet_start():
-            kernel.setup(warmup)
+        kernel.setup(warmup)
         how = compile_kernel(kernel, LEAPFROGS * transitions, mode)
-    finally:
-        torch.set_num_threads(threads)
     return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -328,7 +328,5 @@ def _halton(n: int) -> float:
 
 def _own(function: Any) -> Any:
     """A copy with a code object of its own: Dynamo keeps programs by code object, and gives up at the eighth."""
-    copy = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    return copy
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

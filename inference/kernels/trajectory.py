@@ -1,8 +1,8 @@
 r"""A block of Hamiltonian transitions of many chains, and what they teach about step and length, as tensors alone.
 
-Positions :math:`q` (chains, D) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by :math:`\ell` leapfrogs of
-step :math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Nothing here reads a value
-back: the same functions run as they stand and inside one compiled program, where a loop costs no Python.
+Positions :math:`q` (chains, D) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrogs of step
+:math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Nothing here reads a value back
+but the number of leapfrogs: the same functions run as they stand and inside one compiled program, where a loop costs no Python.
 
 Reference: Hoffman, Radul and Sountsov 2021, "An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian
 Monte Carlo" (https://proceedings.mlr.press/v130/hoffman21a.html).
@@ -128,7 +128,9 @@ def _transition(
     acceptance = gain.clamp(max=0).exp()
     slope = _slope(metric, chains.position, end.position, out, acceptance) * length
     accept = noise.log_uniform < gain
-    kept = Chains(*(torch.where(accept if a.dim() == 1 else accept[:, None], b, a) for a, b in zip(chains, end)))
+    kept = Chains(
+        *(torch.where(accept if a.dim() == 1 else accept[:, None], b, a) for a, b in zip(chains, end, strict=True))
+    )
     moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, gain < -DIVERGENCE, count, step)
     return kept, _learn(tuning, rules, acceptance, slope), moves
 
@@ -178,7 +180,7 @@ def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> T
     step_mean = tuning.step_mean + weight * (step - tuning.step_mean)
     length_mean = tuning.length_mean + weight * (length - tuning.length_mean)
     learnt = Tuning(count, tuning.anchor, error, step, step_mean, square, length, length_mean)
-    return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning)))
+    return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
