@@ -234,6 +234,6 @@ def _judge_chains(
     if divergences:
         advice.append(
             f"{divergences} of {chains * draws} transitions diverged: parts of the posterior were not reached; "
-            "raise target_accept_prob (partial({method}, target_accept_prob=0.95)), or use a non-centred form."
+            f"raise target_accept_prob (partial({method}, target_accept_prob=0.95)), or use a non-centred form."
         )
     return tuple(advice)

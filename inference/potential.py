@@ -155,6 +155,10 @@ def _folded(graph: GraphModule) -> GraphModule:
             graph.register_buffer(f"folded_{k}", value.contiguous())
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
+    # Checks of the data, which have been made, too: they have no users, and an effect.
+    for node in reversed(known):
+        if not node.users:
+            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -28,6 +28,9 @@ from inference.tracing import Untraceable, fused, has_compiler, quietly
 
 BLOCK = 10
 """Transitions that one call of the program makes."""
+JITTER = 0.6
+"""Share of a trajectory that the jitter takes off at most. The paper's is 1; short trajectories are mostly wasted where
+the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
 DENSE = 200
 """Dimensions up to which a dense metric costs little beside the gradients it saves."""
 TRIES = 100
@@ -242,7 +245,7 @@ class ChEES(MCMCKernel):
         # A start far away may need few long steps or many short ones: until the metric is known, few.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
         rules = like.new_tensor(Rules(self._target, limit, learning))
-        jitter = like.new_tensor([_halton(self._taken + t + 1) for t in range(BLOCK)])
+        jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(BLOCK)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
         # A tensor laid out otherwise would be another program.

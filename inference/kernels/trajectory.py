@@ -2,7 +2,8 @@ r"""A block of Hamiltonian transitions of many chains, and what they teach about
 
 Positions :math:`q` (chains, D) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrogs of step
 :math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Nothing here reads a value back
-but the number of leapfrogs: the same functions run as they stand and inside one compiled program, where a loop costs no Python.
+but the number of leapfrogs: the same functions run as they stand and inside one compiled program, where a loop costs
+no Python.
 
 Reference: Hoffman, Radul and Sountsov 2021, "An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian
 Monte Carlo" (https://proceedings.mlr.press/v130/hoffman21a.html).
