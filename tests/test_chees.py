@@ -75,7 +75,7 @@ def test_correlated_gaussian(full_mass: bool, dtype: torch.dtype) -> None:
 
 def test_a_hundred_correlated_dimensions() -> None:
     covariance = correlated(100)
-    result = run(partial(gaussian, covariance), draws=200)
+    result = run(partial(gaussian, covariance))
     assert result.diagnosis.worst_r_hat < 1.01
     assert result.diagnosis.min_ess_bulk > 3000
     assert float(result.idata.sample_stats["n_steps"].mean()) < 20
@@ -90,7 +90,7 @@ def test_regression_on_raw_predictors() -> None:
     def model() -> None:
         beta = pyro.sample("beta", dist.Normal(torch.zeros(10).double(), 10.0).to_event(1))
         with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Normal((x * beta[..., None, :]).sum(-1), 0.3), obs=y)
+            pyro.sample("y", dist.Normal((x * beta).sum(-1), 0.3), obs=y)
 
     result = run(model, draws=200)
     precision = x.T @ x / 0.09 + torch.eye(10) / 100
@@ -111,11 +111,11 @@ def test_simulation_based_calibration() -> None:
             rate = pyro.sample("rate", dist.Gamma(double(2.0), 1.0))
             pyro.sample("y", dist.Poisson(rate), obs=y)
 
-    result = run(model, counts, chains=33, draws=90, warmup=200)
+    result = run(model, counts, chains=33, draws=300, warmup=200)
     exact = scipy.stats.gamma(2 + counts.numpy(), scale=0.5)
     draws = posterior(result, "rate")
     assert_normal(z_scores(draws, exact.mean(), exact.std()))
-    ranks = (draws[:, ::30].reshape(99, 200) < rates.numpy()).sum(0)
+    ranks = (draws[:, ::100].reshape(99, 200) < rates.numpy()).sum(0)
     tested = scipy.stats.chisquare(np.bincount(ranks // 10, minlength=10))
     assert tested.pvalue > 1e-3
 
