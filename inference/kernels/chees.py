@@ -3,7 +3,7 @@ r"""ChEES-HMC: all chains in one tensor, and what one chain learns all use.
 Hamiltonian Monte Carlo whose step size, trajectory length and metric are learnt across chains: the step by dual
 averaging on the harmonic mean of the chains' acceptance, the length by ascending the ChEES criterion (the change in
 the squared distance from the mean that a trajectory makes), the metric from the covariance of all chains' draws in
-windows that double. Trajectories are jittered by a Halton sequence.
+windows that grow. Trajectories are jittered by a Halton sequence.
 
 Reference: Hoffman, Radul and Sountsov 2021 (https://proceedings.mlr.press/v130/hoffman21a.html).
 """
@@ -33,6 +33,8 @@ JITTER = 0.6
 the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
 DENSE = 200
 """Dimensions up to which a dense metric costs little beside the gradients it saves."""
+FRESH = 1 / 3
+"""Independent draws that one draw of the warmup is taken for."""
 TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
@@ -261,7 +263,7 @@ class ChEES(MCMCKernel):
         self._window.clear()
         draws = torch.cat([b.flatten(0, 1) for b in blocks]).double()
         draws = draws[draws.isfinite().all(-1)]
-        self._metric, slowest = _metric(draws, len(draws) / 10, self._metric)
+        self._metric, slowest = _metric(draws, self._metric)
         step = 1.5 * self._density.dim**-0.25
         self._tuning = fresh_tuning(step, max(2.0, math.pi / 2 * slowest), self._density.like)
 
@@ -301,24 +303,42 @@ class ChEES(MCMCKernel):
 
 
 def _renewals(warmup: int) -> set[int]:
-    """Transitions after which the metric is renewed: in windows that double, in the first two thirds."""
-    return {k for n in range(20) if (k := BLOCK * 2**n) <= 2 * warmup // 3}
+    """Transitions after which the metric is renewed: in windows that grow by half, the last at four fifths."""
+    last = 4 * warmup // 5 // BLOCK * BLOCK
+    times, window = {last} - {0}, float(BLOCK)
+    while window + BLOCK <= last:
+        times.add(int(window) // BLOCK * BLOCK)
+        window = max(1.5 * window, window + BLOCK)
+    return times
 
 
-def _metric(draws: Tensor, effective: float, old: Metric) -> tuple[Metric, float]:
-    """Metric of draws (S, D), shrunk to its diagonal where they are few, and the slowest sd that it leaves."""
+def _metric(draws: Tensor, old: Metric) -> tuple[Metric, float]:
+    """Metric of draws (S, D), as far as they are enough to tell it from the last, and the largest sd that it leaves."""
     like, dim = old.covariance, draws.shape[-1]
-    spread = draws.var(0).sqrt()
-    spread = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
-    correlation = torch.cov((draws / spread).T).reshape(dim, dim) if dim <= 1000 else torch.eye(dim).to(draws)
-    top = float(torch.linalg.eigvalsh(correlation)[-1].clamp(1.0)) ** 0.5
     if like.dim() == 1:
-        return Metric(spread.square().to(like), (1 / spread).to(like)), top
-    keep = effective / (effective + dim)
-    shrunk = keep * correlation + (1 - keep) * torch.eye(dim).to(draws)
-    root = torch.linalg.cholesky(shrunk)
-    whitener = torch.linalg.solve_triangular(root, torch.diag(1 / spread), upper=False)
-    return Metric((spread[:, None] * shrunk * spread).to(like), whitener.contiguous().to(like)), 1.0
+        spread = _spread(draws)
+        slowest = _largest(draws / spread) if dim <= DENSE else 1.0
+        return Metric(spread.square().to(like), (1 / spread).to(like)), slowest
+    # In the coordinates of the last metric, what few draws cannot tell stays as it was.
+    last = old.whitener.double()
+    white = draws @ last.T
+    spread = _spread(white)
+    few = (dim / (len(draws) * FRESH)) ** 2
+    correlation = (torch.cov((white / spread).T).reshape(dim, dim) + few * torch.eye(dim).to(white)) / (1 + few)
+    root = spread[:, None] * torch.linalg.cholesky(correlation)
+    back = torch.linalg.solve(last, root)
+    whitener = torch.linalg.solve_triangular(root, last, upper=False)
+    return Metric((back @ back.T).to(like), whitener.contiguous().to(like)), 1.0
+
+
+def _spread(draws: Tensor) -> Tensor:
+    spread = draws.std(0)
+    return torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
+
+
+def _largest(standard: Tensor) -> float:
+    """Standard deviation of the widest direction of draws (S, D)."""
+    return float(torch.linalg.matrix_norm(standard - standard.mean(0), 2)) / len(standard) ** 0.5
 
 
 def _halton(n: int) -> float:
