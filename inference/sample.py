@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from inference.diagnostics import diagnose
 from inference.kernels.chees import ChEES
+from inference.kernels.trajectory import Moves
 from inference.potential import choose, compile_kernel
 from inference.program import Program, bind, isolated
 from inference.result import Result, State, to_idata
@@ -166,7 +167,8 @@ def _many(
     setup = perf_counter() - started
 
     def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        blocks, done = [], 0
+        blocks: list[Moves] = []
+        done = 0
         with pyro.validation_enabled(False), _threads(threads):
             while (left := size - sum(len(b.energy) for b in blocks)) > 0:
                 warming = kernel.warming
@@ -174,8 +176,8 @@ def _many(
                 done += len(block.energy)
                 say(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
                 if not warming:
-                    blocks.append(type(block)(*(v[:left] for v in block)))
-        whole = type(blocks[0])(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+                    blocks.append(Moves(*(v[:left] for v in block)))
+        whole = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
         values = {n: v.transpose(0, 1).flatten(0, 1).cpu() for n, v in kernel.constrain(whole.position).items()}
         return values, _batch_statistics(whole)
 
@@ -193,7 +195,7 @@ def _many(
     return Made(values, stats, chains, setup, kernel.program, _method(factory), more)
 
 
-def _batch_statistics(moves: Any) -> dict[str, np.ndarray]:
+def _batch_statistics(moves: Moves) -> dict[str, np.ndarray]:
     """Statistics (chains, draws) of moves (draws, chains)."""
     chains = moves.energy.shape[1]
     each = {

@@ -247,6 +247,49 @@ def test_divergences_are_counted_by_chain() -> None:
     assert all(bool(flags[t, int(name.split()[1])]) for name, at in found.items() for t in at)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_leapfrogs_go_back_and_keep_the_energy_to_second_order(dense: bool) -> None:
+    def density(q: Tensor) -> tuple[Tensor, Tensor]:
+        return (q**4).sum(-1) / 4 + q[:, 0] * q[:, 1], q**3 + q.flip(-1)
+
+    torch.manual_seed(0)
+    q, p = torch.randn(2, 6, 2).double()
+    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double() if dense else double(2.0, 1.0)
+    start = trajectory.Chains(q, *density(q))
+
+    def energy(at: trajectory.Chains, p: Tensor) -> Tensor:
+        return at.energy + 0.5 * (p * (p @ covariance if dense else p * covariance)).sum(-1)
+
+    errors = []
+    for n in (100, 200):
+        step, count = double(1.0 / n), torch.tensor(float(n))
+        end, out = trajectory._integrate(density, start, p, covariance, step, count)
+        errors.append((energy(end, out) - energy(start, p)).abs().max())
+        back, returned = trajectory._integrate(density, end, -out, covariance, step, count)
+        torch.testing.assert_close((back.position, returned), (q, -p))
+        assert (end.position - q).norm(dim=-1).min() > 0.1
+    assert float(errors[0] / errors[1]) == pytest.approx(4, rel=0.05)
+
+
+def test_a_trajectory_without_error_is_accepted_and_one_with_it_as_often_as_it_says() -> None:
+    """Acceptance from position to position: as many moves as the mean acceptance probability."""
+    with isolated(0):
+        kernel = ChEES(partial(gaussian, correlated(5)), jit_compile=False, step_size=1.2)
+        kernel.setup(0)
+        kernel._tuning = trajectory.fresh_tuning(0.25, 2.0, kernel._density.like)
+        before, moved, said = kernel._chains.position, [], []
+        for _ in range(40):
+            moves = kernel.advance()
+            path = torch.cat([before[None], moves.position])
+            moved.append((path[1:] != path[:-1]).any(-1))
+            said.append(moves.acceptance)
+            before = path[-1]
+    moved, said = torch.cat(moved).double(), torch.cat(said)
+    assert 0.05 < said.mean() < 0.95
+    error = (said * (1 - said)).mean().sqrt() / said.numel() ** 0.5
+    assert abs(float(moved.mean() - said.mean())) < 4 * float(error)
+
+
 def test_fused_blocks_are_the_traced_ones() -> None:
     covariance = correlated(5)
     with isolated(0):

@@ -22,7 +22,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
-from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Rules, Tuning, fresh_tuning, run_block
+from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 from inference.potential import ManyChains
 from inference.tracing import Untraceable, fused, has_compiler, quietly
 
@@ -136,7 +136,8 @@ class ChEES(MCMCKernel):
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
-        self._last, self._diverging = self._initial, []
+        self._last = self._initial
+        self._diverging: list[Tensor] = []
         if self.jit_compile:
             self.fuse()
 
@@ -246,7 +247,7 @@ class ChEES(MCMCKernel):
         like, shape = self._density.like, (BLOCK, *self._chains.position.shape)
         # A start far away may need few long steps or many short ones: until the metric is known, few.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
-        rules = like.new_tensor(Rules(self._target, limit, learning))
+        rules = like.new_tensor([self._target, limit, learning])
         jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(BLOCK)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()

@@ -47,7 +47,7 @@ class Metric(NamedTuple):
 class Tuning(NamedTuple):
     """Logarithms of step and length, their running means, and the state of both optimisers; scalars."""
 
-    count: Tensor
+    taken: Tensor
     anchor: Tensor
     error: Tensor
     step: Tensor
@@ -102,18 +102,8 @@ def run_block(
 def fresh_tuning(step: float, length: float, like: Tensor) -> Tensor:
     """Start to learn from a step size and a trajectory length."""
     step, length = math.log(step), math.log(length)
-    return like.new_tensor(
-        Tuning(
-            count=0.0,
-            anchor=step,
-            error=0.0,
-            step=step,
-            step_mean=step,
-            square=0.0,
-            length=length,
-            length_mean=length,
-        )
-    )
+    values = {"anchor": step, "step": step, "step_mean": step, "length": length, "length_mean": length}
+    return like.new_tensor([values.get(name, 0.0) for name in Tuning._fields])
 
 
 def _transition(
@@ -168,19 +158,19 @@ def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acce
 
 def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tuning:
     """Dual averaging of the log step on the harmonic mean acceptance; Adam of the log length on the slope."""
-    count = tuning.count + 1
-    weight = count**-0.75
+    taken = tuning.taken + 1
+    weight = taken**-0.75
     harmonic = 1 / (1 / acceptance.clamp(min=FLOOR)).mean()
-    error = tuning.error + (rules.target - harmonic - tuning.error) / (count + 10)
-    step = tuning.anchor - count.sqrt() / 0.05 * error
+    error = tuning.error + (rules.target - harmonic - tuning.error) / (taken + 10)
+    step = tuning.anchor - taken.sqrt() / 0.05 * error
     square = MEMORY * tuning.square + (1 - MEMORY) * slope.square()
-    root = (square / (1 - MEMORY**count)).sqrt().clamp(min=1e-20)
+    root = (square / (1 - MEMORY**taken)).sqrt().clamp(min=1e-20)
     length = tuning.length + RATE * slope / root
     # No shorter than a step, no longer than the steps allowed.
     length = length.maximum(step).minimum(step + rules.limit.log())
     step_mean = tuning.step_mean + weight * (step - tuning.step_mean)
     length_mean = tuning.length_mean + weight * (length - tuning.length_mean)
-    learnt = Tuning(count, tuning.anchor, error, step, step_mean, square, length, length_mean)
+    learnt = Tuning(taken, tuning.anchor, error, step, step_mean, square, length, length_mean)
     return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
 
 
