@@ -142,7 +142,7 @@ def _folded(graph: GraphModule) -> GraphModule:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known[node] = getattr(graph, str(node.target))
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _random(node):
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     # A view stays in the graph: as a constant it would be a second name of what it views.
@@ -171,10 +171,6 @@ def _is_view(node: Node) -> bool:
     # What writes in place returns what it wrote to, which nothing else names.
     views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
     return node.op == "get_attr" or views
-
-
-def _random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 class _Energy(torch.autograd.Function):
