@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import arviz as az
 import numpy as np
@@ -18,7 +19,13 @@ import xarray as xr
 from torch import Tensor
 
 R_HAT = 1.01
-ESS_PER_CHAIN = 100
+ESS_PER_CHAIN, CHAINS = 100, 4
+"""Effective draws a chain, and chains up to which each adds to what is asked: R-hat and the effective sizes themselves
+are known well enough from 400 (Vehtari et al. 2021)."""
+STUCK = 0.05
+"""Mean acceptance below which a chain hardly moves."""
+APART = 3.0
+"""Gap between two groups of chains, in standard deviations of a chain, from which they sit at different modes."""
 PARETO_K = (0.5, 0.7)
 POINT = "A point estimate: its draws have no spread, and predictions from it ignore what is not known."
 
@@ -67,7 +74,9 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosi
         return Diagnosis(table, None, pareto_k, (POINT,) if point else _judge_guide(pareto_k))
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
-    return Diagnosis(table, divergences, None, _judge_chains(table, divergences, chains, draws))
+    method = idata["posterior"].attrs.get("method", "NUTS")
+    advice = _judge_chains(table, divergences, chains, draws, method, partial(_modes, idata["posterior"]))
+    return Diagnosis(table, divergences, None, (*_judge_stuck(idata), *advice))
 
 
 def pareto_k(log_weights: Tensor) -> float:
@@ -152,7 +161,53 @@ def _judge_guide(k: float | None) -> tuple[str, ...]:
     return ()
 
 
-def _judge_chains(table: pd.DataFrame, divergences: int, chains: int, draws: int) -> tuple[str, ...]:
+def _judge_stuck(idata: az.InferenceData) -> tuple[str, ...]:
+    """Chains that hardly ever accept."""
+    stats = idata["sample_stats"]
+    if "acceptance_rate" not in stats:
+        return ()
+    stuck = np.flatnonzero(stats["acceptance_rate"].mean("draw").values < STUCK)
+    if not len(stuck):
+        return ()
+    return (
+        f"{_chains(stuck).capitalize()} hardly moved (mean acceptance below {STUCK}): their draws are where they got "
+        "stuck; run a longer warmup, or look for a place where the density is flat or not finite.",
+    )
+
+
+def _modes(posterior: xr.Dataset, name: str) -> str:
+    """What to do about chains that disagree in a scalar: two groups further apart than a chain is wide are modes."""
+    draws = _by_name(posterior, name)
+    means, spread = draws.mean(1), np.median(draws.std(1))
+    order = np.argsort(means)
+    gaps = np.diff(means[order])
+    cut = int(gaps.argmax()) + 1
+    if not gaps[cut - 1] > APART * spread:
+        return "run a longer warmup and more draws, and look for several modes."
+    low, high = np.sort(order[:cut]), np.sort(order[cut:])
+    return (
+        f"{len(low)} stay near {means[low].mean():.3g} and {len(high)} near {means[high].mean():.3g} "
+        f"({_chains(min(low, high, key=len))}), at different modes, whose weights they cannot tell; "
+        "use a tighter prior, or order what can be exchanged."
+    )
+
+
+def _by_name(posterior: xr.Dataset, name: str) -> np.ndarray:
+    """Draws (chain, draw) of one scalar by the name that the table gives it."""
+    site = name.split("[")[0] if name not in posterior else name
+    array = posterior[site]
+    at = next(k for k in np.ndindex(array.shape[2:]) if quantity(array, k) == name)
+    return array.values[(slice(None), slice(None), *at)]
+
+
+def _chains(which: np.ndarray) -> str:
+    shown = ", ".join(map(str, which[:8])) + (", ..." if len(which) > 8 else "")
+    return f"chain{'s' if len(which) > 1 else ''} {shown}"
+
+
+def _judge_chains(
+    table: pd.DataFrame, divergences: int, chains: int, draws: int, method: str, modes: Callable[[str], str]
+) -> tuple[str, ...]:
     advice = []
     moving = table[table["sd"] != 0]
     broken = moving[~np.isfinite(moving["sd"])]
@@ -166,17 +221,19 @@ def _judge_chains(table: pd.DataFrame, divergences: int, chains: int, draws: int
         worst = moving["r_hat"].idxmax()
         advice.append(
             f"R-hat is {moving['r_hat'].max():.3f} for {worst}, above {R_HAT}: the chains disagree; "
-            "run a longer warmup and more draws, and look for several modes."
+            + modes(str(worst))
         )
     least = moving[["ess_bulk", "ess_tail"]].min(axis=1).dropna()
-    if len(least) and least.min() < ESS_PER_CHAIN * chains:
+    enough = ESS_PER_CHAIN * min(chains, CHAINS)
+    said = f"{ESS_PER_CHAIN} a chain" if chains <= CHAINS else str(enough)
+    if len(least) and least.min() < enough:
         advice.append(
-            f"Effective sample size is {least.min():.0f} for {least.idxmin()}, below {ESS_PER_CHAIN} a chain: "
+            f"Effective sample size is {least.min():.0f} for {least.idxmin()}, below {said}: "
             "run more draws, or reparameterise what is correlated."
         )
     if divergences:
         advice.append(
             f"{divergences} of {chains * draws} transitions diverged: parts of the posterior were not reached; "
-            "raise target_accept_prob (partial(NUTS, target_accept_prob=0.95)), or use a non-centred form."
+            f"raise target_accept_prob (partial({method}, target_accept_prob=0.95)), or use a non-centred form."
         )
     return tuple(advice)

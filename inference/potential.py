@@ -5,6 +5,7 @@ The gradients of one call are computed in the same graph as its value: a kernel 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from inference.tracing import Untraceable, fused, lifted, traced
 
@@ -69,6 +73,107 @@ class CompiledPotential:
             raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
 
 
+class ManyChains:
+    r"""Potential energies and gradients of many chains as one graph, at positions (chains, D) in one matrix.
+
+    One chain's value and gradient are traced, and ``torch.vmap`` runs over the graph: in this order it is exact for
+    summed-out sites and in-place writes, at which ``vmap`` of the potential itself fails. A position holds the
+    unconstrained sites one after another, flattened.
+
+    Args:
+        potential: A potential function, as a kernel has it after its set-up.
+        example: Unconstrained values of one chain by name, for their shapes.
+        chains: Number of chains.
+        eager: Call the potential chain after chain: slow, for one that cannot be traced.
+
+    Raises:
+        Untraceable: The potential steers itself by the values of its tensors.
+    """
+
+    def __init__(self, potential: Potential, example: dict[str, Tensor], chains: int, *, eager: bool = False) -> None:
+        self._potential, self._example = potential, example
+        self._sizes = [v.numel() for v in example.values()]
+        first = torch.cat([v.detach().reshape(-1) for v in example.values()])
+        many = first.expand(chains, -1).clone()
+        self.dim = len(first)
+        self.like = first
+        self.traced = not eager
+        self.run: Callable[[Tensor], tuple[Tensor, Tensor]] = self._loop
+        if not eager:
+            # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
+            one = traced(functionalize(traced(lambda q: self._one(q), first)), first)
+            graph = _folded(traced(functionalize(torch.vmap(one)), many))
+            # A module's call goes through hooks that a compiler cannot follow.
+            self.run = graph.forward
+            self._check(many)
+
+    def unpack(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by name, (..., \*shape), of positions (..., D)."""
+        parts = positions.split(self._sizes, -1)
+        named = zip(self._example.items(), parts, strict=True)
+        return {n: p.reshape((*p.shape[:-1], *v.shape)).to(v.dtype) for (n, v), p in named}
+
+    def pack(self, values: dict[str, Tensor]) -> Tensor:
+        r"""Positions (chains, D) of values by name, (chains, \*shape)."""
+        return torch.cat([values[n].reshape(len(values[n]), -1).to(self.like) for n in self._example], -1)
+
+    def _one(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = position.detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self._potential(self.unpack(leaf))
+            (gradient,) = torch.autograd.grad(energy, leaf)
+        return energy.detach().to(position.dtype), gradient
+
+    def _loop(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        energies, gradients = zip(*map(self._one, positions), strict=True)
+        return torch.stack(energies), torch.stack(gradients)
+
+    def _check(self, many: Tensor) -> None:
+        """Hold the graph against the potential at other points, one a chain: a frozen branch shows there."""
+        moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
+        pick = sorted({0, len(many) - 1})
+        expected, got = self._loop(moved[pick])[0], self.run(moved)[0][pick]
+        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
+            raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _folded(graph: GraphModule) -> GraphModule:
+    """The graph with everything computed that no input reaches: terms of the data alone are not worth a leapfrog."""
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(graph, str(node.target))
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    # A view stays in the graph: as a constant it would be a second name of what it views.
+    needed = {n for n in graph.graph.nodes if n not in known}
+    for node in reversed(known):
+        if _is_view(node) and any(u in needed for u in node.users):
+            needed.add(node)
+    for k, (node, value) in enumerate(known.items()):
+        if node.op == "call_function" and node not in needed and any(u in needed for u in node.users):
+            graph.register_buffer(f"folded_{k}", value.contiguous())
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
+    # Checks of the data, which have been made, too: they have no users, and an effect.
+    for node in reversed(known):
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    schema = getattr(node.target, "_schema", None)
+    # What writes in place returns what it wrote to, which nothing else names.
+    views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    return node.op == "get_attr" or views
+
+
 class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], *values: Tensor) -> Tensor:
@@ -82,6 +187,13 @@ class _Energy(torch.autograd.Function):
         return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
 
 
+def choose(calls: int, mode: bool | str) -> str:
+    """How a potential that is to be called so often runs: "eager", "traced" or "fused"."""
+    if mode == "auto":
+        return "fused" if calls >= FUSE_FROM else "traced" if calls >= TRACE_FROM else "eager"
+    return "fused" if mode else "eager"
+
+
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
     """Replace the potential of a kernel that has been set up by its program; return what was chosen.
 
@@ -92,7 +204,8 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
     """
     potential: Any = getattr(kernel, "potential_fn", None)
     example = kernel.initial_params if potential is not None else {}
-    if mode is False or not example or (mode == "auto" and calls < TRACE_FROM):
+    chosen = choose(calls, mode)
+    if chosen == "eager" or not example:
         return "eager"
     try:
         program = CompiledPotential(potential, example)
@@ -100,7 +213,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, for it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if mode == "auto" and calls < FUSE_FROM:
+    if chosen == "traced":
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

@@ -161,7 +161,7 @@ def to_idata(
     named = {"log_likelihood": plates}
     datasets = {g: _dataset(program, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
     if sample_stats:
-        datasets["sample_stats"] = az.dict_to_dataset(dict(sample_stats))
+        datasets["sample_stats"] = _to_dataset(dict(sample_stats))
     if data:
         datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(program, dims), default_dims=[])
     datasets["posterior"].attrs.update(attrs or {})
@@ -171,10 +171,14 @@ def to_idata(
 def _dataset(program: Program, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:
     arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
     used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
+    return _to_dataset(arrays, dims=used, coords=_coords(program, used))
+
+
+def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> Any:
     with warnings.catch_warnings():
         # ArviZ warns of each group with more chains than draws; our diagnosis speaks of short chains.
         warnings.filterwarnings("ignore", message="More chains")
-        return az.dict_to_dataset(arrays, dims=used, coords=_coords(program, used))
+        return az.dict_to_dataset(arrays, **names)
 
 
 def _replicates(program: Program, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:

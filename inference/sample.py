@@ -1,8 +1,8 @@
 r"""Markov chains: one loop for every kernel.
 
-A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. Chains run side by side in processes
-of our own, one a core (Pyro's own keep a core back), and each has a seed of its own, so that the draws do
-not depend on how many cores there are.
+A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``) holds all chains
+in one tensor. Chains of another run side by side in processes of our own, one a core (Pyro's own keep a core back),
+and each has a seed of its own, so that the draws do not depend on how many cores there are.
 """
 
 from __future__ import annotations
@@ -29,12 +29,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from inference.diagnostics import diagnose
-from inference.potential import compile_kernel
+from inference.kernels.chees import ChEES
+from inference.kernels.trajectory import Moves
+from inference.potential import choose, compile_kernel
 from inference.program import Program, bind, isolated
 from inference.result import Result, State, to_idata
+from inference.tracing import Untraceable
 
 LEAPFROGS = 12
 """Gradients that a transition is taken to cost when the work ahead is estimated."""
+SMALL = 10_000_000
+"""Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
+costs several threads more than the operation, and many times more on a busy machine."""
+FEWEST = 8
+"""Chains from which the default kernel is ChEES: fewer have little to learn from each other."""
+LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
+"""Draws, warmup and chains that a batched kernel, and another, choose."""
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
 
 
@@ -49,14 +59,27 @@ class Chain:
     adaptation: dict[str, Any]
 
 
+@dataclass
+class Made:
+    r"""What the chains made: draws (chains * draws, \*shape), statistics (chains, draws), and how to go on."""
+
+    draws: dict[str, Tensor]
+    stats: dict[str, np.ndarray]
+    chains: int
+    setup: float
+    program: str
+    method: str
+    more: Callable[[int, int], dict[str, Tensor]]
+
+
 def sample(
     pair: Any,
     data: Any = None,
     kernel: KernelFactory | None = None,
     *,
-    draws: int = 1000,
-    warmup: int = 1000,
-    chains: int = 4,
+    draws: int | None = None,
+    warmup: int | None = None,
+    chains: int | None = None,
     seed: int = 0,
     compile: bool | str = "auto",
     progress: bool = True,
@@ -69,15 +92,18 @@ def sample(
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
-        kernel: A factory from the model to an MCMCKernel: ``NUTS`` (the default), ``HMC``, or
-            ``partial(NUTS, target_accept_prob=0.95)``.
-        draws: Draws a chain to keep.
-        warmup: Draws a chain to adapt with and drop.
-        chains: Number of chains; as many run at once as there are cores.
+        kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
+            ``partial(NUTS, target_accept_prob=0.95)``. None: ChEES, or NUTS where fewer than eight chains are asked
+            for or the model cannot be traced (one warning says why).
+        draws: Draws a chain to keep. None: 250 of ChEES, 1000 of another kernel.
+        warmup: Draws a chain to adapt with and drop. None: 300 of ChEES, 1000 of another kernel.
+        chains: Number of chains. None: 64 of ChEES, which holds them in one tensor, 4 of another kernel, as many at
+            once as there are cores.
         seed: Seed of all randomness; the global random state is left as it was.
-        compile: True: run the kernel's potential and its gradient as one compiled program. "auto": where the work
-            ahead is worth the cost of compiling. False: as Pyro runs it.
-        progress: Show a bar a chain with step size and acceptance (on a terminal).
+        compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
+            program. "auto": where the work ahead is worth the cost of compiling. False: as Pyro runs it (ChEES runs
+            the traced graph then).
+        progress: Show a bar a chain, or one for all chains of ChEES, with step size and acceptance (on a terminal).
 
     Returns:
         A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp).
@@ -98,18 +124,128 @@ def sample(
         3 0
     """
     program = bind(pair, data)
-    factory = NUTS if kernel is None else kernel
-    _check(program, factory, compile, draws=draws, warmup=warmup, chains=chains)
+    _check(program, kernel, compile, draws=draws, warmup=warmup, chains=chains)
     started = perf_counter()
     with isolated(seed):
-        workers = min(chains, _cores()) if _can_fork(program) else 1
-        potential, how = _prepare(program, factory, warmup, -(-chains // workers) * (warmup + draws), compile, workers)
-        run = partial(_run_chain, program, factory, draws=draws, warmup=warmup, potential=potential)
-        prepared = perf_counter() - started
-        done = _run_all(program, run, chains, workers, seed, warmup + draws, progress)
-        elapsed = perf_counter() - started
-        setup = prepared + max(chain.setup for chain in done)
-        return _conclude(program, run, done, {"setup": setup, "run": elapsed - setup}, {"program": how})
+        if kernel is None and (chains is None or chains >= FEWEST):
+            try:
+                made = _many(program, partial(ChEES, eager=False), draws, warmup, chains, compile, progress)
+                return _conclude(program, made, perf_counter() - started)
+            except Untraceable as error:
+                warnings.warn(f"{program.name}: NUTS in place of ChEES, for it cannot be traced: {error}", stacklevel=2)
+        factory = kernel or NUTS
+        if isinstance(factory(partial(program.model, **program.arguments())), ChEES):
+            made = _many(program, factory, draws, warmup, chains, compile, progress)
+        else:
+            made = _single(program, factory, draws, warmup, chains, seed, compile, progress)
+        return _conclude(program, made, perf_counter() - started)
+
+
+def _lengths(batched: bool, *asked: int | None) -> tuple[int, ...]:
+    return tuple(own if n is None else n for n, own in zip(asked, LENGTHS[batched], strict=True))
+
+
+def _many(
+    program: Program,
+    factory: KernelFactory,
+    draws: int | None,
+    warmup: int | None,
+    chains: int | None,
+    mode: bool | str,
+    progress: bool,
+) -> Made:
+    """Run a kernel that holds all chains in one tensor."""
+    started = perf_counter()
+    kernel: Any = factory(partial(program.model, **program.arguments()))
+    draws, warmup, chains = _lengths(True, draws, warmup, chains or kernel.num_chains)
+    kernel.num_chains, kernel.jit_compile = chains, False
+    threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
+    with _threads(threads):
+        kernel.setup(warmup)
+        if choose(LEAPFROGS * (warmup + draws), mode) == "fused":
+            kernel.fuse()
+    setup = perf_counter() - started
+
+    def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        blocks: list[Moves] = []
+        done = 0
+        with pyro.validation_enabled(False), _threads(threads):
+            while (left := size - sum(len(b.energy) for b in blocks)) > 0:
+                warming = kernel.warming
+                block = kernel.advance()
+                done += len(block.energy)
+                say(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
+                if not warming:
+                    blocks.append(Moves(*(v[:left] for v in block)))
+        whole = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        values = {n: v.transpose(0, 1).flatten(0, 1).cpu() for n, v in kernel.constrain(whole.position).items()}
+        return values, _batch_statistics(whole)
+
+    with _bars(program, 1, warmup + draws, progress) as show:
+        values, stats = run(draws, show)
+    state = kernel.state
+
+    def more(size: int, seed: int) -> dict[str, Tensor]:
+        kernel.state = state
+        # One block's first draw of all chains, then the next: the last chains are not left out of a short answer.
+        each = -(-size // chains)
+        on = run(each, lambda *_: None)[0]
+        return {n: v.unflatten(0, (chains, each)).transpose(0, 1).flatten(0, 1)[:size] for n, v in on.items()}
+
+    return Made(values, stats, chains, setup, kernel.program, _method(factory), more)
+
+
+def _batch_statistics(moves: Moves) -> dict[str, np.ndarray]:
+    """Statistics (chains, draws) of moves (draws, chains)."""
+    chains = moves.energy.shape[1]
+    each = {
+        "n_steps": moves.leapfrogs[:, None].expand(-1, chains).long(),
+        "step_size": moves.step_size[:, None].expand(-1, chains),
+        "lp": -moves.energy,
+        "acceptance_rate": moves.acceptance,
+        "diverging": moves.diverging,
+    }
+    return {n: v.T.cpu().numpy() for n, v in each.items()}
+
+
+def _single(
+    program: Program,
+    factory: KernelFactory,
+    draws: int | None,
+    warmup: int | None,
+    chains: int | None,
+    seed: int,
+    mode: bool | str,
+    progress: bool,
+) -> Made:
+    """Run a kernel of one chain once a chain."""
+    started = perf_counter()
+    draws, warmup, chains = _lengths(False, draws, warmup, chains)
+    workers = min(chains, _cores()) if _can_fork(program) else 1
+    potential, how = _prepare(program, factory, warmup, -(-chains // workers) * (warmup + draws), mode, workers)
+    run = partial(_run_chain, program, factory, draws=draws, warmup=warmup, potential=potential)
+    prepared = perf_counter() - started
+    done = _run_all(program, run, chains, workers, seed, warmup + draws, progress)
+    names = [n for n in program.sites if n in done[0].draws]
+
+    def joined(chains: list[Chain]) -> dict[str, Tensor]:
+        return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in chains]) for n in names}
+
+    def more(size: int, seed: int) -> dict[str, Tensor]:
+        each = -(-size // len(done))
+        seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence([seed, 1]).spawn(len(done))]
+        with torch.enable_grad():
+            silent = partial(run, lambda *_: None, draws=each, warmup=0)
+            on = [silent(s, start=c) for s, c in zip(seeds, done, strict=True)]
+        return {n: v[:size] for n, v in joined(on).items()}
+
+    stats = {n: np.stack([c.stats[n] for c in done]) for n in done[0].stats}
+    setup = prepared + max(chain.setup for chain in done)
+    return Made(joined(done), stats, chains, setup, how, _method(factory), more)
+
+
+def _method(factory: Any) -> str:
+    return getattr(getattr(factory, "func", factory), "__name__", "MCMC")
 
 
 def _run_chain(
@@ -167,18 +303,22 @@ def _prepare(
     """Compile the potential once for all chains: the program, or None, and what was chosen."""
     if mode is False:
         return None, "eager"
-    threads = torch.get_num_threads()
-    try:
-        if workers > 1:
-            # A process that was forked can run no program that was compiled for several threads.
-            torch.set_num_threads(1)
+    # A process that was forked can run no program that was compiled for several threads.
+    with _threads(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
         kernel = factory(partial(program.model, **program.arguments()))
-        with _quiet_start():
-            kernel.setup(warmup)
+        kernel.setup(warmup)
         how = compile_kernel(kernel, LEAPFROGS * transitions, mode)
-    finally:
-        torch.set_num_threads(threads)
     return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -338,13 +478,14 @@ class _bars:
         self._stack.close()
 
 
-def _check(program: Program, factory: Any, compile: Any, *, draws: int, warmup: int, chains: int) -> None:
-    for name, value, least in (("draws", draws, 4), ("warmup", warmup, 0), ("chains", chains, 1)):
-        if not isinstance(value, int) or value < least:
+def _check(program: Program, factory: Any, compile: Any, **lengths: int | None) -> None:
+    for name, least in (("draws", 4), ("warmup", 0), ("chains", 1)):
+        value = lengths[name]
+        if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
-    if isinstance(factory, MCMCKernel) or not callable(factory):
+    if factory is not None and (isinstance(factory, MCMCKernel) or not callable(factory)):
         kind = type(factory).__name__
         raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
     latent = program.select("latent").values()
@@ -355,36 +496,22 @@ def _check(program: Program, factory: Any, compile: Any, *, draws: int, warmup: 
         raise ValueError("model: expected a continuous latent site to sample, got none")
 
 
-def _conclude(
-    program: Program, run: Any, done: list[Chain], seconds: dict[str, float], attrs: dict[str, str]
-) -> Result:
+def _conclude(program: Program, made: Made, elapsed: float) -> Result:
     started = perf_counter()
-    factory = run.args[1]
-    names = [n for n in program.sites if n in done[0].draws]
-    draws = {n: torch.cat([torch.as_tensor(c.draws[n]) for c in done]) for n in names}
-    stats = {n: np.stack([c.stats[n] for c in done]) for n in done[0].stats}
-    method = getattr(getattr(factory, "func", factory), "__name__", "MCMC")
     state = State(tuple(m for m in [program.pair] if isinstance(m, torch.nn.Module)))
+    draws = {n: made.draws[n] for n in program.sites if n in made.draws}
+    attrs = {"method": made.method, "program": made.program}
     with state():
-        idata = to_idata(program, draws, stats, chains=len(done), attrs={"method": method, **attrs})
-
-    def more(size: int, seed: int) -> dict[str, Tensor]:
-        each = -(-size // len(done))
-        seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence([seed, 1]).spawn(len(done))]
-        with torch.enable_grad():
-            silent = partial(run, lambda *_: None, draws=each, warmup=0)
-            on = [silent(s, start=c) for s, c in zip(seeds, done, strict=True)]
-        return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in on])[:size] for n in names}
-
+        idata = to_idata(program, draws, made.stats, chains=made.chains, attrs=attrs)
     return Result(
         idata=idata,
         params=state.values(),
         losses=np.zeros(0),
-        seconds={**seconds, "draws": perf_counter() - started},
-        method=method,
+        seconds={"setup": made.setup, "run": elapsed - made.setup, "draws": perf_counter() - started},
+        method=made.method,
         diagnosis=diagnose(idata),
         draws=draws,
         program=program,
         state=state,
-        more=more,
+        more=made.more,
     )

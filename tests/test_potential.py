@@ -12,7 +12,7 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from inference import sample, tracing
-from inference.potential import CompiledPotential, compile_kernel
+from inference.potential import CompiledPotential, ManyChains, compile_kernel
 from inference.program import isolated
 from inference.tracing import Untraceable
 from ppl_models.zoo import ZOO, Row
@@ -66,6 +66,53 @@ def test_the_traced_potential_of_every_row_is_pyros(row: Row) -> None:
     with isolated(0):
         pair = row.pair(dataset)
         agree(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
+
+
+def agree_for_many(model) -> None:
+    """Hold energies and gradients of five chains at once against Pyro's, one by one."""
+    start, potential, _, _ = initialize_model(model)
+    many = ManyChains(potential, start, 5)
+    torch.manual_seed(1)
+    points = {n: torch.randn(5, *v.shape).to(v) for n, v in start.items()}
+    energies, gradients = many.run(many.pack(points))
+    named = many.unpack(gradients)
+    for k in range(5):
+        expected, energy = potential_grad(potential, {n: v[k] for n, v in points.items()})
+        torch.testing.assert_close(energies[k].to(energy), energy, rtol=1e-5, atol=1e-5)
+        for name in start:
+            torch.testing.assert_close(named[name][k], expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("row", ZOO.values(), ids=list(ZOO))
+def test_many_chains_of_every_row_have_pyros_potential(row: Row) -> None:
+    dataset = row.load()
+    with isolated(0):
+        pair = row.pair(dataset)
+        agree_for_many(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_many_chains_of_plain_models_have_pyros_potential(name: str) -> None:
+    model, y = PLAIN[name]
+    with isolated(0):
+        agree_for_many(partial(model, y))
+
+
+def test_terms_of_the_data_are_computed_once() -> None:
+    x = torch.ones(3).double()
+
+    def potential(values):
+        return (values["a"] - x.exp().log1p().sum()) ** 2
+
+    many = ManyChains(potential, {"a": torch.ones(()).double()}, 4)
+    targets = [str(n.target) for n in many.run.__self__.graph.nodes]  # type: ignore[attr-defined]
+    assert not any("exp." in t or "log1p" in t for t in targets)
+    assert any("sub" in t for t in targets)
+
+
+def test_a_potential_with_noise_of_its_own_is_refused() -> None:
+    with pytest.raises(Untraceable, match="random operation"):
+        ManyChains(lambda v: v["a"] ** 2 * torch.rand(()), {"a": torch.ones(())}, 4)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -1,8 +1,10 @@
-"""Kernels that ``sample`` runs: Pyro's own. Each is a subclass of ``pyro.infer.mcmc.MCMCKernel``.
+"""Kernels that ``sample`` runs: Pyro's own, and ours. Each is a subclass of ``pyro.infer.mcmc.MCMCKernel``.
 
 ``sample`` takes a factory from the model to the kernel: ``NUTS``, or ``partial(NUTS, full_mass=True)``.
 """
 
 from pyro.infer import HMC, NUTS
 
-__all__ = ["HMC", "NUTS"]
+from inference.kernels.chees import ChEES
+
+__all__ = ["HMC", "NUTS", "ChEES"]

@@ -1,0 +1,357 @@
+r"""ChEES-HMC: all chains in one tensor, and what one chain learns all use.
+
+Hamiltonian Monte Carlo whose step size, trajectory length and metric are learnt across chains: the step by dual
+averaging on the harmonic mean of the chains' acceptance, the length by ascending the ChEES criterion (the change in
+the squared distance from the mean that a trajectory makes), the metric from the covariance of all chains' draws in
+windows that grow. Trajectories are jittered by a Halton sequence.
+
+Reference: Hoffman, Radul and Sountsov 2021 (https://proceedings.mlr.press/v130/hoffman21a.html).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+
+from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
+from inference.potential import ManyChains
+from inference.tracing import OPTIONS, Untraceable, has_compiler, quietly
+
+BLOCK = 10
+"""Transitions that one call of the program makes."""
+JITTER = 0.6
+"""Share of a trajectory that the jitter takes off at most. The paper's is 1; short trajectories are mostly wasted where
+the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
+DENSE = 200
+"""Dimensions up to which a dense metric costs little beside the gradients it saves."""
+FRESH = 1 / 3
+"""Independent draws that one draw of the warmup is taken for."""
+TRIES = 100
+"""Redraws of starts whose density is not finite, as many as Pyro makes."""
+
+
+class ChEES(MCMCKernel):
+    r"""Hamiltonian Monte Carlo of many chains at once, tuned across them.
+
+    In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second
+    dimension. ``inference.sample`` reads them as chains.
+
+    Args:
+        model: A Pyro model; finite sites are summed out.
+        potential_fn: Instead of a model, a function from unconstrained values by name of one chain to minus the log
+            density; ``initial_params`` (chains, \*shape) then have to be set.
+        num_chains: Chains C; what is learnt across them is good from about 16 on.
+        step_size: Step size to start from.
+        trajectory_length: Longest trajectory to start from, in units of the metric.
+        target_accept_prob: Harmonic mean of the acceptance probabilities that the step size aims at.
+        full_mass: Whether the metric is dense; None: if the posterior has at most 200 dimensions.
+        max_steps: Most leapfrogs of a trajectory.
+        jit_compile: Whether blocks of transitions run as one compiled program; False runs the traced graph.
+        eager: Whether a model that cannot be traced runs one chain after another, with a warning; False: an error.
+        transforms: Transforms from constrained to unconstrained values by site; None: Pyro's.
+        max_plate_nesting: Dimensions that plates use; None: found by running the model.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 100.0])).to_event(1))
+        >>> pyro.set_rng_seed(0)
+        >>> mcmc = pyro.infer.MCMC(
+        ...     ChEES(model, num_chains=32, jit_compile=False), num_samples=100, warmup_steps=200, disable_progbar=True)
+        >>> mcmc.run()
+        >>> mcmc.get_samples()["x"].shape
+        torch.Size([100, 32, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        *,
+        num_chains: int = 64,
+        step_size: float = 0.1,
+        trajectory_length: float = 1.0,
+        target_accept_prob: float = 0.651,
+        full_mass: bool | None = None,
+        max_steps: int = 512,
+        jit_compile: bool = True,
+        eager: bool = True,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError("model: expected either a model or a potential_fn")
+        for name, value, least in (("num_chains", num_chains, 2), ("max_steps", max_steps, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name, number in (("step_size", step_size), ("trajectory_length", trajectory_length)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {number!r}")
+        if not 0 < target_accept_prob < 1:
+            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {target_accept_prob!r}")
+        self.model, self.potential_fn = model, potential_fn
+        self.num_chains, self.max_steps, self.full_mass = num_chains, max_steps, full_mass
+        self.jit_compile, self._eager = jit_compile, eager
+        self.transforms: dict[str, Any] = dict(transforms or {})
+        self._target, self._start = target_accept_prob, (step_size, trajectory_length)
+        self._given_transforms, self._nesting = transforms, max_plate_nesting
+        self._initial: dict[str, Tensor] | None = None
+        super().__init__()
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        r"""Unconstrained values by name, (chains, \*shape), that the chains start from."""
+        return {} if self._initial is None else self._initial
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        wrong = [n for n, v in params.items() if v.dim() == 0 or len(v) != self.num_chains]
+        if wrong:
+            shape = tuple(params[wrong[0]].shape)
+            raise ValueError(f"initial_params: expected ({self.num_chains}, ...) for {wrong[0]}, got {shape}")
+        self._initial = params
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Trace the model, find starts of finite density, and lay out the warmup."""
+        example = self._one_chain(args, kwargs)
+        self._density = self._trace(example)
+        self.program = "traced" if self._density.traced else "eager"
+        self._run: Callable[..., Any] = run_block
+        position = self._density.pack(self._initial) if self._initial else self._random_start()
+        self._place(position)
+        self._initial = self._density.unpack(position)
+        dim, like = self._density.dim, self._density.like
+        dense = dim <= DENSE if self.full_mass is None else self.full_mass
+        self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in range(2)))
+        self._tuning = fresh_tuning(*self._start, like)
+        self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
+        self._renewals = _renewals(warmup_steps)
+        self._window: list[Tensor] = []
+        self._last = self._initial
+        self._diverging: list[Tensor] = []
+        if self.jit_compile:
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Compile the block of transitions, and run it once so that the cost is paid here."""
+        if self.program != "traced" or not has_compiler():
+            return
+        on_cpu = self._density.like.device.type == "cpu"
+        if not on_cpu:
+            # There a loop inside the program would wait for the device at every leapfrog.
+            self._density.run = torch.compile(self._density.run, dynamic=False)
+        else:
+            # The wrapper in C++ is what makes a leapfrog in a loop cost no Python.
+            options = {**OPTIONS, "cpp_wrapper": True}
+            self._run = torch.compile(_own(run_block), dynamic=False, fullgraph=True, options=options)
+        state = torch.get_rng_state()
+        try:
+            with quietly():
+                self._block(learning=False)
+            self.program = "fused"
+        except Exception as error:
+            self._run = run_block
+            warnings.warn(f"the chains run traced, but not fused: {type(error).__name__}", stacklevel=3)
+        finally:
+            torch.set_rng_state(state)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        r"""One transition of all chains, of a block that has been run ahead: values by name (chains, \*shape)."""
+        if params is not self._last:
+            self._place(self._density.pack(params))
+        if self._handed == self._warmup:
+            self.end_warmup()
+        if not self._queue:
+            values = self._density.unpack(self.advance().position)
+            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(BLOCK))
+        self._handed += 1
+        self._last = self._queue.popleft()
+        return self._last
+
+    def advance(self) -> Moves:
+        """Run a block of transitions: the warmup's until it is over, then draws."""
+        learning = self.warming
+        self._chains, self._tuning, self._latest = self._block(learning)
+        self._taken += BLOCK
+        if not learning:
+            self._diverging.append(self._latest.diverging)
+            return self._latest
+        self._window.append(self._latest.position)
+        if self._taken in self._renewals:
+            self._renew()
+        if self._taken >= self._warmup:
+            self._hold()
+        return self._latest
+
+    @property
+    def warming(self) -> bool:
+        """Whether the next block is one of the warmup."""
+        return not self._ended
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Where the chains stand, to go on from there again."""
+        return self._chains, self._tuning, self._metric, self._taken
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self._chains, self._tuning, self._metric, self._taken = state
+        self._queue.clear()
+
+    def constrain(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) of positions (..., D)."""
+        values = self._density.unpack(positions)
+        return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
+
+    def end_warmup(self) -> None:
+        """Hold the metric, and the running means of step and length, from now on."""
+        if self._handed <= self._warmup:
+            # What is left of the last block of the warmup is no draw.
+            self._queue.clear()
+        if self.warming:
+            self._hold()
+
+    def logging(self) -> OrderedDict[str, str]:
+        """Step size, longest trajectory in steps and acceptance, for a progress bar."""
+        learnt = Tuning(*self._tuning.exp().tolist())
+        shown = {"step size": f"{learnt.step:.2e}", "steps": f"{learnt.length / learnt.step:.0f}"}
+        return OrderedDict(shown | {"acc. prob": f"{float(self._latest.acceptance.mean()):.3f}"})
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Divergent draws by chain, after the warmup."""
+        if not self._diverging:
+            return {"divergences": {}}
+        diverging = torch.cat(self._diverging).cpu()
+        chains = diverging.any(0).nonzero().flatten().tolist()
+        return {"divergences": {f"chain {c}": diverging[:, c].nonzero().flatten().tolist() for c in chains}}
+
+    def _hold(self) -> None:
+        self._ended = True
+        learnt = Tuning(*self._tuning.unbind())
+        self._tuning = torch.stack(learnt._replace(step=learnt.step_mean, length=learnt.length_mean))
+        self._window.clear()
+
+    def _place(self, position: Tensor) -> None:
+        self._chains = Chains(*(v.contiguous() for v in (position, *self._density.run(position))))
+        self._queue: deque[dict[str, Tensor]] = deque()
+
+    def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
+        like, shape = self._density.like, (BLOCK, *self._chains.position.shape)
+        # A start far away may need few long steps or many short ones: until the metric is known, few.
+        limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
+        rules = like.new_tensor([self._target, limit, learning])
+        jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(BLOCK)])
+        normal = torch.randn(shape, dtype=like.dtype, device=like.device)
+        uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
+        # A tensor laid out otherwise would be another program.
+        chains = Chains(*(v.contiguous() for v in self._chains))
+        with torch.no_grad():
+            return self._run(
+                self._density.run, chains, self._tuning, self._metric, rules, Noise(normal, uniform, jitter)
+            )
+
+    def _renew(self) -> None:
+        """Take the metric from the second half of the window, and learn step and length anew in it."""
+        blocks = self._window[len(self._window) // 2 :]
+        self._window.clear()
+        draws = torch.cat([b.flatten(0, 1) for b in blocks]).double()
+        draws = draws[draws.isfinite().all(-1)]
+        self._metric, slowest = _metric(draws, self._metric)
+        step = 1.5 * self._density.dim**-0.25
+        self._tuning = fresh_tuning(step, max(2.0, math.pi / 2 * slowest), self._density.like)
+
+    def _one_chain(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        if self.model is None:
+            if self._initial is None:
+                raise ValueError("initial_params: expected unconstrained values of all chains beside a potential_fn")
+            return {n: v[0] for n, v in self._initial.items()}
+        with warnings.catch_warnings():
+            # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
+            warnings.filterwarnings("ignore", message="Encountered")
+            example, self.potential_fn, self.transforms, _ = initialize_model(
+                self.model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
+            )
+        return example
+
+    def _trace(self, example: dict[str, Tensor]) -> ManyChains:
+        try:
+            return ManyChains(self.potential_fn, example, self.num_chains)  # type: ignore[arg-type]
+        except Untraceable as error:
+            if not self._eager:
+                raise
+            warnings.warn(f"the chains run eagerly one after another, for they cannot be traced: {error}", stacklevel=4)
+            return ManyChains(self.potential_fn, example, self.num_chains, eager=True)  # type: ignore[arg-type]
+
+    def _random_start(self) -> Tensor:
+        """Uniform starts in (-2, 2), as Pyro draws them, again where density or gradient is not finite."""
+        like, shape = self._density.like, (self.num_chains, self._density.dim)
+        position = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-2, 2)
+        for _ in range(TRIES):
+            energy, gradient = self._density.run(position)
+            bad = ~(energy.isfinite() & gradient.isfinite().all(-1))
+            if not bad.any():
+                return position
+            position = torch.where(bad[:, None], torch.empty_like(position).uniform_(-2, 2), position)
+        raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
+
+
+def _renewals(warmup: int) -> set[int]:
+    """Transitions after which the metric is renewed: in windows that grow by half, the last at four fifths."""
+    last = 4 * warmup // 5 // BLOCK * BLOCK
+    times, window = {last} - {0}, float(BLOCK)
+    while window + BLOCK <= last:
+        times.add(int(window) // BLOCK * BLOCK)
+        window = max(1.5 * window, window + BLOCK)
+    return times
+
+
+def _metric(draws: Tensor, old: Metric) -> tuple[Metric, float]:
+    """Metric of draws (S, D), as far as they are enough to tell it from the last, and the largest sd that it leaves."""
+    like, dim = old.covariance, draws.shape[-1]
+    if like.dim() == 1:
+        spread = _spread(draws)
+        slowest = _largest(draws / spread) if dim <= DENSE else 1.0
+        return Metric(spread.square().to(like), (1 / spread).to(like)), slowest
+    # In the coordinates of the last metric, what few draws cannot tell stays as it was.
+    last = old.whitener.double()
+    white = draws @ last.T
+    spread = _spread(white)
+    few = (dim / (len(draws) * FRESH)) ** 2
+    correlation = (torch.cov((white / spread).T).reshape(dim, dim) + few * torch.eye(dim).to(white)) / (1 + few)
+    root = spread[:, None] * torch.linalg.cholesky(correlation)
+    back = torch.linalg.solve(last, root)
+    whitener = torch.linalg.solve_triangular(root, last, upper=False)
+    return Metric((back @ back.T).to(like), whitener.contiguous().to(like)), 1.0
+
+
+def _spread(draws: Tensor) -> Tensor:
+    spread = draws.std(0)
+    return torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
+
+
+def _largest(standard: Tensor) -> float:
+    """Standard deviation of the widest direction of draws (S, D)."""
+    return float(torch.linalg.matrix_norm(standard - standard.mean(0), 2)) / len(standard) ** 0.5
+
+
+def _halton(n: int) -> float:
+    """Element n of the Halton sequence of base 2, in (0, 1)."""
+    value, part = 0.0, 0.5
+    while n:
+        value, n, part = value + part * (n & 1), n >> 1, part / 2
+    return value
+
+
+def _own(function: Any) -> Any:
+    """A copy with a code object of its own: Dynamo keeps programs by code object, and gives up at the eighth."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
