@@ -260,7 +260,7 @@ class Program:
         with aside(), self.untouched(call):
             got = self._outcome(*self(inputs))
         self.calls = count
-        if not _close(got[:1], expected[:1]) or not _close(got[1:], expected[1:]):
+        if not close(got[:1], expected[:1]) or not close(got[1:], expected[1:]):
             raise Untraceable(
                 f"at call {count + 1} its loss is {sum(numbers(losses)):.7g}, that of its program {float(got[0]):.7g}, "
                 "or their gradients differ: what changes from step to step must be a tensor, an argument, or an "
@@ -469,7 +469,8 @@ def numbers(losses: Any) -> list[float]:
     return [float(x) for x in (losses if isinstance(losses, tuple) else (losses,))]
 
 
-def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
+def close(got: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether tensors agree to float error, relative to the largest of their numbers."""
     largest = max((float(t.nan_to_num(0, 0, 0).abs().max()) for t in expected if t.numel()), default=0.0)
     pairs = zip(got, expected, strict=True)
     return all(

@@ -31,7 +31,7 @@ from inference.program import aside
 
 _PROGRAMS: dict[Any, Callable[..., Any]] = {}
 """Fused programs of this process by the text of their graph: a fit of the same shape compiles nothing anew."""
-OPTIONS = {"fallback_random": True, "cpp.min_chunk_size": 16_384}
+OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp.min_chunk_size": 16_384}
 """How inductor compiles: with torch's own random numbers, and on several cores only what is worth their meeting."""
 _LIBRARIES = ("torch", "pyro", "inference")
 
