@@ -18,14 +18,12 @@ from torch.fx import GraphModule
 
 from inference.compiled import Program, close
 from inference.program import aside
-from inference.tracing import OPTIONS, Untraceable, has_compiler, quietly, traced
+from inference.tracing import Untraceable, has_compiler, looped, quietly, traced
 
 STEPS = 50
 """Steps that one call makes."""
 SMALL = 100_000
 """Numbers among a program's inputs up to which the call costs as much as the step."""
-_LOOPS: dict[Any, Callable[..., Any]] = {}
-"""Compiled loops of this process by the text of their step."""
 _FILL = {torch.ops.aten.randn.default: Tensor.normal_, torch.ops.aten.rand.default: Tensor.uniform_}
 
 
@@ -49,12 +47,7 @@ class Block:
         self._graph = self._stepped()
         self._noise = [torch.empty((STEPS, *v.shape), dtype=v.dtype, device=v.device) for _, v in self._draws]
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
-        key = (self._graph.code, shapes, tuple(self._moving), torch.get_num_threads())
-        if key not in _LOOPS:
-            # The wrapper in C++ is what makes a step in a loop cost no Python.
-            options = {**OPTIONS, "cpp_wrapper": True}
-            _LOOPS[key] = torch.compile(self._loop(), dynamic=False, fullgraph=True, options=options)
-        self._run = _LOOPS[key]
+        self._run = looped(self._loop(), ("block", self._graph.code, shapes, tuple(self._moving)))
         self._hold_against_single_steps()
 
     def __call__(self) -> list[Tensor]:

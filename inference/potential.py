@@ -98,14 +98,21 @@ class ManyChains:
         self.dim = len(first)
         self.like = first
         self.traced = not eager
-        self.run: Callable[[Tensor], tuple[Tensor, Tensor]] = self._loop
+        self.held: list[Tensor] = []
+        self.forward: Callable[..., Any] = self._loop
+        self.code = ""
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
             one = traced(functionalize(traced(lambda q: self._one(q), first)), first)
             graph = _folded(traced(functionalize(torch.vmap(one)), many))
+            self.held, self.code = lifted(graph), graph.code
             # A module's call goes through hooks that a compiler cannot follow.
-            self.run = graph.forward
+            self.forward = graph.forward
             self._check(many)
+
+    def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
+        return self.forward(positions, *self.held)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by name, (..., \*shape), of positions (..., D)."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -88,6 +89,21 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     if key not in _PROGRAMS:
         with quietly(), torch.no_grad():
             _PROGRAMS[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined]
+    return _PROGRAMS[key]
+
+
+def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
+    """A function of tensors, loops of theirs included, as one compiled program; kept for the process by ``key``.
+
+    The wrapper of the program is C++: it makes a round of a loop cost no Python.
+    """
+    key = key, torch.get_num_threads()
+    if key not in _PROGRAMS:
+        # A code object of its own: Dynamo keeps programs by code object, and gives up at the eighth.
+        code = function.__code__.replace()
+        own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        options = {**OPTIONS, "cpp_wrapper": True}
+        _PROGRAMS[key] = torch.compile(own, dynamic=False, fullgraph=True, options=options)
     return _PROGRAMS[key]
 
 

@@ -93,16 +93,20 @@ def fit(
 def sample(
     pair: PairName,
     data_name: DataName = None,
-    draws: Draws = 1000,
-    warmup: Annotated[int, typer.Option(min=0, help="Draws a chain to adapt with.")] = 1000,
-    chains: Annotated[int, typer.Option(min=1, help="Number of chains.")] = 4,
-    kernel: Annotated[str, typer.Option(help="NUTS or HMC.")] = "NUTS",
+    draws: Annotated[int | None, typer.Option(min=4, help="Draws a chain; default: the kernel's.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Draws a chain to adapt with; default: the kernel's.")
+    ] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="ChEES, NUTS or HMC; default: as sample() chooses.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
     """Sample a pair's posterior by Markov chains."""
     with _one_line():
-        factory = getattr(inference.kernels, _known("kernel", kernel.upper(), inference.kernels.__all__))
+        kernels = {n.lower(): n for n in inference.kernels.__all__}
+        named = kernel and kernels.get(kernel.lower(), kernel)
+        factory = getattr(inference.kernels, _known("kernel", named, inference.kernels.__all__)) if named else None
         row, dataset, folder = _prepare(pair, data_name, out_dir)
         result = inference.sample(
             row.pair(dataset), dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
 
 from inference import compare, fit, sample
@@ -97,8 +98,7 @@ def point(pair: Pair, given: Any, **arguments: Any) -> Any:
 # A mode without noise in its gradient: large steps at first, and a schedule that brings them to rest.
 _SVI: dict[str, Method] = {"MAP": partial(point, steps=1000, learning_rate=0.5), "SVI": partial(fit, steps=3000)}
 _CONJUGATE: dict[str, Method] = {"exact": exact, **_SVI}
-_SHORT = partial(sample, draws=1000, warmup=500, chains=2)
-_LONG = partial(sample, draws=1000, warmup=500, chains=4)
+_CHAINS: dict[str, Method] = {"ChEES": sample, "NUTS": partial(sample, kernel=NUTS, draws=1000, warmup=500, chains=2)}
 
 ZOO: dict[str, Row] = {
     row.name: row
@@ -110,7 +110,7 @@ ZOO: dict[str, Row] = {
             data="breast_cancer",
             also=("wine", "iris", "digits"),
             prepare={"standardise": True},
-            methods={**_CONJUGATE, "NUTS": partial(sample, draws=500, warmup=500, chains=2)},
+            methods={**_CONJUGATE, **_CHAINS},
             truth=_conjugate,
             source="conjugate posterior",
         ),
@@ -121,7 +121,7 @@ ZOO: dict[str, Row] = {
             data="digits",
             also=("xwindows", "news20_w100", "sms_spam", "mnist", "fashion_mnist"),
             prepare={"binarise": True},
-            methods={**_CONJUGATE, "NUTS": _SHORT},
+            methods={**_CONJUGATE, **_CHAINS},
             truth=_conjugate,
             source="conjugate posterior",
         ),
@@ -132,7 +132,7 @@ ZOO: dict[str, Row] = {
             data="digits",
             also=("sms_spam", "xwindows", "news20_w100"),
             prepare={},
-            methods={**_CONJUGATE, "NUTS": _SHORT},
+            methods={**_CONJUGATE, **_CHAINS},
             truth=_conjugate,
             source="conjugate posterior",
         ),
@@ -143,7 +143,7 @@ ZOO: dict[str, Row] = {
             data="breast_cancer",
             also=("wine", "iris", "digits"),
             prepare={"standardise": True},
-            methods={**_SVI, "NUTS": _LONG},
+            methods={**_SVI, **_CHAINS},
             truth=lambda pair, given: pair.moments(**given),
             source="importance sampling, its own",
         ),
@@ -157,7 +157,7 @@ ZOO: dict[str, Row] = {
             methods={
                 "MAP": partial(point, steps=1500, learning_rate=0.05),
                 "SVI": partial(fit, steps=3000),
-                "NUTS": partial(sample, draws=500, warmup=500, chains=2),
+                **_CHAINS,
             },
             truth=None,
             source="held-out predictions only: its modes are many",

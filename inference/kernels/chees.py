@@ -14,7 +14,6 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 from inference.potential import ManyChains
-from inference.tracing import OPTIONS, Untraceable, has_compiler, quietly
+from inference.tracing import Untraceable, has_compiler, looped, quietly
 
 BLOCK = 10
 """Transitions that one call of the program makes."""
@@ -125,7 +124,7 @@ class ChEES(MCMCKernel):
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
         self.program = "traced" if self._density.traced else "eager"
-        self._run: Callable[..., Any] = run_block
+        self._run: Callable[..., Any] = self._plain()
         position = self._density.pack(self._initial) if self._initial else self._random_start()
         self._place(position)
         self._initial = self._density.unpack(position)
@@ -145,21 +144,21 @@ class ChEES(MCMCKernel):
         """Compile the block of transitions, and run it once so that the cost is paid here."""
         if self.program != "traced" or not has_compiler():
             return
-        on_cpu = self._density.like.device.type == "cpu"
-        if not on_cpu:
-            # There a loop inside the program would wait for the device at every leapfrog.
-            self._density.run = torch.compile(self._density.run, dynamic=False)
+        if self._density.like.device.type == "cpu":
+            shapes = tuple(
+                (t.shape, t.stride(), t.dtype) for t in (self._chains.position, *self._metric, *self._density.held)
+            )
+            self._run = looped(self._plain(), ("chees", self._density.code, shapes))
         else:
-            # The wrapper in C++ is what makes a leapfrog in a loop cost no Python.
-            options = {**OPTIONS, "cpp_wrapper": True}
-            self._run = torch.compile(_own(run_block), dynamic=False, fullgraph=True, options=options)
+            # There a loop inside the program would wait for the device at every leapfrog.
+            self._density.forward = torch.compile(self._density.forward, dynamic=False)
         state = torch.get_rng_state()
         try:
             with quietly():
                 self._block(learning=False)
             self.program = "fused"
         except Exception as error:
-            self._run = run_block
+            self._run = self._plain()
             warnings.warn(f"the chains run traced, but not fused: {type(error).__name__}", stacklevel=3)
         finally:
             torch.set_rng_state(state)
@@ -255,9 +254,17 @@ class ChEES(MCMCKernel):
         # A tensor laid out otherwise would be another program.
         chains = Chains(*(v.contiguous() for v in self._chains))
         with torch.no_grad():
-            return self._run(
-                self._density.run, chains, self._tuning, self._metric, rules, Noise(normal, uniform, jitter)
-            )
+            noise = Noise(normal, uniform, jitter)
+            return self._run(self._density.held, chains, self._tuning, self._metric, rules, noise)
+
+    def _plain(self) -> Callable[..., Any]:
+        """A block of transitions as a function of tensors alone."""
+        forward = self._density.forward
+
+        def block(held: list[Tensor], *rest: Any) -> Any:
+            return run_block(lambda q: forward(q, *held), *rest)
+
+        return block
 
     def _renew(self) -> None:
         """Take the metric from the second half of the window, and learn step and length anew in it."""
@@ -349,9 +356,3 @@ def _halton(n: int) -> float:
     while n:
         value, n, part = value + part * (n & 1), n >> 1, part / 2
     return value
-
-
-def _own(function: Any) -> Any:
-    """A copy with a code object of its own: Dynamo keeps programs by code object, and gives up at the eighth."""
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
