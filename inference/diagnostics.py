@@ -76,7 +76,7 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosi
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     method = idata["posterior"].attrs.get("method", "NUTS")
     advice = _judge_chains(table, divergences, chains, draws, method, partial(_modes, idata["posterior"]))
-    return Diagnosis(table, divergences, None, (*_judge_stuck(idata), *advice))
+    return Diagnosis(table, divergences, None, (*_judge_stuck(idata), *_judge_restarts(idata), *advice))
 
 
 def pareto_k(log_weights: Tensor) -> float:
@@ -172,6 +172,16 @@ def _judge_stuck(idata: az.InferenceData) -> tuple[str, ...]:
     return (
         f"{_chains(stuck).capitalize()} hardly moved (mean acceptance below {STUCK}): their draws are where they got "
         "stuck; run a longer warmup, or look for a place where the density is flat or not finite.",
+    )
+
+
+def _judge_restarts(idata: az.InferenceData) -> tuple[str, ...]:
+    count = idata["posterior"].attrs.get("restarted", 0)
+    if not count:
+        return ()
+    return (
+        f"{count} chains went astray in the warmup, to where the density is hopelessly low, and were put beside "
+        "others: a mode that is low but very wide would be missed; kernel=NUTS moves none.",
     )
 
 

@@ -104,7 +104,7 @@ class ManyChains:
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
             one = traced(functionalize(traced(lambda q: self._one(q), first)), first)
-            graph = _folded(traced(functionalize(torch.vmap(one)), many))
+            graph = _folded(_shared(traced(functionalize(torch.vmap(one)), many)))
             self.held, self.code = lifted(graph), graph.code
             # A module's call goes through hooks that a compiler cannot follow.
             self.forward = graph.forward
@@ -142,6 +142,34 @@ class ManyChains:
         expected, got = self._loop(moved[pick])[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _shared(graph: GraphModule) -> GraphModule:
+    """The graph with one matrix product where vmap multiplies each chain by the same matrix, the data's mostly."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
+        # What is shared was expanded over the chains: a dimension without a stride.
+        which = [k for k in (0, 1) if node.args[k].meta["val"].stride(0) == 0]
+        if len(which) != 1:
+            continue
+        left, right = node.args
+        (b, n, m), k = left.meta["val"].shape, right.meta["val"].shape[-1]
+        call = graph.graph.call_function
+        with graph.graph.inserting_before(node):
+            matrix = call(aten.select.int, (node.args[which[0]], 0, 0))
+            if which[0] == 0:
+                rows = call(aten.reshape.default, (call(aten.transpose.int, (right, 1, 2)), [b * k, m]))
+                product = call(aten.mm.default, (rows, call(aten.t.default, (matrix,))))
+                out = call(aten.transpose.int, (call(aten.reshape.default, (product, [b, k, n])), 1, 2))
+            else:
+                product = call(aten.mm.default, (call(aten.reshape.default, (left, [b * n, m])), matrix))
+                out = call(aten.reshape.default, (product, [b, n, k]))
+            # Whatever views the product expects the layout that it had.
+            out = call(aten.clone.default, (out,), {"memory_format": torch.contiguous_format})
+        node.replace_all_uses_with(out)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 def _folded(graph: GraphModule) -> GraphModule:

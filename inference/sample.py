@@ -70,6 +70,7 @@ class Made:
     program: str
     method: str
     more: Callable[[int, int], dict[str, Tensor]]
+    restarted: int = 0
 
 
 def sample(
@@ -192,7 +193,7 @@ def _many(
         on = run(each, lambda *_: None)[0]
         return {n: v.unflatten(0, (chains, each)).transpose(0, 1).flatten(0, 1)[:size] for n, v in on.items()}
 
-    return Made(values, stats, chains, setup, kernel.program, _method(factory), more)
+    return Made(values, stats, chains, setup, kernel.program, _method(factory), more, kernel.restarted)
 
 
 def _batch_statistics(moves: Moves) -> dict[str, np.ndarray]:
@@ -500,7 +501,7 @@ def _conclude(program: Program, made: Made, elapsed: float) -> Result:
     started = perf_counter()
     state = State(tuple(m for m in [program.pair] if isinstance(m, torch.nn.Module)))
     draws = {n: made.draws[n] for n in program.sites if n in made.draws}
-    attrs = {"method": made.method, "program": made.program}
+    attrs = {"method": made.method, "program": made.program, "restarted": made.restarted}
     with state():
         idata = to_idata(program, draws, made.stats, chains=made.chains, attrs=attrs)
     return Result(

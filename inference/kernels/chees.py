@@ -34,6 +34,9 @@ DENSE = 200
 """Dimensions up to which a dense metric costs little beside the gradients it saves."""
 FRESH = 1 / 3
 """Independent draws that one draw of the warmup is taken for."""
+HOPELESS = 5.0
+"""Standard deviations of the energy of a normal posterior (the root of half its dimensions, at least 4) by
+which a chain's lies above the median when it is put elsewhere during the warmup."""
 TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
@@ -43,6 +46,9 @@ class ChEES(MCMCKernel):
 
     In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second
     dimension. ``inference.sample`` reads them as chains.
+
+    In the warmup a chain whose density is hopelessly below that of the others is put where another stands; attribute
+    ``restarted`` counts them.
 
     Args:
         model: A Pyro model; finite sites are summed out.
@@ -135,6 +141,7 @@ class ChEES(MCMCKernel):
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
+        self.restarted = 0
         self._last = self._initial
         self._diverging: list[Tensor] = []
         if self.jit_compile:
@@ -186,7 +193,7 @@ class ChEES(MCMCKernel):
             return self._latest
         self._window.append(self._latest.position)
         if self._taken in self._renewals:
-            self._renew()
+            self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
         if self._taken >= self._warmup:
             self._hold()
         return self._latest
@@ -266,10 +273,31 @@ class ChEES(MCMCKernel):
 
         return block
 
-    def _renew(self) -> None:
+    def _restart(self) -> Tensor:
+        """Put chains whose density is hopelessly low where others stand: they would hold back what all learn.
+
+        Returns:
+            Which chains were left where they are, (chains,).
+        """
+        energy = self._latest.energy.double().mean(0)
+        excess = energy.nan_to_num(torch.inf, torch.inf) - energy.nanmedian()
+        lost = excess > HOPELESS * max(self._density.dim / 2, 16.0) ** 0.5
+        found = (excess <= 0).nonzero().flatten()
+        count = int(lost.sum())
+        if count and len(found):
+            self.restarted += count
+            others = found[torch.randint(len(found), (count,), device=found.device)]
+            self._chains = Chains(*(v.clone() for v in self._chains))
+            for value in self._chains:
+                value[lost] = value[others]
+        return ~lost
+
+    def _renew(self, left: Tensor | None = None) -> None:
         """Take the metric from the second half of the window, and learn step and length anew in it."""
         blocks = self._window[len(self._window) // 2 :]
         self._window.clear()
+        if left is not None and left.any():
+            blocks = [b[:, left] for b in blocks]
         draws = torch.cat([b.flatten(0, 1) for b in blocks]).double()
         draws = draws[draws.isfinite().all(-1)]
         self._metric, slowest = _metric(draws, self._metric)

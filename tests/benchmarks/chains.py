@@ -43,7 +43,8 @@ def _shape(chains: int, warmup: int, draws: int, **more: Any) -> dict[str, Any]:
 
 CONTENDERS = {
     "sample(pair, data)": Contender("ours", samplers.ours, quick=True),
-    "sample, kernel=NUTS": Contender("ours, NUTS", samplers.ours, {"kernel": "NUTS"}),
+    "sample, draws=1000": Contender("ours", samplers.ours, {"draws": 1000}),
+    "sample, kernel=NUTS": Contender("ours, NUTS", samplers.ours, {"kernel": "NUTS"}, most=1),
     "Pyro NUTS 2x500": Contender("Pyro NUTS", samplers.pyro, _shape(2, 300, 500), most=1),
     "NumPyro NUTS 4x1000": Contender("NumPyro NUTS", samplers.numpyro, _shape(4, 1000, 1000), quick=True),
     "NumPyro NUTS 64x500": Contender("NumPyro NUTS", samplers.numpyro, _shape(64, 500, 500)),
