@@ -11,6 +11,7 @@ from inference import kernels, objectives
 from inference.compare import Comparison, compare
 from inference.diagnostics import Diagnosis, diagnose
 from inference.fit import fit
+from inference.optim import Joint
 from inference.predict import pointwise_log_likelihood, posterior_predictive, prior_predictive
 from inference.queries import classify
 from inference.result import Result
@@ -19,6 +20,7 @@ from inference.sample import sample
 __all__ = [
     "Comparison",
     "Diagnosis",
+    "Joint",
     "Result",
     "classify",
     "compare",

@@ -41,6 +41,8 @@ class Block:
     def __init__(self, program: Program, inputs: list[Tensor]) -> None:
         if not has_compiler():
             raise Untraceable("no C++ compiler was found")
+        if not program.single:
+            raise Untraceable("the objective has more than one loss")
         self._program, self._inputs = program, inputs
         self._moving = program.moving(inputs)
         self._fixed = [k for k in range(len(inputs)) if k not in self._moving]

@@ -31,7 +31,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inference.program import aside
-from inference.tracing import Untraceable, fused, lifted, traced
+from inference.tracing import LIBRARIES, Untraceable, fused, lifted, traced
 
 LIMIT = 16
 """Programs that one objective may trace before it is taken to change at every step."""
@@ -211,6 +211,11 @@ class Program:
         rest = iter(outputs[count:])
         return outputs[0] if single else tuple(outputs[:count]), [next(rest) if p else None for p in present]
 
+    @property
+    def single(self) -> bool:
+        """Whether the objective returns one loss, and not a tuple of them."""
+        return bool(self._form[0])
+
     def losses(self, inputs: list[Tensor]) -> Any:
         """What a call gives, its gradients left aside."""
         with torch.no_grad():
@@ -355,7 +360,7 @@ def reachable(*functions: Any) -> list[torch.nn.Module]:
             continue
         waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
         waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
-        if isinstance(item, FunctionType):
+        if isinstance(item, FunctionType) and not item.__module__.startswith(LIBRARIES):
             waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
             waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
     return [m for m in found.values() if isinstance(m, torch.nn.Module)]

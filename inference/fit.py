@@ -28,7 +28,7 @@ from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, to_idata
 from inference.steps import Failure, Optimized, Whole, by_adam
 
-TRACE_FROM, FUSE_FROM = 300, 5000
+TRACE_FROM, FUSE_FROM = 1000, 5000
 """Steps from which a fit is traced, and fused. Both the cost of compiling and what a step then saves grow with the
 operations of the graph (tens of milliseconds against microseconds for each), so that their ratio decides."""
 JUDGED = 100_000_000

@@ -5,8 +5,9 @@ that have no draws are summed out exactly,
 
 .. math:: \log p(x_n \mid \theta_s) = \log \sum_y p(x_n, y \mid \theta_s).
 
-Before a model is trusted with that, two draws are scored both at once and one by one; where the two
-disagree the draws run one by one, and a warning gives the reason.
+Before a model is trusted with that, two draws are scored both at once and one by one. Where the two disagree, one
+draw's run is recorded as a graph and mapped over all; where that fails too the draws run one by one, and a warning
+gives the reason.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from inference.program import Program, Site, aside, bind, isolated
+from inference.tracing import Untraceable, quietly, traced
 
 Draws = Mapping[str, Tensor]
 PLATE = "_draws"
@@ -279,15 +281,61 @@ def _chunked(
     """Run ``body`` over all draws, as many at once as the memory budget and the model allow."""
     _check_draws(program, draws)
     total = len(next(iter(draws.values()))) if draws else count or 1
-    step = max(1, BUDGET // max(1, _width(program))) if _lifts(program, draws) else None
-    parts: dict[str, list[Tensor]] = {}
+    step = max(1, BUDGET // max(1, _width(program)))
+    obstacle = _obstacle(program, draws)
     with torch.no_grad():
-        for start in range(0, total, step or 1):
-            stop = min(total, start + (step or 1))
-            chunk = {n: v[start:stop] for n, v in draws.items()}
-            for name, value in body(chunk, None if step is None else stop - start).items():
-                parts.setdefault(name, []).append(value)
-    return {n: v[0] if len(v) == 1 else torch.cat(v) for n, v in parts.items()}
+        if obstacle is None:
+            spans = [(start, min(total, start + step)) for start in range(0, total, step)]
+            parts = [body({n: v[a:b] for n, v in draws.items()}, b - a) for a, b in spans]
+        else:
+            found = _mapped(draws, body, total, step)
+            if found is not None:
+                return found
+            if "slow" not in program.memo:
+                program.memo["slow"] = True
+                _say_slow(program, "model", obstacle)
+            parts = [body({n: v[k : k + 1] for n, v in draws.items()}, None) for k in range(total)]
+    return {n: parts[0][n] if len(parts) == 1 else torch.cat([part[n] for part in parts]) for n in parts[0]}
+
+
+def _mapped(
+    draws: Draws, body: Callable[[Draws, int | None], dict[str, Tensor]], total: int, step: int
+) -> dict[str, Tensor] | None:
+    """Run ``body`` for one draw as a graph, mapped over all draws; None where that cannot be done."""
+    names: list[str] = []
+
+    def one(_: Tensor, *values: Tensor) -> list[Tensor]:
+        found = body({n: v[None] for n, v in zip(draws, values, strict=True)}, None)
+        names[:] = found
+        return [v[0] for v in found.values()]
+
+    # Without draws there is still something to map over.
+    inputs = [torch.zeros(total), *draws.values()]
+    try:
+        graph = traced(one, *(v[0] for v in inputs))
+        many = torch.vmap(graph, randomness="different")
+        with quietly():
+            chunks = [many(*(v[start : start + step] for v in inputs)) for start in range(0, total, step)]
+        found = {n: torch.cat([chunk[k] for chunk in chunks]) for k, n in enumerate(names)}
+        return found if _is_bodys(found, draws, body) else None
+    except (Untraceable, *_UNLIFTED):
+        return None
+
+
+def _is_bodys(found: dict[str, Tensor], draws: Draws, body: Callable[[Draws, int | None], dict[str, Tensor]]) -> bool:
+    """Whether the first and last of what was found are those of the body, as far as it draws nothing."""
+    with aside():
+        for k in (0, -1):
+            own = {n: v[[k]] for n, v in draws.items()}
+            once, again = body(own, None), body(own, None)
+            for name, value in once.items():
+                tolerance = 1e-3 if value.dtype == torch.float32 else 1e-8
+                fixed = torch.equal(value, again[name])
+                if fixed and not torch.allclose(
+                    found[name][[k]], value, rtol=tolerance, atol=tolerance, equal_nan=True
+                ):
+                    return False
+    return True
 
 
 def _width(program: Program) -> int:
@@ -296,15 +344,15 @@ def _width(program: Program) -> int:
     return max(largest, program.numel) * (4 if program.enumerated else 1)
 
 
-def _lifts(program: Program, draws: Draws) -> bool:
-    """Whether the model gives the same densities for two draws at once as one by one."""
+def _obstacle(program: Program, draws: Draws) -> str | None:
+    """Why the model does not give the same densities for two draws at once as one by one; None if it does."""
     key = f"lifts {sorted(draws)}"
     if key not in program.memo:
         program.memo[key] = _try_lift(program, draws)
     return program.memo[key]
 
 
-def _try_lift(program: Program, draws: Draws) -> bool:
+def _try_lift(program: Program, draws: Draws) -> str | None:
     try:
         with aside(), torch.no_grad():
             pair = {n: v[[0, -1]] for n, v in draws.items()}
@@ -316,13 +364,11 @@ def _try_lift(program: Program, draws: Draws) -> bool:
             single = [{n: v[k : k + 1] for n, v in pair.items()} for k in (0, 1)]
             apart = torch.cat([_score(program, draw, None, "joint") for draw in single])
     except _UNLIFTED as error:
-        _say_slow(program, "model", error)
-        return False
+        return str(error)
     tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
     if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
-        return True
-    _say_slow(program, "model", f"log density {together.tolist()} at once, {apart.tolist()} one by one")
-    return False
+        return None
+    return f"log density {together.tolist()} at once, {apart.tolist()} one by one"
 
 
 def _say_slow(program: Program, half: str, reason: object) -> None:

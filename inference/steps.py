@@ -82,7 +82,7 @@ class Optimized:
         if self.last.keys() != params.keys():
             self.last = {n: torch.empty_like(p) for n, p in params.items()}
         with torch.no_grad():
-            torch._foreach_copy_(list(self.last.values()), list(params.values()))
+            torch._foreach_copy_(list(self.last.values()), [params[n] for n in self.last])
 
     def check(self, now: bool = False) -> Failure | None:
         """What was not finite, if anything."""
@@ -101,7 +101,6 @@ class Whole:
     model: Callable[..., Any]
     objective: Compiled
     rates: list[float]
-    fuse: bool = True
     single: bool = False
     adam: Adam | None = None
     done: int = 0
@@ -165,16 +164,23 @@ class Whole:
             self.adam.back(self._params())
         return Failure(good, culprits, sites)
 
-    def _fuse(self, program: Any, inputs: list[Tensor], rows: Rows) -> None:
-        """Compile many steps of small work on all rows, or the one step."""
+    def _compiled(self, program: Any, inputs: list[Tensor], rows: Rows) -> bool:
+        """Compile a new program: many steps of small work on all rows, or the one step."""
+        if program.calls:
+            return True
         numbers, on_cpu = sum(t.numel() for t in inputs), all(t.device.type == "cpu" for t in inputs)
         if rows is None and not self.single and numbers <= SMALL and on_cpu and len(self.rates) - self.done > STEPS:
             try:
                 self._block = Block(program, inputs)
-                return
+                return True
             except Untraceable:
                 pass
-        program.fuse(inputs)
+        try:
+            program.fuse(inputs)
+            program.hold_against_eager(program.call)
+        except Untraceable as error:
+            self.objective.give_up(str(error))
+        return self.objective.state != "eager"
 
     def _step(self, rows: Rows) -> Loss:
         if self._same is not None and not self._same[0].due():
@@ -182,9 +188,7 @@ class Whole:
         arguments = self.program.arguments(rows)
         if self.adam is not None:
             program, inputs = self.objective.prepare(self.model, self.program.guide, (), arguments, self.adam)
-            if program is not None:
-                if self.fuse and program.calls == 0:
-                    self._fuse(program, inputs, rows)
+            if program is not None and self._compiled(program, inputs, rows):
                 # All rows at every step: the inputs are the same tensors each time.
                 self._same = (program, inputs) if rows is None else None
                 return program.losses(inputs)
@@ -209,14 +213,13 @@ def by_adam(
 ) -> Optimized | Whole:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
     low = rate / 100
-    if mode == "eager":
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR
-        optimizer = Joint(
-            torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=low)
-        )
-        return Optimized(program, model, objective, optimizer)
-    rates = [low + (rate - low) * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
-    return Whole(program, model, Compiled(objective, fuse=False), rates, mode == "fused", single)
+    if mode == "fused":
+        rates = [low + (rate - low) * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
+        return Whole(program, model, Compiled(objective, fuse=False), rates, single=single)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR
+    optimizer = Joint(torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=low))
+    chosen = objective if mode == "eager" else Compiled(objective, fuse=False)
+    return Optimized(program, model, chosen, optimizer)
 
 
 def gradients(

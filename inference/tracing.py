@@ -34,7 +34,7 @@ _PROGRAMS: dict[Any, Callable[..., Any]] = {}
 """Fused programs of this process by the text of their graph: a fit of the same shape compiles nothing anew."""
 OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp.min_chunk_size": 16_384}
 """How inductor compiles: with torch's own random numbers, and on several cores only what is worth their meeting."""
-_LIBRARIES = ("torch", "pyro", "inference")
+LIBRARIES = ("torch", "pyro", "inference")
 
 
 class Untraceable(RuntimeError):
@@ -179,7 +179,7 @@ def _first_sentence(error: BaseException) -> str:
 
 def _place(error: BaseException, site: str | None) -> str:
     """Where the user's own code was: file, line and the last site."""
-    roots = {str(Path(sys.modules[m].__file__ or "").parent) for m in _LIBRARIES if m in sys.modules}
+    roots = {str(Path(sys.modules[m].__file__ or "").parent) for m in LIBRARIES if m in sys.modules}
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *roots))]
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     return f"{at}{f', after site {site}' if site else ''}"

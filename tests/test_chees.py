@@ -165,6 +165,19 @@ def test_two_modes_are_told() -> None:
     assert "at different modes" in result.diagnosis.advice[0]
 
 
+def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told() -> None:
+    def lopsided() -> None:
+        x = pyro.sample("x", dist.Normal(double(0.0), 100.0))
+        near, far = (-0.5 * ((x - at) / 0.1) ** 2 for at in (0.0, 2.0))
+        pyro.factor("modes", torch.logaddexp(near, far - 60.0))
+
+    result = run(lopsided, draws=200, warmup=200)
+    assert result.diagnosis.max_r_hat < 1.01
+    assert_normal(z_scores(posterior(result, "x"), np.zeros(()), np.full((), 0.1)))
+    assert any("chains went astray in the warmup" in line for line in result.diagnosis.advice)
+    assert result.idata.posterior.attrs["restarted"] > 0
+
+
 def test_constrained_sites() -> None:
     """Priors whose means are known: the Jacobians of all transforms are in the density."""
 

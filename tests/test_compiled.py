@@ -23,7 +23,7 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from inference import fit, tracing
+from inference import block, fit, tracing
 from inference.compiled import LIMIT, Compiled
 from inference.optim import Joint
 from inference.program import bind, enumerate_finite, isolated
@@ -399,6 +399,66 @@ def test_compiled_fits_are_eager_fits(batch: int | None, optimizer: Any) -> None
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("steps", [40, 51, 130])
+def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+    calls = []
+    take = block.Block.__call__
+
+    def counted(self: block.Block) -> list[Tensor]:
+        calls.append(1)
+        return take(self)
+
+    monkeypatch.setattr(block.Block, "__call__", counted)
+    eager, compiled = (quiet((model, AutoNormal(model)), X, steps=steps, compile=c) for c in (False, True))
+    assert len(calls) == (0 if steps == 40 else 1 + (steps - 1) // block.STEPS)  # one to hold it against single steps
+    assert compiled.idata.posterior.attrs["program"] == "fused"
+    torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-8, atol=1e-8)
+    for name, value in eager.params.items():
+        torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
+
+
+def test_two_losses_are_compiled_too() -> None:
+    def run(compile: bool) -> Any:
+        objective = ReweightedWakeSleep(num_particles=2, insomnia=0.5)
+        return quiet((sleeper, sleeper_guide), X, objective, steps=70, compile=compile)
+
+    eager, compiled = run(False), run(True)
+    assert eager.losses.shape == (70, 2)
+    assert compiled.idata.posterior.attrs["program"] == "fused"
+    torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-6, atol=1e-6)
+
+
+def test_noise_that_no_loop_can_draw_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    build = block.Block.__init__
+
+    def counted(self: block.Block, *arguments: Any) -> None:
+        build(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(block.Block, "__init__", counted)
+
+    def gamma(x: Tensor) -> None:
+        a = pyro.param("a", torch.tensor(2.0).double(), constraint=constraints.positive)
+        pyro.sample("scale", dist.Gamma(a, 2.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+    result = quiet((noisy, gamma), X, steps=80, compile=True)
+    assert not made
+    assert result.idata.posterior.attrs["program"] == "fused"
+
+
+def test_patience_stops_a_compiled_fit_where_it_stops_the_eager_one() -> None:
+    eager, compiled = (quiet((noisy, AutoNormal(noisy)), X, steps=600, patience=50, compile=c) for c in (False, True))
+    assert 100 <= len(eager.losses) == len(compiled.losses) < 600
+
+
 def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
     quiet((noisy, AutoNormal(noisy)), X, steps=5, compile=True)
     known = len(tracing._PROGRAMS)
@@ -408,7 +468,7 @@ def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
 
 
 def test_auto_goes_by_the_number_of_steps() -> None:
-    for steps, expected in ((100, "eager"), (400, "traced")):
+    for steps, expected in ((100, "eager"), (1000, "traced")):
         result = quiet((noisy, AutoNormal(noisy)), X, steps=steps, draws=30)
         assert result.idata.posterior.attrs["program"] == expected
 

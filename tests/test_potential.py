@@ -110,6 +110,39 @@ def test_terms_of_the_data_are_computed_once() -> None:
     assert any("sub" in t for t in targets)
 
 
+def test_all_chains_share_one_product_with_the_data() -> None:
+    x = torch.arange(12.0).double().reshape(6, 2)
+
+    def potential(values):
+        left, right = (x @ values["a"][:, None]).squeeze(-1), values["b"] @ x.T
+        return left.sigmoid().sum() + (left @ right.T).square().sum() + (values["b"] @ values["b"].T).sum()
+
+    example = {"a": torch.ones(2).double(), "b": torch.ones(3, 2).double()}
+    many = ManyChains(potential, example, 5)
+    targets = [str(n.target) for n in many.forward.__self__.graph.nodes]
+    # Left are the products of a chain with itself: their forward pass and two gradients at most.
+    assert any("aten.mm." in t for t in targets)
+    assert sum("bmm" in t for t in targets) < str(traced_naively(potential, example)).count("aten.bmm.default")
+    values = {
+        n: torch.randn((5, *v.shape), generator=torch.Generator().manual_seed(0)).double() for n, v in example.items()
+    }
+    energies, gradients = many.run(many.pack(values))
+    for k in range(5):
+        leaves = {n: v[k].clone().requires_grad_() for n, v in values.items()}
+        energy = potential(leaves)
+        energy.backward()
+        torch.testing.assert_close(energies[k], energy.detach())
+        torch.testing.assert_close(many.unpack(gradients)["a"][k], leaves["a"].grad)
+        torch.testing.assert_close(many.unpack(gradients)["b"][k], leaves["b"].grad)
+
+
+def traced_naively(potential, example):
+    """The graph of five chains as vmap leaves it."""
+    many = {n: v.expand(5, *v.shape).clone() for n, v in example.items()}
+    value = torch.func.grad_and_value(lambda *v: potential(dict(zip(example, v, strict=True))), argnums=(0, 1))
+    return tracing.traced(torch.vmap(value), *many.values()).code
+
+
 def test_a_potential_with_noise_of_its_own_is_refused() -> None:
     with pytest.raises(Untraceable, match="random operation"):
         ManyChains(lambda v: v["a"] ** 2 * torch.rand(()), {"a": torch.ones(())}, 4)

@@ -122,8 +122,7 @@ def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so() -> None:
         with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("y", dist.Normal(w[0] + w[1] * x, 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="stubborn: the model does not broadcast over draws"):
-        result = fitted(stubborn)
+    result = fitted(stubborn)
     w = result.draws["w"]
     by_hand = dist.Normal(w[:, :1] + w[:, 1:] * X, 1.0).log_prob(DATA["y"])
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
@@ -136,10 +135,36 @@ def test_a_model_that_broadcasts_wrongly_is_found_out() -> None:
             # Runs for many draws at once, but every draw gets the mean over all of them.
             pyro.sample("y", dist.Normal(w.mean() * x, 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="one by one"):
-        result = fitted(sly)
+    result = fitted(sly)
     by_hand = dist.Normal(result.draws["w"][:, None] * X, 1.0).log_prob(DATA["y"])
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+
+
+def test_a_model_that_its_values_steer_runs_draw_by_draw_and_says_so() -> None:
+    def steered(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("y", dist.Normal(w * x if w > 0 else 2 * w * x, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="steered: the model does not broadcast over draws .*; they run one by one"):
+        result = fitted(steered)
+    w = result.draws["w"][:, None]
+    by_hand = dist.Normal(torch.where(w > 0, w, 2 * w) * X, 1.0).log_prob(DATA["y"])
+    torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+
+
+def test_replicates_of_a_mapped_model_differ_from_draw_to_draw() -> None:
+    def stubborn(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("y", dist.Normal(w[0] + w[1] * x, 1.0), obs=y)
+
+    result = fitted(stubborn)
+    replicates = result.idata.posterior_predictive["y"].values[0]
+    w = result.draws["w"].numpy()
+    noise = replicates - (w[:, :1] + w[:, 1:] * X.numpy())
+    assert len(np.unique(noise)) == noise.size
+    assert abs(noise.std() - 1) < 5 / noise.size**0.5
 
 
 def test_rows_without_a_plate_cannot_be_told_apart() -> None:

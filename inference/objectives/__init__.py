@@ -1,4 +1,5 @@
-"""Objectives that ``fit`` minimises: Pyro's own. Each is a subclass of ``pyro.infer.elbo.ELBO``.
+"""Objectives that ``fit`` minimises: Pyro's own, and ``Compiled``, which makes any of them one program. Each is a
+subclass of ``pyro.infer.elbo.ELBO``.
 
 Tables of methods should hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda), for an
 instance remembers the plate nesting of the first pair it saw.
@@ -13,7 +14,10 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 
+from inference.compiled import Compiled
+
 __all__ = [
+    "Compiled",
     "RenyiELBO",
     "ReweightedWakeSleep",
     "TraceEnum_ELBO",

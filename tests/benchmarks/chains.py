@@ -86,6 +86,9 @@ def prepare(case: str, contender: str, *more: str) -> Callable[[int], dict[str, 
     """``more``: draws to make in place of those in the settings."""
     chosen = _REFERENCE if contender == REFERENCE else CONTENDERS[contender]
     settings = {**chosen.settings, **({"draws": int(more[0])} if more and more[0].isdigit() else {})}
+    if more and chosen.sampler is samplers.ours:
+        # From a new process, as a user starts it: compiled only where the work ahead is worth it.
+        settings["compile"] = "auto"
     run = chosen.sampler(POSTERIORS[case], **settings)
 
     def measure(seed: int) -> dict[str, Any]:

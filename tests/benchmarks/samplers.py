@@ -20,7 +20,7 @@ Draws = dict[str, np.ndarray]
 Run = Callable[[int], tuple[Draws, float]]
 
 
-def ours(posterior: Posterior, kernel: str | None = None, **settings: Any) -> Run:
+def ours(posterior: Posterior, kernel: str | None = None, compile: bool | str = True, **settings: Any) -> Run:
     """``inference.sample``, compiled; the seconds leave out set-up and predictions, as those of the peers do."""
     import torch
 
@@ -31,10 +31,10 @@ def ours(posterior: Posterior, kernel: str | None = None, **settings: Any) -> Ru
 
     pair, data = posterior.pyro(), tensors(posterior.data(), torch.float64)
     pair = pair.double() if isinstance(pair, torch.nn.Module) else pair
-    chosen = kernel and getattr(pyro.infer, kernel)
+    chosen = getattr(pyro.infer, kernel) if kernel else None
 
     def run(seed: int) -> tuple[Draws, float]:
-        result = sample(pair, data, chosen, seed=seed, compile=True, progress=False, **settings)
+        result = sample(pair, data, chosen, seed=seed, compile=compile, progress=False, **settings)
         return {n: result.idata.posterior[n].values for n in posterior.sites}, result.seconds["run"]
 
     return run
