@@ -360,7 +360,7 @@ def reachable(*functions: Any) -> list[torch.nn.Module]:
             continue
         waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
         waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
-        if isinstance(item, FunctionType) and not item.__module__.startswith(LIBRARIES):
+        if isinstance(item, FunctionType) and not (item.__module__ or "").startswith(LIBRARIES):
             waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
             waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
     return [m for m in found.values() if isinstance(m, torch.nn.Module)]

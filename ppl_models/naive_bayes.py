@@ -13,6 +13,7 @@ Reference: Murphy 2022, Probabilistic Machine Learning: An Introduction, section
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -154,14 +155,15 @@ class GaussianNaiveBayes(NaiveBayes):
             self.register_buffer(name, torch.full((self.features,), float(value)))
         self.dims |= {"means": ("features",), "variances": ("features",)}
 
-    def draw_parameters(self) -> tuple[Tensor, Tensor]:
+    def draw_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         variances = pyro.sample("variances", dist.InverseGamma(self.shape, self.scale).to_event(1))
         means = pyro.sample("means", dist.Normal(self.mean, (variances / self.strength).sqrt()).to_event(1))
-        return means, variances
+        level = 0.5 * (2 * math.pi * variances).log().sum(-1, keepdim=True)
+        return means, variances.rsqrt(), level
 
     def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        means, variances = chosen
-        return dist.Normal(means, variances.sqrt()).to_event(1)
+        means, inverse_scale, level = chosen
+        return Gaussians(means, inverse_scale, level.squeeze(-1))
 
     def _posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = rows[:, None]
@@ -292,6 +294,39 @@ class MultinomialNaiveBayes(NaiveBayes):
     def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
         posterior = dist.Dirichlet(self.alpha + 1 + total)
         return {"probs": (posterior.mean, posterior.stddev)}
+
+
+class Gaussians(dist.TorchDistribution):
+    r"""Independent normal features, scored as :math:`-\tfrac12 \sum_j ((x_j - \mu_j) s_j)^2 - \mathrm{level}`.
+
+    Torch's Normal takes a logarithm and divides for each entry of x; here both are done once a class.
+
+    Args:
+        mean: Means (..., D).
+        inverse_scale: One over the standard deviations, s (..., D).
+        level: :math:`\tfrac12 \sum_j \log 2 \pi \sigma_j^2` (...).
+    """
+
+    arg_constraints: ClassVar = {"level": dist.constraints.real}
+    support = dist.constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, inverse_scale: Tensor, level: Tensor, validate_args: bool | None = None) -> None:
+        batch = torch.broadcast_shapes(mean.shape[:-1], inverse_scale.shape[:-1], level.shape)
+        self.mean_vector, self.inverse_scale, self.level = mean, inverse_scale, level
+        super().__init__(batch, mean.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Gaussians:
+        wide = (*batch_shape, *self.event_shape)
+        return Gaussians(self.mean_vector.expand(wide), self.inverse_scale.expand(wide), self.level.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -0.5 * ((value - self.mean_vector) * self.inverse_scale).square().sum(-1) - self.level
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        noise = torch.randn(shape, dtype=self.mean_vector.dtype, device=self.mean_vector.device)
+        return self.mean_vector + noise / self.inverse_scale
 
 
 class Occurrences(dist.TorchDistribution):
