@@ -7,6 +7,7 @@ shape of the tail of the importance weights :math:`p(x, z_s) / q(z_s)` of a guid
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,8 +121,16 @@ def _summary(idata: az.InferenceData) -> pd.DataFrame:
                 "ess_tail": az.ess(draws, method="tail"),
                 "r_hat": az.rhat(draws),
             }
-    names = [quantity(posterior[n], k) for n in real for k in np.ndindex(posterior[n].shape[2:])]
+    names = [name for n in real for name in _quantities(posterior[n])]
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
+
+
+def _quantities(array: xr.DataArray) -> list[str]:
+    """Names of all scalars of a posterior array, as :func:`quantity` names one."""
+    labels = [[str(v) for v in array[d].values] if d in array.coords else range(array.sizes[d]) for d in array.dims[2:]]
+    if not labels:
+        return [str(array.name)]
+    return [f"{array.name}[{', '.join(map(str, at))}]" for at in itertools.product(*labels)]
 
 
 def quantity(array: xr.DataArray, index: tuple[int, ...]) -> str:

@@ -168,7 +168,9 @@ class Whole:
         """Compile a new program: many steps of small work on all rows, or the one step."""
         if program.calls:
             return True
-        numbers, on_cpu = sum(t.numel() for t in inputs), all(t.device.type == "cpu" for t in inputs)
+        assert self.adam is not None
+        numbers = sum(t.numel() for t in inputs if t is not self.adam.scales)
+        on_cpu = all(t.device.type == "cpu" for t in inputs)
         if rows is None and not self.single and numbers <= SMALL and on_cpu and len(self.rates) - self.done > STEPS:
             try:
                 self._block = Block(program, inputs)
