@@ -3,6 +3,7 @@ r"""One torch optimizer over all parameters, where Pyro holds one a parameter.""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,7 +137,8 @@ class Adam:
 
     Args:
         params: Unconstrained parameters by name, in the order in which each call has them.
-        rates: Learning rate of each step.
+        rate: Learning rate to start from.
+        steps: Steps in which it falls to a hundredth on a half cosine.
 
     Attributes:
         good: Number of steps taken; it stands still after the first that is not finite.
@@ -144,12 +146,11 @@ class Adam:
 
     betas, epsilon = (0.9, 0.999), 1e-8
 
-    def __init__(self, params: Mapping[str, Tensor], rates: Sequence[float]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], rate: float, steps: int) -> None:
         self.names = list(params)
         device = next((p.device for p in params.values()), torch.device("cpu"))
-        steps = torch.arange(1, len(rates) + 1, dtype=torch.float64)
-        first, second = (1 - beta**steps for beta in self.betas)
-        self.scales = torch.stack([torch.tensor(rates, dtype=torch.float64) / first, second.sqrt()], -1).to(device)
+        # A tensor, so that fits of other lengths and rates run the same program.
+        self.schedule = torch.tensor([rate, rate / 100, max(steps, 1)], dtype=torch.float64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.good = torch.zeros((), dtype=torch.int64, device=device)
         self.moments = [torch.zeros_like(p) for p in params.values()]
@@ -163,7 +164,7 @@ class Adam:
     @property
     def tensors(self) -> list[Tensor]:
         """All that a step reads and changes beside the parameters."""
-        return [*self.changing, self.scales]
+        return [*self.changing, self.schedule]
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], loss: Tensor) -> None:
         """Move the parameters, unless something is or was not finite."""
@@ -171,7 +172,7 @@ class Adam:
         for g in gradients:
             if g is not None:
                 fine = fine & g.isfinite().all()
-        rate, root = self.scales.index_select(0, self.step.reshape(1))[0]
+        rate, root = self._scales(self.step)
         for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
             if g is None:
                 continue
@@ -184,9 +185,15 @@ class Adam:
     def back(self, params: Sequence[Tensor]) -> None:
         """Take the last good move back: where it led, something was not finite."""
         if self.good:
-            rate, root = self.scales[self.good - 1]
+            rate, root = self._scales(self.good - 1)
             for p, m, v in zip(params, self.moments, self.squares, strict=True):
                 p.add_(self._move(m, v, rate, root))
+
+    def _scales(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Learning rate over the first moment's correction, and root of the second's, after ``step`` steps."""
+        rate, low, total = self.schedule.unbind()
+        first, second = (1 - torch.pow(beta, (step + 1).double()) for beta in self.betas)
+        return (low + (rate - low) * (1 + (math.pi * step / total).cos()) / 2) / first, second.sqrt()
 
     def _move(self, m: Tensor, v: Tensor, rate: Tensor, root: Tensor) -> Tensor:
         return rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.epsilon)

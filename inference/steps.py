@@ -2,7 +2,6 @@ r"""One step of a fit: loss, gradients and the move of the parameters, eagerly o
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +99,8 @@ class Whole:
     program: Program
     model: Callable[..., Any]
     objective: Compiled
-    rates: list[float]
+    rate: float
+    count: int
     single: bool = False
     adam: Adam | None = None
     done: int = 0
@@ -123,7 +123,7 @@ class Whole:
         self.window.append(rows)
         if self._ahead:
             return self._ahead.popleft()
-        if self._block is not None and len(self.rates) - self.done >= STEPS:
+        if self._block is not None and self.count - self.done >= STEPS:
             try:
                 self._ahead.extend(self._block())
                 self.done += STEPS
@@ -168,10 +168,9 @@ class Whole:
         """Compile a new program: many steps of small work on all rows, or the one step."""
         if program.calls:
             return True
-        assert self.adam is not None
-        numbers = sum(t.numel() for t in inputs if t is not self.adam.scales)
+        numbers = sum(t.numel() for t in inputs)
         on_cpu = all(t.device.type == "cpu" for t in inputs)
-        if rows is None and not self.single and numbers <= SMALL and on_cpu and len(self.rates) - self.done > STEPS:
+        if rows is None and not self.single and numbers <= SMALL and on_cpu and self.count - self.done > STEPS:
             try:
                 self._block = Block(program, inputs)
                 return True
@@ -197,7 +196,7 @@ class Whole:
             self._same = None
         loss, params = gradients(self.objective.objective, self.model, self.program.guide, arguments)
         if self.adam is None:
-            self.adam = Adam(params, self.rates)
+            self.adam = Adam(params, self.rate, self.count)
         found = [params[n].grad if n in params else None for n in self.adam.names]
         with torch.no_grad():
             self.adam(self._params(), found, torch.as_tensor(np.sum(loss)))
@@ -214,12 +213,12 @@ def by_adam(
     program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str, single: bool = False
 ) -> Optimized | Whole:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
-    low = rate / 100
     if mode == "fused":
-        rates = [low + (rate - low) * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
-        return Whole(program, model, Compiled(objective, fuse=False), rates, single=single)
+        return Whole(program, model, Compiled(objective, fuse=False), rate, steps, single)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR
-    optimizer = Joint(torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=low))
+    optimizer = Joint(
+        torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=rate / 100)
+    )
     chosen = objective if mode == "eager" else Compiled(objective, fuse=False)
     return Optimized(program, model, chosen, optimizer)
 
