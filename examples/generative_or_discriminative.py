@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from pyro import validation_enabled
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
-from torch.func import vmap
 
 from ppl_models import data
 from ppl_models.naive_bayes import GaussianNaiveBayes
@@ -35,7 +34,8 @@ def naive_bayes(x: torch.Tensor, y: torch.Tensor, new: torch.Tensor) -> list[tor
     weights, own, means = (mean for mean, _ in pair.moments(x, y).values())
     rows, total, squares = (part.sum(0, keepdim=True) for part in pair.count(x, y))
     same, _ = pair.parameter_moments(rows, 0 * total, squares)["variances"]
-    return [(weights.log() + pair.likelihood(means, v, x=None).log_prob(new[:, None])).argmax(-1) for v in (own, same)]
+    scores = [torch.distributions.Normal(means, v.sqrt()).log_prob(new[:, None]).sum(-1) for v in (own, same)]
+    return [(weights.log() + score).argmax(-1) for score in scores]
 
 
 def errors(name: str, *classes: int, splits: int, sizes: int, scale: float) -> pd.DataFrame:
@@ -50,7 +50,7 @@ def errors(name: str, *classes: int, splits: int, sizes: int, scale: float) -> p
         seen, new = ((x[part] - mean) / sd.where(sd > 1e-9, 1) for part in (train, test))
         machine = LogisticRegression(C=scale**2, tol=1e-6, max_iter=10_000)
         logistic = [machine.fit(*rows).predict(rest) for *rows, rest in zip(seen, y[train], new, strict=True)]
-        guesses = [*vmap(naive_bayes)(seen, y[train], new), torch.tensor(np.stack(logistic))]
+        guesses = [*torch.func.vmap(naive_bayes)(seen, y[train], new), torch.tensor(np.stack(logistic))]
         wrong = pd.DataFrame({k: 100 * (g != y[test]).double().mean(1) for k, g in zip(RULES, guesses, strict=True)})
         curves[m] = wrong.assign(gap=wrong[RULES[2]] - wrong[RULES[1]]).agg(["mean", "sem"]).unstack()
     return pd.DataFrame(curves).T.rename_axis("m")
