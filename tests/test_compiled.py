@@ -89,6 +89,21 @@ def enumerated(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(chosen, 1.0).to_event(1), obs=x)
 
 
+def partly_impossible(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.6, 0.1]).double()))
+        pyro.factor("possible", torch.where(z == 2, -torch.inf, 0.0).double())
+        pyro.sample("x", dist.Normal(z[..., None].double() + torch.zeros_like(x), 1.0).to_event(1), obs=x)
+
+
+def never_impossible(x: Tensor) -> None:
+    """A guide that enumerates, and gives no probability to a state at which the model's density is zero."""
+    odds = pyro.param("odds", torch.zeros(()).double())
+    logits = torch.stack([odds, -odds, torch.full_like(odds, -torch.inf)])
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+
 def amortized() -> tuple[Any, Any]:
     pair = Amortized()
     return pair.model, pair.guide
@@ -111,6 +126,7 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, Any]]]] = {
         lambda: TraceEnum_ELBO(max_plate_nesting=1),
         lambda: (enumerated, AutoNormal(pyro.poutine.block(enumerated, hide=["z"]))),
     ),
+    "impossible": (lambda: TraceEnum_ELBO(max_plate_nesting=1), lambda: (partly_impossible, never_impossible)),
 }
 
 
