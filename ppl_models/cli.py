@@ -65,7 +65,7 @@ def list_() -> None:
     table = Table("pair", "what", "data", "methods", box=None, pad_edge=False)
     for row in ZOO.values():
         table.add_row(row.name, row.title, ", ".join((row.data, *row.also)), ", ".join(row.methods))
-    out.print(table)
+    _print_whole(table)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def _check_writable(folder: Path) -> None:
 def _report(result: Result, folder: Path) -> None:
     table = result.summary()
     shown = table.head(20)
-    out.print(_frame(shown.reset_index()))
+    _print_whole(_frame(shown.reset_index()))
     if len(table) > len(shown):
         out.print(f"[dim]... and {len(table) - len(shown)} more quantities in the file[/]")
     out.print(escape(str(result)), highlight=False)
@@ -177,7 +177,8 @@ def _report(result: Result, folder: Path) -> None:
 def _show(comparison: Comparison, row: Row, dataset: Dataset) -> None:
     table = comparison.table.dropna(axis=1, how="all")
     out.print(f"[bold]{row.title}[/] on {dataset.name}: {len(dataset.train['x'])} rows", highlight=False)
-    out.print(_frame(table.reset_index()))
+    # Methods side by side: the measures are too many for the width of a terminal.
+    _print_whole(_frame(table.T.rename_axis("measure").reset_index()))
     for column in table.columns:
         out.print(f"[dim]{column:14}{COLUMNS[column]}[/]", highlight=False)
     if comparison.truth:
@@ -194,6 +195,12 @@ def _frame(table: pd.DataFrame) -> Table:
     for row in table.itertuples(index=False):
         shown.add_row(*(_cell(v) for v in row))
     return shown
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table with every number in it, though its lines be longer than the terminal's."""
+    shown = Console(width=max(out.width, out.measure(table, options=out.options.update(max_width=1000)).maximum))
+    shown.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -16,13 +16,14 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_list_shows_every_pair(run) -> None:
     answer = run("list")
     assert answer.exit_code == 0
+    assert "…" not in answer.stdout, "a word is cut short"
     assert all(name in answer.stdout for name in ZOO)
 
 
@@ -30,6 +31,7 @@ def test_compare_prints_a_table_and_writes_its_files(run, tmp_path) -> None:
     answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "exact,SVI", "--out", tmp_path / "out")
     assert answer.exit_code == 0, answer.output
     assert "error_max" in answer.stdout
+    assert "…" not in answer.stdout, "a number is cut short"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.csv", "posteriors.png", "exact.nc", "svi.nc"}
     saved = pd.read_csv(tmp_path / "out" / "table.csv", index_col="method")
     assert saved.loc["exact", "pareto_k"] == -float("inf")
@@ -44,6 +46,7 @@ def test_fit_and_sample_write_what_arviz_reads(run, tmp_path) -> None:
     assert answer.exit_code == 0, answer.output
     assert "SVI (Trace_ELBO) on LogisticRegression" in answer.stdout
     assert "weights[setosa, sepal length (cm)]" in answer.stdout
+    assert "…" not in answer.stdout, "a number is cut short"
     answer = run("sample", "logistic_regression", "--data", "iris", "--draws", 20, "--warmup", 20, "--chains", 2)
     assert answer.exit_code == 0, answer.output
     folder = tmp_path / "results" / "logistic_regression-iris"
