@@ -41,6 +41,9 @@ LEAPFROGS = 12
 SMALL = 10_000_000
 """Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
 costs several threads more than the operation, and many times more on a busy machine."""
+HEAVY = 100_000
+"""Numbers of the data times chains at which a traced gradient spends as long in arithmetic as in dispatch: a fused one,
+which passes over the numbers once, saves both."""
 FEWEST = 8
 """Chains from which the default kernel is ChEES: fewer have little to learn from each other."""
 LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
@@ -163,7 +166,8 @@ def _many(
     threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
     with _threads(threads):
         kernel.setup(warmup)
-        if choose(LEAPFROGS * (warmup + draws), mode) == "fused":
+        calls = LEAPFROGS * (warmup + draws)
+        if choose(int(calls * (1 + chains * program.numel / HEAVY)), mode) == "fused":
             kernel.fuse()
     setup = perf_counter() - started
 

@@ -23,6 +23,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
+from torch.distributions.utils import probs_to_logits
 
 from ppl_models.pair import Pair, check_labels, check_matrix, choose, continuous, members, rows_plate
 
@@ -393,7 +394,8 @@ class Counts(dist.TorchDistribution):
 
 def draw_labels(weights: Tensor, y: Tensor | None) -> Tensor:
     """Sample or observe labels; floats may have nan for a missing one, which is then a latent site."""
-    prior = dist.Categorical(weights)
+    # By logits, which are taken here once, and not by probabilities, of which a plate would take them once a row.
+    prior = dist.Categorical(logits=probs_to_logits(weights))
     if y is None or not y.is_floating_point():
         return pyro.sample("y", prior, obs=y)
     labels = pyro.sample("y", prior)
