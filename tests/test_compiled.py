@@ -205,6 +205,19 @@ def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    def run(objective: Any) -> dict[str, torch.Tensor]:
+        with isolated(0):
+            pair = amortized()
+            for _ in range(4):
+                objective.loss_and_grads(*pair, X)
+            return {n: p.grad for n, p in pyro.get_param_store().named_parameters()}
+
+    expected, got = run(Trace_ELBO()), run(Compiled(Trace_ELBO(), fuse=False))
+    for name, g in expected.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-6, atol=1e-6)
+
+
 def test_noise_is_fresh_at_every_step_and_the_same_from_one_seed() -> None:
     def losses(seed: int) -> list[float]:
         with isolated(seed):
