@@ -34,7 +34,7 @@ Draws = Mapping[str, Tensor]
 PLATE = "_draws"
 BUDGET = 10_000_000
 """Numbers of data that one pass may hold: draws are taken in chunks of this size."""
-_UNLIFTED = (RuntimeError, ValueError, NotImplementedError, AssertionError, IndexError)
+_UNLIFTED = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
 
 
 def prior_predictive(

@@ -153,6 +153,19 @@ def test_a_model_that_its_values_steer_runs_draw_by_draw_and_says_so() -> None:
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
 
 
+def test_a_model_that_leaves_torch_for_numpy_is_not_frozen() -> None:
+    def elsewhere(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        slope = float(np.sin(w.detach().numpy()))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="elsewhere: the model does not broadcast over draws .*; they run one by one"):
+        result = fitted(elsewhere)
+    by_hand = dist.Normal(result.draws["w"][:, None].sin() * X, 1.0).log_prob(DATA["y"])
+    torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
+
+
 def test_replicates_of_a_mapped_model_differ_from_draw_to_draw() -> None:
     def stubborn(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
