@@ -18,8 +18,8 @@ from inference import predict
 from inference.diagnostics import Diagnosis
 from inference.program import Program, isolated
 
-STORED = 20_000_000
-"""Numbers that one predictive group of a Result may hold."""
+STORED, SCORED = 20_000_000, 500_000_000
+"""Numbers that one predictive group of a Result may hold, and that its log likelihood may read."""
 
 
 class State:
@@ -139,22 +139,27 @@ def to_idata(
 
     Dimensions are named by the plates (``rows``) and by the pair's ``dims``; coordinates are the
     pair's ``coords``. Deterministic sites and the posterior of summed-out sites are added. Predictive
-    groups are left out, with a warning, when they would hold more than ``STORED`` numbers.
+    groups are left out, each by itself and with a warning, when they would hold more than ``STORED`` numbers; the log
+    likelihood also when it would have to read more than ``SCORED``.
     """
     size = len(next(iter(posterior.values()))) if posterior else 1
     groups: dict[str, Mapping[str, Tensor]] = {"posterior": posterior}
     observed = program.select("observed")
-    held = size * sum(torch.Size(s.shape).numel() for s in observed.values())
-    if posterior and held <= STORED:
+    replicated = size * sum(torch.Size(s.shape).numel() for s in observed.values())
+    scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed.values())
+    left_out = {}
+    if posterior and replicated <= STORED:
         groups["posterior"] = {**posterior, **predict.latent_functions(program, posterior)}
         groups["posterior_predictive"] = _replicates(program, posterior, size)
+    elif posterior and observed:
+        left_out["posterior_predictive"] = replicated, "posterior_predictive(result, data)"
+    if posterior and scored <= STORED and replicated <= SCORED:
         groups["log_likelihood"] = _likelihood(program, posterior)
     elif posterior and observed:
-        warnings.warn(
-            f"{program.name}: posterior_predictive and log_likelihood left out ({held:,} numbers); ask "
-            "posterior_predictive(result, data) and pointwise_log_likelihood(result, data) for fewer rows",
-            stacklevel=3,
-        )
+        left_out["log_likelihood"] = scored, "pointwise_log_likelihood(result, data)"
+    if left_out:
+        said = " and ".join(f"{group} ({count:,} numbers; ask {verb})" for group, (count, verb) in left_out.items())
+        warnings.warn(f"{program.name}: left out {said}, for fewer rows or draws", stacklevel=3)
     dims = {n: _dims(program, n) for n in program.sites}
     plates = {n: d[: program.sites[n].batch] for n, d in dims.items()}
     data = {n: program.data[n].detach().cpu().numpy() for n in observed if isinstance(program.data.get(n), Tensor)}
