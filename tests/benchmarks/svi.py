@@ -29,7 +29,7 @@ FROZEN = 1e-12
 Steps = Callable[[int], Any]
 Losses = Callable[[int], np.ndarray]
 WARM, QUICK = 1.0, 0.3
-"""Seconds that a timed loop should last."""
+"""Seconds that a timed loop should last; a difference of two fits four times that, for their set-up varies."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +258,10 @@ def prepare(case: str, contender: str, mode: str = "") -> Callable[[int], dict[s
 
 def _enough(loop: Callable[[int], float], target: float, difference: bool) -> int:
     """Steps that last about the target. Every length runs once before it is timed: its program may be its own."""
-    count = 250
-    base = loop(10) if difference else 0.0
+    count, target = (2500, 4 * target) if difference else (250, target)
     while True:
         loop(count)
-        taken = loop(count) - base
+        taken = loop(count) - (loop(count // 10) if difference else 0.0)
         if taken > 0.8 * target or count > 100_000:
             return count
         count = int(count * min(20.0, max(1.5, target / max(taken, 1e-3))))
