@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +25,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from ppl_models.pair import Pair, check_labels, check_matrix, choose, continuous, members, rows_plate
+from ppl_models.distributions import Counts, Gaussians, Occurrences
+from ppl_models.pair import Pair, check_binary, check_labels, check_matrix, choose, continuous, members, rows_plate
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -220,9 +221,7 @@ class BernoulliNaiveBayes(NaiveBayes):
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a binary (rows, D) and y its labels."""
         super().check(x, y)
-        if x is not None and bool(((x != 0) & (x != 1)).any()):
-            wrong = x[(x != 0) & (x != 1)][0].item()
-            raise ValueError(f"x: expected zeros and ones, got {wrong}")
+        check_binary("x", x)
 
     def draw_parameters(self) -> tuple[Tensor, Tensor]:
         probs = pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)).clamp(1e-7, 1 - 1e-7)
@@ -295,101 +294,6 @@ class MultinomialNaiveBayes(NaiveBayes):
     def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
         posterior = dist.Dirichlet(self.alpha + 1 + total)
         return {"probs": (posterior.mean, posterior.stddev)}
-
-
-class Gaussians(dist.TorchDistribution):
-    r"""Independent normal features, scored as :math:`-\tfrac12 \sum_j ((x_j - \mu_j) s_j)^2 - \mathrm{level}`.
-
-    Torch's Normal takes a logarithm and divides for each entry of x; here both are done once a class.
-
-    Args:
-        mean: Means (..., D).
-        inverse_scale: One over the standard deviations, s (..., D).
-        level: :math:`\tfrac12 \sum_j \log 2 \pi \sigma_j^2` (...).
-    """
-
-    arg_constraints: ClassVar = {"level": dist.constraints.real}
-    support = dist.constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, mean: Tensor, inverse_scale: Tensor, level: Tensor, validate_args: bool | None = None) -> None:
-        batch = torch.broadcast_shapes(mean.shape[:-1], inverse_scale.shape[:-1], level.shape)
-        self.mean_vector, self.inverse_scale, self.level = mean, inverse_scale, level
-        super().__init__(batch, mean.shape[-1:], validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Gaussians:
-        wide = (*batch_shape, *self.event_shape)
-        return Gaussians(self.mean_vector.expand(wide), self.inverse_scale.expand(wide), self.level.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return -0.5 * ((value - self.mean_vector) * self.inverse_scale).square().sum(-1) - self.level
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        noise = torch.randn(shape, dtype=self.mean_vector.dtype, device=self.mean_vector.device)
-        return self.mean_vector + noise / self.inverse_scale
-
-
-class Occurrences(dist.TorchDistribution):
-    r"""Independent Bernoulli features, scored as :math:`x \cdot \mathrm{logits} + \sum_j \log(1 - p_j)`.
-
-    Torch's Bernoulli takes a logarithm and an exponential of each entry of x; here they are taken once a class.
-
-    Args:
-        logits: Log odds (..., D).
-        absent: Log probability of a row of zeros (...).
-    """
-
-    arg_constraints: ClassVar = {"logits": dist.constraints.real_vector}
-    support = dist.constraints.independent(dist.constraints.boolean, 1)
-
-    def __init__(self, logits: Tensor, absent: Tensor, validate_args: bool | None = None) -> None:
-        batch = torch.broadcast_shapes(logits.shape[:-1], absent.shape)
-        self.logits, self.absent = logits, absent
-        super().__init__(batch, logits.shape[-1:], validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Occurrences:
-        return Occurrences(self.logits.expand(*batch_shape, *self.event_shape), self.absent.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return (value * self.logits).sum(-1) + self.absent
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.logits.detach().sigmoid().expand(*sample_shape, *self.batch_shape, *self.event_shape).bernoulli()
-
-
-class Counts(dist.TorchDistribution):
-    """Multinomial whose rows have lengths of their own (torch's has one length for all).
-
-    Args:
-        probs: Probabilities (..., D).
-        length: Number of trials of each row, broadcast against the batch.
-    """
-
-    arg_constraints: ClassVar = {"probs": dist.constraints.simplex}
-    support = dist.constraints.independent(dist.constraints.nonnegative_integer, 1)
-
-    def __init__(self, probs: Tensor, length: Tensor, validate_args: bool | None = None) -> None:
-        batch = torch.broadcast_shapes(probs.shape[:-1], length.shape)
-        self.probs, self.length = probs, length
-        super().__init__(batch, probs.shape[-1:], validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Counts:
-        return Counts(self.probs.expand(*batch_shape, self.probs.shape[-1]), self.length.expand(batch_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        # Clamped for a word that a class never has: maximum likelihood gives it the probability 0.
-        score = (value * self.probs.clamp_min(1e-30).log()).sum(-1)
-        return score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = torch.Size(sample_shape) + self.batch_shape
-        probs = self.probs.detach().expand(*shape, self.event_shape[0]).reshape(-1, self.event_shape[0])
-        length = self.length.expand(shape).reshape(-1, 1)
-        longest = int(length.max()) if length.numel() else 0
-        words = torch.multinomial(probs, max(longest, 1), replacement=True)
-        counted = (torch.arange(max(longest, 1), device=words.device) < length).to(probs.dtype)
-        return torch.zeros_like(probs).scatter_add_(1, words, counted).reshape(*shape, -1)
 
 
 def draw_labels(weights: Tensor, y: Tensor | None) -> Tensor:

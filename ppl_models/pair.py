@@ -91,6 +91,13 @@ def check_matrix(name: str, value: Any, width: int) -> None:
         raise ValueError(f"{name}: expected finite numbers, got {got}")
 
 
+def check_binary(name: str, value: Tensor | None) -> None:
+    """Raise unless the value, where there is one, holds zeros and ones."""
+    if value is not None and bool(((value != 0) & (value != 1)).any()):
+        wrong = value[(value != 0) & (value != 1)][0].item()
+        raise ValueError(f"{name}: expected zeros and ones, got {wrong}")
+
+
 def check_labels(name: str, value: Any, length: int, classes: int, *, missing: bool) -> None:
     """Raise unless the value holds a label below ``classes`` for each row (nan where missing, if it may be)."""
     if not isinstance(value, Tensor) or tuple(value.shape) != (length,):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,12 @@ from pyro.infer.autoguide import AutoDelta
 
 from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
+from inference.objectives import EM
 from ppl_models import data
 from ppl_models.data import Dataset
+from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
-from ppl_models.pair import Pair
+from ppl_models.pair import Pair, continuous
 from ppl_models.regression import LogisticRegression, NeuralClassifier
 
 
@@ -39,6 +41,9 @@ class Row:
         methods: Methods by name, as ``compare`` takes them.
         truth: Exact or reference mean and standard deviation of each site, from a pair and its data.
         source: What the truth is.
+        dtype: Precision of the pair and its data.
+        takes: Names of the data that the pair takes.
+        label: Its finite site, by which it classifies.
     """
 
     name: str
@@ -51,10 +56,14 @@ class Row:
     truth: Callable[[Any, Any], Moments] | None
     source: str
     dtype: torch.dtype = field(default=torch.float64)
+    takes: tuple[str, ...] = ("x", "y")
+    label: str = "y"
 
     def load(self, name: str | None = None) -> Dataset:
         """The row's data set, or another by name, prepared for the row."""
-        return data.load(name or self.data, dtype=self.dtype, **self.prepare)
+        whole = data.load(name or self.data, dtype=self.dtype, **self.prepare)
+        train, test = ({k: v for k, v in split.items() if k in self.takes} for split in (whole.train, whole.test))
+        return replace(whole, train=train, test=test)
 
     def pair(self, dataset: Dataset, **arguments: Any) -> Pair:
         """A fresh pair for a data set, in the row's precision."""
@@ -68,6 +77,7 @@ class Row:
             self.methods if methods is None else methods,
             truth=None if self.truth is None else partial(_truth, self.truth),
             heldout=dataset.test,
+            label=self.label,
             seed=seed,
         )
 
@@ -93,6 +103,18 @@ def point(pair: Pair, given: Any, **arguments: Any) -> Any:
     """Maximum a posteriori: the pair's model with a Delta guide."""
     model = pair.model
     return fit((model, AutoDelta(model)), given, **arguments)
+
+
+def em(pair: Mixture, given: Any, **arguments: Any) -> Any:
+    """Maximum likelihood (or a posteriori, with a conjugate prior) by expectation maximisation."""
+    pair.prior = pair.prior and pair.conjugate
+    guide = AutoDelta(continuous(pair.model))
+    objective = EM(pair.maximise, pair.start(given["x"]), max_plate_nesting=1)
+    return fit((pair.model, guide), given, objective, **arguments)
+
+
+def _mixture(make: Callable[..., Mixture], components: int) -> Callable[..., Mixture]:
+    return lambda dataset, **arguments: make(dataset.features, components, **arguments)
 
 
 # A mode without noise in its gradient: large steps at first, and a schedule that brings them to rest.
@@ -161,6 +183,32 @@ ZOO: dict[str, Row] = {
             },
             truth=None,
             source="held-out predictions only: its modes are many",
+        ),
+        Row(
+            name="gaussian_mixture",
+            title="Gaussian mixture, three components, diagonal covariances",
+            build=_mixture(partial(GaussianMixture, covariance="diagonal"), 3),
+            data="iris",
+            also=("wine", "breast_cancer"),
+            prepare={"standardise": True},
+            methods={"EM": partial(em, steps=200), "SVI": partial(fit, steps=3000), **_CHAINS},
+            truth=None,
+            source="EM is scikit-learn's, step by step; held-out predictions",
+            takes=("x",),
+            label="z",
+        ),
+        Row(
+            name="bernoulli_mixture",
+            title="Bernoulli mixture, twenty components, Beta prior",
+            build=_mixture(BernoulliMixture, 20),
+            data="digits",
+            also=("binarized_mnist", "mnist", "omniglot", "xwindows", "news20_w100"),
+            prepare={"binarise": True},
+            methods={"EM": partial(em, steps=100), "SVI": partial(fit, steps=3000, learning_rate=0.05)},
+            truth=None,
+            source="held-out predictions; a published likelihood in the ledger",
+            takes=("x",),
+            label="z",
         ),
     )
 }

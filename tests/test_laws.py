@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from inference import (
     sample,
 )
 from inference import predict as prediction
-from inference.program import bind, isolated, sites_of
+from inference.program import bind, enumerate_finite, isolated, sites_of
 from ppl_models.pair import Pair
 from ppl_models.zoo import ZOO, Row
 
@@ -70,10 +71,11 @@ def test_model_and_guide_have_the_same_sites_under_the_same_plates(row: Row) -> 
     latent = program.select("latent")
     # An autoguide of a joint normal has one auxiliary site more; it is no site of the model.
     shared = {n: s for n, s in guide.items() if n in program.sites}
-    assert shared.keys() == latent.keys()
-    for name, site in latent.items():
-        assert shared[name].shape == site.shape
-        assert shared[name].plates == site.plates
+    # What a guide leaves out is summed out.
+    assert shared.keys() == latent.keys() - set(program.enumerated)
+    for name, site in shared.items():
+        assert site.shape == latent[name].shape
+        assert site.plates == latent[name].plates
 
 
 @ROWS
@@ -83,8 +85,10 @@ def test_a_gradient_reaches_every_parameter(row: Row) -> None:
     trained = {n: p for n, p in pair.named_parameters()}
     assert trained
     assert len(result.params) == len(trained)
+    program = bind(pair, data)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if program.enumerated else Trace_ELBO()
     with isolated(0):
-        loss = pyro.infer.Trace_ELBO().loss_and_grads(pair.model, pair.guide, **data)
+        loss = elbo.loss_and_grads(enumerate_finite(program), program.guide, **data)
     assert np.isfinite(loss)
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
@@ -122,7 +126,7 @@ def test_every_public_call_leaves_the_store_and_the_random_state_alone(row: Row,
         lambda: prior_predictive(pair, data, draws=3),
         lambda: posterior_predictive(result, data),
         lambda: pointwise_log_likelihood(result, data),
-        lambda: classify(result, data),
+        lambda: classify(result, data, label=row.label),
         lambda: result.draw(3),
     ):
         call()
@@ -226,11 +230,11 @@ def test_minibatches_estimate_the_full_loss_without_bias(row: Row) -> None:
     pair, data = fresh(row), small(row)
     quick_fit(pair, data, steps=0)
     program = bind(pair, data)
-    elbo = pyro.infer.Trace_ELBO()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if program.enumerated else Trace_ELBO()
 
     def loss(rows: Tensor | None) -> float:
         with isolated(5):
-            return elbo.loss(program.model, program.guide, **program.arguments(rows))
+            return elbo.loss(enumerate_finite(program), program.guide, **program.arguments(rows))
 
     parts = [loss(rows) for rows in torch.arange(40).split(16)]
     weights = np.array([16, 16, 8]) / 40

@@ -1,4 +1,4 @@
-"""Objectives that ``fit`` minimises: Pyro's own, and ``Compiled``, which makes any of them one program. Each is a
+"""Objectives that ``fit`` minimises: Pyro's own, ``Compiled``, which makes any of them one program, and ours. Each is a
 subclass of ``pyro.infer.elbo.ELBO``.
 
 Tables of methods should hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda), for an
@@ -15,8 +15,10 @@ from pyro.infer import (
 )
 
 from inference.compiled import Compiled
+from inference.objectives.em import EM
 
 __all__ = [
+    "EM",
     "Compiled",
     "RenyiELBO",
     "ReweightedWakeSleep",
