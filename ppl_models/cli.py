@@ -1,4 +1,4 @@
-"""The command line: ``ppl-models list | fit | sample | compare``."""
+"""The command line: ``ppl-models list | fit | sample | compare | reproduce``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.table import Table
 import inference
 from inference.compare import COLUMNS, Comparison, Method
 from inference.result import Result
-from ppl_models import data
+from ppl_models import data, ledger
 from ppl_models.data import Dataset
 from ppl_models.zoo import ZOO, Row, find
 
@@ -133,6 +133,36 @@ def compare(
         _show(comparison, row, dataset)
         for path in comparison.save(folder):
             out.print(f"[dim]{path}[/]", highlight=False)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; none: list them.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The size for tests: minutes become seconds.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; default: the recipe's.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the records.")] = Path("results/ledger"),
+) -> None:
+    """Obtain a published figure, and append what came out to the ledger."""
+    with _one_line():
+        if name is None:
+            for recipe in ledger.RECIPES.values():
+                out.print(f"{recipe.name}: {recipe.title}, {recipe.protocol}", highlight=False, soft_wrap=True)
+            return
+        recipe = ledger.RECIPES[_known("recipe", name, ledger.RECIPES)]
+        _check_writable(out_dir)
+        record = ledger.reproduce(recipe, out_dir, quick=quick, seeds=seeds)
+        out.print(f"[bold]{recipe.name}[/]: {recipe.title}; {recipe.protocol}", highlight=False, soft_wrap=True)
+        error = record["standard_error"]
+        spread = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"
+        shown = Table(box=None, pad_edge=False, show_header=False)
+        shown.add_row("obtained" + (" (quick: not comparable)" if quick else ""), f"{record['figure']:.2f}{spread}")
+        shown.add_row("published", f"{recipe.published:g}, {recipe.source} ({ledger.GRADES[recipe.sure]})")
+        for what, values in record["details"].items():
+            if what != "figure":
+                shown.add_row(what, ", ".join(f"{v:.2f}" for v in values))
+        shown.add_row("seconds", f"{record['seconds']:.0f}")
+        _print_whole(shown)
+        out.print(f"[dim]{out_dir / (recipe.name + '.jsonl')}[/]", highlight=False, soft_wrap=True)
 
 
 def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Row, Dataset, Path]:

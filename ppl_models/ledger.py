@@ -1,0 +1,168 @@
+r"""The ledger: published figures against those that a recipe here obtains.
+
+A :class:`Recipe` is a pair, its data, a method and a schedule, with the published figure, its source, its protocol and
+how sure the figure is. :func:`reproduce` runs it once a seed and appends a record, one line of JSON, to
+``NAME.jsonl`` in a directory: the figure with its standard error over seeds, seconds, versions, machine, date, commit.
+:func:`table` is the table of all records. A figure without its protocol is no figure: static and dynamic binarization
+of MNIST are different benchmarks, and a bound is no likelihood.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoDelta
+
+from inference import fit, pointwise_log_likelihood
+from inference.objectives import EM
+from ppl_models import data
+from ppl_models.mixture import BernoulliMixture
+
+RECORDS = Path(__file__).parent / "ledger"
+"""Records that come with the package."""
+GRADES = {"checked": "read in a copy of the source", "recalled": "recalled, unchecked"}
+Run = Callable[[bool, int], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published figure and how it is obtained here.
+
+    Attributes:
+        name: Its name on the command line.
+        title: What is measured, with its unit.
+        run: From ``quick`` (a size for tests) and a seed to figures by name, ``figure`` among them.
+        published: The published figure.
+        source: Where it was published.
+        protocol: Data, split and estimator that make it comparable.
+        sure: A key of ``GRADES``.
+        better: ``lower`` or ``higher``.
+        seeds: Number of seeds of a full run.
+    """
+
+    name: str
+    title: str
+    run: Run
+    published: float
+    source: str
+    protocol: str
+    sure: str
+    better: str = "lower"
+    seeds: int = 1
+
+
+def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: int | None = None) -> dict[str, Any]:
+    """Run a recipe and append its record to ``NAME.jsonl`` in a directory.
+
+    Args:
+        recipe: What to run.
+        directory: Where records are kept; made if it is not there.
+        quick: Run the size for tests; its record says so and is left out of the table.
+        seeds: Number of seeds; None: the recipe's.
+
+    Returns:
+        The record.
+    """
+    count = seeds or (1 if quick else recipe.seeds)
+    started = perf_counter()
+    found = [recipe.run(quick, seed) for seed in range(count)]
+    values = torch.tensor([f["figure"] for f in found], dtype=torch.float64)
+    record = {
+        "recipe": recipe.name,
+        "figure": float(values.mean()),
+        "standard_error": float(values.std() / count**0.5) if count > 1 else None,
+        "seeds": count,
+        "quick": quick,
+        "details": {k: [round(f[k], 4) for f in found] for k in found[0]},
+        "seconds": round(perf_counter() - started, 1),
+        "versions": {name: version(name) for name in ("torch", "pyro-ppl")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+    }
+    if not math.isfinite(record["figure"]):
+        raise ArithmeticError(f"{recipe.name}: the figure is {record['figure']}; nothing was recorded")
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{recipe.name}.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def records(directory: Path = RECORDS) -> list[dict[str, Any]]:
+    """All records of a directory, in the order of the recipes and of time."""
+    files = [directory / f"{name}.jsonl" for name in RECIPES]
+    return [json.loads(line) for f in files if f.exists() for line in f.read_text().splitlines()]
+
+
+def table(directory: Path = RECORDS) -> str:
+    """The last full record of every recipe as a Markdown table; a recipe without one has a dash."""
+    latest = {r["recipe"]: r for r in records(directory) if not r["quick"]}
+    lines = [
+        "| recipe | figure | published | obtained | seeds | protocol | source |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe in RECIPES.values():
+        record = latest.get(recipe.name)
+        got, seeds = (_figure(record), record["seeds"]) if record else ("-", "-")
+        source = f"{recipe.source} ({GRADES[recipe.sure]})"
+        lines.append(
+            f"| `{recipe.name}` | {recipe.title} | {recipe.published:g} | {got} | {seeds} | {recipe.protocol} | {source} |"
+        )
+    return "\n".join(lines)
+
+
+def _figure(record: Mapping[str, Any]) -> str:
+    error = record["standard_error"]
+    return f"{record['figure']:.2f}" + (f" ± {error:.2f}" if error else "")
+
+
+def _commit() -> str:
+    try:
+        here = Path(__file__).parent
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
+    """Test NLL of a Bernoulli mixture fitted by EM, in nats an image, exact."""
+    images = data.load("binarized_mnist")
+    count, few, steps = (20, 500, 5) if quick else (components, None, 40)
+    x, test = images.train["x"][:few], images.test["x"][:few]
+    pair = BernoulliMixture(images.features, count, alpha=0.1, concentration=2.0, guide=AutoDelta)
+    start = pair.start(x, seed=seed)
+    result = fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), steps=steps, draws=1, seed=seed)
+    return {
+        "figure": -float(pointwise_log_likelihood(result, test).double().mean()),
+        "train": -float(pointwise_log_likelihood(result, x).double().mean()),
+    }
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="bernoulli_mixture_500",
+            title="test NLL, nats",
+            run=partial(bernoulli_mixture, components=500),
+            published=137.64,
+            source="Larochelle and Murray 2011; table of MADE, Germain et al. 2015",
+            protocol="static binarized MNIST, 50,000 to fit, exact",
+            sure="recalled",
+        ),
+    )
+}

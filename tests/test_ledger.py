@@ -1,0 +1,83 @@
+"""The ledger: records, its table, what is refused; the recipes' quick sizes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ppl_models import data, ledger
+from ppl_models.cli import app
+from ppl_models.ledger import GRADES, RECIPES, Recipe
+
+README = Path(__file__).parent.parent / "README.md"
+FOUND = {0: {"figure": 1.0, "train": 0.5}, 1: {"figure": 3.0, "train": 0.25}}
+
+
+def recipe(**changes) -> Recipe:
+    made = Recipe("made", "test NLL", lambda quick, seed: FOUND[seed], 2.5, "nobody", "none", "recalled", seeds=2)
+    return replace(made, **changes)
+
+
+def test_a_record_has_the_figure_and_its_standard_error_over_seeds(tmp_path, monkeypatch) -> None:
+    record = ledger.reproduce(recipe(), tmp_path)
+    assert record["figure"] == 2.0
+    assert record["standard_error"] == pytest.approx(1.0)  # sd of 1 and 3 is sqrt 2, over sqrt 2
+    assert record["details"] == {"figure": [1.0, 3.0], "train": [0.5, 0.25]}
+    ledger.reproduce(recipe(), tmp_path, seeds=1)
+    written = [json.loads(line) for line in (tmp_path / "made.jsonl").read_text().splitlines()]
+    assert [r["figure"] for r in written] == [2.0, 1.0]
+    assert written[1]["standard_error"] is None
+    monkeypatch.setattr(ledger, "RECIPES", {"made": recipe()})
+    assert ledger.records(tmp_path) == written
+    assert "| 2.5 | 1.00 | 1 |" in ledger.table(tmp_path)
+
+
+def test_quick_records_stay_out_of_the_table(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ledger, "RECIPES", {"made": recipe()})
+    assert ledger.reproduce(recipe(), tmp_path, quick=True)["seeds"] == 1
+    assert "| 2.5 | - | - |" in ledger.table(tmp_path)
+    ledger.reproduce(recipe(), tmp_path)
+    ledger.reproduce(recipe(), tmp_path, quick=True)
+    assert "| 2.5 | 2.00 ± 1.00 | 2 |" in ledger.table(tmp_path)
+
+
+def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path) -> None:
+    with pytest.raises(ArithmeticError, match="made: the figure is nan; nothing was recorded"):
+        ledger.reproduce(recipe(run=lambda quick, seed: {"figure": float("nan")}), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("entry", RECIPES.values(), ids=list(RECIPES))
+def test_a_recipe_says_what_it_is(entry: Recipe) -> None:
+    assert RECIPES[entry.name] is entry
+    assert entry.sure in GRADES
+    assert entry.better in ("lower", "higher")
+    assert entry.source and entry.protocol and entry.title
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_path, monkeypatch) -> None:
+    try:
+        data.load("binarized_mnist")
+    except FileNotFoundError:
+        pytest.skip("binarized_mnist is not at hand")
+    answer = CliRunner().invoke(app, ["reproduce", name, "--quick", "--out", str(tmp_path)])
+    assert answer.exit_code == 0, answer.output
+    assert "quick: not comparable" in answer.stdout
+    assert "published" in answer.stdout
+    (record,) = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    assert record["quick"] and record["figure"] > 0
+
+
+def test_the_command_lists_recipes_and_refuses_others(tmp_path) -> None:
+    answer = CliRunner().invoke(app, ["reproduce"])
+    assert all(name in answer.stdout for name in RECIPES)
+    answer = CliRunner().invoke(app, ["reproduce", "bernouli_mixture_500", "--out", str(tmp_path)])
+    assert answer.exit_code == 1
+    assert "recipe: unknown 'bernouli_mixture_500'; nearest: bernoulli_mixture_500" in answer.stderr
+
+
+def test_the_readme_has_the_ledger_as_it_is() -> None:
+    assert ledger.table() in README.read_text()
