@@ -87,6 +87,8 @@ def fit(
             model, dataset.train, steps=steps, batch=batch, learning_rate=learning_rate, draws=draws, seed=seed
         )
         _report(result, folder)
+        for path in row.draw(model, dataset.test["x"], folder) if row.draw else ():
+            out.print(f"[dim]{path}[/]", highlight=False)
 
 
 @app.command()

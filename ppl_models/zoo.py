@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from pyro.infer.autoguide import AutoDelta
 from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
 from inference.objectives import EM
-from ppl_models import data
+from ppl_models import data, pictures
 from ppl_models.data import Dataset
+from ppl_models.linear_factors import FactorAnalysis
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 from ppl_models.pair import Pair, continuous
 from ppl_models.regression import LogisticRegression, NeuralClassifier
+from ppl_models.vae import VAE
 
 
 def exact(pair: NaiveBayes, data: Any, **arguments: Any) -> Any:
@@ -43,7 +46,8 @@ class Row:
         source: What the truth is.
         dtype: Precision of the pair and its data.
         takes: Names of the data that the pair takes.
-        label: Its finite site, by which it classifies.
+        label: Its finite site, by which it classifies; None without one.
+        draw: Writes pictures of what a fitted pair generates, from the pair, rows of data and a folder.
     """
 
     name: str
@@ -57,7 +61,8 @@ class Row:
     source: str
     dtype: torch.dtype = field(default=torch.float64)
     takes: tuple[str, ...] = ("x", "y")
-    label: str = "y"
+    label: str | None = "y"
+    draw: Callable[..., list[Path]] | None = None
 
     def load(self, name: str | None = None) -> Dataset:
         """The row's data set, or another by name, prepared for the row."""
@@ -77,7 +82,7 @@ class Row:
             self.methods if methods is None else methods,
             truth=None if self.truth is None else partial(_truth, self.truth),
             heldout=dataset.test,
-            label=self.label,
+            label=self.label or "",
             seed=seed,
         )
 
@@ -111,6 +116,11 @@ def em(pair: Mixture, given: Any, **arguments: Any) -> Any:
     guide = AutoDelta(continuous(pair.model))
     objective = EM(pair.maximise, pair.start(given["x"]), max_plate_nesting=1)
     return fit((pair.model, guide), given, objective, **arguments)
+
+
+def _codes(dataset: Dataset) -> int:
+    """Factors of a VAE: ten for the small digits, fifty for images of 784 pixels (Burda et al. 2016)."""
+    return 10 if len(dataset.features) < 784 else 50
 
 
 def _mixture(make: Callable[..., Mixture], components: int) -> Callable[..., Mixture]:
@@ -209,6 +219,34 @@ ZOO: dict[str, Row] = {
             source="held-out predictions; a published likelihood in the ledger",
             takes=("x",),
             label="z",
+        ),
+        Row(
+            name="factor_analysis",
+            title="Factor analysis, two factors, exact guide",
+            build=lambda dataset, **arguments: FactorAnalysis(dataset.features, 2, **arguments),
+            data="wine",
+            also=("breast_cancer", "iris", "digits"),
+            prepare={"standardise": True},
+            methods={"SVI": partial(fit, steps=1500)},
+            truth=None,
+            source="scikit-learn's likelihood; the ELBO is log p(x)",
+            takes=("x",),
+            label=None,
+        ),
+        Row(
+            name="vae",
+            title="Variational autoencoder, Bernoulli likelihood",
+            build=lambda dataset, **arguments: VAE(dataset.features, _codes(dataset), **arguments),
+            data="digits",
+            also=("binarized_mnist", "mnist", "fashion_mnist", "omniglot"),
+            prepare={"binarise": True},
+            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.005, draws=20)},
+            truth=None,
+            source="held-out likelihood; a published one in the ledger",
+            dtype=torch.float32,
+            takes=("x",),
+            label=None,
+            draw=pictures.save,
         ),
     )
 }

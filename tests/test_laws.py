@@ -99,7 +99,8 @@ def test_the_same_seed_gives_the_same_result(row: Row) -> None:
     data = small(row)
     one, two, other = (quick_fit(fresh(row), data, seed=s) for s in (3, 3, 4))
     assert np.array_equal(one.losses, two.losses)
-    assert not np.array_equal(one.losses, other.losses)
+    # An exact guide without parameters has the same losses whatever it draws.
+    assert row.name == "factor_analysis" or not np.array_equal(one.losses, other.losses)
     for name, value in one.draws.items():
         assert torch.equal(value, two.draws[name])
         assert not torch.equal(value, other.draws[name])
@@ -121,12 +122,13 @@ def test_every_public_call_leaves_the_store_and_the_random_state_alone(row: Row,
     occupied_store()
     result = quick_fit(pair, data)
     occupied_store()
+    classified = [lambda: classify(result, data, label=row.label)] if row.label else []
     for call in (
+        *classified,
         lambda: quick_sample(pair, data),
         lambda: prior_predictive(pair, data, draws=3),
         lambda: posterior_predictive(result, data),
         lambda: pointwise_log_likelihood(result, data),
-        lambda: classify(result, data, label=row.label),
         lambda: result.draw(3),
     ):
         call()
@@ -204,7 +206,7 @@ def test_a_result_draws_from_where_it_was_made_when_its_pair_trains_on(row: Row)
     pair, data = fresh(row), small(row)
     first = quick_fit(pair, data)
     before = first.draw(4)
-    quick_fit(pair, data, steps=50, learning_rate=0.5)
+    quick_fit(pair, data, steps=50, learning_rate=0.05)
     moved = {n: p.detach().clone() for n, p in pair.named_parameters()}
     after = first.draw(4)
     assert all(torch.equal(before[n], after[n]) for n in before)
@@ -232,13 +234,21 @@ def test_minibatches_estimate_the_full_loss_without_bias(row: Row) -> None:
     program = bind(pair, data)
     elbo = TraceEnum_ELBO(max_plate_nesting=1) if program.enumerated else Trace_ELBO()
 
-    def loss(rows: Tensor | None) -> float:
-        with isolated(5):
+    def loss(rows: Tensor | None, seed: int = 5) -> float:
+        with isolated(seed):
             return elbo.loss(enumerate_finite(program), program.guide, **program.arguments(rows))
 
-    parts = [loss(rows) for rows in torch.arange(40).split(16)]
-    weights = np.array([16, 16, 8]) / 40
-    assert np.dot(weights, parts) == pytest.approx(loss(None), rel=1e-9)
+    def bias(seed: int) -> float:
+        parts = [loss(rows, seed) for rows in torch.arange(40).split(16)]
+        return float(np.dot(np.array([16, 16, 8]) / 40, parts)) - loss(None, seed)
+
+    if not any("rows" in program.sites[n].plates for n in program.guided):
+        # The noise is the same, for it has nothing to do with the rows.
+        assert abs(bias(5)) < 1e-9 * abs(loss(None))
+        return
+    found = np.array([bias(seed) for seed in range(60)])
+    assert abs(found.mean()) < 4 * found.std() / 60**0.5 + 1e-9 * abs(loss(None))
+    assert found.std() < 0.05 * abs(loss(None))
 
 
 class RowLatents(Pair):

@@ -1,0 +1,106 @@
+"""What a pair with a code generates, as grids of images: prior samples, reconstructions, traversals, a manifold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+Grid = tuple[Tensor, str]
+"""Images (rows of the grid, columns, pixels), and what they show."""
+
+
+def prior_samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
+    """Means of x at codes drawn from the prior."""
+    z = _normal((rows, columns, pair.factors), seed).to(pair.origin)
+    return pair.decode(z), "samples from the prior"
+
+
+def reconstructions(pair: Any, x: Tensor, columns: int = 12) -> Grid:
+    """Rows of data, each above its reconstruction from the mean of its code."""
+    blocks = x[: 4 * columns]
+    blocks = (
+        blocks[: len(blocks) // columns * columns].unflatten(0, (-1, columns)) if len(blocks) >= columns else x[None]
+    )
+    again = pair.decode(pair.encode(blocks))
+    return torch.stack([blocks, again], 1).flatten(0, 1), "data, each above its reconstruction"
+
+
+def traversals(pair: Any, x: Tensor, columns: int = 11, rows: int = 8) -> Grid:
+    """The codes of a row of data with one factor moved from -3 to 3: the factors that vary most over the data."""
+    codes = pair.encode(x)
+    chosen = codes.var(0).argsort(descending=True)[:rows]
+    z = codes[0].expand(len(chosen), columns, -1).clone()
+    for k, factor in enumerate(chosen):
+        z[k, :, factor] = torch.linspace(-3, 3, columns).to(z)
+    return pair.decode(z), "one row of data; each line moves one factor from -3 to 3"
+
+
+def manifold(pair: Any, side: int = 16) -> Grid:
+    """Images over the quantiles of a prior of two factors."""
+    if pair.factors != 2:
+        raise ValueError(f"factors: expected 2 for a manifold, got {pair.factors}")
+    at = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(side) + 0.5) / side).to(pair.origin)
+    z = torch.stack([at.expand(side, side), at.flip(0)[:, None].expand(side, side)], -1)
+    return pair.decode(z), "the plane of the two factors, at quantiles of the prior"
+
+
+def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
+    """A grid as one figure, ink on white.
+
+    Args:
+        grid: Images (rows, columns, height * width) in [0, 1], and a title.
+        shape: Height and width of an image, in pixels.
+
+    Raises:
+        ValueError: The images have not that many pixels.
+    """
+    images, title = grid
+    rows, columns, pixels = images.shape
+    height, width = shape
+    if pixels != height * width:
+        raise ValueError(f"shape: expected {pixels} pixels, got {height} x {width}")
+    tiles = images.detach().cpu().clamp(0, 1).reshape(rows, columns, height, width)
+    framed = torch.nn.functional.pad(tiles, (1, 1, 1, 1))
+    sheet = framed.permute(0, 2, 1, 3).reshape(rows * (height + 2), columns * (width + 2)).numpy()
+    figure = Figure(figsize=(0.6 * columns, 0.6 * rows * (height + 2) / (width + 2) + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(1 - sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_axis_off()
+    return figure
+
+
+def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
+    """Write all pictures of a pair whose rows are square images as PNG files into a folder; return their paths.
+
+    Args:
+        pair: With ``factors``, ``encode`` and ``decode``.
+        x: Rows of data (N, pixels).
+        folder: An existing directory.
+    """
+    side = math.isqrt(x.shape[1])
+    if side * side != x.shape[1]:
+        return []
+    with torch.no_grad():
+        grids = {
+            "prior": prior_samples(pair),
+            "reconstructions": reconstructions(pair, x),
+            "traversals": traversals(pair, x),
+        }
+        if pair.factors == 2:
+            grids["manifold"] = manifold(pair)
+    paths = []
+    for name, grid in grids.items():
+        paths.append(folder / f"{name}.png")
+        draw(grid, (side, side)).savefig(paths[-1], dpi=120)
+    return paths
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.as_tensor(np.random.default_rng(seed).standard_normal(shape))

@@ -1,0 +1,158 @@
+"""Variational autoencoders: what they score, what is refused, that they learn, and their pictures."""
+
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+from inference import fit, prior_predictive
+from inference.program import isolated
+from ppl_models import data, pictures
+from ppl_models.vae import LIKELIHOODS, VAE
+
+DIGITS = data.load("digits", binarise=True)
+X = DIGITS.train["x"]
+
+
+def small(likelihood: str = "bernoulli", features: int = 6, factors: int = 2, **arguments) -> VAE:
+    torch.manual_seed(3)
+    return VAE(features, factors, likelihood=likelihood, hidden=(5,), **arguments).double()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_elbo_is_the_one_by_hand(likelihood: str) -> None:
+    pair, x = small(likelihood), torch.rand(7, 6).double()
+    if likelihood == "gaussian":
+        pair.noise = torch.tensor(0.3).double()
+    with isolated(1), torch.no_grad():
+        got = Trace_ELBO().loss(pair.model, pair.guide, x)
+    with isolated(1), torch.no_grad():
+        loc, log_scale = pair.encoder(x).chunk(2, -1)
+        noise = torch.randn(7, 2, dtype=torch.float64)
+        z = loc + log_scale.exp() * noise
+        out = pair.decoder(z)
+        q = (-0.5 * noise**2 - log_scale - 0.5 * math.log(2 * math.pi)).sum()
+        p = (-0.5 * z**2 - 0.5 * math.log(2 * math.pi)).sum()
+        score = -binary_cross_entropy_with_logits(out, x, reduction="sum")
+        if likelihood == "gaussian":
+            score = (-0.5 * (x - out) ** 2 / 0.3 - 0.5 * math.log(2 * math.pi * 0.3)).sum()
+        if likelihood == "continuous_bernoulli":
+            # Its normaliser is 2 atanh(1 - 2 p) / (1 - 2 p) at the probability p.
+            p1 = out.sigmoid()
+            score += (2 * torch.atanh(1 - 2 * p1) / (1 - 2 * p1)).log().sum()
+    assert got == pytest.approx(float(q - p - score), rel=1e-6)
+
+
+def test_the_divergences_are_those_of_the_guide_from_the_prior() -> None:
+    pair, x = small(), torch.rand(4, 6).double()
+    law, prior = pair.posterior(x).base_dist, torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(law.loc, law.scale), prior)
+    torch.testing.assert_close(pair.divergences(x), expected)
+
+
+def test_grey_pixels_are_scored_and_means_decoded() -> None:
+    pair, z = small(), torch.randn(3, 2).double()
+    torch.testing.assert_close(pair.decode(z), pair.decoder(z).sigmoid())
+    grey = torch.full((3, 6), 0.25).double()
+    by_hand = 0.25 * pair.decoder(z) - softplus(pair.decoder(z))
+    torch.testing.assert_close(pair.likelihood(z).log_prob(grey), by_hand.sum(-1))
+
+
+def test_it_learns_digits_and_says_which_factors_are_active() -> None:
+    torch.manual_seed(0)
+    pair = VAE(64, 10, hidden=(100,))
+    result = fit(pair, X, steps=1500, batch=100, learning_rate=0.005, draws=1, progress=False)
+    bound = result.losses[-100:].mean() / len(X)
+    independent = X.mean(0).clamp(1e-3, 1 - 1e-3)
+    base = -(X * independent.log() + (1 - X) * (1 - independent).log()).sum(-1).mean()
+    # Pixels one by one cost 25 nats; the guide of a VAE that has collapsed finds no more than that.
+    assert bound < float(base) - 5
+    with torch.no_grad():
+        active, spent = pair.active(X), pair.divergences(X).mean(0)
+    assert 3 <= int(active.sum()) <= 10
+    assert float(spent[active].min()) > float(spent[~active].max() if bool((~active).any()) else 0.0)
+    assert 0.02 < float((prior_predictive(pair, X[:5], draws=50)["x"]).mean()) < 0.9
+
+
+def test_prior_draws_come_without_data() -> None:
+    draws = prior_predictive(small(), size=5, draws=20)
+    assert draws["x"].shape == (20, 5, 6)
+    assert set(draws["x"].unique().tolist()) <= {0.0, 1.0}
+
+
+REFUSED = [
+    (lambda: VAE(6, 2, likelihood="poisson"), "likelihood: expected one of bernoulli, continuous_bernoulli, gaussian"),
+    (lambda: VAE(6, 2, encoder=nn.Linear(6, 3)), r"encoder: expected outputs of width 4, got \(1, 3\)"),
+    (lambda: VAE(6, 2, decoder=nn.Linear(2, 5)), r"decoder: expected outputs of width 6, got \(1, 5\)"),
+    (lambda: VAE(6, 2, encoder=nn.Linear(5, 4)), "encoder: expected inputs of width 6, got an error"),
+    (lambda: fit(small(), torch.full((9, 6), 1.5).double()), r"x: expected pixels in \[0, 1\] for a bernoulli .* 1.5"),
+    (lambda: fit(small(), torch.rand(9, 5).double()), r"x: expected \(rows, 6\), got \(9, 5\)"),
+    (lambda: pictures.manifold(small(factors=3)), "factors: expected 2 for a manifold, got 3"),
+    (lambda: pictures.draw((torch.zeros(1, 1, 6), ""), (2, 2)), "shape: expected 6 pixels, got 2 x 2"),
+]
+
+
+@pytest.mark.parametrize(("call", "line"), REFUSED, ids=[line[:24] for _, line in REFUSED])
+def test_bad_input_gets_one_line(call, line: str) -> None:
+    with pytest.raises(ValueError, match=line) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+class Echo(nn.Module):
+    """A pair whose code is the image itself."""
+
+    factors = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("origin", torch.zeros(4))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+
+def test_grids_show_what_they_say() -> None:
+    pair, x = Echo(), torch.rand(30, 4)
+    x[:, 2] *= 100
+    samples, _ = pictures.prior_samples(pair, 5, 7)
+    assert samples.shape == (5, 7, 4)
+    again, _ = pictures.reconstructions(pair, x, columns=6)
+    assert again.shape == (8, 6, 4)
+    assert torch.equal(again[0], x[:6]) and torch.equal(again[0], again[1]) and torch.equal(again[2], x[6:12])
+    moved, _ = pictures.traversals(pair, x, columns=3, rows=2)
+    assert torch.equal(moved[0, :, 2], torch.tensor([-3.0, 0.0, 3.0]))
+    assert torch.equal(moved[0][:, [0, 1, 3]], x[0, [0, 1, 3]].expand(3, -1))
+
+
+def test_a_drawn_grid_has_each_image_in_its_place() -> None:
+    images = torch.zeros(2, 3, 4)
+    images[1, 2] = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    figure = pictures.draw((images, "title"), (2, 2))
+    sheet = figure.axes[0].images[0].get_array()
+    assert sheet.shape == (8, 12)
+    ink = np.argwhere(np.asarray(sheet) == 0).tolist()
+    assert ink == [[5, 9], [6, 10]]
+
+
+def test_pictures_are_written_for_square_images_only(tmp_path) -> None:
+    paths = pictures.save(small(features=9), torch.rand(20, 9).double(), tmp_path)
+    assert [p.name for p in paths] == ["prior.png", "reconstructions.png", "traversals.png", "manifold.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    assert pictures.save(small(), torch.rand(20, 6).double(), tmp_path) == []
+
+
+def test_a_gradient_reaches_both_networks() -> None:
+    pair = small()
+    with isolated(0):
+        Trace_ELBO().loss_and_grads(pair.model, pair.guide, torch.rand(8, 6).double())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pair.parameters())
+    pyro.clear_param_store()
