@@ -11,6 +11,7 @@ from inference import kernels, objectives
 from inference.compare import Comparison, compare
 from inference.diagnostics import Diagnosis, diagnose
 from inference.fit import fit
+from inference.likelihood import Evidence, log_likelihood
 from inference.optim import Joint
 from inference.predict import pointwise_log_likelihood, posterior_predictive, prior_predictive
 from inference.queries import classify
@@ -20,6 +21,7 @@ from inference.sample import sample
 __all__ = [
     "Comparison",
     "Diagnosis",
+    "Evidence",
     "Joint",
     "Result",
     "classify",
@@ -27,6 +29,7 @@ __all__ = [
     "diagnose",
     "fit",
     "kernels",
+    "log_likelihood",
     "objectives",
     "pointwise_log_likelihood",
     "posterior_predictive",
