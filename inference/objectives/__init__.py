@@ -16,9 +16,11 @@ from pyro.infer import (
 
 from inference.compiled import Compiled
 from inference.objectives.em import EM
+from inference.objectives.importance import IWAE
 
 __all__ = [
     "EM",
+    "IWAE",
     "Compiled",
     "RenyiELBO",
     "ReweightedWakeSleep",
