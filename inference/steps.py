@@ -230,6 +230,8 @@ def gradients(
     with poutine.trace(param_only=True) as capture:
         loss = objective.loss_and_grads(model, guide, **arguments)  # type: ignore[attr-defined]
     params = {name: node["value"].unconstrained() for name, node in capture.trace.nodes.items()}  # type: ignore[union-attr]
+    if not params:
+        raise ValueError("pair: expected parameters to fit, got none in model and guide; use steps=0")
     if isinstance(loss, tuple):
         return tuple(map(float, loss)), params
     return float(loss), params

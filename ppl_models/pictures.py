@@ -22,7 +22,7 @@ def prior_samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0)
 
 
 def reconstructions(pair: Any, x: Tensor, columns: int = 12) -> Grid:
-    """Rows of data, each above its reconstruction from the mean of its code."""
+    """Rows of data, taken from all over, each above its reconstruction from the mean of its code."""
     blocks = x[: 4 * columns]
     blocks = (
         blocks[: len(blocks) // columns * columns].unflatten(0, (-1, columns)) if len(blocks) >= columns else x[None]

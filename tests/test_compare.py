@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import NUTS
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 import inference
@@ -426,3 +426,40 @@ def test_names_are_coordinates_in_the_titles() -> None:
         guide = staticmethod(guide)
 
     assert sorted(titles(compare(Named, X, {"exact": exactly}).plot())) == ["mu", "w[north]", "w[south]"]
+
+
+FIT = partial(inference.fit, steps=20, draws=50, progress=False)
+
+
+def rows_with_factors(guided: bool):
+    """z_n ~ N(0, 1), x_n ~ N(z_n, 1), with the exact guide of any rows, or one of these rows alone."""
+
+    def model(x=None, *, size=None, rows=None):
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, *, size=None, rows=None):
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.5**0.5))
+
+    return model, guide if guided else AutoNormal(model)
+
+
+def test_rows_with_latents_of_their_own_are_scored_by_particles() -> None:
+    heldout = torch.tensor([0.3, -1.0]).double()
+    exact = partial(FIT, steps=0)
+    found = compare(lambda: rows_with_factors(True), torch.randn(20).double(), {"exact": exact}, heldout=heldout)
+    assert found.table.loc["exact", "lpd"] == pytest.approx(
+        float(dist.Normal(torch.zeros(2).double(), 2**0.5).log_prob(heldout).mean()), abs=1e-9
+    )
+
+
+def test_a_guide_of_the_fitted_rows_alone_scores_no_others_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="held-out rows are not scored|does not broadcast") as said:
+        found = compare(
+            lambda: rows_with_factors(False), torch.randn(20).double(), {"SVI": FIT}, heldout=torch.zeros(3).double()
+        )
+    assert any("held-out rows are not scored: " in str(w.message) for w in said)
+    assert np.isnan(found.table.loc["SVI", "lpd"])
+    assert found.table.loc["SVI", "seconds"] > 0

@@ -298,3 +298,17 @@ def test_a_million_rows_fit_in_four_gibibytes_at_a_flat_cost_per_row() -> None:
     assert max(peaks) < 4
     # The smallest size carries Pyro's own milliseconds a step; a shared machine adds noise.
     assert max(costs) < 2.5 * min(costs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_to_fit_is_said(compiled: bool) -> None:
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="pair: expected parameters to fit, got none in model and guide; use steps=0"):
+        fit((model, guide), torch.zeros(3), steps=5, compile=compiled, progress=False)
