@@ -23,11 +23,11 @@ def prior_samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0)
 
 def reconstructions(pair: Any, x: Tensor, columns: int = 12) -> Grid:
     """Rows of data, taken from all over, each above its reconstruction from the mean of its code."""
+    columns = min(columns, len(x))
+    lines = min(4, len(x) // columns)
+    # From all over: a data set may be sorted.
     spread = torch.arange(lines * columns) * (len(x) - 1) // max(lines * columns - 1, 1)
     blocks = x[spread].unflatten(0, (lines, columns))
-    blocks = (
-        blocks[: len(blocks) // columns * columns].unflatten(0, (-1, columns)) if len(blocks) >= columns else x[None]
-    )
     again = pair.decode(pair.encode(blocks))
     return torch.stack([blocks, again], 1).flatten(0, 1), "data, each above its reconstruction"
 
