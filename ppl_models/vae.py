@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ppl_models.linear_factors import FactorModel, check_network
 from ppl_models.networks import mlp
+from ppl_models.pair import check_labels, members, rows_plate
 
 LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "gaussian")
 
@@ -34,6 +36,7 @@ class VAE(FactorModel):
         hidden: Widths of the hidden layers of both networks, from x to z.
         encoder: From rows (..., D) to means and log standard deviations (..., 2 L) of the guide. Default: tanh layers.
         decoder: From factors (..., L) to logits, or means, of the rows (..., D). Default: tanh layers.
+        extra: Further inputs of both networks, which a subclass appends to x and to z.
 
     Data: x (N, D). Sites: z (L,) and x (D,) of every row.
 
@@ -54,15 +57,17 @@ class VAE(FactorModel):
         hidden: Sequence[int] = (200, 200),
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        extra: int = 0,
     ) -> None:
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
         super().__init__(features, factors)
         widths = self.features, *hidden
-        self.encoder = mlp(*widths, 2 * self.factors) if encoder is None else encoder
-        self.decoder = mlp(self.factors, *reversed(widths)) if decoder is None else decoder
-        check_network("encoder", self.encoder, self.features, 2 * self.factors)
-        check_network("decoder", self.decoder, self.factors, self.features)
+        read, coded = self.features + extra, self.factors + extra
+        self.encoder = mlp(read, *hidden, 2 * self.factors) if encoder is None else encoder
+        self.decoder = mlp(coded, *reversed(widths)) if decoder is None else decoder
+        check_network("encoder", self.encoder, read, 2 * self.factors)
+        check_network("decoder", self.decoder, coded, self.features)
         self.kind = likelihood
         if likelihood == "gaussian":
             self.noise: Any = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
@@ -105,3 +110,103 @@ class VAE(FactorModel):
         if x is not None and self.kind != "gaussian" and bool(((x < 0) | (x > 1)).any()):
             wrong = x[(x < 0) | (x > 1)][0].item()
             raise ValueError(f"x: expected pixels in [0, 1] for a {self.kind} likelihood, got {wrong:g}")
+
+
+class SemiSupervisedVAE(VAE):
+    r"""M2: a VAE with a label beside its factors, for data of which few rows are labelled.
+
+    .. math::
+
+        y_n \sim \mathrm{Categorical}(1/K), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
+        q(y_n, z_n \mid x_n) = q(y_n \mid x_n) \, \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
+
+    The guide enumerates missing labels, so fit it by ``TraceEnum_ELBO``; at a known label it is certain. A known label
+    also teaches the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
+
+    Args:
+        classes: Number of classes K, or their names.
+        auxiliary: :math:`\alpha`, the weight of that term for each labelled row.
+        classifier: From rows (..., D) to logits (..., K). Default: tanh layers.
+
+    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+
+    Data: x (N, D); y (N,), floats with nan where the label is missing. Sites: y, z (L,), x (D,) of every row.
+
+    Reference: Kingma, Rezende, Mohamed and Welling 2014, "Semi-Supervised Learning with Deep Generative Models"
+    (https://arxiv.org/abs/1406.5298).
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        classes: int | Sequence[str],
+        *,
+        hidden: Sequence[int] = (500,),
+        auxiliary: float = 50.0,
+        classifier: nn.Module | None = None,
+        **shared: Any,
+    ) -> None:
+        count = classes if isinstance(classes, int) else len(classes)
+        if count < 2:
+            raise ValueError(f"classes: expected at least two, got {count}")
+        if not auxiliary >= 0:
+            raise ValueError(f"auxiliary: expected zero or a positive number, got {auxiliary}")
+        super().__init__(features, factors, hidden=hidden, extra=count, **shared)
+        self.classes = self.name_dimension("classes", classes)
+        self.auxiliary = auxiliary
+        self.classifier = mlp(self.features, *hidden, self.classes) if classifier is None else classifier
+        check_network("classifier", self.classifier, self.features, self.classes)
+        self.register_buffer("even", torch.zeros(self.classes))
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score labels, factors and rows; return x."""
+        with rows_plate(x, size, rows):
+            label = pyro.sample("y", dist.Categorical(logits=self.even))
+            z = pyro.sample("z", self.prior())
+            if x is not None and y is not None and self.auxiliary:
+                self._teach(x, y)
+            return pyro.sample("x", self.likelihood(self._beside(z, label)), obs=x)
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> None:
+        """The label of each row, certain where it is known, and its factors."""
+        with rows_plate(x, size, rows):
+            logits = self.classifier(x)
+            if y is not None:
+                certain = members(y, self.classes, logits.dtype).log()
+                logits = torch.where(y.isnan()[..., None], logits, certain)
+            label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("z", self.posterior(self._beside(x, label)))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """q(y | x) of rows (..., D): probabilities of the classes (..., K)."""
+        return self.classifier(x).softmax(-1)
+
+    def _teach(self, x: Tensor, y: Tensor) -> None:
+        known = ~y.isnan()
+        score = dist.Categorical(logits=self.classifier(x)).log_prob(y.nan_to_num().long())
+        pyro.factor("taught", self.auxiliary * torch.where(known, score, 0.0))
+
+    def _beside(self, left: Tensor, label: Tensor) -> Tensor:
+        """Rows (..., W) with their labels (...) in one-hot form after them, (..., W + K)."""
+        one_hot = members(label, self.classes, left.dtype)
+        shape = torch.broadcast_shapes(left.shape[:-1], one_hot.shape[:-1])
+        return torch.cat([left.expand(*shape, -1), one_hot.expand(*shape, -1)], -1)
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x fits the likelihood and y, if given, its rows, as floats."""
+        super().check(x)
+        if y is not None:
+            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=True)
+            if not y.is_floating_point():
+                raise ValueError("y: expected floats, with nan where the label is missing, got integers")
