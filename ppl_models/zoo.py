@@ -107,7 +107,7 @@ def _conjugate(pair: NaiveBayes, given: Any) -> Moments:
 def point(pair: Pair, given: Any, **arguments: Any) -> Any:
     """Maximum a posteriori: the pair's model with a Delta guide."""
     model = pair.model
-    return fit((model, AutoDelta(model)), given, **arguments)
+    return fit((model, AutoDelta(continuous(model))), given, **arguments)
 
 
 def em(pair: Mixture, given: Any, **arguments: Any) -> Any:

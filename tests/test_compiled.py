@@ -196,8 +196,10 @@ def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
     dataset = row.load()
     few = {k: v[:40] for k, v in dataset.train.items()}
     for method in (fit, point):
-        with isolated(0):
-            pairs = [row.pair(dataset) for _ in range(2)]
+        pairs = []
+        for _ in range(2):
+            with isolated(0):
+                pairs.append(row.pair(dataset))
         run = partial(method, steps=12, progress=False)
         runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
         eager, compiled = (torch.as_tensor(r.losses) for r in runs)
