@@ -137,3 +137,13 @@ def test_your_own_pair_as_a_class_and_as_functions(tmp_path, capsys):
     assert "mean texture" in comparison.results["class"].idata.posterior.features
     assert "sd_ratio" in capsys.readouterr().out
     check_image(tmp_path / "your_own_pair" / "posteriors.png")
+
+
+def test_tighter_bounds_find_more_factors(tmp_path, capsys):
+    table = load("tighter_bounds").main(steps=400, particles=100, out=tmp_path)
+    assert list(table.index) == ["ELBO", "IWAE-5", "IWAE-50", "IWAE-50 DReG"]
+    assert np.isfinite(table.to_numpy()).all()
+    # A single particle is the ELBO: it lies below what many give, by the guide's gap.
+    assert (table["guide's gap"] > 0).all()
+    assert table.loc["IWAE-50", "active factors"] >= table.loc["ELBO", "active factors"]
+    check_image(tmp_path / "bounds.png")
