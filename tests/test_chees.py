@@ -342,6 +342,17 @@ def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:
     np.testing.assert_allclose(stats["lp"], exact)
 
 
+def test_a_few_more_draws_come_from_all_chains_by_turns() -> None:
+    def model() -> None:
+        modes = dist.Normal(torch.tensor([-30.0, 30.0]).double(), 1.0)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2).double()), modes))
+
+    result = quiet(model, chains=16, draws=10, warmup=20)
+    side = torch.as_tensor(posterior(result, "x"))[:, -1] > 0
+    assert 0 < int(side.sum()) < 16, "both modes have chains"
+    assert torch.equal(result.draw(24)["x"] > 0, torch.cat([side, side[:8]]))
+
+
 def test_few_chains_are_run_by_nuts() -> None:
     def model() -> None:
         pyro.sample("x", dist.Normal(double(1.0), 2.0))

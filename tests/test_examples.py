@@ -147,3 +147,11 @@ def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     assert (table["guide's gap"] > 0).all()
     assert table.loc["IWAE-50", "active factors"] >= table.loc["ELBO", "active factors"]
     check_image(tmp_path / "bounds.png")
+
+
+def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
+    table = load("em_is_variational").main(steps=8, out=tmp_path)
+    ladder = table[["after the M-step", "after the E-step"]].to_numpy().ravel()[1:]
+    assert (np.diff(ladder) > 0).all()
+    assert np.allclose(table["fit"], table["after the E-step"], rtol=1e-9)
+    check_image(tmp_path / "ladder.png")
