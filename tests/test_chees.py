@@ -344,8 +344,8 @@ def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:
 
 def test_a_few_more_draws_come_from_all_chains_by_turns() -> None:
     def model() -> None:
-        modes = dist.Normal(torch.tensor([-30.0, 30.0]).double(), 1.0)
-        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2).double()), modes))
+        x = pyro.sample("x", dist.Normal(double(0.0), 50.0))
+        pyro.sample("square", dist.Normal(x**2 / 30, 1.0), obs=double(30.0))
 
     result = quiet(model, chains=16, draws=10, warmup=20)
     side = torch.as_tensor(posterior(result, "x"))[:, -1] > 0
