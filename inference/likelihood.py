@@ -30,7 +30,6 @@ from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from inference.annealed import anneal, schedule, tune
-from inference.fit import _modules
 from inference.local import Rows, device_of, guide_sites, probe
 from inference.predict import Draws
 from inference.program import Program, bind, isolated
@@ -282,7 +281,7 @@ def _bind(pair: Any, data: Any) -> Program:
 
 def _state(pair: Any, program: Program) -> State:
     """What the pair's parameters are: those of a fit, or as they stand, with modules in evaluation mode."""
-    return pair.state if isinstance(pair, Result) else State(_modules(program))
+    return pair.state if isinstance(pair, Result) else State(program.modules)
 
 
 def _check(

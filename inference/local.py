@@ -55,7 +55,7 @@ class Rows:
         names = [n for n in self.program.sites if n in self.program.guided]
 
         def read(trace: Any, number: int | None) -> dict[str, Tensor]:
-            return {"": self._density(trace, predict._samples(trace), number), **self._values(trace, names, number)}
+            return {"": self._density(trace, predict.sample_names(trace), number), **self._values(trace, names, number)}
 
         found = self._run(self.program.guide, draws, count, read)
         return found, found.pop("")
@@ -72,7 +72,7 @@ class Rows:
         latent = self.program.select("latent")
 
         def read(trace: Any, number: int | None) -> dict[str, Tensor]:
-            names = [n for n in predict._samples(trace) if n in draws or n not in self.drawn]
+            names = [n for n in predict.sample_names(trace) if n in draws or n not in self.drawn]
             prior = [n for n in names if n in latent]
             return {"joint": self._density(trace, names, number), "prior": self._density(trace, prior, number)}
 
@@ -81,7 +81,7 @@ class Rows:
 
     def trace(self, half: Any, draws: Draws, count: int | None, *, summed: bool = False) -> Any:
         """Run a half for so many draws at once, or for one without a plate of draws (count None)."""
-        function = predict._lift(self.program, half, draws, count)
+        function = predict.lift(self.program, half, draws, count)
         if summed:
             dim = -self.program.depth - (1 if count is None else 2)
             function = poutine.enum(config_enumerate(function), first_available_dim=dim)
@@ -109,12 +109,12 @@ class Rows:
 
     def _values(self, trace: Any, names: Sequence[str], count: int | None) -> dict[str, Tensor]:
         sites, depth = self.program.sites, self.program.depth
-        return {n: predict._unstack(trace.nodes[n]["value"], sites[n], depth, count) for n in names}
+        return {n: predict.unstack(trace.nodes[n]["value"], sites[n], depth, count) for n in names}
 
     def _density(self, trace: Any, names: list[str], count: int | None) -> Tensor:
         if not names:
             return torch.zeros(count or 1, self.program.rows, device=device_of(self.program))
-        return predict._contract(trace, names, [self.plate], count)
+        return predict.contract(trace, names, [self.plate], count)
 
 
 def probe(program: Program, guided: bool) -> Rows:
@@ -126,7 +126,7 @@ def probe(program: Program, guided: bool) -> Rows:
     part = _minibatch(program, start) if program.takes_rows else program
     rows = Rows(part, "", drawn, lifts=False, splits=program.takes_rows)
     trace = rows.trace(part.model, rows.prior(1), None, summed=True)
-    nodes = {n: trace.nodes[n] for n in predict._samples(trace)}
+    nodes = {n: trace.nodes[n] for n in predict.sample_names(trace)}
     numbers = max(math.prod((*node["fn"].batch_shape, *node["fn"].event_shape)) for node in nodes.values())
     rows = replace(rows, plate=_plate(nodes, program), width=-(-numbers // part.rows))
     if guided:
@@ -155,7 +155,7 @@ def _with_guide(rows: Rows, program: Program) -> Rows:
     whole = replace(rows, program=program, splits=False)
     try:
         sites = guide_sites(rows)
-    except predict._UNLIFTED:
+    except predict.UNLIFTED:
         # A guide with a value for each row of the data may meet two rows with an error.
         if not rows.splits:
             raise
@@ -182,7 +182,7 @@ def _frames(node: Any) -> dict[str, Any]:
 def guide_sites(rows: Rows) -> dict[str, Any]:
     """Nodes of the guide's sites."""
     trace = rows.trace(rows.program.guide, {}, None)
-    return {n: trace.nodes[n] for n in predict._samples(trace)}
+    return {n: trace.nodes[n] for n in predict.sample_names(trace)}
 
 
 def _is_point(fn: Any) -> bool:
@@ -204,9 +204,9 @@ def _broadcasts(rows: Rows, guided: bool) -> bool:
                 many.guide({}, 2)
             return True
         reason: Any = f"log density {together.tolist()} at once, {apart.tolist()} one by one"
-    except predict._UNLIFTED as error:
+    except predict.UNLIFTED as error:
         reason = error
-    predict._say_slow(rows.program, half, reason)
+    predict.say_slow(rows.program, half, reason)
     return False
 
 

@@ -34,7 +34,8 @@ Draws = Mapping[str, Tensor]
 PLATE = "_draws"
 BUDGET = 10_000_000
 """Numbers of data that one pass may hold: draws are taken in chunks of this size."""
-_UNLIFTED = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
+UNLIFTED = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
+"""What a model written for one draw may raise when it meets many: torch, Pyro and numpy refuse in their own ways."""
 
 
 def prior_predictive(
@@ -133,12 +134,12 @@ def latent_functions(program: Program, draws: Draws) -> dict[str, Tensor]:
     wanted = {n: s for n, s in program.sites.items() if s.role == "deterministic" or n in free}
 
     def body(chunk: Draws, count: int | None) -> dict[str, Tensor]:
-        model = _lift(program, program.model, chunk, count)
+        model = lift(program, program.model, chunk, count)
         if free:
             dim = -program.depth - (1 if count is None else 2)
             model = infer_discrete(config_enumerate(model), first_available_dim=dim)
         trace = poutine.trace(model).get_trace(**program.arguments())
-        return {n: _unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()}
+        return {n: unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()}
 
     return _chunked(program, draws, body) if wanted else {}
 
@@ -150,19 +151,19 @@ def sample_guide(program: Program, size: int) -> tuple[dict[str, Tensor], Tensor
         return {}, torch.zeros(size)
 
     def run(count: int | None) -> dict[str, Tensor]:
-        trace = poutine.trace(_lift(program, program.guide, {}, count)).get_trace(**program.arguments())
-        density = _contract(trace, _samples(trace), [], count)
+        trace = poutine.trace(lift(program, program.guide, {}, count)).get_trace(**program.arguments())
+        density = contract(trace, sample_names(trace), [], count)
         return {
             "": density,
-            **{n: _unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()},
+            **{n: unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()},
         }
 
     step = max(1, BUDGET // _width(program))
     with torch.no_grad():
         try:
             parts = [run(min(step, size - start)) for start in range(0, size, step)]
-        except _UNLIFTED as error:
-            _say_slow(program, "guide", error)
+        except UNLIFTED as error:
+            say_slow(program, "guide", error)
             parts = [run(None) for _ in range(size)]
     values = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
     return values, values.pop("")
@@ -173,8 +174,8 @@ def draw_sites(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
     known = {n: v for n, v in draws.items() if n in program.sites}
 
     def body(chunk: Draws, number: int | None) -> dict[str, Tensor]:
-        trace = poutine.trace(_lift(program, program.model, chunk, number)).get_trace(**program.arguments())
-        return {n: _unstack(trace.nodes[n]["value"], s, program.depth, number) for n, s in program.sites.items()}
+        trace = poutine.trace(lift(program, program.model, chunk, number)).get_trace(**program.arguments())
+        return {n: unstack(trace.nodes[n]["value"], s, program.depth, number) for n, s in program.sites.items()}
 
     return _chunked(program, known, body, count)
 
@@ -189,18 +190,19 @@ def _score(program: Program, draws: Draws, count: int | None, what: str) -> Tens
     unknown = [n for n in free if not program.sites[n].finite]
     if unknown:
         raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
-    model = _lift(program, program.model, draws, count)
+    model = lift(program, program.model, draws, count)
     if free:
         dim = -program.depth - (1 if count is None else 2)
         model = poutine.enum(config_enumerate(model), first_available_dim=dim)
     trace = poutine.trace(model).get_trace(**program.arguments())
     if what not in ("joint", "rows"):
         return _unstack_score(trace.nodes[what], program.sites[what], program.depth, count)
-    names = [n for n in _samples(trace) if what == "joint" or n not in draws]
-    return _contract(trace, names, [] if what == "joint" else _common_plates(trace, names), count)
+    names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
+    return contract(trace, names, [] if what == "joint" else _common_plates(trace, names), count)
 
 
-def _samples(trace: poutine.Trace) -> list[str]:
+def sample_names(trace: poutine.Trace) -> list[str]:
+    """Sites with a density: neither plates' own nor deterministic ones."""
     return [
         name
         for name, node in trace.nodes.items()
@@ -215,7 +217,7 @@ def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
     return sorted(shared, key=lambda name: stacks[0][name])
 
 
-def _contract(trace: Any, names: list[str], keep: list[str], count: int | None) -> Tensor:
+def contract(trace: Any, names: list[str], keep: list[str], count: int | None) -> Tensor:
     """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
     trace.compute_log_prob(site_filter=lambda name, _: name in names)
     trace.symbolize_dims()
@@ -243,7 +245,7 @@ def _contract(trace: Any, names: list[str], keep: list[str], count: int | None) 
     return total if count is not None else total[None]
 
 
-def _lift(program: Program, function: Any, draws: Draws, count: int | None) -> Callable[..., Any]:
+def lift(program: Program, function: Any, draws: Draws, count: int | None) -> Callable[..., Any]:
     """The function run once for ``count`` draws, or for a single one without a plate (count None)."""
     if count is None:
         return poutine.condition(function, {n: v[0] for n, v in draws.items()})
@@ -252,7 +254,7 @@ def _lift(program: Program, function: Any, draws: Draws, count: int | None) -> C
     return poutine.condition(pyro.plate(PLATE, count, dim=-program.depth - 1)(function), values)
 
 
-def _unstack(value: Any, site: Site, depth: int, count: int | None) -> Tensor:
+def unstack(value: Any, site: Site, depth: int, count: int | None) -> Tensor:
     r"""A value as the lifted model returned it, as (S, \*shape)."""
     if count is None:
         return value.expand(site.shape)[None]
@@ -269,7 +271,7 @@ def _unstack_score(node: Any, site: Site, depth: int, count: int | None) -> Tens
     value = node["fn"].log_prob(node["value"])
     value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
     plain = Site(**{**vars(site), "shape": site.shape[: site.batch]})
-    return _unstack(value, plain, depth, count)
+    return unstack(value, plain, depth, count)
 
 
 def _chunked(
@@ -293,7 +295,7 @@ def _chunked(
                 return found
             if "slow" not in program.memo:
                 program.memo["slow"] = True
-                _say_slow(program, "model", obstacle)
+                say_slow(program, "model", obstacle)
             parts = [body({n: v[k : k + 1] for n, v in draws.items()}, None) for k in range(total)]
     return {n: parts[0][n] if len(parts) == 1 else torch.cat([part[n] for part in parts]) for n in parts[0]}
 
@@ -318,7 +320,7 @@ def _mapped(
             chunks = [many(*(v[start : start + step] for v in inputs)) for start in range(0, total, step)]
         found = {n: torch.cat([chunk[k] for chunk in chunks]) for k, n in enumerate(names)}
         return found if _is_bodys(found, draws, body) else None
-    except (Untraceable, *_UNLIFTED):
+    except (Untraceable, *UNLIFTED):
         return None
 
 
@@ -357,13 +359,13 @@ def _try_lift(program: Program, draws: Draws) -> str | None:
         with aside(), torch.no_grad():
             pair = {n: v[[0, -1]] for n, v in draws.items()}
             if any(n not in pair and not s.finite for n, s in program.select("latent").items()):
-                trace = poutine.trace(_lift(program, program.model, pair, 2)).get_trace(**program.arguments())
+                trace = poutine.trace(lift(program, program.model, pair, 2)).get_trace(**program.arguments())
                 names = program.select("latent")
-                pair = {n: _unstack(trace.nodes[n]["value"], s, program.depth, 2) for n, s in names.items()}
+                pair = {n: unstack(trace.nodes[n]["value"], s, program.depth, 2) for n, s in names.items()}
             together = _score(program, pair, 2, "joint")
             single = [{n: v[k : k + 1] for n, v in pair.items()} for k in (0, 1)]
             apart = torch.cat([_score(program, draw, None, "joint") for draw in single])
-    except _UNLIFTED as error:
+    except UNLIFTED as error:
         return str(error)
     tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
     if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -371,7 +373,8 @@ def _try_lift(program: Program, draws: Draws) -> str | None:
     return f"log density {together.tolist()} at once, {apart.tolist()} one by one"
 
 
-def _say_slow(program: Program, half: str, reason: object) -> None:
+def say_slow(program: Program, half: str, reason: object) -> None:
+    """Warn that a half runs draw by draw, and why."""
     said = " ".join(str(reason).split())[:160]
     warnings.warn(
         f"{program.name}: the {half} does not broadcast over draws ({said}); they run one by one", stacklevel=2

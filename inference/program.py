@@ -93,6 +93,13 @@ class Program:
         """Number of numbers in the data."""
         return sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
 
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """Modules that the pair is, or whose methods its halves are."""
+        halves = (self.pair, *(self.pair if isinstance(self.pair, tuple) else ()))
+        owners = [getattr(h, "__self__", h) for h in halves]
+        return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
+
     def arguments(self, rows: Tensor | None = None) -> dict[str, Any]:
         """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
         if rows is None:

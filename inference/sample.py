@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from pyro.infer import NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
@@ -117,7 +116,7 @@ def _check(program: Program, factory: Any, compile: Any, **lengths: int | None) 
 
 def _conclude(program: Program, made: Made, elapsed: float) -> Result:
     started = perf_counter()
-    state = State(tuple(m for m in [program.pair] if isinstance(m, torch.nn.Module)))
+    state = State(program.modules)
     draws = {n: made.draws[n] for n in program.sites if n in made.draws}
     attrs = {"method": made.method, "program": made.program, "restarted": made.restarted}
     with state():

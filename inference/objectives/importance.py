@@ -20,7 +20,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
@@ -112,11 +114,7 @@ class IWAE(Trace_ELBO):
 
 def _latent(trace: Any) -> dict[str, Any]:
     nodes = trace.nodes.items()
-    return {n: s for n, s in nodes if s["type"] == "sample" and not s["is_observed"] and not _is_subsample(s)}
-
-
-def _is_subsample(site: Any) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
+    return {n: s for n, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
 
 
 def _check(sites: dict[str, Any]) -> None:
@@ -131,10 +129,8 @@ def _score(trace: Any) -> Tensor:
     """Log density of each particle and row, (k, rows), without the plate's scale."""
     total = torch.zeros(())
     for site in trace.nodes.values():
-        if site["type"] == "sample" and not _is_subsample(site):
-            term = site["fn"].log_prob(site["value"])
-            mask = site["mask"]
-            total = total + (term if mask is None else torch.where(torch.as_tensor(mask), term, 0.0))
+        if site["type"] == "sample" and not site_is_subsample(site):
+            total = total + scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     return total
 
 
