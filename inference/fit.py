@@ -26,7 +26,7 @@ from inference.compiled import Compiled, numbers
 from inference.diagnostics import diagnose, pareto_k
 from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, to_idata
-from inference.steps import Failure, Optimized, Whole, by_adam
+from inference.steps import WINDOW, Failure, Optimized, Whole, by_adam
 
 TRACE_FROM, FUSE_FROM = 1000, 5000
 """Steps from which a fit is traced, and fused. Both the cost of compiling and what a step then saves grow with the
@@ -136,6 +136,8 @@ def _descend(
                 # One validated step finds what is wrong with a model; later steps find what is not finite.
                 with pyro.validation_enabled(step == 0 and validate):
                     losses.append(steps(next(rows)))
+                if len(losses) % WINDOW == 0:
+                    losses[-WINDOW:] = map(_read, losses[-WINDOW:])
                 settled = bool(patience) and _settled(losses, patience or 0)
                 failure = steps.check(now=settled or step == 0 or step + 1 == count)
                 if failure is not None:
@@ -152,7 +154,12 @@ def _descend(
     if failure is not None:
         _give_up(name, failure)
         losses = losses[: failure.step]
-    return np.array([numbers(x) if isinstance(x, tuple) else float(x) for x in losses], dtype=float), first
+    return np.array([_read(x) for x in losses], dtype=float), first
+
+
+def _read(loss: Any) -> Any:
+    """A loss as a number or numbers: small tensors kept from every step would break up the memory of large ones."""
+    return tuple(numbers(loss)) if isinstance(loss, tuple) else float(loss)
 
 
 def _give_up(name: str, failure: Failure) -> None:
@@ -263,7 +270,7 @@ def _conclude(
 ) -> Result:
     started = perf_counter()
     method = f"SVI ({type(objective).__name__})"
-    state = State(_modules(program))
+    state = State(program.modules)
     with state():
         posterior, density = predict.sample_guide(program, _affordable(program, draws))
         k = _pareto_k(program, posterior, density)
@@ -314,9 +321,3 @@ def _pareto_k(program: Program, posterior: dict[str, Tensor], density: Tensor) -
     except ValueError as error:
         warnings.warn(f"{program.name}: Pareto k left out: {error}", stacklevel=5)
         return None
-
-
-def _modules(program: Program) -> tuple[torch.nn.Module, ...]:
-    halves = (program.pair, *(program.pair if isinstance(program.pair, tuple) else ()))
-    owners = [getattr(h, "__self__", h) for h in halves]
-    return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())

@@ -1,6 +1,8 @@
 """fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
 
 import importlib.util
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -298,6 +300,32 @@ def test_a_million_rows_fit_in_four_gibibytes_at_a_flat_cost_per_row() -> None:
     assert max(peaks) < 4
     # The smallest size carries Pyro's own milliseconds a step; a shared machine adds noise.
     assert max(costs) < 2.5 * min(costs)
+
+
+GROWTH = """
+import torch
+import inference.steps as steps
+from inference import fit
+from ppl_models.vae import VAE
+
+memory, take = [], steps.Whole.__call__
+
+def watched(self, rows):
+    with open("/proc/self/statm") as file:
+        memory.append(int(file.read().split()[1]) * 4096 / 2**20)
+    return take(self, rows)
+
+steps.Whole.__call__ = watched
+x = torch.rand(1000, 200, generator=torch.Generator().manual_seed(0)).bernoulli()
+fit(VAE(200, 10), x, steps=4000, batch=100, draws=1, learning_rate=0.002, compile=True, progress=False)
+print(memory[-1] - memory[1500])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_steps() -> None:
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 15  # MiB; 47 when a tensor of every step's loss was kept
 
 
 @pytest.mark.parametrize("compiled", [False, True])
