@@ -7,7 +7,8 @@ has one order of its components.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from copy import copy
+from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -15,7 +16,19 @@ from pyro.distributions.transforms import OrderedTransform, Transform, biject_to
 from torch import Tensor
 
 
-class Gaussians(dist.TorchDistribution):
+class Rowwise(dist.TorchDistribution):
+    """A distribution of a row whose parameters stay as they are where a plate repeats it, as its score broadcasts."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        wide = copy(self)
+        wide._batch_shape = torch.Size(batch_shape)
+        return wide
+
+    def _repeat(self, score: Tensor) -> Tensor:
+        return score.expand(torch.broadcast_shapes(self.batch_shape, score.shape))
+
+
+class Gaussians(Rowwise):
     r"""Independent normal features, scored as :math:`-\tfrac12 \sum_j ((x_j - \mu_j) s_j)^2 - \mathrm{level}`.
 
     Torch's Normal takes a logarithm and divides for each entry of x; here both are done once a class. With a whitener S
@@ -37,14 +50,17 @@ class Gaussians(dist.TorchDistribution):
         self._correlated = inverse_scale.shape[-1] != mean.shape[-1]
         super().__init__(batch, mean.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Gaussians:
-        mean, inverse = (v.expand(*batch_shape, v.shape[-1]) for v in (self.mean_vector, self.inverse_scale))
-        return Gaussians(mean, inverse, self.level.expand(batch_shape))
-
     def log_prob(self, value: Tensor) -> Tensor:
-        centred = value - self.mean_vector
-        white = (self._whitener * centred[..., None, :]).sum(-1) if self._correlated else centred * self.inverse_scale
-        return -0.5 * white.square().sum(-1) - self.level
+        white = self._whiten(value - self.mean_vector)
+        return self._repeat(-0.5 * white.square().sum(-1) - self.level)
+
+    def _whiten(self, centred: Tensor) -> Tensor:
+        if not self._correlated:
+            return centred * self.inverse_scale
+        if self.inverse_scale.dim() > 1 and self.inverse_scale.shape[-2] == 1:
+            # One whitener for all rows: a product of matrices, and not a matrix a row.
+            return centred @ self._whitener[..., 0, :, :].mT
+        return (self._whitener @ centred[..., None])[..., 0]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
@@ -58,7 +74,7 @@ class Gaussians(dist.TorchDistribution):
         return self.inverse_scale.unflatten(-1, (*self.event_shape, *self.event_shape))
 
 
-class Occurrences(dist.TorchDistribution):
+class Occurrences(Rowwise):
     r"""Independent Bernoulli features, scored as :math:`x \cdot \mathrm{logits} + \sum_j \log(1 - p_j)`.
 
     Torch's Bernoulli takes a logarithm and an exponential of each entry of x; here they are taken once a class.
@@ -76,22 +92,16 @@ class Occurrences(dist.TorchDistribution):
         self.logits, self.absent = logits, absent
         super().__init__(batch, logits.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Occurrences:
-        # The parameters stay as they are: what a plate would repeat for its rows is one product with all of them.
-        wide = Occurrences(self.logits, self.absent)
-        wide._batch_shape = torch.Size(batch_shape)
-        return wide
-
     def log_prob(self, value: Tensor) -> Tensor:
         alike = self.logits.dim() > 1 and self.logits.shape[-2] == 1 and value.dim() == 2
         rows = self.logits[..., 0, :] @ value.mT if alike else (value * self.logits).sum(-1)
-        return (rows + self.absent).expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]))
+        return self._repeat(rows + self.absent)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self.logits.detach().sigmoid().expand(*sample_shape, *self.batch_shape, *self.event_shape).bernoulli()
 
 
-class Counts(dist.TorchDistribution):
+class Counts(Rowwise):
     """Multinomial whose rows have lengths of their own (torch's has one length for all).
 
     Args:
@@ -107,13 +117,10 @@ class Counts(dist.TorchDistribution):
         self.probs, self.length = probs, length
         super().__init__(batch, probs.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Counts:
-        return Counts(self.probs.expand(*batch_shape, self.probs.shape[-1]), self.length.expand(batch_shape))
-
     def log_prob(self, value: Tensor) -> Tensor:
         # Clamped for a word that a class never has: maximum likelihood gives it the probability 0.
         score = (value * self.probs.clamp_min(1e-30).log()).sum(-1)
-        return score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
+        return self._repeat(score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape

@@ -13,7 +13,6 @@ Reference: Tipping and Bishop 1999, "Probabilistic Principal Component Analysis"
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, Self
 
 import pyro
@@ -23,6 +22,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
+from ppl_models.networks import check_network
 from ppl_models.pair import Pair, check_matrix, rows_plate
 
 
@@ -231,18 +231,3 @@ class Autoencoder(FactorModel):
     def decode(self, z: Tensor) -> Tensor:
         """Rows (..., D) of codes (..., L)."""
         return self.decoder(z)
-
-
-def check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:
-    """Raise unless a network takes rows of one width to rows of another; a copy of it is tried on a row of zeros."""
-    like = next(network.parameters(), torch.empty(0))
-    row = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
-    try:
-        with torch.no_grad():
-            found = deepcopy(network).eval()(row)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{name}: expected inputs of width {inputs}, got an error: {reason}") from None
-    if not isinstance(found, Tensor) or found.shape != (1, outputs):
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"{name}: expected outputs of width {outputs}, got {got}")

@@ -204,7 +204,9 @@ class GaussianMixture(Mixture):
             width = 1 if self.covariance == "spherical" else self.features
             law = dist.LogNormal(self.scale.log(), self.log_spread).expand([width]).to_event(1)
             scales = pyro.sample("scales", law)
-            factors = pyro.sample("correlations", self._lkj()) if self.correlated else None
+            factors = None
+            if self.correlated:
+                factors = pyro.sample("correlations", dist.LKJCholesky(self.features, self.correlation))
         if factors is None:
             scales = _spread_over(scales, shape)
             return means, scales.reciprocal(), _level(scales)
@@ -213,9 +215,6 @@ class GaussianMixture(Mixture):
         whiteners = torch.linalg.solve_triangular(roots, identity.expand_as(roots), upper=False).flatten(-2)
         whole = self.components, self.features**2
         return means, _spread_over(whiteners, whole), _spread_over(_level(scales, factors), (self.components, 1))
-
-    def _lkj(self) -> dist.TorchDistribution:
-        return dist.LKJCholesky(self.features, self.correlation)
 
     def likelihood(self, means: Tensor, inverse: Tensor, level: Tensor) -> dist.TorchDistribution:
         return Gaussians(means, inverse, level.squeeze(-1))

@@ -18,8 +18,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from ppl_models.linear_factors import FactorModel, check_network
-from ppl_models.networks import mlp
+from ppl_models.linear_factors import FactorModel
+from ppl_models.networks import check_network, mlp
 from ppl_models.pair import check_labels, members, rows_plate
 
 LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "gaussian")
