@@ -28,6 +28,8 @@ STUCK = 0.05
 APART = 3.0
 """Gap between two groups of chains, in standard deviations of a chain, from which they sit at different modes."""
 PARETO_K = (0.5, 0.7)
+SILENT = 0.01
+"""Nats a row below which a dimension of a latent site has collapsed to its prior."""
 POINT = "A point estimate: its draws have no spread, and predictions from it ignore what is not known."
 
 
@@ -39,6 +41,8 @@ class Diagnosis:
         table: One row a scalar quantity: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat.
         divergences: Number of divergent transitions; None without chains.
         pareto_k: Pareto k of the guide against the model; None without a guide.
+        latents: What each dimension of a latent site in the plate of rows says of the data, as ``divergences.latents``
+            gives it; None without a guide of such sites.
         advice: One sentence for each thing that is wrong, with what to do; empty when all is well.
     """
 
@@ -46,6 +50,7 @@ class Diagnosis:
     divergences: int | None
     pareto_k: float | None
     advice: tuple[str, ...]
+    latents: pd.DataFrame | None = None
 
     @property
     def worst_r_hat(self) -> float:
@@ -61,18 +66,22 @@ class Diagnosis:
         return "\n".join(self.advice) or "No warning."
 
 
-def diagnose(idata: az.InferenceData, pareto_k: float | None = None) -> Diagnosis:
+def diagnose(idata: az.InferenceData, pareto_k: float | None = None, latents: pd.DataFrame | None = None) -> Diagnosis:
     """Judge the chains of an InferenceData, or the guide by its Pareto k.
 
     Args:
         idata: With a ``posterior`` group; chains are judged when it has ``sample_stats``.
         pareto_k: What :func:`pareto_k` gave for the guide; None for chains.
+        latents: What ``divergences.latents`` gave for the guide's sites in the plate of rows.
     """
     table = _summary(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
         point = len(table) > 0 and not table["sd"].any()
-        return Diagnosis(table, None, pareto_k, (POINT,) if point else _judge_guide(pareto_k))
+        advice = (POINT,) if point else _judge_guide(pareto_k)
+        if latents is None or latents.empty:
+            return Diagnosis(table, None, pareto_k, advice)
+        return Diagnosis(table, None, pareto_k, (*advice, *_judge_latents(latents)), latents)
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     method = idata["posterior"].attrs.get("method", "NUTS")
@@ -149,6 +158,25 @@ def _extreme(table: pd.DataFrame, column: str, reduce: Callable[[np.ndarray], fl
     # A quantity that never moves (the last entry of a one-element simplex) has no R-hat and no ESS.
     values = values[table["sd"].to_numpy() > 0] if len(values) else values
     return float(reduce(values)) if len(values) and not np.isnan(values).all() else float("nan")
+
+
+def _judge_latents(table: pd.DataFrame) -> tuple[str, ...]:
+    """One sentence for each site of which dimensions have collapsed, with what to do."""
+    said = []
+    for name, part in table.groupby(lambda n: n.partition("[")[0], sort=False):
+        silent, count = int((part["kl"] < SILENT).sum()), len(part)
+        remedy = "fit with BetaELBO(warmup=...) or BetaELBO(free_bits=...)"
+        if silent == count:
+            said.append(
+                f"{name}: posterior collapse, the guide is the prior for every row (KL below {SILENT} nats); the model "
+                f"does without {name}; {remedy}, or a weaker decoder"
+            )
+        elif silent:
+            said.append(
+                f"{name}: {silent} of {count} dimensions have collapsed to the prior (KL below {SILENT} nats a row); "
+                f"fewer would do, or {remedy} to use more"
+            )
+    return tuple(said)
 
 
 def _judge_guide(k: float | None) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from inference import predict
 from inference.compiled import Compiled, numbers
 from inference.diagnostics import diagnose, pareto_k
+from inference.divergences import local_latents
 from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, to_idata
 from inference.steps import WINDOW, Failure, Optimized, Whole, by_adam
@@ -274,6 +275,7 @@ def _conclude(
     with state():
         posterior, density = predict.sample_guide(program, _affordable(program, draws))
         k = _pareto_k(program, posterior, density)
+        found = local_latents(program)
         idata = to_idata(program, posterior, attrs={"method": method, "program": how})
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
@@ -285,7 +287,7 @@ def _conclude(
         losses=losses,
         seconds={**seconds, "draws": perf_counter() - started},
         method=method,
-        diagnosis=diagnose(idata, k),
+        diagnosis=diagnose(idata, k, found),
         draws=posterior,
         program=program,
         state=state,

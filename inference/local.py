@@ -171,7 +171,7 @@ def _check_guided(name: str, node: Any, rows: Rows, auxiliary: bool) -> None:
         raise ValueError(f"{name}: expected a site of the guide in the plate {rows.plate}, got one outside of it")
     if site is None and not node["infer"].get("is_auxiliary"):
         raise ValueError(f"{name}: expected a latent site of the model, got one of the guide alone")
-    if site is not None and not site.discrete and not auxiliary and _is_point(node["fn"]):
+    if site is not None and not site.discrete and not auxiliary and is_point(node["fn"]):
         raise ValueError(f"{name}: expected a guide with a density to weigh by, got a point mass (Delta)")
 
 
@@ -185,7 +185,8 @@ def guide_sites(rows: Rows) -> dict[str, Any]:
     return {n: trace.nodes[n] for n in predict.sample_names(trace)}
 
 
-def _is_point(fn: Any) -> bool:
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a Delta, however it is wrapped."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)

@@ -95,11 +95,6 @@ class VAE(FactorModel):
         """Means of the rows (..., D) of factors (..., L)."""
         return self.likelihood(z).mean
 
-    def divergences(self, x: Tensor) -> Tensor:
-        r"""KL divergence of the guide from the prior, of every factor and row (N, L), in nats."""
-        law = self.posterior(x).base_dist
-        return 0.5 * (law.loc.square() + law.scale.square() - 1) - law.scale.log()
-
     def active(self, x: Tensor, *, least: float = 0.01) -> Tensor:
         r"""Active factors (L,): :math:`\mathrm{Var}_n(\mathrm{E}_q[z \mid x_n]) > 0.01` (Burda et al. 2016)."""
         return self.encode(x).var(0) > least

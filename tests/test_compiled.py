@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from inference import block, fit, tracing
 from inference.compiled import LIMIT, Compiled
+from inference.objectives import BetaELBO
 from inference.optim import Joint
 from inference.program import bind, enumerate_finite, isolated
 from ppl_models.zoo import ZOO, Row, point
@@ -113,6 +114,7 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, Any]]]] = {
     "Trace_ELBO": (Trace_ELBO, amortized),
     "particles": (lambda: Trace_ELBO(num_particles=3, vectorize_particles=True), amortized),
     "TraceMeanField_ELBO": (TraceMeanField_ELBO, amortized),
+    "BetaELBO": (lambda: BetaELBO(2.0, free_bits=0.1, warmup=7), amortized),
     "RenyiELBO": (lambda: RenyiELBO(alpha=0.5, num_particles=2), amortized),
     "AutoNormal": (Trace_ELBO, lambda: (noisy, AutoNormal(noisy))),
     "AutoMultivariateNormal": (Trace_ELBO, lambda: (noisy, AutoMultivariateNormal(noisy))),
@@ -322,6 +324,31 @@ def test_a_counter_of_the_objective_is_told() -> None:
     guide = AutoNormal(noisy)
     with isolated(0), pytest.warns(UserWarning, match="more than|changes its attribute step"):
         descend(Compiled(inner, fuse=False), (noisy, guide), LIMIT + 3)
+
+
+def test_a_hidden_number_that_changes_the_gradient_alone_is_found_out() -> None:
+    class Leaning(Trace_ELBO):
+        """The same loss at every step, and a gradient that a hidden number scales."""
+
+        hidden: ClassVar = {"weight": 1.0}
+
+        def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+            for p in pyro.get_param_store()._params.values():
+                if p.grad is not None:
+                    p.grad = p.grad * self.hidden["weight"]
+            return loss
+
+    guide = AutoNormal(noisy)
+    objective = Compiled(Leaning(), fuse=False)
+
+    def lean() -> None:
+        for _ in range(13):
+            descend(objective, (noisy, guide), 1, rate=0.0)
+            Leaning.hidden["weight"] *= 0.9
+
+    with isolated(0), pytest.warns(UserWarning, match="or their gradients differ"):
+        lean()
 
 
 def test_a_hidden_number_that_changes_is_found_out() -> None:

@@ -15,12 +15,14 @@ from pyro.infer import (
 )
 
 from inference.compiled import Compiled
+from inference.objectives.beta import BetaELBO
 from inference.objectives.em import EM
 from inference.objectives.importance import IWAE
 
 __all__ = [
     "EM",
     "IWAE",
+    "BetaELBO",
     "Compiled",
     "RenyiELBO",
     "ReweightedWakeSleep",
