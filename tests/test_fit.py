@@ -174,6 +174,13 @@ def test_patience_stops_a_settled_fit_and_not_a_moving_one() -> None:
     assert len(moving.losses) == 600
 
 
+@pytest.mark.parametrize(("fall", "settled"), [(0.13, True), (0.16, False), (-1.0, True)])
+def test_settled_is_a_fall_within_its_standard_error(fall: float, settled: bool) -> None:
+    # Two halves of a hundred losses, each with variance 1: a standard error of 0.1414.
+    losses = [*(fall + (-1.0) ** k for k in range(100)), *((-1.0) ** k for k in range(100))]
+    assert sys.modules["inference.fit"]._settled(losses, 100) is settled
+
+
 def test_a_loss_that_is_not_finite_at_the_first_step_names_step_and_sites() -> None:
     def broken(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
