@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
 
@@ -13,6 +14,82 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     """Dense layers of the given widths, inputs first, with an activation between them."""
     layers = [[nn.Linear(a, b), activation()] for a, b in pairwise(widths)]
     return nn.Sequential(*[layer for pair in layers for layer in pair][:-1])
+
+
+class Images(nn.Module):
+    """A network of images among dense ones: rows (..., pixels) or (..., values) in, the same out.
+
+    Leading dimensions are flattened and restored, as particles and chains stand there.
+
+    Args:
+        inner: From (N, C, H, W), or rows (N, values), to (N, ...).
+        shape: Shape of one input as ``inner`` takes it; None: a row as it comes.
+    """
+
+    def __init__(self, inner: nn.Module, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.inner, self.shape = inner, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, *(self.shape or x.shape[-1:]))
+        return self.inner(rows).reshape(*x.shape[:-1], -1)
+
+
+def conv_encoder(
+    shape: tuple[int, int], outputs: int, *, channels: Sequence[int] = (32, 64), hidden: int = 128
+) -> Images:
+    """Strided convolutions, each of which halves height and width, and one dense layer: pixels (..., H W) to outputs.
+
+    Args:
+        shape: Height and width of an image.
+        outputs: Width of the output.
+        channels: Channels of each convolution.
+        hidden: Width of the dense layer before the output.
+    """
+    height, width = shape
+    layers: list[nn.Module] = []
+    for before, after in pairwise((1, *channels)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ELU()]
+        height, width = (height + 1) // 2, (width + 1) // 2
+    dense = [nn.Flatten(), nn.Linear(channels[-1] * height * width, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
+    return Images(_started(nn.Sequential(*layers, *dense)), (1, *shape))
+
+
+def conv_decoder(
+    inputs: int, shape: tuple[int, int], *, channels: Sequence[int] = (64, 32), hidden: int = 128
+) -> Images:
+    """The mirror of :func:`conv_encoder`: factors (..., inputs) to pixels (..., H W).
+
+    Args:
+        inputs: Width of the input.
+        shape: Height and width of an image.
+        channels: Channels before each transposed convolution, each of which doubles height and width.
+        hidden: Width of the dense layer after the input.
+    """
+    sizes = [shape]
+    for _ in channels:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    height, width = sizes.pop()
+    start = channels[0] * height * width
+    layers: list[nn.Module] = [nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, start), nn.ELU()]
+    layers.append(nn.Unflatten(1, (channels[0], height, width)))
+    for (before, after), (high, wide) in zip(pairwise((*channels, 1)), reversed(sizes), strict=True):
+        # A doubled side of odd length loses a line again.
+        padding = (1 - high % 2, 1 - wide % 2)
+        layers += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding), nn.ELU()]
+    return Images(_started(nn.Sequential(*layers[:-1], nn.Flatten())))
+
+
+def _started(network: nn.Sequential) -> nn.Sequential:
+    """Weights of He et al. 2015, the last layer's as torch has them: by torch's own a signal fades over five layers."""
+    layers = [m for m in network if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    for layer in layers[:-1]:
+        weight: Tensor = layer.weight
+        # What reaches one output: of a transposed convolution that doubles each side, a quarter of the window.
+        fan = weight[:, 0].numel() / 4 if isinstance(layer, nn.ConvTranspose2d) else weight[0].numel()
+        nn.init.normal_(weight, std=(2 / fan) ** 0.5)
+        nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
+    return network
 
 
 def check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:

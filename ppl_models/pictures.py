@@ -51,6 +51,13 @@ def manifold(pair: Any, side: int = 16) -> Grid:
     return pair.decode(z), "the plane of the two factors, at quantiles of the prior"
 
 
+def by_class(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:
+    """Images of each class, a line each, at the same codes drawn from the prior."""
+    z = _normal((columns, pair.factors), seed).to(pair.origin).expand(pair.classes, columns, -1)
+    one_hot = torch.eye(pair.classes).to(z)[:, None].expand(-1, columns, -1)
+    return pair.decode(torch.cat([z, one_hot], -1)), "a line a class; each column is one code"
+
+
 def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
     """A grid as one figure, ink on white.
 
@@ -81,7 +88,8 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     """Write all pictures of a pair whose rows are square images as PNG files into a folder; return their paths.
 
     Args:
-        pair: With ``factors``, ``encode`` and ``decode``.
+        pair: With ``factors``, ``encode`` and ``decode``; of one with ``classes``, whose decoder reads the label after
+            the code, a picture by class.
         x: Rows of data (N, pixels).
         folder: An existing directory.
     """
@@ -89,13 +97,16 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     if side * side != x.shape[1]:
         return []
     with torch.no_grad():
-        grids = {
-            "prior": prior_samples(pair),
-            "reconstructions": reconstructions(pair, x),
-            "traversals": traversals(pair, x),
-        }
-        if pair.factors == 2:
-            grids["manifold"] = manifold(pair)
+        if hasattr(pair, "classes"):
+            grids = {"classes": by_class(pair)}
+        else:
+            grids = {
+                "prior": prior_samples(pair),
+                "reconstructions": reconstructions(pair, x),
+                "traversals": traversals(pair, x),
+            }
+            if pair.factors == 2:
+                grids["manifold"] = manifold(pair)
     paths = []
     for name, grid in grids.items():
         paths.append(folder / f"{name}.png")

@@ -9,6 +9,7 @@ Reference: Kingma and Welling 2014, "Auto-Encoding Variational Bayes" (https://a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -84,8 +85,7 @@ class VAE(FactorModel):
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of rows (..., D), an event (L,)."""
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        return dist.Normal(loc, log_scale.exp()).to_event(1)
+        return normal(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
         """Means of the factors (..., L) of rows (..., D)."""
@@ -169,7 +169,7 @@ class SemiSupervisedVAE(VAE):
             z = pyro.sample("z", self.prior())
             if x is not None and y is not None and self.auxiliary:
                 self._teach(x, y)
-            return pyro.sample("x", self.likelihood(self._beside(z, label)), obs=x)
+            return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)
 
     def guide(
         self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
@@ -181,7 +181,7 @@ class SemiSupervisedVAE(VAE):
                 certain = members(y, self.classes, logits.dtype).log()
                 logits = torch.where(y.isnan()[..., None], logits, certain)
             label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-            pyro.sample("z", self.posterior(self._beside(x, label)))
+            pyro.sample("z", self.posterior(beside(x, label, self.classes)))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """q(y | x) of rows (..., D): probabilities of the classes (..., K)."""
@@ -192,12 +192,6 @@ class SemiSupervisedVAE(VAE):
         score = dist.Categorical(logits=self.classifier(x)).log_prob(y.nan_to_num().long())
         pyro.factor("taught", self.auxiliary * torch.where(known, score, 0.0))
 
-    def _beside(self, left: Tensor, label: Tensor) -> Tensor:
-        """Rows (..., W) with their labels (...) in one-hot form after them, (..., W + K)."""
-        one_hot = members(label, self.classes, left.dtype)
-        shape = torch.broadcast_shapes(left.shape[:-1], one_hot.shape[:-1])
-        return torch.cat([left.expand(*shape, -1), one_hot.expand(*shape, -1)], -1)
-
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x fits the likelihood and y, if given, its rows, as floats."""
         super().check(x)
@@ -205,3 +199,148 @@ class SemiSupervisedVAE(VAE):
             check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=True)
             if not y.is_floating_point():
                 raise ValueError("y: expected floats, with nan where the label is missing, got integers")
+
+
+class ConditionalVAE(VAE):
+    r"""A VAE of x given a label, which both networks read: the factors hold what the label leaves open.
+
+    .. math::
+
+        z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
+        q(z_n \mid x_n, y_n) = \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
+
+    Args:
+        classes: Number of classes K, or their names.
+
+    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+
+    Data: x (N, D) and y (N,), integers; to draw rows of given labels, y alone. Sites: z (L,), x (D,) of every row.
+
+    Reference: Sohn, Lee and Yan 2015, "Learning Structured Output Representation using Deep Conditional Generative
+    Models".
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        classes: int | Sequence[str],
+        **shared: Any,
+    ) -> None:
+        count = classes if isinstance(classes, int) else len(classes)
+        super().__init__(features, factors, extra=count, **shared)
+        self.classes = self.name_dimension("classes", classes)
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score factors and rows of the labels; return x."""
+        if y is None:
+            raise ValueError("y: expected the label of every row, got none")
+        with rows_plate(y, size, rows):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(beside(z, y, self.classes)), obs=x)
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> None:
+        """The factors of each row, given its label."""
+        if y is None:
+            raise ValueError("y: expected the label of every row, got none")
+        with rows_plate(x, size, rows):
+            pyro.sample("z", self.posterior(beside(x, y, self.classes)))
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x fits the likelihood and y has a class for every row."""
+        super().check(x)
+        if y is None and x is not None:
+            raise ValueError("y: expected the label of every row, got none")
+        if y is not None:
+            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=False)
+
+
+class HierarchicalVAE(VAE):
+    r"""A VAE with a chain of stochastic layers: causes of causes.
+
+    .. math::
+
+        z_{K} \sim \mathrm{N}(0, I), \qquad z_{k} \mid z_{k+1} \sim \mathrm{N}(g_k(z_{k+1})), \qquad
+        x \mid z_1 \sim p(x \mid g(z_1)), \qquad
+        q(z \mid x) = q(z_1 \mid x) \prod_k q(z_{k+1} \mid z_k)
+
+    Args:
+        factors: Number of factors of each layer, from x upwards: at least two layers.
+        between: Widths of the hidden layers of the networks between two stochastic layers.
+
+    The rest are those of :class:`VAE`. Sites: z_1 (L_1,), ..., z_K (L_K,) and x (D,) of every row. ``encode`` and
+    ``decode`` go from x to the top layer and back by the means of the layers between.
+
+    Reference: Burda, Grosse and Salakhutdinov 2016, whose two layers are (100, 50), between them (100, 100).
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: Sequence[int] = (100, 50),
+        *,
+        between: Sequence[int] = (100, 100),
+        **shared: Any,
+    ) -> None:
+        if len(factors) < 2 or min(factors) < 1:
+            raise ValueError(f"factors: expected at least two layers of at least one factor, got {tuple(factors)}")
+        super().__init__(features, factors[0], **shared)
+        layers = {f"z_{k}": (f"factors_{k}",) for k, _ in enumerate(factors, 1)}
+        self.dims = {"x": ("features",), **layers}
+        self.factors = factors[-1]
+        self.origin = torch.zeros(self.factors)
+        self.rising = nn.ModuleList(mlp(a, *between, 2 * b) for a, b in pairwise(factors))
+        self.falling = nn.ModuleList(mlp(b, *reversed(between), 2 * a) for a, b in pairwise(factors))
+
+    def model(
+        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Draw or score layers, from the top, and rows; return x."""
+        with rows_plate(x, size, rows):
+            z = pyro.sample(f"z_{len(self.falling) + 1}", self.prior())
+            for k in range(len(self.falling), 0, -1):
+                z = pyro.sample(f"z_{k}", normal(self.falling[k - 1](z)))
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """The layers of each row, from the bottom."""
+        with rows_plate(x, size, rows):
+            z = pyro.sample("z_1", self.posterior(x))
+            for k, network in enumerate(self.rising, 2):
+                z = pyro.sample(f"z_{k}", normal(network(z)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means of the top layer (..., L_K) of rows (..., D), through the means of those below."""
+        z = super().encode(x)
+        for network in self.rising:
+            z = network(z).chunk(2, -1)[0]
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Means of the rows (..., D) of the top layer (..., L_K), through the means of those below."""
+        for network in reversed(self.falling):
+            z = network(z).chunk(2, -1)[0]
+        return super().decode(z)
+
+
+def normal(out: Tensor) -> dist.TorchDistribution:
+    """A network's output (..., 2 L), means and log standard deviations, as a normal event (L,)."""
+    loc, log_scale = out.chunk(2, -1)
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+def beside(left: Tensor, label: Tensor, classes: int) -> Tensor:
+    """Rows (..., W) with their labels (...) in one-hot form after them, (..., W + K)."""
+    one_hot = members(label, classes, left.dtype)
+    shape = torch.broadcast_shapes(left.shape[:-1], one_hot.shape[:-1])
+    return torch.cat([left.expand(*shape, -1), one_hot.expand(*shape, -1)], -1)

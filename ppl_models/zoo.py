@@ -18,12 +18,12 @@ from inference.compare import Comparison, Method, Moments
 from inference.objectives import EM
 from ppl_models import data, pictures
 from ppl_models.data import Dataset
-from ppl_models.linear_factors import FactorAnalysis
+from ppl_models.linear_factors import PPCA, FactorAnalysis
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 from ppl_models.pair import Pair, continuous
 from ppl_models.regression import LogisticRegression, NeuralClassifier
-from ppl_models.vae import VAE
+from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
 
 
 def exact(pair: NaiveBayes, data: Any, **arguments: Any) -> Any:
@@ -118,9 +118,19 @@ def em(pair: Mixture, given: Any, **arguments: Any) -> Any:
     return fit((pair.model, guide), given, objective, **arguments)
 
 
+def closed_form(pair: PPCA, given: Any, **arguments: Any) -> Any:
+    """Maximum likelihood without steps."""
+    return fit(pair.closed_form(given["x"]), given, steps=0, **arguments)
+
+
 def _codes(dataset: Dataset) -> int:
     """Factors of a VAE: ten for the small digits, fifty for images of 784 pixels (Burda et al. 2016)."""
     return 10 if len(dataset.features) < 784 else 50
+
+
+def _layers(dataset: Dataset) -> tuple[int, int]:
+    """Factors of two layers: those of Burda et al. 2016 for images of 784 pixels."""
+    return (20, 10) if len(dataset.features) < 784 else (100, 50)
 
 
 def _mixture(make: Callable[..., Mixture], components: int) -> Callable[..., Mixture]:
@@ -234,6 +244,19 @@ ZOO: dict[str, Row] = {
             label=None,
         ),
         Row(
+            name="ppca",
+            title="Probabilistic PCA, two factors, exact guide",
+            build=lambda dataset, **arguments: PPCA(dataset.features, 2, **arguments),
+            data="wine",
+            also=("breast_cancer", "iris", "digits"),
+            prepare={"standardise": True},
+            methods={"SVI": partial(fit, steps=1500), "closed form": closed_form},
+            truth=None,
+            source="its closed form; the ELBO is log p(x)",
+            takes=("x",),
+            label=None,
+        ),
+        Row(
             name="vae",
             title="Variational autoencoder, Bernoulli likelihood",
             build=lambda dataset, **arguments: VAE(dataset.features, _codes(dataset), **arguments),
@@ -245,6 +268,35 @@ ZOO: dict[str, Row] = {
             source="held-out likelihood; a published one in the ledger",
             dtype=torch.float32,
             takes=("x",),
+            label=None,
+            draw=pictures.save,
+        ),
+        Row(
+            name="hierarchical_vae",
+            title="VAE with two stochastic layers",
+            build=lambda dataset, **arguments: HierarchicalVAE(dataset.features, _layers(dataset), **arguments),
+            data="digits",
+            also=("binarized_mnist", "mnist", "fashion_mnist", "omniglot"),
+            prepare={"binarise": True},
+            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.003, draws=20)},
+            truth=None,
+            source="held-out likelihood",
+            dtype=torch.float32,
+            takes=("x",),
+            label=None,
+            draw=pictures.save,
+        ),
+        Row(
+            name="conditional_vae",
+            title="VAE of images given their label",
+            build=_sizes(lambda features, classes, **arguments: ConditionalVAE(features, 10, classes, **arguments)),
+            data="digits",
+            also=("mnist", "fashion_mnist"),
+            prepare={"binarise": True},
+            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.005, draws=20)},
+            truth=None,
+            source="held-out likelihood",
+            dtype=torch.float32,
             label=None,
             draw=pictures.save,
         ),
