@@ -149,6 +149,18 @@ def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     check_image(tmp_path / "bounds.png")
 
 
+def test_an_encoder_misses_the_best_guide_of_its_family(tmp_path, capsys):
+    table = load("amortization_gap").main(steps=900, rows=20, out=tmp_path)
+    for column in table:
+        found = table[column]
+        assert found["log p(x), HMC"] == pytest.approx(found["log p(x), grid"], abs=0.3)
+        assert found["gap of the family"] > 0
+        assert found["amortization gap"] > 0
+        total = found["log p(x), grid"] - found["ELBO, encoder"]
+        assert found["gap of the family"] + found["amortization gap"] == pytest.approx(total, abs=1e-4)
+    check_image(tmp_path / "posteriors.png")
+
+
 def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
     table = load("em_is_variational").main(steps=8, out=tmp_path)
     ladder = table[["after the M-step", "after the E-step"]].to_numpy().ravel()[1:]
