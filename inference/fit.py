@@ -59,8 +59,9 @@ def fit(
     Args:
         pair: A pair, or a ``(model, guide)`` tuple of Pyro functions.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
-        objective: An ELBO or a factory of one. Default: Trace_ELBO, or TraceEnum_ELBO where finite sites
-            are summed out, or TraceGraph_ELBO where the guide draws discrete sites.
+        objective: An ELBO or a factory of one. Default: Trace_ELBO, or TraceEnum_ELBO where finite sites are summed
+            out (the guide leaves them out, or marks them for enumeration), or TraceGraph_ELBO where the guide draws
+            discrete sites.
         steps: Number of steps; 0 takes the guide as it is.
         batch: Rows a minibatch, drawn without replacement in every pass over the data (the last batch of a
             pass may be short). None: all rows at every step.
@@ -218,7 +219,7 @@ def _objective(
     program: Program, objective: ELBO | Callable[[], ELBO] | None, compile: bool | str
 ) -> tuple[ELBO, bool | str]:
     if objective is None:
-        if program.enumerated:
+        if program.summed:
             return TraceEnum_ELBO(max_plate_nesting=program.depth), compile
         discrete = any(program.sites[n].finite for n in program.guided)
         return TraceGraph_ELBO() if discrete else Trace_ELBO(), compile

@@ -143,13 +143,24 @@ class Program:
         return self._structure[2]
 
     @cached_property
-    def guided(self) -> frozenset[str]:
-        """Names of the latent sites that the guide samples."""
+    def _guide_structure(self) -> tuple[frozenset[str], bool]:
         if self.guide is None:
-            return frozenset()
+            return frozenset(), False
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
-        return frozenset(s.name for s in sites_of(trace).values() if s.role == "latent") & set(self.sites)
+        latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
+        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in trace.nodes.values())
+        return latent & set(self.sites), marked
+
+    @property
+    def guided(self) -> frozenset[str]:
+        """Names of the latent sites that the guide samples."""
+        return self._guide_structure[0]
+
+    @property
+    def summed(self) -> bool:
+        """Whether a finite site is to be summed out: one that the guide leaves out, or marks for enumeration."""
+        return self._guide_structure[1] or bool(self.enumerated)
 
     @cached_property
     def enumerated(self) -> tuple[str, ...]:

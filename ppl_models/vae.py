@@ -115,8 +115,8 @@ class SemiSupervisedVAE(VAE):
         y_n \sim \mathrm{Categorical}(1/K), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
         q(y_n, z_n \mid x_n) = q(y_n \mid x_n) \, \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
 
-    The guide enumerates missing labels, so fit it by ``TraceEnum_ELBO``; at a known label it is certain. A known label
-    also teaches the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
+    The guide enumerates missing labels, for ``TraceEnum_ELBO``; at a known label it is certain. A known label also
+    teaches the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
 
     Args:
         classes: Number of classes K, or their names.

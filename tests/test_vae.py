@@ -230,8 +230,8 @@ def test_m2_learns_from_few_labels_and_many_rows() -> None:
     y[known] = truth[known].float()
     torch.manual_seed(0)
     pair = SemiSupervisedVAE(64, 10, 10, hidden=(100,))
-    objective = TraceEnum_ELBO(max_plate_nesting=1)
-    fit(pair, {"x": x, "y": y}, objective, steps=400, batch=200, learning_rate=0.005, draws=1, progress=False)
+    result = fit(pair, {"x": x, "y": y}, steps=400, batch=200, learning_rate=0.005, draws=1, progress=False)
+    assert result.method == "SVI (TraceEnum_ELBO)"
     with torch.no_grad():
         right = pair.probabilities(DIGITS.test["x"]).argmax(-1) == DIGITS.test["y"]
     # The classifier alone, on the hundred labels, is right on 84 % (logistic regression).
