@@ -62,6 +62,9 @@ def prior_predictive(
 def posterior_predictive(result: Any, data: Any = None, *, size: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     r"""Sample the observed sites for each posterior draw of a Result.
 
+    Latent sites of a row are drawn from the guide at other data, if these hold all that the fit observed (a replicate,
+    or reconstruction, of each row), and else from the prior.
+
     Args:
         result: What ``fit`` or ``sample`` returned.
         data: Other inputs; the data of the fit when None. What the model observes is drawn afresh.
@@ -69,12 +72,37 @@ def posterior_predictive(result: Any, data: Any = None, *, size: int | None = No
 
     Returns:
         A tensor (S, \*shape of the site) for each site that the fit observed.
+
+    Raises:
+        ValueError: The data are rows of their own and the Result is of chains, or its guide has a value for each row
+            of the fit.
     """
     program = result.program if data is None else result.program.with_data(data)
     with isolated(seed), result.state():
-        sites = draw_sites(program.generator(size), result.draws, result.size)
+        draws = result.draws if data is None else _draws_at(result, data)
+        sites = draw_sites(program.generator(size), draws, result.size)
     observed = set(result.program.select("observed"))
     return {k: v for k, v in sites.items() if k in observed}
+
+
+def _draws_at(result: Any, data: Any) -> Draws:
+    """The posterior draws for other data: a Result's own, but for latent sites of a row."""
+    old = result.program
+    rows = {p for s in old.select("observed").values() for p in s.plates if p}
+    local = {n for n, s in old.select("latent").items() if n in result.draws and rows & set(s.plates)}
+    new = bind(old.pair, data)
+    if not local or not set(old.select("observed")) <= set(new.data):
+        return {n: v for n, v in result.draws.items() if n not in local}
+    named = ", ".join(sorted(local))
+    if "sample_stats" in result.idata.groups():
+        raise ValueError(f"data: expected the rows of the chains, which know {named} of no others; fit a guide")
+    try:
+        # One run says whether the guide takes other rows.
+        new.guided  # noqa: B018
+    except UNLIFTED:
+        asked = f"expected the {old.rows} rows of the fit, for its guide has {named} of no others, got {new.rows}"
+        raise ValueError(f"data: {asked}") from None
+    return sample_guide(new, result.size)[0]
 
 
 def pointwise_log_likelihood(result: Any, data: Any = None) -> Tensor:
@@ -388,5 +416,9 @@ def _check_draws(program: Program, draws: Draws) -> None:
             raise ValueError(f"draws: the model has no site {name}; it has {', '.join(program.sites)}")
         if tuple(value.shape[1:]) != site.shape:
             expected = ", ".join(map(str, ("draws", *site.shape)))
-            hint = " (a latent of rows that were not fitted)" if "rows" in site.plates else ""
+            hint = (
+                " (a latent of rows that were not fitted; log_likelihood integrates it out)"
+                if "rows" in site.plates
+                else ""
+            )
             raise ValueError(f"{name}: expected draws of shape ({expected}), got {tuple(value.shape)}{hint}")

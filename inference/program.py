@@ -149,7 +149,8 @@ class Program:
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
-        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in trace.nodes.values())
+        nodes: list[Any] = list(trace.nodes.values())
+        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes)
         return latent & set(self.sites), marked
 
     @property

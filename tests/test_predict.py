@@ -10,9 +10,10 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive
+from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
 from inference import predict as prediction
 from inference.program import bind, isolated
+from ppl_models.pair import Pair
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64)
 DATA = {"x": X, "y": 2 * X + 0.3}
@@ -234,3 +235,45 @@ def test_a_log_likelihood_is_kept_where_wide_replicates_are_not(monkeypatch) -> 
     with pytest.warns(UserWarning, match=r"left out posterior_predictive \(6,480 numbers; ask posterior_predictive"):
         result = fitted(wide, X[:, None].expand(-1, 9))
     assert result.idata["log_likelihood"]["x"].shape == (1, 60, 12)
+
+
+class Coded(Pair):
+    """z_n ~ N(0, 1), x_n ~ N(z_n, 0.1): a guide that reads x, or one that has a value for each row of the fit."""
+
+    def __init__(self, count: int | None = None) -> None:
+        super().__init__()
+        self.locs = None if count is None else torch.nn.Parameter(torch.zeros(count))
+
+    def model(self, x=None, *, size=None, rows=None, **_):
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            return pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(self, x=None, *, size=None, rows=None, **_):
+        with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+            pyro.sample("z", dist.Normal(x / 1.01 if self.locs is None else self.locs, 0.1))
+
+
+def test_latents_of_new_rows_come_from_the_guide_and_without_rows_from_the_prior() -> None:
+    result = fit(Coded(), torch.zeros(5), steps=0, draws=2000, progress=False)
+    again = posterior_predictive(result, torch.tensor([-3.0, 0.0, 4.0]))["x"]
+    assert again.shape == (2000, 3)
+    assert again.mean(0).tolist() == pytest.approx([-3 / 1.01, 0.0, 4 / 1.01], abs=0.02)
+    assert again.std(0).tolist() == pytest.approx([0.02**0.5] * 3, rel=0.1)
+    fresh = posterior_predictive(result, {}, size=4)["x"]
+    assert fresh.std(0).tolist() == pytest.approx([1.01**0.5] * 4, rel=0.1)
+
+
+def test_new_rows_that_nothing_knows_are_refused() -> None:
+    own = fit(Coded(5), torch.zeros(5), steps=0, draws=30, progress=False)
+    with pytest.raises(
+        ValueError, match="data: expected the 5 rows of the fit, for its guide has z of no others, got 3"
+    ):
+        posterior_predictive(own, torch.ones(3))
+    chains = sample(Coded(), torch.zeros(5), draws=20, warmup=20, chains=2, progress=False)
+    with pytest.raises(
+        ValueError, match="data: expected the rows of the chains, which know z of no others; fit a guide"
+    ):
+        posterior_predictive(chains, torch.ones(3))
+    with pytest.raises(ValueError, match="log_likelihood integrates it out"):
+        pointwise_log_likelihood(own, torch.ones(3))
