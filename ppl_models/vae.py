@@ -167,6 +167,10 @@ class SemiSupervisedVAE(VAE):
         with rows_plate(x, size, rows):
             label = pyro.sample("y", dist.Categorical(logits=self.even))
             z = pyro.sample("z", self.prior())
+            if y is not None:
+                # A wrong label is impossible: chains and likelihoods sum over the right one alone.
+                agrees = y.isnan() | (label == y)
+                pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(self.even))
             if x is not None and y is not None and self.auxiliary:
                 self._teach(x, y)
             return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)

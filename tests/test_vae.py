@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from inference import fit, prior_predictive
-from inference.program import isolated
+from inference.predict import log_joint
+from inference.program import bind, isolated
 from ppl_models import data, pictures
 from ppl_models.networks import conv_decoder, conv_encoder
 from ppl_models.vae import LIKELIHOODS, VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
@@ -221,6 +222,21 @@ def test_m2_sums_missing_labels_out_and_is_certain_of_known_ones() -> None:
     error = np.std(found) / 4000**0.5
     assert np.mean(found) == pytest.approx(-expected, abs=6 * error)
     assert error < 0.05
+
+
+def test_m2_knows_its_labels_without_a_guide() -> None:
+    torch.manual_seed(5)
+    pair = SemiSupervisedVAE(6, 2, 3, hidden=(4,), auxiliary=0.0).double()
+    x, z = (torch.rand(1, 6) > 0.5).double(), torch.randn(1, 1, 2).double()
+
+    def score(label: float) -> Tensor:
+        given = bind(pair.model, {"x": x, "y": torch.tensor([label]).double()})
+        with isolated(), torch.no_grad():
+            return log_joint(given, {"z": z})
+
+    known = torch.stack([score(k) for k in range(3)])
+    assert float(known.std()) > 0.01
+    torch.testing.assert_close(known.logsumexp(0), score(math.nan))
 
 
 def test_m2_learns_from_few_labels_and_many_rows() -> None:
