@@ -112,8 +112,10 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def _summary(idata: az.InferenceData) -> pd.DataFrame:
-    posterior = idata["posterior"]
+    posterior = idata.get("posterior", xr.Dataset())
     real = [str(n) for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
+    if not real:
+        return pd.DataFrame(columns=["mean", "sd"], index=pd.Index([], name="quantity"))
     draws, over = posterior[real], ("chain", "draw")
     with warnings.catch_warnings():
         # Draws that are not finite, or that never move, give nan; the advice says so.

@@ -135,7 +135,7 @@ def to_idata(
         posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
         sample_stats: Statistics (chains, draws) of each transition.
         chains: Number of chains.
-        attrs: Attributes of the posterior group.
+        attrs: Attributes of the whole and of the posterior group.
 
     Dimensions are named by the plates (``rows``) and by the pair's ``dims``; coordinates are the
     pair's ``coords``. Deterministic sites and the posterior of summed-out sites are added. Predictive
@@ -148,14 +148,14 @@ def to_idata(
     replicated = size * sum(torch.Size(s.shape).numel() for s in observed.values())
     scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed.values())
     left_out = {}
-    if posterior and replicated <= STORED:
+    if replicated <= STORED:
         groups["posterior"] = {**posterior, **predict.latent_functions(program, posterior)}
         groups["posterior_predictive"] = _replicates(program, posterior, size)
-    elif posterior and observed:
+    elif observed:
         left_out["posterior_predictive"] = replicated, "posterior_predictive(result, data)"
-    if posterior and scored <= STORED and replicated <= SCORED:
+    if scored <= STORED and replicated <= SCORED:
         groups["log_likelihood"] = _likelihood(program, posterior)
-    elif posterior and observed:
+    elif observed:
         left_out["log_likelihood"] = scored, "pointwise_log_likelihood(result, data)"
     if left_out:
         said = " and ".join(f"{group} ({count:,} numbers; ask {verb})" for group, (count, verb) in left_out.items())
@@ -169,8 +169,10 @@ def to_idata(
         datasets["sample_stats"] = _to_dataset(dict(sample_stats))
     if data:
         datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(program, dims), default_dims=[])
-    datasets["posterior"].attrs.update(attrs or {})
-    return az.InferenceData(**datasets)
+    if "posterior" in datasets:
+        datasets["posterior"].attrs.update(attrs or {})
+    # A pair without latent sites has no posterior: ArviZ knows no empty group.
+    return az.InferenceData(attrs=dict(attrs or {}), **datasets)
 
 
 def _dataset(program: Program, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:

@@ -17,6 +17,7 @@ from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
 from inference.objectives import EM
 from ppl_models import data, pictures
+from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
 from ppl_models.linear_factors import PPCA, FactorAnalysis
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
@@ -26,7 +27,7 @@ from ppl_models.regression import LogisticRegression, NeuralClassifier
 from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
 
 
-def exact(pair: NaiveBayes, data: Any, **arguments: Any) -> Any:
+def exact(pair: NaiveBayes | BayesianNetwork, data: Any, **arguments: Any) -> Any:
     """Draw from a conjugate posterior: the pair's ``exact`` is a guide with nothing left to fit."""
     return fit((pair.model, pair.exact), data, steps=0, **arguments)
 
@@ -100,7 +101,11 @@ def _sizes(make: Callable[..., Pair]) -> Callable[..., Pair]:
     return build
 
 
-def _conjugate(pair: NaiveBayes, given: Any) -> Moments:
+def _tree(dataset: Dataset, **arguments: Any) -> Pair:
+    return BayesianNetwork.chow_liu(dataset.train["x"], dataset.features, **arguments)
+
+
+def _conjugate(pair: NaiveBayes | BayesianNetwork, given: Any) -> Moments:
     return pair.moments(**given)
 
 
@@ -203,6 +208,19 @@ ZOO: dict[str, Row] = {
             },
             truth=None,
             source="held-out predictions only: its modes are many",
+        ),
+        Row(
+            name="bayesian_network",
+            title="Bayesian network, Chow and Liu's tree, Dirichlet prior",
+            build=_tree,
+            data="wine",
+            also=("breast_cancer", "digits", "xwindows", "news20_w100"),
+            prepare={"binarise": True},
+            methods={**_CONJUGATE, **_CHAINS},
+            truth=_conjugate,
+            source="conjugate posterior; queries by brute force",
+            takes=("x",),
+            label=None,
         ),
         Row(
             name="gaussian_mixture",

@@ -1,0 +1,153 @@
+"""Autoregressive pairs: densities that sum to one, orders that hold, draws, imputation, learning."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from inference import fit, log_likelihood, prior_predictive
+from ppl_models import data
+from ppl_models.autoregressive import FVSBN, MADE, NADE, Autoregressive
+
+ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).double()
+
+
+def pairs() -> dict[str, Autoregressive]:
+    torch.manual_seed(1)
+    made = {
+        "FVSBN": FVSBN(6),
+        "NADE": NADE(6, hidden=5),
+        "MADE": MADE(6, hidden=(9,), seed=2),
+        "MADE, two layers": MADE(6, hidden=(9, 8)),
+        "MADE, three orders": MADE(6, hidden=(12,), orders=3),
+    }
+    for pair in made.values():
+        for p in pair.parameters():
+            torch.nn.init.normal_(p, std=0.8)
+    return {name: pair.double() for name, pair in made.items()}
+
+
+PAIRS = pytest.mark.parametrize("name", list(pairs()))
+
+
+@PAIRS
+def test_probabilities_sum_to_one(name: str) -> None:
+    pair = pairs()[name]
+    with torch.no_grad():
+        assert float(pair.log_evidence(ALL).exp().sum()) == pytest.approx(1.0, abs=1e-10)
+        assert float(pair.log_evidence(ALL).std()) > 0.1
+
+
+@PAIRS
+def test_each_feature_reads_those_before_it_alone(name: str) -> None:
+    pair = pairs()[name]
+    law = pair.law()
+    for logits, order in zip(law.logits, law.order.tolist(), strict=True):
+        slopes = torch.autograd.functional.jacobian(lambda x, f=logits: f(x[None])[0], torch.rand(6).double())
+        for k, feature in enumerate(order):
+            assert not slopes[feature, order[k:]].any()
+            # What it may read it reads, but for units that no path of the masks joins.
+            assert slopes[feature, order[:k]].any() or k == 0 or name.startswith("MADE")
+        assert slopes.count_nonzero() >= 6
+
+
+def test_nade_is_the_loop_of_its_paper() -> None:
+    pair = pairs()["NADE"]
+    with torch.no_grad():
+        for x in ALL[::7]:
+            total, inside = 0.0, pair.threshold.clone()
+            for d in range(6):
+                logit = pair.bias[d] + pair.outward[d] @ inside.sigmoid()
+                total += float(torch.nn.functional.logsigmoid((2 * x[d] - 1) * logit))
+                inside = inside + x[d] * pair.inward[d]
+            assert float(pair.log_evidence(x[None])) == pytest.approx(total, abs=1e-10)
+
+
+def test_orders_are_averaged_as_densities() -> None:
+    pair = pairs()["MADE, three orders"]
+    with torch.no_grad():
+        single = []
+        for k in range(3):
+            sign = 2 * ALL - 1
+            single.append(torch.nn.functional.logsigmoid(sign * pair.conditionals()[k](ALL)).sum(-1).exp())
+            assert float(single[-1].sum()) == pytest.approx(1.0)
+        torch.testing.assert_close(pair.log_evidence(ALL).exp(), torch.stack(single).mean(0))
+    assert len({tuple(o) for o in pair.order.tolist()}) == 3
+
+
+@PAIRS
+def test_draws_follow_the_density(name: str) -> None:
+    pair = pairs()[name]
+    drawn = prior_predictive(pair, size=30_000, draws=1)["x"][0]
+    which = (drawn @ (2.0 ** torch.arange(5, -1, -1)).double()).long()
+    with torch.no_grad():
+        expected = pair.log_evidence(ALL).exp()
+    share = torch.bincount(which, minlength=64) / 30_000
+    error = (expected * (1 - expected) / 30_000).sqrt()
+    assert float(((share - expected) / error.clamp_min(1e-5)).abs().max()) < 4.5
+
+
+@PAIRS
+@pytest.mark.parametrize("hidden", [(0, 3), (4, 5), (1, 2, 5)], ids=str)
+def test_any_subset_is_imputed(name: str, hidden: tuple[int, ...]) -> None:
+    pair, row = pairs()[name], ALL[37].clone()
+    row[list(hidden)] = torch.nan
+    torch.manual_seed(0)
+    drawn = torch.cat([pair.impute(row[None], draws=40, particles=400)[:, 0] for _ in range(60)])
+    known = ~row.isnan()
+    assert torch.equal(drawn[:, known], row[known].expand(len(drawn), -1))
+    fits = (ALL[:, known] == row[known]).all(-1)
+    with torch.no_grad():
+        exact = pair.log_evidence(ALL[fits]).softmax(0)
+    cells = [(drawn == x).all(-1).double().mean().item() for x in ALL[fits]]
+    # 60 sets of particles: draws of one set hang together.
+    assert cells == pytest.approx(exact.tolist(), abs=0.05)
+
+
+def test_its_fit_is_logistic_regression_feature_by_feature() -> None:
+    x = data.load("wine", binarise=True, dtype=torch.float64).train["x"][:, :5]
+    pair = FVSBN(5).double()
+    fit(pair, x, steps=1500, learning_rate=0.1, draws=1, progress=False)
+    with torch.no_grad():
+        got = float(pair.log_evidence(x).mean())
+    share = x[:, 0].mean().item()
+    expected = share * math.log(share) + (1 - share) * math.log(1 - share)
+    for d in range(1, 5):
+        judge = LogisticRegression(C=1e6, max_iter=5000).fit(x[:, :d].numpy(), x[:, d].numpy())
+        odds = judge.predict_log_proba(x[:, :d].numpy())
+        expected += float(np.where(x[:, d].numpy() == 1, odds[:, 1], odds[:, 0]).mean())
+    assert got == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NADE(64, hidden=50), lambda: MADE(64, hidden=(100,), orders=2)], ids=["NADE", "MADE"]
+)
+def test_networks_learn_digits(make) -> None:
+    digits = data.load("digits", binarise=True)
+    torch.manual_seed(0)
+    pair = make()
+    result = fit(pair, digits.train["x"], steps=600, batch=100, learning_rate=0.01, draws=1, progress=False)
+    found = log_likelihood(result, digits.test["x"], "exact", progress=False)
+    share = digits.train["x"].mean(0).clamp(1e-3, 1 - 1e-3)
+    alone = torch.distributions.Bernoulli(share).log_prob(digits.test["x"]).sum(-1).mean()
+    assert found.mean > float(alone) + 6
+
+
+REFUSED = [
+    (lambda: fit(FVSBN(3), torch.full((2, 3), 0.5)), "x: expected zeros and ones, got 0.5"),
+    (lambda: fit(FVSBN(3), torch.zeros(2, 4)), r"x: expected \(rows, 3\), got \(2, 4\)"),
+    (lambda: NADE(3, hidden=0), "hidden: expected at least 1, got 0"),
+    (lambda: MADE(3, orders=0), "orders: expected at least 1, got 0"),
+    (lambda: MADE(1), "features: expected at least two, got 1"),
+    (lambda: FVSBN(3).impute(torch.tensor([[0.0, 2.0, torch.nan]])), "x: expected zeros and ones, got 2.0"),
+    (lambda: FVSBN(3).impute(torch.zeros(1, 3), particles=0), "particles, draws: expected positive numbers, got 0, 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "line"), REFUSED, ids=[line[:20] for _, line in REFUSED])
+def test_bad_input_gets_one_line(call, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        call()
