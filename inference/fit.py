@@ -74,7 +74,7 @@ def fit(
         draws: Draws of the posterior to keep.
         seed: Seed of all randomness; the global random state is left as it was.
         compile: True: run each step as one compiled program. "auto": trace it, or compile it too, where that many
-            steps are worth it; ``idata.posterior.attrs["program"]`` says what was chosen. False: as Pyro runs it.
+            steps are worth it; ``idata.attrs["program"]`` says what was chosen. False: as Pyro runs it.
         progress: Show a progress bar with the running loss (on a terminal).
 
     Returns:

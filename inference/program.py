@@ -117,7 +117,7 @@ class Program:
         return replace(bind(self.pair, data), guide=None)
 
     @cached_property
-    def _structure(self) -> tuple[dict[str, Site], int, bool]:
+    def _structure(self) -> tuple[dict[str, Site], int, bool, dict[str, Any]]:
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
         sites = sites_of(trace)
@@ -125,7 +125,8 @@ class Program:
         dims = [-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized]
         batch = [s.batch for s in sites.values()]
         observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
-        return sites, max(dims + batch, default=0), observes
+        values: dict[str, Any] = {n: trace.nodes[n]["value"] for n, s in sites.items() if s.role == "observed"}
+        return sites, max(dims + batch, default=0), observes, values
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -141,6 +142,11 @@ class Program:
     def observes(self) -> bool:
         """Whether the model observes anything: data at a site, or a factor."""
         return self._structure[2]
+
+    @property
+    def observations(self) -> dict[str, Tensor]:
+        """What the model observes at each site."""
+        return self._structure[3]
 
     @cached_property
     def _guide_structure(self) -> tuple[frozenset[str], bool]:

@@ -162,7 +162,7 @@ def to_idata(
         warnings.warn(f"{program.name}: left out {said}, for fewer rows or draws", stacklevel=3)
     dims = {n: _dims(program, n) for n in program.sites}
     plates = {n: d[: program.sites[n].batch] for n, d in dims.items()}
-    data = {n: program.data[n].detach().cpu().numpy() for n in observed if isinstance(program.data.get(n), Tensor)}
+    data = {n: v.detach().cpu().numpy() for n, v in program.observations.items()}
     named = {"log_likelihood": plates}
     datasets = {g: _dataset(program, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
     if sample_stats:

@@ -17,6 +17,7 @@ from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
 from inference.objectives import EM
 from ppl_models import data, pictures
+from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
 from ppl_models.linear_factors import PPCA, FactorAnalysis
@@ -271,6 +272,20 @@ ZOO: dict[str, Row] = {
             methods={"SVI": partial(fit, steps=1500), "closed form": closed_form},
             truth=None,
             source="its closed form; the ELBO is log p(x)",
+            takes=("x",),
+            label=None,
+        ),
+        Row(
+            name="made",
+            title="MADE, binary features one after another",
+            build=lambda dataset, **arguments: MADE(dataset.features, **arguments),
+            data="digits",
+            also=("binarized_mnist", "mnist", "omniglot", "xwindows", "news20_w100"),
+            prepare={"binarise": True},
+            methods={"maximum likelihood": partial(fit, steps=2000, batch=100, learning_rate=0.005)},
+            truth=None,
+            source="densities that sum to one; held-out likelihood",
+            dtype=torch.float32,
             takes=("x",),
             label=None,
         ),

@@ -205,7 +205,7 @@ def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
         run = partial(method, steps=12, progress=False)
         runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
         eager, compiled = (torch.as_tensor(r.losses) for r in runs)
-        assert [r.idata.posterior.attrs["program"] for r in runs] == ["eager", "fused"]
+        assert [r.idata.attrs["program"] for r in runs] == ["eager", "fused"]
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
@@ -475,7 +475,7 @@ def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.Monk
     eager, compiled = (quiet((model, AutoNormal(model)), X, steps=steps, compile=c) for c in (False, True))
     # Three steps come before the first block, and one block is run to hold it against single steps.
     assert len(calls) == {40: 0, 60: 2, 130: 3}[steps]
-    assert compiled.idata.posterior.attrs["program"] == "fused"
+    assert compiled.idata.attrs["program"] == "fused"
     torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-8, atol=1e-8)
     for name, value in eager.params.items():
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
@@ -488,7 +488,7 @@ def test_two_losses_are_compiled_too() -> None:
 
     eager, compiled = run(False), run(True)
     assert eager.losses.shape == (70, 2)
-    assert compiled.idata.posterior.attrs["program"] == "fused"
+    assert compiled.idata.attrs["program"] == "fused"
     torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-6, atol=1e-6)
 
 
@@ -510,7 +510,7 @@ def test_noise_that_no_loop_can_draw_runs_step_by_step(monkeypatch: pytest.Monke
 
     result = quiet((noisy, gamma), X, steps=80, compile=True)
     assert not made
-    assert result.idata.posterior.attrs["program"] == "fused"
+    assert result.idata.attrs["program"] == "fused"
 
 
 def test_patience_stops_a_compiled_fit_where_it_stops_the_eager_one() -> None:
@@ -522,14 +522,14 @@ def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
     quiet((noisy, AutoNormal(noisy)), X, steps=5, compile=True)
     known = len(tracing._PROGRAMS)
     again = quiet((noisy, AutoNormal(noisy)), X + 1, steps=5, compile=True, seed=3)
-    assert again.idata.posterior.attrs["program"] == "fused"
+    assert again.idata.attrs["program"] == "fused"
     assert len(tracing._PROGRAMS) == known
 
 
 def test_auto_goes_by_the_number_of_steps() -> None:
     for steps, expected in ((100, "eager"), (1000, "traced")):
         result = quiet((noisy, AutoNormal(noisy)), X, steps=steps, draws=30)
-        assert result.idata.posterior.attrs["program"] == expected
+        assert result.idata.attrs["program"] == expected
 
 
 @pytest.mark.parametrize("batch", [None, 2])
@@ -636,5 +636,5 @@ def test_enumeration_survives_a_compiled_fit() -> None:
     assert program.enumerated == ("z",)
     assert callable(enumerate_finite(program))
     result = quiet(program.pair, X, steps=40, compile=True)
-    assert result.idata.posterior.attrs["program"] == "fused"
+    assert result.idata.attrs["program"] == "fused"
     assert "z" in result.idata.posterior

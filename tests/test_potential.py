@@ -162,7 +162,7 @@ def test_chains_of_a_compiled_potential_have_the_conjugate_posterior() -> None:
             pyro.sample("y", dist.Poisson(rate), obs=y)
 
     result = quiet(model, torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]), draws=800, warmup=300, chains=2, compile=True)
-    assert result.idata.posterior.attrs["program"] == "fused"
+    assert result.idata.attrs["program"] == "fused"
     posterior, effective = dist.Gamma(torch.tensor(16.0), 6.0), result.diagnosis.min_ess_bulk
     assert effective > 200
     assert abs(float(result.draws["rate"].mean() - posterior.mean)) < 4 * float(posterior.stddev) / effective**0.5
@@ -174,7 +174,7 @@ def test_a_traced_chain_is_the_eager_chain_to_the_last_digit() -> None:
     model, y = PLAIN["mixture"]
     run = partial(quiet, model, y, draws=30, warmup=30, chains=2)
     eager, traced = run(compile=False), run(compile="auto")
-    assert (eager.idata.posterior.attrs["program"], traced.idata.posterior.attrs["program"]) == ("eager", "traced")
+    assert (eager.idata.attrs["program"], traced.idata.posterior.attrs["program"]) == ("eager", "traced")
     torch.testing.assert_close(traced.draws["mu"], eager.draws["mu"], rtol=1e-6, atol=1e-6)
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
 
     with pytest.warns(UserWarning, match="runs eagerly, for it cannot be traced"):
         result = quiet(steered, torch.ones(3).double(), draws=20, warmup=20, chains=2, compile=True)
-    assert result.idata.posterior.attrs["program"] == "eager"
+    assert result.idata.attrs["program"] == "eager"
 
 
 def test_a_frozen_branch_is_found_out() -> None:
