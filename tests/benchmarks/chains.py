@@ -85,10 +85,12 @@ def rounds_of(contender: str, rounds: int) -> int:
 def prepare(case: str, contender: str, *more: str) -> Callable[[int], dict[str, Any]]:
     """``more``: draws to make in place of those in the settings."""
     chosen = _REFERENCE if contender == REFERENCE else CONTENDERS[contender]
-    settings = {**chosen.settings, **({"draws": int(more[0])} if more and more[0].isdigit() else {})}
-    if more and chosen.sampler is samplers.ours:
-        # From a new process, as a user starts it: compiled only where the work ahead is worth it.
-        settings["compile"] = "auto"
+    settings = dict(chosen.settings)
+    if more and more[0].isdigit():
+        settings["draws"] = int(more[0])
+        if chosen.sampler is samplers.ours:
+            # From a new process, as a user starts it: compiled only where the work ahead is worth it.
+            settings["compile"] = "auto"
     run = chosen.sampler(POSTERIORS[case], **settings)
 
     def measure(seed: int) -> dict[str, Any]:
