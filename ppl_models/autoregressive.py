@@ -150,8 +150,8 @@ class FVSBN(Autoregressive):
 
     Example:
         >>> pair = FVSBN(3)
-        >>> [round(float(pair.log_evidence(torch.tensor(x)).exp()), 3) for x in ([0.0, 0.0, 0.0], [1.0, 0.0, 1.0])]
-        [0.125, 0.125]
+        >>> pair.log_evidence(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]])).exp().detach()
+        tensor([0.1250, 0.1250])
     """
 
     def __init__(self, features: int | Sequence[str]) -> None:
