@@ -31,6 +31,8 @@ from inference.program import bind, enumerate_finite, isolated
 from ppl_models.zoo import ZOO, Row, point
 
 quiet = partial(fit, progress=False)
+# Rows whose next of kin runs at every test; compiling takes up to half a minute each.
+KIN, SLOW = ("multinomial_naive_bayes", "ppca", "hierarchical_vae", "conditional_vae"), pytest.mark.slow
 X = torch.tensor([[0.3, -1.2], [2.0, 0.1], [-0.7, 0.4], [1.1, 1.9], [0.0, -0.5]]).double()
 
 
@@ -193,7 +195,7 @@ def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
     agree(*PAIRS[name], fuse=True)
 
 
-@pytest.mark.parametrize("row", ZOO.values(), ids=list(ZOO))
+@pytest.mark.parametrize("row", [pytest.param(r, id=n, marks=SLOW if n in KIN else ()) for n, r in ZOO.items()])
 def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
     dataset = row.load()
     few = {k: v[:40] for k, v in dataset.train.items()}
