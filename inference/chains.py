@@ -16,7 +16,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from inference.kernels.trajectory import Moves
+from inference.kernels.gibbs import Gibbs
 from inference.potential import choose
 from inference.program import Program
 
@@ -56,9 +56,11 @@ def run_together(
     mode: bool | str,
     progress: bool,
 ) -> Made:
-    """Run a kernel that holds all chains in one tensor."""
+    """Run a ``Batched`` kernel."""
     started = perf_counter()
     kernel: Any = factory(partial(program.model, **program.arguments()))
+    if isinstance(kernel, Gibbs) and kernel.conditional is None:
+        kernel.conditional = getattr(program.pair, "conditional", None)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
@@ -70,19 +72,20 @@ def run_together(
     setup = perf_counter() - started
 
     def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        blocks: list[Moves] = []
+        blocks: list[Any] = []
         done = 0
         with pyro.validation_enabled(False), threads_set(threads):
-            while (left := size - sum(len(b.energy) for b in blocks)) > 0:
+            while len(blocks) * kernel.block < size:
                 warming = kernel.warming
                 block = kernel.advance()
-                done += len(block.energy)
+                done += kernel.block
                 say(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
                 if not warming:
-                    blocks.append(Moves(*(v[:left] for v in block)))
-        whole = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
-        values = {n: v.transpose(0, 1).flatten(0, 1).cpu() for n, v in kernel.constrain(whole.position).items()}
-        return values, _batch_statistics(whole)
+                    blocks.append(block)
+            values, stats = kernel.collect(blocks)
+        # What the last block made too much is dropped.
+        flat = {n: v[:size].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}
+        return flat, {n: v[:size].T.cpu().numpy() for n, v in stats.items()}
 
     with Bars(program, 1, warmup + draws, progress) as show:
         values, stats = run(draws, show)
@@ -96,19 +99,6 @@ def run_together(
         return {n: v.unflatten(0, (chains, each)).transpose(0, 1).flatten(0, 1)[:size] for n, v in on.items()}
 
     return Made(values, stats, chains, setup, kernel.program, method_of(factory), more, kernel.restarted)
-
-
-def _batch_statistics(moves: Moves) -> dict[str, np.ndarray]:
-    """Statistics (chains, draws) of moves (draws, chains)."""
-    chains = moves.energy.shape[1]
-    each = {
-        "n_steps": moves.leapfrogs[:, None].expand(-1, chains).long(),
-        "step_size": moves.step_size[:, None].expand(-1, chains),
-        "lp": -moves.energy,
-        "acceptance_rate": moves.acceptance,
-        "diverging": moves.diverging,
-    }
-    return {n: v.T.cpu().numpy() for n, v in each.items()}
 
 
 def lengths(batched: bool, *asked: int | None) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def diagnose(idata: az.InferenceData, pareto_k: float | None = None, latents: pd
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     method = idata["posterior"].attrs.get("method", "NUTS")
-    advice = _judge_chains(table, divergences, chains, draws, method, partial(_modes, idata["posterior"]))
+    advice = _judge_chains(table, divergences, chains, draws, method, partial(_modes, _judged(idata)))
     return Diagnosis(table, divergences, None, (*_judge_stuck(idata), *_judge_restarts(idata), *advice))
 
 
@@ -112,8 +112,8 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def _summary(idata: az.InferenceData) -> pd.DataFrame:
-    posterior = idata.get("posterior", xr.Dataset())
-    real = [str(n) for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]
+    posterior = _judged(idata)
+    real = [str(n) for n in posterior.data_vars]
     if not real:
         return pd.DataFrame(columns=["mean", "sd"], index=pd.Index([], name="quantity"))
     draws, over = posterior[real], ("chain", "draw")
@@ -134,6 +134,13 @@ def _summary(idata: az.InferenceData) -> pd.DataFrame:
             }
     names = [name for n in real for name in _quantities(posterior[n])]
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
+
+
+def _judged(idata: az.InferenceData) -> xr.Dataset:
+    """What is judged: all that is continuous; of chains over labels alone their log density."""
+    posterior = idata.get("posterior", xr.Dataset())
+    real = posterior[[n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]]
+    return idata["sample_stats"][["lp"]] if not real and "lp" in idata.get("sample_stats", ()) else real
 
 
 def _quantities(array: xr.DataArray) -> list[str]:

@@ -7,6 +7,7 @@ dimension of its latent site. A dimension without any has collapsed to the prior
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import pandas as pd
@@ -88,13 +89,11 @@ def _divergence(guide: Any, model: Any, ancestral: bool) -> Tensor:
     while isinstance(q, Independent) and isinstance(p, Independent):
         shared = min(q.reinterpreted_batch_ndims, p.reinterpreted_batch_ndims)
         q, p = _strip(q, shared), _strip(p, shared)
-    try:
-        if not ancestral:
-            raise NotImplementedError
-        found = kl_divergence(q, p)
-    except NotImplementedError:
-        found = q.log_prob(value) - p.log_prob(value)
-    found = torch.as_tensor(found)
+    found: Any = None
+    if ancestral:
+        with suppress(NotImplementedError):
+            found = kl_divergence(q, p)
+    found = torch.as_tensor(q.log_prob(value) - p.log_prob(value) if found is None else found)
     found = found.expand(torch.broadcast_shapes(found.shape, batch)) if found.dim() <= len(batch) else found
     mask = guide["mask"]
     if isinstance(mask, Tensor):

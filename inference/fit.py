@@ -221,7 +221,7 @@ def _objective(
     if objective is None:
         if program.summed:
             return TraceEnum_ELBO(max_plate_nesting=program.depth), compile
-        discrete = any(program.sites[n].finite for n in program.guided)
+        discrete = any(program.sites[n].units for n in program.guided)
         return TraceGraph_ELBO() if discrete else Trace_ELBO(), compile
     chosen = objective() if callable(objective) and not isinstance(objective, ELBO) else objective
     if isinstance(chosen, Compiled):

@@ -23,7 +23,7 @@ TRACE_FROM, FUSE_FROM = 500, 10_000
 """Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
 both grow with the operations of the graph. To decide by a clock would make the last digits of a result, and so a chain,
 depend on how busy the machine was."""
-Potential = Callable[[dict[str, Tensor]], Tensor]
+Potential = Callable[..., Tensor]
 
 
 class CompiledPotential:
@@ -84,28 +84,38 @@ class ManyChains:
         potential: A potential function, as a kernel has it after its set-up.
         example: Unconstrained values of one chain by name, for their shapes.
         chains: Number of chains.
+        given: Further arguments of the potential, (chains, \*shape): the first of ``held``, which may be exchanged.
         eager: Call the potential chain after chain: slow, for one that cannot be traced.
 
     Raises:
         Untraceable: The potential steers itself by the values of its tensors.
     """
 
-    def __init__(self, potential: Potential, example: dict[str, Tensor], chains: int, *, eager: bool = False) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        example: dict[str, Tensor],
+        chains: int,
+        *,
+        given: tuple[Tensor, ...] = (),
+        eager: bool = False,
+    ) -> None:
         self._potential, self._example = potential, example
         self._sizes = [v.numel() for v in example.values()]
         first = torch.cat([v.detach().reshape(-1) for v in example.values()])
         many = first.expand(chains, -1).clone()
         self.dim = len(first)
         self.like = first
-        self.traced = not eager
-        self.held: list[Tensor] = []
+        self.traced, self._given = not eager, len(given)
+        self.held: list[Tensor] = [*given]
         self.forward: Callable[..., Any] = self._loop
         self.code = ""
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
-            one = traced(functionalize(traced(lambda q: self._one(q), first)), first)
-            graph = _folded(_shared(traced(functionalize(torch.vmap(one)), many)))
-            self.held, self.code = lifted(graph), graph.code
+            inputs = (first, *(g[0] for g in given))
+            one = traced(functionalize(traced(lambda *inputs: self._one(*inputs), *inputs)), *inputs)
+            graph = _folded(_shared(traced(functionalize(torch.vmap(one)), many, *given)))
+            self.held, self.code = [*given, *lifted(graph)], graph.code
             # A module's call goes through hooks that a compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
@@ -124,22 +134,23 @@ class ManyChains:
         r"""Positions (chains, D) of values by name, (chains, \*shape)."""
         return torch.cat([values[n].reshape(len(values[n]), -1).to(self.like) for n in self._example], -1)
 
-    def _one(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _one(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         leaf = position.detach().requires_grad_()
         with torch.enable_grad():
-            energy = self._potential(self.unpack(leaf))
+            energy = self._potential(self.unpack(leaf), *given)
             (gradient,) = torch.autograd.grad(energy, leaf)
         return energy.detach().to(position.dtype), gradient
 
-    def _loop(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        energies, gradients = zip(*map(self._one, positions), strict=True)
+    def _loop(self, positions: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        energies, gradients = zip(*map(self._one, positions, *given), strict=True)
         return torch.stack(energies), torch.stack(gradients)
 
     def _check(self, many: Tensor) -> None:
         """Hold the graph against the potential at other points, one a chain: a frozen branch shows there."""
         moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
         pick = sorted({0, len(many) - 1})
-        expected, got = self._loop(moved[pick])[0], self.run(moved)[0][pick]
+        given = [g[pick] for g in self.held[: self._given]]
+        expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
 

@@ -169,7 +169,7 @@ def latent_functions(program: Program, draws: Draws) -> dict[str, Tensor]:
         trace = poutine.trace(model).get_trace(**program.arguments())
         return {n: unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()}
 
-    return _chunked(program, draws, body) if wanted else {}
+    return run_draws(program, draws, body) if wanted else {}
 
 
 def sample_guide(program: Program, size: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -205,11 +205,11 @@ def draw_sites(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
         trace = poutine.trace(lift(program, program.model, chunk, number)).get_trace(**program.arguments())
         return {n: unstack(trace.nodes[n]["value"], s, program.depth, number) for n, s in program.sites.items()}
 
-    return _chunked(program, known, body, count)
+    return run_draws(program, known, body, count)
 
 
 def _scored(program: Program, draws: Draws, what: str) -> Tensor:
-    return _chunked(program, draws, lambda chunk, count: {"": _score(program, chunk, count, what)})[""]
+    return run_draws(program, draws, lambda chunk, count: {"": _score(program, chunk, count, what)})[""]
 
 
 def _score(program: Program, draws: Draws, count: int | None, what: str) -> Tensor:
@@ -302,7 +302,7 @@ def _unstack_score(node: Any, site: Site, depth: int, count: int | None) -> Tens
     return unstack(value, plain, depth, count)
 
 
-def _chunked(
+def run_draws(
     program: Program,
     draws: Draws,
     body: Callable[[Draws, int | None], dict[str, Tensor]],

@@ -22,6 +22,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
+from torch.distributions import Independent
 
 
 @contextmanager
@@ -58,6 +59,8 @@ class Site:
         plates: Name of the plate of each batch dimension, left to right; None where there is none.
         finite: Whether the site can be enumerated.
         discrete: Whether its values are discrete.
+        units: Parts of its event with finitely many states each: 0 where these are not finite, 1 where the site can be
+            enumerated.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Site:
     plates: tuple[str | None, ...]
     finite: bool
     discrete: bool
+    units: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +114,7 @@ class Program:
     def generator(self, size: int | None = None) -> Program:
         """The same program with nothing observed: every run draws all its sites."""
         data = self.data if size is None else {**self.data, "size": size}
-        return replace(self, model=_Uncondition()(self.model), guide=None, data=data, memo={})
+        return replace(self, model=Uncondition()(self.model), guide=None, data=data, memo={})
 
     def with_data(self, data: Any) -> Program:
         """The model with other data, to predict or score them: the guide, which may read its data, is left out."""
@@ -179,7 +183,7 @@ class Program:
         return {s.name: s for s in self.sites.values() if s.role == role}
 
 
-class _Uncondition(UnconditionMessenger):
+class Uncondition(UnconditionMessenger):
     """Pyro's uncondition, which would draw deterministic sites too, and in the wrong shape."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -207,8 +211,20 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
             plates=tuple(frames.get(d - batch) for d in range(batch)),
             finite=not deterministic and bool(fn.has_enumerate_support),
             discrete=not deterministic and fn.support.is_discrete,
+            units=0 if deterministic else _units(fn),
         )
     return found
+
+
+def _units(fn: Any) -> int:
+    """Number of finite parts that ``to_event`` has made one event."""
+    count = 1
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, Independent):
+            dims = fn.reinterpreted_batch_ndims
+            count *= fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - dims :].numel()
+        fn = fn.base_dist
+    return count if fn.has_enumerate_support else 0
 
 
 def bind(pair: Any, data: Any = None) -> Program:

@@ -1,7 +1,7 @@
 r"""Markov chains: one verb for every kernel.
 
-A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``) holds all chains
-in one tensor; chains of another run side by side in processes.
+A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``, ``Gibbs``) holds all
+chains in one tensor; chains of another run side by side in processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from inference.chains import KernelFactory, Made, run_together
 from inference.diagnostics import diagnose
+from inference.kernels.batched import Batched
 from inference.kernels.chees import ChEES
+from inference.kernels.gibbs import Gibbs
 from inference.processes import run_apart
 from inference.program import Program, bind, isolated
 from inference.result import Result, State, to_idata
@@ -41,19 +43,20 @@ def sample(
 ) -> Result:
     r"""Sample the posterior of a model by Markov chains.
 
-    Finite latent sites are summed out exactly; their posterior is drawn afterwards. The guide, if there
-    is one, is not used.
+    Finite latent sites are summed out exactly, and their posterior is drawn afterwards; ``Gibbs`` draws them instead.
+    The guide, if there is one, is not used.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
         kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
             ``partial(NUTS, target_accept_prob=0.95)``. None: ChEES, or NUTS where fewer than eight chains are asked
-            for or the model cannot be traced (one warning says why).
-        draws: Draws a chain to keep. None: 250 of ChEES, 1000 of another kernel.
-        warmup: Draws a chain to adapt with and drop. None: 300 of ChEES, 1000 of another kernel.
-        chains: Number of chains. None: 64 of ChEES, which holds them in one tensor, 4 of another kernel, as many at
-            once as there are cores.
+            for or the model cannot be traced (one warning says why); Gibbs where there is nothing but finite sites, or
+            where one has too many joint states to sum over.
+        draws: Draws a chain to keep. None: 250 of ChEES and Gibbs, 1000 of another kernel.
+        warmup: Draws a chain to adapt with and drop. None: 300 of ChEES and Gibbs, 1000 of another kernel.
+        chains: Number of chains. None: 64 of ChEES and Gibbs, which hold them in one tensor, 4 of another kernel, as
+            many at once as there are cores.
         seed: Seed of all randomness; the global random state is left as it was.
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
             program. "auto": where the work ahead is worth the cost of compiling. False: as Pyro runs it (ChEES runs
@@ -80,6 +83,8 @@ def sample(
     """
     program = bind(pair, data)
     _check(program, kernel, compile, draws=draws, warmup=warmup, chains=chains)
+    if kernel is None and _only_drawn(program):
+        kernel = Gibbs
     started = perf_counter()
     with isolated(seed):
         if kernel is None and (chains is None or chains >= FEWEST):
@@ -89,7 +94,10 @@ def sample(
             except Untraceable as error:
                 warnings.warn(f"{program.name}: NUTS in place of ChEES, for it cannot be traced: {error}", stacklevel=2)
         factory = kernel or NUTS
-        if isinstance(factory(partial(program.model, **program.arguments())), ChEES):
+        example = factory(partial(program.model, **program.arguments()))
+        if not isinstance(example, Gibbs):
+            _check_summed(program)
+        if isinstance(example, Batched):
             made = run_together(program, factory, draws, warmup, chains, compile, progress)
         else:
             made = run_apart(program, factory, draws, warmup, chains, seed, compile, progress)
@@ -107,11 +115,29 @@ def _check(program: Program, factory: Any, compile: Any, **lengths: int | None) 
         kind = type(factory).__name__
         raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
     latent = program.select("latent").values()
-    endless = [s.name for s in latent if s.discrete and not s.finite]
+    endless = [s.name for s in latent if s.discrete and not s.units]
     if endless:
         raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
-    if all(s.finite for s in latent):
-        raise ValueError("model: expected a continuous latent site to sample, got none")
+    if not latent:
+        raise ValueError("model: expected a latent site to sample, got none")
+
+
+def _only_drawn(program: Program) -> bool:
+    """Whether the finite sites have to be drawn: there is nothing else, or they cannot be summed over."""
+    latent = program.select("latent").values()
+    return all(s.units for s in latent) or any(s.units > 1 for s in latent)
+
+
+def _check_summed(program: Program) -> None:
+    latent = program.select("latent").values()
+    for site in latent:
+        if site.units > 1:
+            raise ValueError(
+                f"{site.name}: an event of {site.units} finite units cannot be summed out; use kernel=Gibbs"
+            )
+    if all(s.units for s in latent):
+        named = ", ".join(s.name for s in latent)
+        raise ValueError(f"model: expected a continuous latent site to sample, got {named}; use kernel=Gibbs")
 
 
 def _conclude(program: Program, made: Made, elapsed: float) -> Result:

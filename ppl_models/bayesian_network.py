@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import networkx as nx
 import opt_einsum
 import pyro
 import pyro.distributions as dist
@@ -31,6 +31,7 @@ from pyro.ops.einsum import contract
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
+from ppl_models.bif import read_bif
 from ppl_models.pair import Pair, check_matrix, choose, continuous, members, rows_plate
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -89,8 +90,9 @@ class BayesianNetwork(Pair):
         if not concentration > 0:
             raise ValueError(f"concentration: expected a positive number, got {concentration}")
         self.parents = {name: tuple(above) for name, above in parents.items()}
-        self.order = _sorted(self.parents)
         self.names = tuple(self.parents)
+        self.graph = _graph(self.parents)
+        self.order = tuple(nx.lexicographical_topological_sort(self.graph, key=self.names.index))
         self.states = {n: _states(n, states[n] if isinstance(states, Mapping) else states) for n in self.names}
         self.prior, self.missing, self.given = prior, missing, tables is not None
         self.register_buffer("concentration", torch.tensor(float(concentration)))
@@ -142,7 +144,7 @@ class BayesianNetwork(Pair):
             ValueError: The text is no such network, a line of a table is missing, or as for the class.
         """
         text = source if isinstance(source, str) and "{" in source else Path(source).read_text()
-        return cls(**_read_bif(text))
+        return cls(**read_bif(text))
 
     @property
     def parameter_count(self) -> int:
@@ -234,28 +236,8 @@ class BayesianNetwork(Pair):
             self._known(name, "given" if name in given else "variable")
         if one == other:
             return False
-        known = set(given)
-        above = _closure(known, self.parents)
-        children: dict[str, list[str]] = {n: [] for n in self.names}
-        for name, parents in self.parents.items():
-            for parent in parents:
-                children[parent].append(name)
-        waiting, seen = [(one, "up")], set()
-        while waiting:
-            step = name, way = waiting.pop()
-            if step in seen:
-                continue
-            seen.add(step)
-            if name == other and name not in known:
-                return False
-            if way == "up" and name not in known:
-                waiting += [(n, "up") for n in self.parents[name]] + [(n, "down") for n in children[name]]
-            if way == "down":
-                if name not in known:
-                    waiting += [(n, "down") for n in children[name]]
-                if name in above:
-                    waiting += [(n, "up") for n in self.parents[name]]
-        return True
+        # What is known depends on nothing.
+        return bool({one, other} & set(given)) or nx.is_d_separator(self.graph, one, other, set(given))
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is (rows, V) and holds states, or where they may be missing nan."""
@@ -343,7 +325,7 @@ class BayesianNetwork(Pair):
         if not asked and not known:
             return torch.zeros((), dtype=self._table(self.names[0]).dtype, device=self.concentration.device)
         # What is neither asked, nor known, nor above sums to one.
-        needed = _closure({*asked, *known}, self.parents)
+        needed = {*asked, *known}.union(*(nx.ancestors(self.graph, n) for n in (*asked, *known)))
         symbol = {n: opt_einsum.get_symbol(k) for k, n in enumerate(self.names)}
         terms, factors = [], []
         for name in (n for n in self.order if n in needed):
@@ -382,76 +364,17 @@ def _states(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def _sorted(parents: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Variables with parents before children."""
-    order: list[str] = []
-    for start in parents:
-        # Depth first: the path to a variable that is met again on it is the cycle.
-        path: list[tuple[str, list[str]]] = [(start, list(parents[start]))]
-        while path:
-            name, left = path[-1]
-            if name in order or not left:
-                path.pop()
-                order += [name] if name not in order else []
-                continue
-            above = left.pop()
-            if above not in parents:
-                raise ValueError(f"parents: expected variables as parents of {name}, got {above!r}")
-            names = [n for n, _ in path]
-            if above in names:
-                cycle = " -> ".join([above, *reversed(names[names.index(above) :])])
-                raise ValueError(f"parents: expected a graph without cycles, got {cycle}")
-            path.append((above, list(parents[above])))
-    return tuple(order)
-
-
-def _closure(names: set[str], parents: Mapping[str, Sequence[str]]) -> set[str]:
-    """Variables and all above them."""
-    found, waiting = set(), list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += parents[name]
-    return found
-
-
-def _read_bif(text: str) -> dict[str, Any]:
-    """Arguments of a network, from its text in the Bayesian interchange format."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    states = {
-        name: re.findall(r"[^\s,]+", listed)
-        for name, listed in re.findall(r"variable\s+(\S+)\s*\{[^{}]*?\{([^{}]*)\}", text)
-    }
-    if not states:
-        raise ValueError("source: expected a network in the Bayesian interchange format, got no variable")
-    parents: dict[str, list[str]] = {name: [] for name in states}
-    tables: dict[str, Tensor] = {}
-    for head, body in re.findall(r"probability\s*\(([^)]*)\)\s*\{([^{}]*)\}", text):
-        name, *above = re.findall(r"[^\s,|]+", head)
-        unknown = [n for n in (name, *above) if n not in states]
+def _graph(parents: Mapping[str, Sequence[str]]) -> nx.DiGraph:
+    """The graph, checked."""
+    for name, above in parents.items():
+        unknown = [n for n in above if n not in parents]
         if unknown:
-            raise ValueError(f"source: expected known variables in probability ({head.strip()}), got {unknown[0]}")
-        parents[name] = above
-        shape = [len(states[n]) for n in (*above, name)]
-        table = torch.full(shape, torch.nan, dtype=torch.float64)
-        rows = re.findall(r"\(([^)]*)\)\s*([^;]*);", body)
-        for row, numbers in rows:
-            at = tuple(states[n].index(s) for n, s in zip(above, re.findall(r"[^\s,]+", row), strict=True))
-            table[at] = _numbers(numbers, name)
-        if not rows:
-            listed = re.search(r"table([^;]*);", body)
-            if listed is None or above:
-                raise ValueError(f"source: expected a line for each state of the parents of {name}, got none")
-            table = _numbers(listed[1], name)
-        if bool(table.isnan().any()):
-            raise ValueError(f"source: expected a line for each state of the parents of {name}, got too few")
-        tables[name] = table
-    return {"parents": parents, "states": states, "tables": tables}
-
-
-def _numbers(text: str, name: str) -> Tensor:
-    try:
-        return torch.tensor([float(v) for v in re.findall(r"[^\s,]+", text)], dtype=torch.float64)
-    except ValueError:
-        raise ValueError(f"source: expected probabilities of {name}, got {text.strip()!r}") from None
+            raise ValueError(f"parents: expected variables as parents of {name}, got {unknown[0]!r}")
+    graph = nx.DiGraph()
+    graph.add_nodes_from(parents)
+    graph.add_edges_from((parent, name) for name, above in parents.items() for parent in above)
+    if not nx.is_directed_acyclic_graph(graph):
+        edges = nx.find_cycle(graph)
+        cycle = " -> ".join([edges[0][0], *(below for _, below in edges)])
+        raise ValueError(f"parents: expected a graph without cycles, got {cycle}")
+    return graph

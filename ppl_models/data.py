@@ -85,6 +85,7 @@ _UPSTREAM: dict[str, tuple[str, ...]] = {
     "text/news20_w100.npz": (f"{_MAT}/20news_w100.mat",),
     "text/SMSSpamCollection.gz": (_SMS,),
 }
+_ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'()&/-"
 _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
 
@@ -100,6 +101,7 @@ class Dataset:
         features: A name for every column of ``x``.
         classes: A name for every label, ``()`` without labels.
         valid: The same names, where the set has a third split.
+        symbols: Of a set of texts, what each code in ``x`` stands for.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Dataset:
     features: tuple[str, ...]
     classes: tuple[str, ...]
     valid: dict[str, Tensor] | None = None
+    symbols: tuple[str, ...] = ()
 
 
 def names() -> tuple[str, ...]:
@@ -157,7 +160,7 @@ def load(
     splits = {split: {"x": values.to(dtype)} for split, values in x.items()}
     for split, labels in raw.y.items():
         splits[split]["y"] = torch.tensor(labels, dtype=torch.int64)
-    return Dataset(name, splits["train"], splits["test"], raw.features, raw.classes, splits.get("valid"))
+    return Dataset(name, splits["train"], splits["test"], raw.features, raw.classes, splits.get("valid"), raw.symbols)
 
 
 def simulate_naive_bayes(
@@ -220,6 +223,7 @@ class _Raw(NamedTuple):
     classes: tuple[str, ...] = ()
     scale: float = 1.0
     threshold: float | None = None
+    symbols: tuple[str, ...] = ()
 
 
 def _split(x: Any, y: Any) -> tuple[dict[str, Any], Arrays]:
@@ -273,15 +277,51 @@ def _news20_w100() -> _Raw:
     return _Raw(x, y, words, tuple(map(str, arrays["groups"])), threshold=0.5)
 
 
+def _messages() -> tuple[dict[str, Any], Arrays]:
+    lines = _bytes(_obtain("text/SMSSpamCollection.gz")[0]).decode("utf8").split("\n")
+    labels, messages = zip(*(line.split("\t", 1) for line in lines if line), strict=True)
+    return _split(messages, np.array(labels) == "spam")
+
+
 def _sms_spam() -> _Raw:
     from sklearn.feature_extraction.text import CountVectorizer
 
-    lines = _bytes(_obtain("text/SMSSpamCollection.gz")[0]).decode("utf8").split("\n")
-    labels, messages = zip(*(line.split("\t", 1) for line in lines if line), strict=True)
-    texts, y = _split(messages, np.array(labels) == "spam")
+    texts, y = _messages()
     words = CountVectorizer(min_df=2).fit(texts["train"])
     x = {split: words.transform(part).toarray() for split, part in texts.items()}
     return _Raw(x, y, tuple(words.get_feature_names_out()), ("ham", "spam"), threshold=0.0)
+
+
+def _sms_text() -> _Raw:
+    texts, y = _messages()
+    return _characters(texts, 160)._replace(y=y, classes=("ham", "spam"))
+
+
+def _descriptions() -> _Raw:
+    """The prose that comes with scikit-learn's data sets, line by line."""
+    import sklearn.datasets
+    from sklearn.model_selection import train_test_split
+
+    sets = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
+    text = "\n".join(getattr(sklearn.datasets, f"load_{name}")().DESCR for name in sets)
+    lines = [line.strip() for line in text.split("\n") if sum(c.isalpha() for c in line) > 20]
+    train, test = train_test_split(lines, test_size=0.3, random_state=0)
+    return _characters({"train": train, "test": test}, 80)
+
+
+def _characters(texts: dict[str, Any], length: int) -> _Raw:
+    """Texts as codes of their characters, in lower case, cut or filled up to one length with a symbol for the end."""
+    code = {c: k for k, c in enumerate(_ALPHABET)}
+    other, end = len(code), len(code) + 1
+    x = {}
+    for split, part in texts.items():
+        rows = np.full((len(part), length), end)
+        for row, line in zip(rows, part, strict=True):
+            kept = [code.get(c, other) for c in line.lower()[:length]]
+            row[: len(kept)] = kept
+        x[split] = rows
+    places = tuple(f"place_{k}" for k in range(length))
+    return _Raw(x, {}, places, symbols=(*_ALPHABET, "other", "end"))
 
 
 _LOADERS: dict[str, Callable[[], _Raw]] = {
@@ -296,6 +336,8 @@ _LOADERS: dict[str, Callable[[], _Raw]] = {
     "xwindows": _xwindows,
     "news20_w100": _news20_w100,
     "sms_spam": _sms_spam,
+    "sms_text": _sms_text,
+    "descriptions": _descriptions,
 }
 
 

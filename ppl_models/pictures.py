@@ -22,7 +22,7 @@ def prior_samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0)
 
 
 def reconstructions(pair: Any, x: Tensor, columns: int = 12) -> Grid:
-    """Rows of data, taken from all over, each above its reconstruction from the mean of its code."""
+    """Rows of data, taken from all over, each above its reconstruction from the means of its causes."""
     columns = min(columns, len(x))
     lines = min(4, len(x) // columns)
     # From all over: a data set may be sorted.
@@ -58,6 +58,22 @@ def by_class(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:
     return pair.decode(torch.cat([z, one_hot], -1)), "a line a class; each column is one code"
 
 
+def fantasies(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
+    """Means of x given causes drawn from the model, of a belief net."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return pair.fantasies(rows * columns).unflatten(0, (rows, columns)), "what the model dreams"
+
+
+def fields(pair: Any, rows: int = 8, columns: int = 12) -> Grid:
+    """What each unit of the lowest layer of a belief net sends to the pixels: grey where it sends nothing."""
+    weights = pair.weights[0].mT
+    strongest = weights.square().sum(1).argsort(descending=True)[: rows * columns]
+    count = len(strongest) // columns * columns or len(strongest)
+    shown = weights[strongest[:count]].unflatten(0, (-1, min(columns, count)))
+    return 0.5 + 0.5 * shown / weights.abs().max(), "what a unit of the lowest layer adds: dark more, bright less ink"
+
+
 def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
     """A grid as one figure, ink on white.
 
@@ -89,7 +105,7 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
 
     Args:
         pair: With ``factors``, ``encode`` and ``decode``; of one with ``classes``, whose decoder reads the label after
-            the code, a picture by class.
+            the code, a picture by class; or a belief net, which has ``fantasies``.
         x: Rows of data (N, pixels).
         folder: An existing directory.
     """
@@ -97,7 +113,13 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     if side * side != x.shape[1]:
         return []
     with torch.no_grad():
-        if hasattr(pair, "classes"):
+        if hasattr(pair, "fantasies"):
+            grids = {
+                "prior": fantasies(pair),
+                "reconstructions": reconstructions(pair, x),
+                "fields": fields(pair),
+            }
+        elif hasattr(pair, "classes"):
             grids = {"classes": by_class(pair)}
         else:
             grids = {

@@ -15,16 +15,18 @@ from pyro.infer.autoguide import AutoDelta
 
 from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
-from inference.objectives import EM
+from inference.objectives import EM, RWS, VIMCO, WakeSleep
 from ppl_models import data, pictures
 from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
 from ppl_models.linear_factors import PPCA, FactorAnalysis
+from ppl_models.markov_chain import MarkovChain
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 from ppl_models.pair import Pair, continuous
 from ppl_models.regression import LogisticRegression, NeuralClassifier
+from ppl_models.sigmoid_belief import HelmholtzMachine
 from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
 
 
@@ -134,9 +136,39 @@ def _codes(dataset: Dataset) -> int:
     return 10 if len(dataset.features) < 784 else 50
 
 
+def _units(dataset: Dataset) -> tuple[int, int]:
+    """Binary units of two layers: those of the published figures for images of 784 pixels."""
+    return (40, 20) if len(dataset.features) < 784 else (200, 200)
+
+
 def _layers(dataset: Dataset) -> tuple[int, int]:
     """Factors of two layers: those of Burda et al. 2016 for images of 784 pixels."""
     return (20, 10) if len(dataset.features) < 784 else (100, 50)
+
+
+def counted(pair: MarkovChain, given: Any, **arguments: Any) -> Any:
+    """A Markov chain by counting, one added to each count."""
+    return fit(pair.estimate(given["x"]), given, steps=0, **arguments)
+
+
+def _images(**own: Any) -> Row:
+    """A row of a pair of binary images, digits first, whose methods learn by minibatches."""
+    shared: dict[str, Any] = {
+        "data": "digits",
+        "also": ("binarized_mnist", "mnist", "fashion_mnist", "omniglot"),
+        "prepare": {"binarise": True},
+        "truth": None,
+        "source": "held-out likelihood",
+        "dtype": torch.float32,
+        "takes": ("x",),
+        "label": None,
+        "draw": pictures.save,
+    }
+    return Row(**{**shared, **own})
+
+
+def _by_minibatches(**arguments: Any) -> Method:
+    return partial(fit, **{"steps": 3000, "batch": 100, "learning_rate": 0.005, "draws": 20, **arguments})
 
 
 def _mixture(make: Callable[..., Mixture], components: int) -> Callable[..., Mixture]:
@@ -290,48 +322,51 @@ ZOO: dict[str, Row] = {
             label=None,
         ),
         Row(
+            name="markov_chain",
+            title="Markov chain over the letters of a text",
+            build=lambda dataset, **arguments: MarkovChain(dataset.features, dataset.symbols, **arguments),
+            data="descriptions",
+            also=("sms_text",),
+            prepare={},
+            methods={"counts": counted, "maximum likelihood": partial(fit, steps=1000, learning_rate=0.1)},
+            truth=None,
+            source="counts; brute force in the tests; held-out likelihood",
+            dtype=torch.float32,
+            takes=("x",),
+            label=None,
+        ),
+        _images(
+            name="helmholtz_machine",
+            title="Helmholtz machine, two layers of binary causes",
+            build=lambda dataset, **arguments: HelmholtzMachine(dataset.features, _units(dataset), **arguments),
+            also=("binarized_mnist", "mnist", "omniglot"),
+            methods={
+                "wake-sleep": _by_minibatches(objective=WakeSleep),
+                "RWS": _by_minibatches(objective=partial(RWS, 10)),
+                "VIMCO": _by_minibatches(objective=partial(VIMCO, 10)),
+            },
+            source="held-out likelihood; all states in the tests; published ones in the ledger",
+        ),
+        _images(
             name="vae",
             title="Variational autoencoder, Bernoulli likelihood",
             build=lambda dataset, **arguments: VAE(dataset.features, _codes(dataset), **arguments),
-            data="digits",
-            also=("binarized_mnist", "mnist", "fashion_mnist", "omniglot"),
-            prepare={"binarise": True},
-            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.005, draws=20)},
-            truth=None,
+            methods={"SVI": _by_minibatches()},
             source="held-out likelihood; a published one in the ledger",
-            dtype=torch.float32,
-            takes=("x",),
-            label=None,
-            draw=pictures.save,
         ),
-        Row(
+        _images(
             name="hierarchical_vae",
             title="VAE with two stochastic layers",
             build=lambda dataset, **arguments: HierarchicalVAE(dataset.features, _layers(dataset), **arguments),
-            data="digits",
-            also=("binarized_mnist", "mnist", "fashion_mnist", "omniglot"),
-            prepare={"binarise": True},
-            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.003, draws=20)},
-            truth=None,
-            source="held-out likelihood",
-            dtype=torch.float32,
-            takes=("x",),
-            label=None,
-            draw=pictures.save,
+            methods={"SVI": _by_minibatches(learning_rate=0.003)},
         ),
-        Row(
+        _images(
             name="conditional_vae",
             title="VAE of images given their label",
             build=_sizes(lambda features, classes, **arguments: ConditionalVAE(features, 10, classes, **arguments)),
-            data="digits",
             also=("mnist", "fashion_mnist"),
-            prepare={"binarise": True},
-            methods={"SVI": partial(fit, steps=3000, batch=100, learning_rate=0.005, draws=20)},
-            truth=None,
-            source="held-out likelihood",
-            dtype=torch.float32,
-            label=None,
-            draw=pictures.save,
+            methods={"SVI": _by_minibatches()},
+            takes=("x", "y"),
         ),
     )
 }

@@ -16,3 +16,9 @@ def alone() -> Iterator[None]:
     with isolated(0):
         yield
     torch.set_num_threads(threads)
+
+
+WITHOUT = ("made", "markov_chain")
+"""Rows of the zoo without latent sites: neither a posterior nor chains."""
+LABELS = ("helmholtz_machine",)
+"""Rows whose latent sites are all finite: no potential."""

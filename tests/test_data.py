@@ -299,6 +299,16 @@ def test_sms_spam_counts_words_of_the_training_split() -> None:
 
 
 @needs_files
+def test_sms_text_has_the_letters_of_the_same_messages() -> None:
+    got, words = data.load("sms_text"), data.load("sms_spam")
+    assert got.train["x"].shape == (3901, 160) and got.classes == words.classes
+    assert torch.equal(got.train["y"], words.train["y"])
+    code = {c: k for k, c in enumerate(got.symbols)}
+    free = "".join(got.symbols[int(k)] if k < code["other"] else "_" for k in got.train["x"].flatten()).count("free")
+    assert free > 0.9 * words.train["x"][:, words.features.index("free")].sum()
+
+
+@needs_files
 def test_files_of_upstream_give_the_same_sets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upstream's files written back from the real ones have the hashes of the table, and load as equals."""
     sets = ("binarized_mnist", "sms_spam", "xwindows", "news20_w100")
@@ -494,12 +504,24 @@ def test_bag_of_words_from_the_plain_file(
 # Errors
 
 
+def test_descriptions_are_lines_of_prose_letter_by_letter() -> None:
+    got = data.load("descriptions")
+    x, symbols = got.train["x"], got.symbols
+    assert x.shape[1] == 80 and len(got.features) == 80 and len(x) > 2 * len(got.test["x"]) > 100
+    assert symbols[:3] == (" ", "a", "b") and symbols[-2:] == ("other", "end") and len(set(symbols)) == len(symbols)
+    lines = ["".join(symbols[int(k)] for k in row if k < len(symbols) - 1) for row in x]
+    assert any("wine" in line for line in lines)
+    # Once a line has ended it stays so.
+    ended = x == len(symbols) - 1
+    assert bool((ended[:, 1:] >= ended[:, :-1]).all())
+
+
 def test_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^name: expected one of breast_cancer, .*, got 'minst' \(nearest: mnist"):
         data.load("minst")
     with pytest.raises(ValueError, match=r"got 'qqq' \(nearest: none\)$"):
         data.load("qqq")
-    assert data.names() == tuple(data._LOADERS) and len(data.names()) == 11
+    assert data.names() == tuple(data._LOADERS) and len(data.names()) == 13
 
 
 def test_arguments_that_cannot_be() -> None:

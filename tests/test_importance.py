@@ -123,7 +123,7 @@ def test_it_runs_as_a_program(doubly: bool) -> None:
 
 
 def test_bad_input_gets_one_line() -> None:
-    with pytest.raises(ValueError, match="particles: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="particles: expected an integer of at least 1, got 0"):
         IWAE(0)
 
     def outside(x: Tensor) -> None:

@@ -215,7 +215,7 @@ def test_sites_that_no_kernel_can_sample_are_refused() -> None:
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match="model: expected a continuous latent site"):
+    with pytest.raises(ValueError, match="model: expected a latent site to sample, got none"):
         quiet(nothing, torch.zeros(3))
 
 

@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
+from inference.kernels.batched import Batched
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 from inference.potential import ManyChains
 from inference.tracing import Untraceable, has_compiler, looped, quietly
@@ -41,7 +42,7 @@ TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
 
-class ChEES(MCMCKernel):
+class ChEES(Batched):
     r"""Hamiltonian Monte Carlo of many chains at once, tuned across them.
 
     In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second
@@ -64,6 +65,9 @@ class ChEES(MCMCKernel):
         eager: Whether a model that cannot be traced runs one chain after another, with a warning; False: an error.
         transforms: Transforms from constrained to unconstrained values by site; None: Pyro's.
         max_plate_nesting: Dimensions that plates use; None: found by running the model.
+        given: Values of further sites of the model, (chains, \*shape), that are held while the chains move; attribute
+            ``given`` takes others of the same shapes.
+        block: Transitions that one call of the program makes.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -92,10 +96,12 @@ class ChEES(MCMCKernel):
         eager: bool = True,
         transforms: Mapping[str, Any] | None = None,
         max_plate_nesting: int | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        block: int = BLOCK,
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError("model: expected either a model or a potential_fn")
-        for name, value, least in (("num_chains", num_chains, 2), ("max_steps", max_steps, 1)):
+        for name, value, least in (("num_chains", num_chains, 2), ("max_steps", max_steps, 1), ("block", block, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         for name, number in (("step_size", step_size), ("trajectory_length", trajectory_length)):
@@ -109,6 +115,7 @@ class ChEES(MCMCKernel):
         self.transforms: dict[str, Any] = dict(transforms or {})
         self._target, self._start = target_accept_prob, (step_size, trajectory_length)
         self._given_transforms, self._nesting = transforms, max_plate_nesting
+        self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
         self._initial: dict[str, Tensor] | None = None
         super().__init__()
 
@@ -124,6 +131,17 @@ class ChEES(MCMCKernel):
             shape = tuple(params[wrong[0]].shape)
             raise ValueError(f"initial_params: expected ({self.num_chains}, ...) for {wrong[0]}, got {shape}")
         self._initial = params
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        r"""Values of the sites that are held, (chains, \*shape)."""
+        return dict(self._given)
+
+    @given.setter
+    def given(self, values: Mapping[str, Tensor]) -> None:
+        self._given = {n: values[n].contiguous() for n in self._given}
+        self._density.held[: len(self._given)] = self._given.values()
+        self._place(self._chains.position)
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Trace the model, find starts of finite density, and lay out the warmup."""
@@ -178,7 +196,7 @@ class ChEES(MCMCKernel):
             self.end_warmup()
         if not self._queue:
             values = self._density.unpack(self.advance().position)
-            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(BLOCK))
+            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(self.block))
         self._handed += 1
         self._last = self._queue.popleft()
         return self._last
@@ -187,7 +205,7 @@ class ChEES(MCMCKernel):
         """Run a block of transitions: the warmup's until it is over, then draws."""
         learning = self.warming
         self._chains, self._tuning, self._latest = self._block(learning)
-        self._taken += BLOCK
+        self._taken += self.block
         if not learning:
             self._diverging.append(self._latest.diverging)
             return self._latest
@@ -213,9 +231,29 @@ class ChEES(MCMCKernel):
         self._chains, self._tuning, self._metric, self._taken = state
         self._queue.clear()
 
+    def collect(self, blocks: list[Moves]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""
+        moves = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        stats = {
+            "n_steps": moves.leapfrogs[:, None].expand_as(moves.energy).long(),
+            "step_size": moves.step_size[:, None].expand_as(moves.energy),
+            "lp": -moves.energy,
+            "acceptance_rate": moves.acceptance,
+            "diverging": moves.diverging,
+        }
+        return self.constrain(moves.position), stats
+
+    def constrained(self) -> dict[str, Tensor]:
+        r"""Where the chains stand: values by site (chains, \*shape)."""
+        return self.constrain(self._chains.position)
+
+    def unpack(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Unconstrained values by site (..., \*shape) of positions (..., D)."""
+        return self._density.unpack(positions)
+
     def constrain(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by site (..., \*shape) of positions (..., D)."""
-        values = self._density.unpack(positions)
+        values = self.unpack(positions)
         return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
 
     def end_warmup(self) -> None:
@@ -251,11 +289,11 @@ class ChEES(MCMCKernel):
         self._queue: deque[dict[str, Tensor]] = deque()
 
     def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
-        like, shape = self._density.like, (BLOCK, *self._chains.position.shape)
+        like, shape = self._density.like, (self.block, *self._chains.position.shape)
         # A start far away may need few long steps or many short ones: until the metric is known, few.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
         rules = like.new_tensor([self._target, limit, learning])
-        jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(BLOCK)])
+        jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(self.block)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
         # A tensor laid out otherwise would be another program.
@@ -309,22 +347,27 @@ class ChEES(MCMCKernel):
             if self._initial is None:
                 raise ValueError("initial_params: expected unconstrained values of all chains beside a potential_fn")
             return {n: v[0] for n, v in self._initial.items()}
+        held = {n: v[0] for n, v in self._given.items()}
+        model = poutine.condition(self.model, data=held) if held else self.model
         with warnings.catch_warnings():
             # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
             example, self.potential_fn, self.transforms, _ = initialize_model(
-                self.model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
+                model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
             )
+        if held:
+            self.potential_fn = _holding(self.potential_fn, held)
         return example
 
     def _trace(self, example: dict[str, Tensor]) -> ManyChains:
+        given = tuple(self._given.values())
         try:
-            return ManyChains(self.potential_fn, example, self.num_chains)  # type: ignore[arg-type]
+            return ManyChains(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
         except Untraceable as error:
             if not self._eager:
                 raise
             warnings.warn(f"the chains run eagerly one after another, for they cannot be traced: {error}", stacklevel=4)
-            return ManyChains(self.potential_fn, example, self.num_chains, eager=True)  # type: ignore[arg-type]
+            return ManyChains(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
 
     def _random_start(self) -> Tensor:
         """Uniform starts in (-2, 2), as Pyro draws them, again where density or gradient is not finite."""
@@ -337,6 +380,16 @@ class ChEES(MCMCKernel):
                 return position
             position = torch.where(bad[:, None], torch.empty_like(position).uniform_(-2, 2), position)
         raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
+
+
+def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """A potential of a model that is conditioned on ``held``, as a function of these values too."""
+
+    def call(values: dict[str, Tensor], *given: Tensor) -> Tensor:
+        held.update(zip(held, given, strict=True))
+        return potential(values)
+
+    return call
 
 
 def _renewals(warmup: int) -> set[int]:

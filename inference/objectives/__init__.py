@@ -17,11 +17,14 @@ from pyro.infer import (
 from inference.compiled import Compiled
 from inference.objectives.beta import BetaELBO
 from inference.objectives.em import EM
-from inference.objectives.importance import IWAE
+from inference.objectives.importance import IWAE, VIMCO
+from inference.objectives.wake_sleep import RWS, WakeSleep
 
 __all__ = [
     "EM",
     "IWAE",
+    "RWS",
+    "VIMCO",
     "BetaELBO",
     "Compiled",
     "RenyiELBO",
@@ -30,4 +33,5 @@ __all__ = [
     "TraceGraph_ELBO",
     "TraceMeanField_ELBO",
     "Trace_ELBO",
+    "WakeSleep",
 ]

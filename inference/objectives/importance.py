@@ -1,4 +1,4 @@
-r"""The importance-weighted bound of each row, and its doubly reparameterised gradient.
+r"""The importance-weighted bound of each row, for guides whose draws are reparameterised and for those that are not.
 
 .. math::
 
@@ -9,12 +9,15 @@ Pyro's ``RenyiELBO(alpha=0)`` is the same bound on all rows at once. On a miniba
 N / B, for the plate's scale is part of its log probabilities; here the scale stands outside of the logarithm.
 
 References: Burda, Grosse and Salakhutdinov 2016 (https://arxiv.org/abs/1509.00519); Tucker, Lawson, Gu and Maddison
-2019, "Doubly reparameterized gradient estimators for Monte Carlo objectives" (https://arxiv.org/abs/1810.04152).
+2019, "Doubly reparameterized gradient estimators for Monte Carlo objectives" (https://arxiv.org/abs/1810.04152); Mnih
+and Rezende 2016, "Variational inference for Monte Carlo objectives" (https://arxiv.org/abs/1602.06725).
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -22,11 +25,75 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
-class IWAE(Trace_ELBO):
+class Still(Messenger):
+    """Draws without a gradient to what they were drawn from."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["value"] = msg["value"].detach()
+
+
+class Weighted(Trace_ELBO):
+    """What objectives with k particles a row share: the bound, and a surrogate whose gradient is theirs.
+
+    All latent sites lie in one plate of rows.
+
+    Args:
+        particles: k.
+    """
+
+    def __init__(self, particles: int) -> None:
+        if not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles: expected an integer of at least 1, got {particles!r}")
+        super().__init__(num_particles=particles, max_plate_nesting=1, vectorize_particles=True)
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound, without gradients."""
+        guide_trace = self.draw(guide, args, kwargs)
+        model_trace = self.replay(model, guide_trace, args, kwargs)
+        return float(-scale(model_trace) * self.bound(score(model_trace) - score(guide_trace)).sum())
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus the bound; the gradients are added to those of the parameters."""
+        loss, surrogate = self.surrogate(model, guide, args, kwargs)
+        if surrogate.requires_grad:
+            surrogate.backward()
+        return loss.detach().item()
+
+    @abstractmethod
+    def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Minus the bound, and what is differentiated."""
+
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """Log of the mean weight of each row, from log weights (k, rows): (rows,)."""
+        return log_weights.logsumexp(0) - math.log(self.num_particles)
+
+    def draw(self, guide: Any, args: Any, kwargs: Any, *, still: bool = False) -> Any:
+        """A trace of the guide, all particles at once; ``still``: no gradient goes through its draws."""
+        with Still() if still else nullcontext():
+            trace = poutine.trace(self._lift(guide)).get_trace(*args, **kwargs)
+        for name, site in latent(trace).items():
+            if not any(f.dim == -1 for f in site["cond_indep_stack"]):
+                kind = type(self).__name__
+                raise ValueError(f"guide: {kind} expected {name} in the plate of rows, got it outside; use Trace_ELBO")
+        return trace
+
+    def replay(self, model: Any, guide_trace: Any, args: Any, kwargs: Any) -> Any:
+        """A trace of the model at the guide's draws."""
+        return poutine.trace(poutine.replay(self._lift(model), trace=guide_trace)).get_trace(*args, **kwargs)
+
+    def _lift(self, function: Any) -> Any:
+        """The function in a plate of particles on the left of its own, also for a single one."""
+        return pyro.plate("particles", self.num_particles, dim=-2)(function)
+
+
+class IWAE(Weighted):
     r"""Importance-weighted bound with k particles a row.
 
     All latent sites lie in one plate of rows, and the guide's are reparameterised.
@@ -58,74 +125,83 @@ class IWAE(Trace_ELBO):
     """
 
     def __init__(self, particles: int = 5, *, doubly: bool = False) -> None:
-        if particles < 1:
-            raise ValueError(f"particles: expected at least 1, got {particles}")
-        super().__init__(num_particles=particles, max_plate_nesting=1, vectorize_particles=True)
+        super().__init__(particles)
         self.doubly = doubly
 
-    @torch.no_grad()
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound, without gradients."""
-        guide_trace = self._draw(guide, args, kwargs)
-        model_trace = self._replay(model, guide_trace, args, kwargs)
-        scale = _scale(model_trace)
-        return float(-scale * self._bound(_score(model_trace) - _score(guide_trace)))
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Minus the bound; its gradients are added to those of the parameters."""
-        guide_trace = self._draw(guide, args, kwargs)
-        sites = _latent(guide_trace)
-        _check(sites)
+    def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Minus the bound, and what is differentiated: the bound itself, or DReG's terms."""
+        guide_trace = self.draw(guide, args, kwargs)
+        sites = latent(guide_trace)
+        for name, site in sites.items():
+            if not site["fn"].has_rsample:
+                kind = type(site["fn"]).__name__
+                raise ValueError(f"guide: IWAE expected reparameterised draws of {name}, got {kind}; use VIMCO or RWS")
         drawn = {n: site["value"] for n, site in sites.items()}
         if self.doubly:
             for name, site in sites.items():
                 site["value"] = drawn[name].detach().requires_grad_()
-        model_trace = self._replay(model, guide_trace, args, kwargs)
-        scale = _scale(model_trace)
-        joint, density = _score(model_trace), _score(guide_trace)
-        bound = self._bound(joint - density)
-        loss = -scale * bound
-        if self.doubly:
-            weights = (joint - density).detach().softmax(0)
-            leaves = [site["value"] for site in sites.values()]
-            slopes = torch.autograd.grad((weights.square() * (joint - density)).sum(), leaves, retain_graph=True)
-            # The model's parameters by the weights, those of the guide through its draws alone.
-            moved = sum((s.detach() * z).sum() for s, z in zip(slopes, drawn.values(), strict=True))
-            surrogate = -scale * ((weights * joint).sum() + moved)
-        else:
-            surrogate = loss
-        if surrogate.requires_grad:
-            surrogate.backward()
-        return loss.detach().item()
-
-    def _bound(self, log_weights: Tensor) -> Tensor:
-        return (log_weights.logsumexp(0) - math.log(self.num_particles)).sum()
-
-    def _draw(self, guide: Any, args: Any, kwargs: Any) -> Any:
-        return poutine.trace(self._lift(guide)).get_trace(*args, **kwargs)
-
-    def _replay(self, model: Any, guide_trace: Any, args: Any, kwargs: Any) -> Any:
-        return poutine.trace(poutine.replay(self._lift(model), trace=guide_trace)).get_trace(*args, **kwargs)
-
-    def _lift(self, function: Any) -> Any:
-        """The function in a plate of particles on the left of its own, also for a single one."""
-        return pyro.plate("particles", self.num_particles, dim=-2)(function)
+        model_trace = self.replay(model, guide_trace, args, kwargs)
+        joint, density, rows = score(model_trace), score(guide_trace), scale(model_trace)
+        loss = -rows * self.bound(joint - density).sum()
+        if not self.doubly:
+            return loss, loss
+        weights = (joint - density).detach().softmax(0)
+        leaves = [site["value"] for site in sites.values()]
+        slopes = torch.autograd.grad((weights.square() * (joint - density)).sum(), leaves, retain_graph=True)
+        # The model's parameters by the weights, those of the guide through its draws alone.
+        moved = sum((s.detach() * z).sum() for s, z in zip(slopes, drawn.values(), strict=True))
+        return loss, -rows * ((weights * joint).sum() + moved)
 
 
-def _latent(trace: Any) -> dict[str, Any]:
+class VIMCO(Weighted):
+    r"""The importance-weighted bound for guides with discrete draws, by the score function and k baselines.
+
+    .. math::
+
+        \nabla L_k = \mathrm{E}\Big[\sum_i \big(\hat L - \hat L_{-i}\big) \nabla \log q(z_i \mid x)
+            + \sum_i \tilde w_i \nabla \log w_i\Big]
+
+    with :math:`\tilde w` the normalised weights, and the baseline :math:`\hat L_{-i}` the bound with the weight of
+    particle i replaced by the geometric mean of the others (Mnih and Rezende 2016).
+
+    Args:
+        particles: k, at least 2.
+
+    Raises:
+        ValueError: A latent site lies outside of the plate of rows, or fewer than two particles.
+    """
+
+    def __init__(self, particles: int = 5) -> None:
+        super().__init__(particles)
+        if particles < 2:
+            raise ValueError(f"particles: VIMCO expected at least 2, one to replace by the others, got {particles}")
+
+    def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Minus the bound, and what is differentiated."""
+        guide_trace = self.draw(guide, args, kwargs, still=True)
+        model_trace = self.replay(model, guide_trace, args, kwargs)
+        density, rows = score(guide_trace), scale(model_trace)
+        log_weights = score(model_trace) - density
+        bound = self.bound(log_weights)
+        signal = bound.detach() - self._without(log_weights.detach())
+        return -rows * bound.sum(), -rows * ((signal * density).sum() + bound.sum())
+
+    def _without(self, log_weights: Tensor) -> Tensor:
+        """The bound with each weight in turn replaced by the geometric mean of the others, (k, rows)."""
+        k = self.num_particles
+        others = (log_weights.sum(0) - log_weights) / (k - 1)
+        each = torch.eye(k, dtype=torch.bool, device=log_weights.device)[:, :, None]
+        replaced = torch.where(each, others[None], log_weights[None])
+        return replaced.logsumexp(1) - math.log(k)
+
+
+def latent(trace: Any) -> dict[str, Any]:
+    """Sites of a trace that are neither observed nor a plate's own."""
     nodes = trace.nodes.items()
     return {n: s for n, s in nodes if s["type"] == "sample" and not s["is_observed"] and not site_is_subsample(s)}
 
 
-def _check(sites: dict[str, Any]) -> None:
-    for name, site in sites.items():
-        if not any(f.dim == -1 for f in site["cond_indep_stack"]):
-            raise ValueError(f"guide: IWAE expected {name} in the plate of rows, got it outside; use Trace_ELBO")
-        if not site["fn"].has_rsample:
-            raise ValueError(f"guide: IWAE expected reparameterised draws of {name}, got {type(site['fn']).__name__}")
-
-
-def _score(trace: Any) -> Tensor:
+def score(trace: Any) -> Tensor:
     """Log density of each particle and row, (k, rows), without the plate's scale."""
     total = torch.zeros(())
     for site in trace.nodes.values():
@@ -134,6 +210,7 @@ def _score(trace: Any) -> Tensor:
     return total
 
 
-def _scale(trace: Any) -> Any:
+def scale(trace: Any) -> Any:
+    """What the plate of a minibatch multiplies the density of its rows by."""
     scales = [site["scale"] for site in trace.nodes.values() if site["type"] == "sample" and site["is_observed"]]
     return scales[0] if scales else 1.0

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one warm round, the main contenders, fewer points")
     parser.add_argument("--rounds", type=int, help="warm rounds (default 3; quick 1)")
     parser.add_argument("--only", default="", help="cases with this in their name")
-    parser.add_argument("--contender", default="", help="contenders with this in their name, case ignored")
+    parser.add_argument("--contender", default="", help="contenders with one of these parts (a,b) in their name")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds that one measurement may take")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--render", action="store_true", help="measure nothing: tables and plot of what is there")
@@ -124,7 +124,11 @@ def _reference(case: str, options: argparse.Namespace, book: Path, log: Path, sa
 
 
 def _chosen(module: Any, case: str, options: argparse.Namespace) -> list[str]:
-    return [n for n in module.contenders(case, options.quick) if options.contender.lower() in n.lower()]
+    return [n for n in module.contenders(case, options.quick) if _is_asked(n, options)]
+
+
+def _is_asked(contender: str, options: argparse.Namespace) -> bool:
+    return any(part in contender.lower() for part in options.contender.lower().split(","))
 
 
 def _clear(book: Path, options: argparse.Namespace) -> None:
@@ -133,7 +137,7 @@ def _clear(book: Path, options: argparse.Namespace) -> None:
     def stays(record: dict[str, Any]) -> bool:
         if record["suite"] not in options.suites or record.get("contender") == chains.REFERENCE:
             return True
-        return options.only not in record["case"] or options.contender.lower() not in record["contender"].lower()
+        return options.only not in record["case"] or not _is_asked(record["contender"], options)
 
     _write(book, [r for r in _read(book) if stays(r)])
 

@@ -1,0 +1,49 @@
+"""What a kernel that holds all its chains in one tensor offers to ``sample``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+
+class Batched(MCMCKernel):
+    r"""A kernel of many chains at once.
+
+    In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second dimension.
+    ``inference.sample`` reads them as chains, and runs the kernel block by block.
+
+    Attributes:
+        num_chains: Chains, which may be set before ``setup``.
+        jit_compile: Whether ``setup`` compiles; may be set before it.
+        block: Transitions that one call of ``advance`` makes.
+        program: How the kernel runs: ``eager``, ``traced`` or ``fused``.
+        restarted: Chains that the warmup put elsewhere.
+        state: Where the chains stand, to go on from there again.
+    """
+
+    num_chains: int
+    jit_compile: bool
+    block: int
+    program: str
+    restarted: int = 0
+    state: Any
+
+    @property
+    @abstractmethod
+    def warming(self) -> bool:
+        """Whether the next block is one of the warmup."""
+
+    @abstractmethod
+    def fuse(self) -> None:
+        """Compile what is worth it, and run it once so that the cost is paid here."""
+
+    @abstractmethod
+    def advance(self) -> Any:
+        """Run a block of transitions: the warmup's until it is over, then draws."""
+
+    @abstractmethod
+    def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""

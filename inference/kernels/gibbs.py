@@ -1,0 +1,300 @@
+r"""Gibbs sampling of finite sites, all rows and chains in parallel, with Hamiltonian moves of the continuous rest.
+
+.. math::
+
+    z_{nu} \sim p(z_{nu} \mid z_{n, -u}, x_n, \theta) \text{ for every unit } u, \qquad
+    \theta \sim p(\theta \mid z, x)
+
+A site in plates has one value for each of their elements, which are independent given all else: they are drawn at once.
+The units of an event (those of a layer of a belief net) depend on one another, and are drawn in turn.
+
+References: Geman and Geman 1984; Neal 1992, "Connectionist learning of belief networks"; Tanner and Wong 1987 for data
+augmentation.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from inference import predict
+from inference.kernels.batched import Batched
+from inference.kernels.chees import ChEES
+from inference.program import bind
+
+Turns = Generator[Tensor, Tensor, None]
+"""Log weights of the states (..., K) of one unit after another; each is answered by what was drawn."""
+
+
+@dataclass(frozen=True)
+class Units:
+    r"""The units of a finite site.
+
+    Attributes:
+        states: The values that one unit can take, (K, \*shape of a unit).
+        batch: Dimensions of the site's value that are plates.
+        count: Units of an element of the plates.
+        keep: Names of the plates.
+    """
+
+    states: Tensor
+    batch: int
+    count: int
+    keep: tuple[str, ...]
+
+    def split(self, value: Tensor) -> Tensor:
+        r"""A value (chains, \*plates, \*event) as (chains, \*plates, units, \*shape of a unit)."""
+        return value.reshape(*value.shape[: self.batch + 1], self.count, *self.states.shape[1:])
+
+
+class Gibbs(Batched):
+    r"""Gibbs sampling of every finite latent site; ChEES-HMC moves the continuous ones given these.
+
+    A transition is one sweep over the finite sites and one Hamiltonian trajectory. Finite sites are drawn, and not
+    summed out: for what has too many joint states to enumerate.
+
+    Args:
+        model: A Pyro model.
+        num_chains: Chains C.
+        conditional: From a site's name and the values of all sites, (chains, \*shape) or without chains where they are
+            observed, to a generator: it yields log weights (chains, \*plates, K) of the states of one unit after
+            another and is sent what was drawn, (chains, \*plates). None: each state is scored by the model (and
+            ``sample`` takes the method of that name of a pair that has one).
+        jit_compile: Whether the Hamiltonian moves run as one compiled program.
+        settings: Those of ``ChEES``, for the continuous sites.
+
+    Raises:
+        ValueError: The model has no finite latent site; a batch dimension of one is no plate; or its elements along a
+            plate are not independent given all else.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(2)).to_event(1))
+        ...     pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+        >>> pyro.set_rng_seed(0)
+        >>> mcmc = pyro.infer.MCMC(
+        ...     Gibbs(model, num_chains=500), num_samples=20, warmup_steps=10, disable_progbar=True)
+        >>> mcmc.run(torch.tensor(1.0))
+        >>> draws = mcmc.get_samples()["z"]
+        >>> print(tuple(draws.shape), f"{(draws.sum(-1) == 1).float().mean():.2f}")  # exact: 1 / (1 + exp(-2))
+        (20, 500, 2) 0.88
+    """
+
+    block = 1
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_chains: int = 64,
+        conditional: Callable[[str, Mapping[str, Tensor]], Turns] | None = None,
+        jit_compile: bool = True,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(num_chains, int) or num_chains < 1:
+            raise ValueError(f"num_chains: expected an integer of at least 1, got {num_chains!r}")
+        self.model, self.num_chains, self.conditional = model, num_chains, conditional
+        self.jit_compile, self._settings = jit_compile, settings
+        self._initial: dict[str, Tensor] | None = None
+        self._rest: ChEES | None = None
+        super().__init__()
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        r"""Values by name, (chains, \*shape), that the chains start from: finite, and unconstrained continuous ones."""
+        return {} if self._initial is None else self._initial
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._initial = params
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        """Transforms from constrained to unconstrained values, of the continuous sites."""
+        return {} if self._rest is None else self._rest.transforms
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Read the model, start finite sites at draws of the prior, and set up the moves of the rest."""
+        self._program = bind(partial(self.model, *args, **kwargs))
+        latent = self._program.select("latent")
+        finite = [n for n, s in latent.items() if s.units]
+        if not finite:
+            got = ", ".join(latent) or "none"
+            raise ValueError(f"model: Gibbs expected a finite latent site, got {got}; use ChEES or NUTS")
+        with torch.no_grad():
+            trace = poutine.trace(self._program.model).get_trace()
+            self._units = {n: self._read(n, trace.nodes[n]["fn"]) for n in finite}
+            self._observed = self._program.observations
+            start = predict.draw_sites(self._program.generator(), {}, self.num_chains)
+            values = {n: start[n] for n in finite} | {n: v for n, v in self.initial_params.items() if n in finite}
+        self._start_rest(values, set(latent) - set(finite), warmup_steps)
+        self._values = values
+        self._check()
+        self._warmup, self._taken = warmup_steps, 0
+        self._queue: deque[dict[str, Tensor]] = deque()
+        self._initial = {**values, **({} if self._rest is None else self._rest.initial_params)}
+
+    def _start_rest(self, values: dict[str, Tensor], continuous: set[str], warmup: int) -> None:
+        self._rest, self.program = None, "eager"
+        if not continuous:
+            return
+        settings = {"num_chains": self.num_chains, "jit_compile": self.jit_compile, **self._settings}
+        self._rest = ChEES(self._program.model, given=values, block=1, **settings)
+        start = {n: v for n, v in self.initial_params.items() if n in continuous}
+        if start:
+            self._rest.initial_params = start
+        self._rest.setup(warmup)
+        self.program = self._rest.program
+
+    @property
+    def warming(self) -> bool:
+        """Whether the next transition is one of the warmup."""
+        return self._taken < self._warmup
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Where the chains stand, to go on from there again."""
+        return dict(self._values), self._taken, None if self._rest is None else self._rest.state
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self._values, self._taken = dict(state[0]), state[1]
+        if self._rest is not None:
+            self._rest.state = state[2]
+
+    def fuse(self) -> None:
+        """Compile the moves of the continuous sites."""
+        if self._rest is not None:
+            self._rest.fuse()
+            self.program = self._rest.program
+
+    def advance(self) -> tuple[dict[str, Tensor], Any]:
+        r"""One sweep and one trajectory: finite values (chains, \*shape); what ``ChEES`` did, or the log density."""
+        with torch.no_grad():
+            given = self._constrained()
+            for name in self._units:
+                self._values[name] = self._redraw(name, {**self._observed, **given, **self._values})
+            if self._rest is None:
+                made: Any = self._joint(self._values, ())
+            else:
+                self._rest.given = self._values
+                made = self._rest.advance()
+        self._taken += 1
+        return dict(self._values), made
+
+    def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""
+        values = {n: torch.stack([b[0][n] for b in blocks]) for n in self._units}
+        made = [b[1] for b in blocks]
+        if self._rest is None:
+            density = torch.stack(made)
+            return values, {"lp": density, "diverging": torch.zeros_like(density, dtype=torch.bool)}
+        rest, stats = self._rest.collect(made)
+        return {**values, **rest}, stats
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        r"""One transition of all chains: values by name (chains, \*shape)."""
+        for name in self._units:
+            self._values[name] = params[name].to(self._values[name])
+        values, made = self.advance()
+        return values if self._rest is None else {**values, **self._rest.unpack(made.position[-1])}
+
+    def end_warmup(self) -> None:
+        """Hold what the continuous sites' moves have learnt."""
+        if self._rest is not None:
+            self._rest.end_warmup()
+
+    def logging(self) -> OrderedDict[str, str]:
+        """What the moves of the continuous sites say, for a progress bar."""
+        return OrderedDict() if self._rest is None else self._rest.logging()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Divergent draws by chain, of the continuous sites."""
+        return {"divergences": {}} if self._rest is None else self._rest.diagnostics()
+
+    def _constrained(self) -> dict[str, Tensor]:
+        return {} if self._rest is None else self._rest.constrained()
+
+    def _redraw(self, name: str, values: dict[str, Tensor]) -> Tensor:
+        """A finite site drawn unit by unit, given all else."""
+        units = self._units[name]
+        turns = (self.conditional or self.score)(name, values)
+        drawn: list[Tensor] = []
+        weights = next(turns)
+        for _ in range(units.count):
+            # A start of probability 0 leaves a unit no state: any is as good, and the sweep goes on.
+            weights = torch.where((weights > -torch.inf).any(-1, keepdim=True), weights, 0.0)
+            chosen = torch.distributions.Categorical(logits=weights, validate_args=False).sample()
+            drawn.append(units.states[chosen])
+            try:
+                weights = turns.send(drawn[-1])
+            except StopIteration:
+                break
+        return torch.stack(drawn, units.batch + 1).reshape(values[name].shape)
+
+    def score(self, name: str, values: Mapping[str, Tensor]) -> Turns:
+        """The conditional of a site's units by the model's own density: every state of one unit after another."""
+        units = self._units[name]
+        latent = {n: values[n] for n in self._program.select("latent")}
+        current = units.split(latent[name]).movedim(units.batch + 1, 0).clone()
+        many = len(units.states)
+        for unit in range(units.count):
+            proposals = current.expand(many, *current.shape).clone()
+            shape = (many, *(1,) * (units.batch + 1), *units.states.shape[1:])
+            proposals[:, unit] = units.states.reshape(shape)
+            repeated = {n: v.repeat(many, *(1,) * (v.dim() - 1)) for n, v in latent.items()}
+            repeated[name] = proposals.movedim(1, units.batch + 2).reshape(repeated[name].shape)
+            weights = self._joint(repeated, units.keep).unflatten(0, (many, -1)).movedim(0, -1)
+            current[unit] = yield weights
+
+    def _joint(self, values: Mapping[str, Tensor], keep: tuple[str, ...]) -> Tensor:
+        r"""Log joint density of each draw and each element of the plates that are kept, (draws, \*plates)."""
+        count = len(next(iter(values.values())))
+
+        def run(draws: Mapping[str, Tensor], number: int | None) -> dict[str, Tensor]:
+            lifted = predict.lift(self._program, self._program.model, draws, number)
+            trace = poutine.trace(lifted).get_trace()
+            return {"": predict.contract(trace, predict.sample_names(trace), list(keep), number)}
+
+        return predict.run_draws(self._program, dict(values), run, count)[""]
+
+    def _read(self, name: str, law: Any) -> Units:
+        site = self._program.sites[name]
+        wild = [k for k, p in enumerate(site.plates) if p is None and site.shape[k] > 1]
+        if wild:
+            raise ValueError(f"{name}: expected a plate for each batch dimension, got none for dimension {wild[0]}")
+        while hasattr(law, "base_dist"):
+            law = law.base_dist
+        states = law.enumerate_support(expand=False).reshape(-1, *law.event_shape)
+        return Units(states, site.batch, site.units, tuple(p for p in site.plates if p))
+
+    def _check(self) -> None:
+        """Elements of a plate must be independent given all else: the changes of each make up that of all."""
+        with torch.no_grad():
+            values = {**self._constrained(), **self._values}
+            few = {n: v[:1] for n, v in values.items()}
+            before = self._joint(few, ())
+            for name, units in self._units.items():
+                if not units.keep:
+                    continue
+                pick = torch.randint(len(units.states), (1, *units.split(few[name]).shape[1 : units.batch + 2]))
+                moved = {**few, name: units.states[pick].reshape(few[name].shape)}
+                apart = self._joint(moved, units.keep) - self._joint(few, units.keep)
+                together = self._joint(moved, ()) - before
+                if not bool(torch.isfinite(together) & apart.isfinite().all()):
+                    continue
+                loose = 1e-3 if together.dtype == torch.float32 else 1e-7
+                if not torch.allclose(apart.sum(), together[0], rtol=loose, atol=loose * float(before.abs() + 1)):
+                    plates = ", ".join(units.keep)
+                    raise ValueError(
+                        f"{name}: expected elements of {plates} that are independent given all else, got a density "
+                        f"that changes by {float(apart.sum()):.6g} element by element and {float(together):.6g} at once"
+                    )

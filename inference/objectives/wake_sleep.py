@@ -1,0 +1,106 @@
+r"""Wake-sleep, and its reweighted form with one normalised weight a row.
+
+.. math::
+
+    \text{wake, model: } & \sum_n \sum_i \tilde w_{ni} \log p(x_n, z_{ni}) \\
+    \text{wake, guide: } & \sum_n \sum_i \tilde w_{ni} \log q(z_{ni} \mid x_n) \\
+    \text{sleep, guide: } & \sum_n \log q(z_n' \mid x_n'), \qquad (x_n', z_n') \sim p
+
+with :math:`z_{ni} \sim q(z \mid x_n)` and :math:`\tilde w_{ni} \propto p(x_n, z_{ni}) / q(z_{ni} \mid x_n)`, which sum
+to one over i. Neither needs a gradient through the draws, so that the guide may be discrete.
+
+Pyro's ``ReweightedWakeSleep`` has one weight for all rows at once, as models with global latent sites need it. On rows
+with sites of their own nearly all of its weight falls on one particle.
+
+References: Hinton, Dayan, Frey and Neal 1995; Bornschein and Bengio 2015, "Reweighted Wake-Sleep"
+(https://arxiv.org/abs/1406.2751); Le, Kosiorek, Siddharth, Teh and Wood 2019, "Revisiting Reweighted Wake-Sleep"
+(https://arxiv.org/abs/1805.10469).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
+
+from inference.objectives.importance import Weighted, latent, scale, score
+from inference.program import Uncondition
+
+
+class RWS(Weighted):
+    r"""Reweighted wake-sleep. Its loss is minus the importance-weighted bound with k particles.
+
+    All latent sites lie in one plate of rows. In the sleep phase the model draws as many rows as there are at hand;
+    they reach the guide under the names of its arguments, or through its argument ``observations``.
+
+    Args:
+        particles: k.
+        insomnia: Share of the guide's wake phase; the rest is that of its sleep phase (as in Pyro's).
+
+    Raises:
+        ValueError: A latent site lies outside of the plate of rows.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from inference import fit
+        >>> def model(x):
+        ...     with pyro.plate("rows", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3)))
+        ...         pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     slope, level = pyro.param("slope", torch.tensor(0.0)), pyro.param("level", torch.tensor(0.0))
+        ...     with pyro.plate("rows", len(x)):
+        ...         pyro.sample("z", dist.Bernoulli(logits=level + slope * x))
+        >>> x = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])
+        >>> result = fit((model, guide), x, RWS(20), steps=1000, progress=False)
+        >>> print(f"{result.params['slope']:.1f}")  # the posterior's log odds are 2 x - 2 + log(3 / 7)
+        2.0
+    """
+
+    def __init__(self, particles: int = 5, *, insomnia: float = 1.0) -> None:
+        super().__init__(particles)
+        if not 0 <= insomnia <= 1:
+            raise ValueError(f"insomnia: expected a share between 0 and 1, got {insomnia!r}")
+        self.insomnia = insomnia
+
+    def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Minus the bound, and the phases' losses together."""
+        guide_trace = self.draw(guide, args, kwargs, still=True)
+        model_trace = self.replay(model, guide_trace, args, kwargs)
+        joint, density, rows = score(model_trace), score(guide_trace), scale(model_trace)
+        log_weights = (joint - density).detach()
+        weights = log_weights.softmax(0)
+        wake = -rows * (weights * (joint + self.insomnia * density)).sum()
+        asleep = (1 - self.insomnia) * rows * self._sleep(model, guide, args, kwargs) if self.insomnia < 1 else 0.0
+        return -rows * self.bound(log_weights).sum(), wake + asleep
+
+    def _sleep(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        """Minus the log density of the guide at what the model dreams."""
+        with torch.no_grad():
+            dream: Any = poutine.trace(Uncondition()(model)).get_trace(*args, **kwargs)
+        nodes = [(n, s) for n, s in dream.nodes.items() if s["type"] == "sample"]
+        dreamed = {n: s["value"] for n, s in nodes if s["infer"].get("was_observed") and not isinstance(s["fn"], Unit)}
+        kwargs |= dreamed if dreamed.keys() <= kwargs.keys() else {"observations": dreamed}
+        try:
+            trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*args, **kwargs)
+        except TypeError as error:
+            if "observations" not in str(error):
+                raise
+            named = ", ".join(dreamed)
+            raise ValueError(
+                f"guide: the sleep phase expected {named} among its named arguments, or an argument observations"
+            ) from None
+        for name in latent(trace):
+            if name not in dream.nodes:
+                raise ValueError(f"guide: {type(self).__name__} expected latent sites of the model, got {name}")
+        return -score(trace).sum()
+
+
+class WakeSleep(RWS):
+    """Wake-sleep: one particle, and the guide learns asleep alone. Its loss is minus the ELBO."""
+
+    def __init__(self) -> None:
+        super().__init__(1, insomnia=0.0)
