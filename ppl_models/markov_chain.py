@@ -62,6 +62,10 @@ class Chain(Rowwise):
         for t in range(1, x.shape[1]):
             ahead = (forward[-1][:, :, None] + self.transition).logsumexp(1)
             forward.append(ahead + self._seen(x[:, t]))
+        never = (forward[-1] == -torch.inf).all(-1)
+        if never.any():
+            row = int(never.nonzero()[0])
+            raise ValueError(f"x: expected known symbols that can follow one another, got row {row} of probability 0")
         symbol = dist.Categorical(logits=forward[-1]).sample()
         drawn = [symbol]
         for weights in reversed(forward[:-1]):
@@ -95,8 +99,8 @@ class MarkovChain(Pair):
                 [1.0000, 0.0000]])
         >>> pair.log_evidence(x).exp().detach().round(decimals=4)
         tensor([0.5625, 0.1875])
-        >>> pair.impute(torch.tensor([[1.0, torch.nan, torch.nan, torch.nan]]))[0, 0, 1]
-        tensor(0.)
+        >>> pair.impute(torch.tensor([[0.0, 1.0, torch.nan, 1.0]]))[0, 0]
+        tensor([0., 1., 0., 1.])
     """
 
     def __init__(self, length: int | Sequence[str], symbols: int | Sequence[str]) -> None:

@@ -507,7 +507,7 @@ def test_bag_of_words_from_the_plain_file(
 def test_descriptions_are_lines_of_prose_letter_by_letter() -> None:
     got = data.load("descriptions")
     x, symbols = got.train["x"], got.symbols
-    assert x.shape[1] == 80 and len(got.features) == 80 and len(x) > 2 * len(got.test["x"]) > 100
+    assert x.shape == (len(x), 80) and len(got.features) == 80 and len(x) > 2 * len(got.test["x"]) > 80
     assert symbols[:3] == (" ", "a", "b") and symbols[-2:] == ("other", "end") and len(set(symbols)) == len(symbols)
     lines = ["".join(symbols[int(k)] for k in row if k < len(symbols) - 1) for row in x]
     assert any("wine" in line for line in lines)

@@ -105,6 +105,10 @@ def test_text_is_learnt_letter_after_letter() -> None:
         (lambda: chain().check(torch.zeros(2, 5)), r"x: expected \(rows, 4\), got \(2, 5\)"),
         (lambda: chain().estimate(torch.zeros(2, 4), smoothing=-1.0), "smoothing: expected zero or a positive number"),
         (lambda: chain().impute(torch.zeros(2, 4), draws=0), "draws: expected a positive number, got 0"),
+        (
+            lambda: MarkovChain(3, 3).estimate(torch.zeros(2, 3), smoothing=0.0).impute(torch.ones(1, 3)),
+            "x: expected known symbols that can follow one another, got row 0 of probability 0",
+        ),
         (lambda: MarkovChain(0, 3), "features: expected at least one, got 0"),
     ],
 )

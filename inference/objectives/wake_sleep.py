@@ -55,7 +55,7 @@ class RWS(Weighted):
         ...     with pyro.plate("rows", len(x)):
         ...         pyro.sample("z", dist.Bernoulli(logits=level + slope * x))
         >>> x = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])
-        >>> result = fit((model, guide), x, RWS(20), steps=1000, progress=False)
+        >>> result = fit((model, guide), x, RWS(50), steps=2000, progress=False)
         >>> print(f"{result.params['slope']:.1f}")  # the posterior's log odds are 2 x - 2 + log(3 / 7)
         2.0
     """
