@@ -15,6 +15,11 @@ import torch
 from pyro.distributions.transforms import OrderedTransform, Transform, biject_to, transform_to
 from torch import Tensor
 
+from ppl_models.pair import choose, members
+
+DESIGN = 2_000_000
+"""Numbers that a matrix of data may hold to save a gradient a pass over the rows."""
+
 
 class Rowwise(dist.TorchDistribution):
     """A distribution of a row whose parameters stay as they are where a plate repeats it, as its score broadcasts."""
@@ -72,6 +77,88 @@ class Gaussians(Rowwise):
     @property
     def _whitener(self) -> Tensor:
         return self.inverse_scale.unflatten(-1, (*self.event_shape, *self.event_shape))
+
+
+class LabelledGaussians(Rowwise):
+    r"""Independent normal features of rows of several classes, by their labels.
+
+    In double precision all rows are scored under all classes by two products of matrices,
+
+    .. math:: \sum_j s_{kj}^2 \mu_{kj} x_{nj} - \tfrac12 \sum_j s_{kj}^2 x_{nj}^2
+        - \tfrac12 \sum_j s_{kj}^2 \mu_{kj}^2 - \mathrm{level}_k
+
+    with x and mu less the mean of x, and the label's score is taken: a matrix for each class, where :class:`Gaussians`
+    has a row of its own for each row of data. In single precision the squares would cancel: there it is that which
+    scores.
+
+    Args:
+        mean: Means (..., K, D).
+        inverse_scale: One over the standard deviations, s (..., K, D).
+        level: :math:`\tfrac12 \sum_j \log 2 \pi \sigma_j^2` (..., K).
+        labels: The class of each row (..., N).
+    """
+
+    arg_constraints: ClassVar = {"level": dist.constraints.real}
+    support = dist.constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, inverse_scale: Tensor, level: Tensor, labels: Tensor) -> None:
+        self.tables, self.labels = (mean, inverse_scale, level), labels
+        batch = torch.broadcast_shapes(labels.shape, (*level.shape[:-1], 1))
+        super().__init__(batch, mean.shape[-1:], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.dtype != torch.float64:
+            return self._repeat(self._rows().log_prob(value))
+        mean, inverse_scale, level = self.tables
+        centre = value.flatten(0, -2).mean(0)
+        centred, offset = value - centre, mean - centre
+        precision = inverse_scale.square()
+        drift = precision * offset
+        alone = 0.5 * (drift * offset).sum(-1) + level
+        weights = torch.cat([drift, precision, alone[..., None]], -1)
+        data = torch.cat([centred, -0.5 * centred.square(), -torch.ones_like(centred[..., :1])], -1)
+        one_hot = members(self.labels, level.shape[-1], value.dtype)
+        if self.labels.dim() == 1 and value.dim() == 2 and len(value) * weights.shape[-2:].numel() <= DESIGN:
+            # Each row's numbers at the place of its class: of data alone, and one product for all that is scored.
+            design = (one_hot[..., None] * data[:, None]).flatten(1)
+            return self._repeat(weights.flatten(-2) @ design.mT)
+        return self._repeat(((data @ weights.mT) * one_hot).sum(-1))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self._rows().expand(self.batch_shape).rsample(sample_shape)
+
+    def _rows(self) -> Gaussians:
+        mean, inverse_scale, level = self.tables
+        labels = self.labels
+        return Gaussians(choose(mean, labels), choose(inverse_scale, labels), choose(level[..., None], labels)[..., 0])
+
+
+class Labels(dist.Categorical):
+    """Labels of rows that share their log odds: scored by a product with one-hot labels, which is one for all rows.
+
+    Torch's own repeats the log odds for each row and indexes them, whose gradient is a row's too.
+
+    Args:
+        logits: Log odds (..., K).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits=logits, validate_args=False)
+        self._shared: Tensor = self.logits
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Labels:
+        wide = super().expand(batch_shape, self._get_checked_instance(Labels, _instance))
+        wide._shared = self._shared
+        return wide
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        table = self._shared
+        if table.dim() > 1 and table.shape[-2] > 1:
+            return super().log_prob(value)
+        table = table if table.dim() == 1 else table[..., 0, :]
+        score = choose(table[..., None], value)[..., 0] if value.dim() else table[..., value]
+        return score.expand(torch.broadcast_shapes(self.batch_shape, score.shape))
 
 
 class Occurrences(Rowwise):

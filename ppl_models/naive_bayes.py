@@ -25,7 +25,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from ppl_models.distributions import Counts, Gaussians, Occurrences
+from ppl_models.distributions import Counts, LabelledGaussians, Labels, Occurrences
 from ppl_models.pair import Pair, check_binary, check_labels, check_matrix, choose, continuous, members, rows_plate
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -86,8 +86,7 @@ class NaiveBayes(Pair):
                 parameters = self.draw_parameters()
         with rows_plate(x, size, rows):
             y = draw_labels(weights, y)
-            chosen = [choose(p, y) for p in parameters]
-            return pyro.sample("x", self.likelihood(*chosen, x=x), obs=x)
+            return pyro.sample("x", self.likelihood(*parameters, labels=y, x=x), obs=x)
 
     def exact(self, x: Tensor, y: Tensor | None = None, **_: Any) -> None:
         """The conjugate posterior of all parameters as a guide, without parameters of its own."""
@@ -160,12 +159,12 @@ class GaussianNaiveBayes(NaiveBayes):
     def draw_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         variances = pyro.sample("variances", dist.InverseGamma(self.shape, self.scale).to_event(1))
         means = pyro.sample("means", dist.Normal(self.mean, (variances / self.strength).sqrt()).to_event(1))
-        level = 0.5 * (2 * math.pi * variances).log().sum(-1, keepdim=True)
+        level = 0.5 * (2 * math.pi * variances).log().sum(-1)
         return means, variances.rsqrt(), level
 
-    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        means, inverse_scale, level = chosen
-        return Gaussians(means, inverse_scale, level.squeeze(-1))
+    def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        means, inverse_scale, level = parameters
+        return LabelledGaussians(means, inverse_scale, level, labels)
 
     def _posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = rows[:, None]
@@ -228,8 +227,8 @@ class BernoulliNaiveBayes(NaiveBayes):
         absent = (-probs).log1p()
         return probs.log() - absent, absent.sum(-1, keepdim=True)
 
-    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        logits, absent = chosen
+    def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        logits, absent = (choose(p, labels) for p in parameters)
         return Occurrences(logits, absent[..., 0])
 
     def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
@@ -284,9 +283,10 @@ class MultinomialNaiveBayes(NaiveBayes):
     def draw_parameters(self) -> tuple[Tensor]:
         return (pyro.sample("probs", dist.Dirichlet(self.alpha + 1)),)
 
-    def likelihood(self, *chosen: Tensor, x: Tensor | None) -> dist.TorchDistribution:
-        length = torch.as_tensor(self.length, dtype=chosen[0].dtype) if x is None else x.sum(-1)
-        return Counts(chosen[0], length)
+    def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        probs = choose(parameters[0], labels)
+        length = torch.as_tensor(self.length, dtype=probs.dtype) if x is None else x.sum(-1)
+        return Counts(probs, length)
 
     def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
         pyro.sample("probs", dist.Dirichlet(self.alpha + 1 + total))
@@ -299,7 +299,7 @@ class MultinomialNaiveBayes(NaiveBayes):
 def draw_labels(weights: Tensor, y: Tensor | None) -> Tensor:
     """Sample or observe labels; floats may have nan for a missing one, which is then a latent site."""
     # By logits, which are taken here once, and not by probabilities, of which a plate would take them once a row.
-    prior = dist.Categorical(logits=probs_to_logits(weights))
+    prior = Labels(probs_to_logits(weights))
     if y is None or not y.is_floating_point():
         return pyro.sample("y", prior, obs=y)
     labels = pyro.sample("y", prior)
