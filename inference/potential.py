@@ -17,12 +17,15 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from inference.layout import rearranged
 from inference.tracing import Untraceable, fused, lifted, traced
 
 TRACE_FROM, FUSE_FROM = 500, 10_000
 """Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
 both grow with the operations of the graph. To decide by a clock would make the last digits of a result, and so a chain,
 depend on how busy the machine was."""
+SMALL = 1024
+"""Numbers of a constant that is packed with others."""
 Potential = Callable[..., Tensor]
 
 
@@ -108,21 +111,26 @@ class ManyChains:
         self.like = first
         self.traced, self._given = not eager, len(given)
         self.held: list[Tensor] = [*given]
-        self.forward: Callable[..., Any] = self._loop
+        # Positions and gradients (D, chains): what stands side by side in memory are the chains.
+        self.forward: Callable[..., Any] = _columns(self._loop)
         self.code = ""
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
             inputs = (first, *(g[0] for g in given))
             one = traced(functionalize(traced(lambda *inputs: self._one(*inputs), *inputs)), *inputs)
             graph = _folded(_shared(traced(functionalize(torch.vmap(one)), many, *given)))
-            self.held, self.code = [*given, *lifted(graph)], graph.code
+            packed, call = _packed(rearranged(graph), len(given), lifted(graph))
+            self.held = [*given, *packed]
+            graph = traced(_columns(call), many.mT.contiguous(), *self.held)
+            self.code = graph.code
             # A module's call goes through hooks that a compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
 
     def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
-        return self.forward(positions, *self.held)
+        energies, gradients = self.forward(positions.mT, *self.held)
+        return energies, gradients.mT
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by name, (..., \*shape), of positions (..., D)."""
@@ -153,6 +161,37 @@ class ManyChains:
         expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _columns(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of positions (chains, D) as one of (D, chains)."""
+
+    def call(positions: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+        energies, gradients = forward(positions.mT, *held)
+        return energies, gradients.mT.clone(memory_format=torch.contiguous_format)
+
+    return call
+
+
+def _packed(graph: Callable[..., Any], given: int, held: list[Tensor]) -> tuple[list[Tensor], Callable[..., Any]]:
+    """Small constants of a graph as one of each type, which it takes apart: every round of a loop pays for each input.
+
+    Returns:
+        The constants that are left, and the graph as a function of positions, what is given, and these.
+    """
+    small = [k for k, h in enumerate(held) if h.numel() <= SMALL]
+    kinds = {held[k].dtype: [j for j in small if held[j].dtype == held[k].dtype] for k in small}
+    whole = [k for k in range(len(held)) if k not in small]
+    packs = [torch.cat([held[k].reshape(-1) for k in chosen]) for chosen in kinds.values()]
+
+    def call(positions: Tensor, *rest: Tensor) -> Any:
+        parts: dict[int, Tensor] = dict(zip(whole, rest[given + len(packs) :], strict=True))
+        for chosen, pack in zip(kinds.values(), rest[given:], strict=False):
+            pieces = pack.split([held[k].numel() for k in chosen])
+            parts |= {k: piece.reshape(held[k].shape) for k, piece in zip(chosen, pieces, strict=True)}
+        return graph(positions, *rest[:given], *(parts[k] for k in range(len(held))))
+
+    return [*packs, *(held[k] for k in whole)], call
 
 
 def _shared(graph: GraphModule) -> GraphModule:

@@ -141,7 +141,7 @@ class ChEES(Batched):
     def given(self, values: Mapping[str, Tensor]) -> None:
         self._given = {n: values[n].contiguous() for n in self._given}
         self._density.held[: len(self._given)] = self._given.values()
-        self._place(self._chains.position)
+        self._place(self._chains.position.mT)
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Trace the model, find starts of finite density, and lay out the warmup."""
@@ -154,7 +154,7 @@ class ChEES(Batched):
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
         dense = dim <= DENSE if self.full_mass is None else self.full_mass
-        self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in range(2)))
+        self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in Metric._fields))
         self._tuning = fresh_tuning(*self._start, like)
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
         self._renewals = _renewals(warmup_steps)
@@ -204,7 +204,8 @@ class ChEES(Batched):
     def advance(self) -> Moves:
         """Run a block of transitions: the warmup's until it is over, then draws."""
         learning = self.warming
-        self._chains, self._tuning, self._latest = self._block(learning)
+        self._chains, self._tuning, moves = self._block(learning)
+        self._latest = moves._replace(position=moves.position.mT)
         self._taken += self.block
         if not learning:
             self._diverging.append(self._latest.diverging)
@@ -245,7 +246,7 @@ class ChEES(Batched):
 
     def constrained(self) -> dict[str, Tensor]:
         r"""Where the chains stand: values by site (chains, \*shape)."""
-        return self.constrain(self._chains.position)
+        return self.constrain(self._chains.position.mT)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Unconstrained values by site (..., \*shape) of positions (..., D)."""
@@ -285,7 +286,9 @@ class ChEES(Batched):
         self._window.clear()
 
     def _place(self, position: Tensor) -> None:
-        self._chains = Chains(*(v.contiguous() for v in (position, *self._density.run(position))))
+        energy, gradient = self._density.run(position)
+        own = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
+        self._chains = Chains(*own)
         self._queue: deque[dict[str, Tensor]] = deque()
 
     def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
@@ -295,7 +298,7 @@ class ChEES(Batched):
         rules = like.new_tensor([self._target, limit, learning])
         jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(self.block)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
-        uniform = torch.rand(shape[:2], dtype=like.dtype, device=like.device).log()
+        uniform = torch.rand((self.block, shape[-1]), dtype=like.dtype, device=like.device).log()
         # A tensor laid out otherwise would be another program.
         chains = Chains(*(v.contiguous() for v in self._chains))
         with torch.no_grad():
@@ -327,7 +330,7 @@ class ChEES(Batched):
             others = found[torch.randint(len(found), (count,), device=found.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
             for value in self._chains:
-                value[lost] = value[others]
+                value[..., lost] = value[..., others]
         return ~lost
 
     def _renew(self, left: Tensor | None = None) -> None:
@@ -408,7 +411,7 @@ def _metric(draws: Tensor, old: Metric) -> tuple[Metric, float]:
     if like.dim() == 1:
         spread = _spread(draws)
         slowest = _largest(draws / spread) if dim <= DENSE else 1.0
-        return Metric(spread.square().to(like), (1 / spread).to(like)), slowest
+        return Metric(spread.square().to(like), *((1 / spread).to(like).clone() for _ in range(2))), slowest
     # In the coordinates of the last metric, what few draws cannot tell stays as it was.
     last = old.whitener.double()
     white = draws @ last.T
@@ -418,7 +421,7 @@ def _metric(draws: Tensor, old: Metric) -> tuple[Metric, float]:
     root = spread[:, None] * torch.linalg.cholesky(correlation)
     back = torch.linalg.solve(last, root)
     whitener = torch.linalg.solve_triangular(root, last, upper=False)
-    return Metric((back @ back.T).to(like), whitener.contiguous().to(like)), 1.0
+    return Metric((back @ back.T).to(like), whitener.contiguous().to(like), whitener.T.contiguous().to(like)), 1.0
 
 
 def _spread(draws: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 r"""A block of Hamiltonian transitions of many chains, and what they teach about step and length, as tensors alone.
 
-Positions :math:`q` (chains, D) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrogs of step
-:math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Nothing here reads a value back
-but the number of leapfrogs: the same functions run as they stand and inside one compiled program, where a loop costs
-no Python.
+Positions :math:`q` (D, chains) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrogs of step
+:math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Chains are neighbours in
+memory, for then a loop over them is vectorised. Nothing here reads a value back but the number of leapfrogs: the same
+functions run as they stand and inside one compiled program, where a loop costs no Python.
 
 Reference: Hoffman, Radul and Sountsov 2021, "An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian
 Monte Carlo" (https://proceedings.mlr.press/v130/hoffman21a.html).
@@ -30,7 +30,7 @@ Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Chains(NamedTuple):
-    """Where the chains stand: positions (chains, D), energies (chains,), their gradients (chains, D)."""
+    """Where the chains stand: positions (D, chains), energies (chains,), their gradients (D, chains)."""
 
     position: Tensor
     energy: Tensor
@@ -38,10 +38,14 @@ class Chains(NamedTuple):
 
 
 class Metric(NamedTuple):
-    r"""Covariance :math:`\Sigma` and a whitener :math:`W^\top W = \Sigma^{-1}`: (D,) if diagonal, else (D, D)."""
+    r"""Covariance :math:`\Sigma`, whitener :math:`W^\top W = \Sigma^{-1}`, its transpose: (D,) if diagonal, or (D, D).
+
+    The transpose draws momenta, and stands here because a compiled loop takes no view of an input.
+    """
 
     covariance: Tensor
     whitener: Tensor
+    root: Tensor
 
 
 class Tuning(NamedTuple):
@@ -66,7 +70,7 @@ class Rules(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Randomness of a block of T transitions: (T, chains, D) normal, (T, chains) log uniform, (T,) in (0, 1]."""
+    """Randomness of a block of T transitions: (T, D, chains) normal, (T, chains) log uniform, (T,) in (0, 1]."""
 
     momentum: Tensor
     log_uniform: Tensor
@@ -74,7 +78,7 @@ class Noise(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """What a block did: positions (T, chains, D); statistics (T, chains); leapfrogs and step sizes (T,)."""
+    """What a block did: positions (T, D, chains); statistics (T, chains); leapfrogs and step sizes (T,)."""
 
     position: Tensor
     energy: Tensor
@@ -111,17 +115,15 @@ def _transition(
 ) -> tuple[Chains, Tuning, Moves]:
     step, length = tuning.step.exp(), tuning.length.exp() * noise.jitter
     count = (length / step).ceil().clamp(min=1).minimum(rules.limit)
-    momentum = _times(noise.momentum, metric.whitener)
+    momentum = _times(noise.momentum, metric.root)
     end, out = _integrate(density, chains, momentum, metric.covariance, step, count)
-    kinetic = 0.5 * (out * _times(out, metric.covariance)).sum(-1) - 0.5 * noise.momentum.square().sum(-1)
+    kinetic = 0.5 * (out * _times(out, metric.covariance)).sum(0) - 0.5 * noise.momentum.square().sum(0)
     gain = chains.energy - end.energy - kinetic
-    gain = torch.where(gain.isfinite() & end.gradient.isfinite().all(-1), gain, -torch.inf)
+    gain = torch.where(gain.isfinite() & end.gradient.isfinite().all(0), gain, -torch.inf)
     acceptance = gain.clamp(max=0).exp()
     slope = _slope(metric, chains.position, end.position, out, acceptance) * length
     accept = noise.log_uniform < gain
-    kept = Chains(
-        *(torch.where(accept if a.dim() == 1 else accept[:, None], b, a) for a, b in zip(chains, end, strict=True))
-    )
+    kept = Chains(*(torch.where(accept, b, a) for a, b in zip(chains, end, strict=True)))
     moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, gain < -DIVERGENCE, count, step)
     return kept, _learn(tuning, rules, acceptance, slope), moves
 
@@ -149,11 +151,11 @@ def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acce
     """
     valid = acceptance > 0
     weight = acceptance / acceptance.sum().clamp(min=1e-20)
-    after = torch.where(valid[:, None], after, before)
-    momentum = torch.where(valid[:, None], momentum, 0.0)
-    x0, x1 = before - before.mean(0), after - (weight[:, None] * after).sum(0)
-    change = _whiten(x1, metric).square().sum(-1) - _whiten(x0, metric).square().sum(-1)
-    return (weight * change * (x1 * momentum).sum(-1)).sum()
+    after = torch.where(valid, after, before)
+    momentum = torch.where(valid, momentum, 0.0)
+    x0, x1 = before - before.mean(1, keepdim=True), after - (weight * after).sum(1, keepdim=True)
+    change = _times(x1, metric.whitener).square().sum(0) - _times(x0, metric.whitener).square().sum(0)
+    return (weight * change * (x1 * momentum).sum(0)).sum()
 
 
 def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tuning:
@@ -175,12 +177,7 @@ def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> T
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    return x * matrix if matrix.dim() == 1 else x @ matrix
-
-
-def _whiten(x: Tensor, metric: Metric) -> Tensor:
-    # linear, and not the transpose: a view of an input is more than a compiled loop takes.
-    return x * metric.whitener if metric.whitener.dim() == 1 else torch.nn.functional.linear(x, metric.whitener)
+    return x * matrix[:, None] if matrix.dim() == 1 else matrix @ x
 
 
 def _repeat(count: Tensor, body: Callable[..., Any], carried: Any) -> Any:
