@@ -167,3 +167,20 @@ def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
     assert (np.diff(ladder) > 0).all()
     assert np.allclose(table["fit"], table["after the E-step"], rtol=1e-9)
     check_image(tmp_path / "ladder.png")
+
+
+def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
+    table = load("three_ways").main(rows=20, steps=1500, chains=100, out=tmp_path)
+    check_image(tmp_path / "three_ways.png")
+    # What is drawn from the posterior is right; a bound has a gap, and a guide an error that is no noise.
+    assert table.error["Gibbs"] < 0.02 < min(table.error["SVI"], table.error["wake-sleep"])
+    assert (table.gap[["SVI", "wake-sleep"]] > 0.05).all()
+
+
+def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
+    table = load("wake_sleep_or_elbo").main(rounds=2, steps=60, batch=50, out=tmp_path)
+    check_image(tmp_path / "bounds.png")
+    assert len(table) == 10 and np.isfinite(table[["ELBO", "log p(x)"]]).all(axis=None)
+    assert (table["log p(x)"] >= table["ELBO"]).all()
+    first, last = (table[table.steps == n].set_index("method")["log p(x)"] for n in (60, 120))
+    assert (last > first).all()
