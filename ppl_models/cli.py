@@ -100,7 +100,7 @@ def sample(
         int | None, typer.Option(min=0, help="Draws a chain to adapt with; default: the kernel's.")
     ] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="ChEES, NUTS or HMC; default: as sample() chooses.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: as sample() chooses.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:

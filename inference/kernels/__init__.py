@@ -5,8 +5,7 @@
 
 from pyro.infer import HMC, NUTS
 
-from inference.kernels.batched import Batched
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
 
-__all__ = ["HMC", "NUTS", "Batched", "ChEES", "Gibbs"]
+__all__ = ["HMC", "NUTS", "ChEES", "Gibbs"]
