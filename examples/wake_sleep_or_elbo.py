@@ -60,14 +60,14 @@ def main(
     print(table.groupby("method", sort=False).last().round(2).to_string())
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "table.csv", index=False)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, value in zip(figure.subplots(1, 2), ("ELBO", "log p(x)"), strict=True):
         for name, part in table.groupby("method", sort=False):
             axes.plot(part["seconds"], part[value], "o-", markersize=3, label=name)
         low, high = table[value].quantile([0.15, 1.0])
         axes.set(xlabel="seconds of training", ylabel=f"{value} of held-out rows, nats", title=value)
         axes.set_ylim(low, high + 0.05 * (high - low))
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(out / "bounds.png", dpi=120)
     return table
 
