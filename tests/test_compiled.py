@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import LABELS
 from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
@@ -199,7 +200,8 @@ def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
 def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
     dataset = row.load()
     few = {k: v[:40] for k, v in dataset.train.items()}
-    for method in (fit, point):
+    # A point for each site needs a continuous one.
+    for method in (fit,) if row.name in LABELS else (fit, point):
         pairs = []
         for _ in range(2):
             with isolated(0):
