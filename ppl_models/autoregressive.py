@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -71,7 +72,9 @@ class Conditionals(Rowwise):
         """
         filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for d in self.order[k].tolist():
-            logit = self.logits[k](filled)[:, d]
+            logits: Any = self.logits[k]
+            # All features are many times the work of one, where one can be had alone.
+            logit = logits.one(filled, d) if hasattr(logits, "one") else logits(filled)[:, d]
             missing = x[:, d].isnan()
             filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
             weight = weight + torch.where(missing, 0.0, logsigmoid((2 * filled[:, d] - 1) * logit))
@@ -186,14 +189,26 @@ class NADE(Autoregressive):
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """Each feature from the hidden layer of those before it."""
-        inward, outward, threshold, bias = self.inward, self.outward, self.threshold, self.bias
+        return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
 
-        def logits(x: Tensor) -> Tensor:
-            steps = x[..., None] * inward
-            before = steps.cumsum(-2) - steps
-            return ((before + threshold).sigmoid() * outward).sum(-1) + bias
 
-        return [logits]
+@dataclass(frozen=True)
+class _Hidden:
+    """Log odds of NADE: of all features, or of one."""
+
+    inward: Tensor
+    outward: Tensor
+    threshold: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        steps = x[..., None] * self.inward
+        before = steps.cumsum(-2) - steps
+        return ((before + self.threshold).sigmoid() * self.outward).sum(-1) + self.bias
+
+    def one(self, x: Tensor, d: int) -> Tensor:
+        hidden = (x[:, :d] @ self.inward[:d] + self.threshold).sigmoid()
+        return hidden @ self.outward[d] + self.bias[d]
 
 
 class MADE(Autoregressive):

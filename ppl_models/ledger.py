@@ -184,13 +184,13 @@ def autoregressive(
 ) -> dict[str, float]:
     """Test NLL of an autoregressive pair fitted by maximum likelihood, in nats an image, exact."""
     images = data.load("binarized_mnist")
-    few, steps, rows = (200, 20, 100) if quick else (None, epochs * 500, None)
+    few, steps, rows = (100, 4, 20) if quick else (None, epochs * 500, None)
     x, test = images.train["x"][:few], images.test["x"][:rows]
     with isolated(seed):
         pair = make(images.features)
     result = fit(pair, x, steps=steps, batch=100, learning_rate=learning_rate, draws=1, seed=seed)
     bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
-    return {"figure": -log_likelihood(result, test, "exact", batch=500).mean, "train": float(bound)}
+    return {"figure": -log_likelihood(result, test, "exact", batch=100).mean, "train": float(bound)}
 
 
 def belief_net(

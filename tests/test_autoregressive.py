@@ -151,3 +151,12 @@ REFUSED = [
 def test_bad_input_gets_one_line(call, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         call()
+
+
+def test_one_feature_of_nade_is_that_of_all() -> None:
+    torch.manual_seed(0)
+    pair = NADE(7, hidden=5).double()
+    x = (torch.rand(4, 7) < 0.5).double()
+    (logits,) = pair.conditionals()
+    found = torch.stack([logits.one(x, d) for d in range(7)], -1)
+    torch.testing.assert_close(found, logits(x))

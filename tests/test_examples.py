@@ -170,7 +170,7 @@ def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
 
 
 def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
-    table = load("three_ways").main(rows=20, steps=1500, chains=100, out=tmp_path)
+    table = load("three_ways").main(rows=12, steps=900, chains=100, out=tmp_path)
     check_image(tmp_path / "three_ways.png")
     # What is drawn from the posterior is right; a bound has a gap, and a guide an error that is no noise.
     assert table.error["Gibbs"] < 0.02 < min(table.error["SVI"], table.error["wake-sleep"])

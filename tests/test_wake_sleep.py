@@ -179,7 +179,14 @@ def test_what_a_model_is_given_stays_when_it_dreams(alone) -> None:
     assert math.isfinite(RWS(3, insomnia=0.5).loss_and_grads(partly.model, partly.guide, x=x, y=given))
 
 
-@pytest.mark.parametrize("method", [WakeSleep, partial(RWS, 4, insomnia=0.5), partial(VIMCO, 4)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(RWS, 4, insomnia=0.5),
+        pytest.param(WakeSleep, marks=pytest.mark.slow),
+        pytest.param(partial(VIMCO, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_it_runs_as_a_program(method, alone) -> None:
     runs = []
     x = (torch.rand(20, 5) > 0.5).double()
