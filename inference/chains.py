@@ -21,7 +21,7 @@ from inference.potential import choose
 from inference.program import Program
 
 LEAPFROGS = 12
-"""Gradients that a transition is taken to cost when the work ahead is estimated."""
+"""Gradients that a transition is taken to cost at least when the work ahead is estimated."""
 SMALL = 10_000_000
 """Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
 costs several threads more than the operation, and many times more on a busy machine."""
@@ -64,16 +64,24 @@ def run_together(
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
+    tried = False
+
+    def fuse_if_worth_it(transitions: int, each: float = LEAPFROGS) -> None:
+        nonlocal tried
+        # By counts, not by the clock, which would make two runs of one seed differ.
+        calls = transitions * max(each, LEAPFROGS) * (1 + chains * program.numel / HEAVY)
+        if not tried and choose(int(calls), mode) == "fused":
+            tried = True
+            kernel.fuse()
+
     with threads_set(threads):
         kernel.setup(warmup)
-        calls = LEAPFROGS * (warmup + draws)
-        if choose(int(calls * (1 + chains * program.numel / HEAVY)), mode) == "fused":
-            kernel.fuse()
+        fuse_if_worth_it(warmup + draws)
     setup = perf_counter() - started
 
     def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         blocks: list[Any] = []
-        done = 0
+        done, before = 0, kernel.gradients
         with pyro.validation_enabled(False), threads_set(threads):
             while len(blocks) * kernel.block < size:
                 warming = kernel.warming
@@ -82,6 +90,8 @@ def run_together(
                 say(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
                 if not warming:
                     blocks.append(block)
+                ahead = size - len(blocks) * kernel.block + (warmup - done if kernel.warming else 0)
+                fuse_if_worth_it(ahead, (kernel.gradients - before) / done)
             values, stats = kernel.collect(blocks)
         # What the last block made too much is dropped.
         flat = {n: v[:size].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}

@@ -179,6 +179,7 @@ def _packed(graph: Callable[..., Any], given: int, held: list[Tensor]) -> tuple[
     Returns:
         The constants that are left, and the graph as a function of positions, what is given, and these.
     """
+    held = [h.detach() for h in held]
     small = [k for k, h in enumerate(held) if h.numel() <= SMALL]
     kinds = {held[k].dtype: [j for j in small if held[j].dtype == held[k].dtype] for k in small}
     whole = [k for k in range(len(held)) if k not in small]

@@ -19,14 +19,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
 from ppl_models.distributions import Rowwise
-from ppl_models.pair import Pair, check_binary, check_matrix, rows_plate
+from ppl_models.pair import Visible, check_binary, check_matrix
 
 
 class Conditionals(Rowwise):
@@ -81,8 +80,8 @@ class Conditionals(Rowwise):
         return filled, weight
 
 
-class Autoregressive(Pair):
-    r"""What the three share: binary rows, an empty guide.
+class Autoregressive(Visible):
+    r"""What the three share: binary rows, and an order of the features.
 
     Args:
         features: Number of features D, or their names.
@@ -102,23 +101,9 @@ class Autoregressive(Pair):
         self.register_buffer("origin", torch.zeros(()))
         self.dims = {"x": ("features",)}
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        """Draw or score rows; return x."""
-        with rows_plate(x, size, rows):
-            return pyro.sample("x", self.law(), obs=x)
-
-    def guide(self, *_: Any, **__: Any) -> None:
-        """There is nothing latent."""
-
     def law(self) -> Conditionals:
         """p(x), an event (D,)."""
         return Conditionals(self.conditionals(), self.order, self.origin)
-
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) of rows (N, D): (N,)."""
-        return self.law().log_prob(x)
 
     @torch.no_grad()
     def impute(self, x: Tensor, draws: int = 1, *, particles: int = 100) -> Tensor:

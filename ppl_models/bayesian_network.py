@@ -32,7 +32,7 @@ from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
 from ppl_models.bif import read_bif
-from ppl_models.pair import Pair, check_matrix, choose, continuous, members, rows_plate
+from ppl_models.pair import Pair, check_matrix, choose, continuous, members, nothing, rows_plate
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -103,7 +103,7 @@ class BayesianNetwork(Pair):
             self.dims[f"{name}_table"] = (f"{name}_states",)
         if tables is not None:
             self._take(tables)
-        self.guide = _nothing if self.given else guide(continuous(self.model))
+        self.guide = nothing if self.given else guide(continuous(self.model))
 
     @classmethod
     def independent(cls, names: Sequence[str], **arguments: Any) -> Self:
@@ -351,10 +351,6 @@ def _mutual_information(x: Tensor, states: int) -> Tensor:
     alone = one_hot.mean(0)
     ratio = joint / (alone[:, None, :, None] * alone[None, :, None, :])
     return torch.xlogy(joint, ratio.nan_to_num(1.0)).sum((-2, -1))
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """The guide of a network whose tables are given."""
 
 
 def _states(name: str, given: int | Sequence[str]) -> tuple[str, ...]:

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ppl_models.distributions import Rowwise
-from ppl_models.pair import Pair, check_matrix, members, rows_plate
+from ppl_models.pair import Visible, check_matrix, members
 
 
 class Chain(Rowwise):
@@ -79,7 +78,7 @@ class Chain(Rowwise):
         return torch.where(column.isnan()[:, None], torch.zeros_like(known), known)
 
 
-class MarkovChain(Pair):
+class MarkovChain(Visible):
     r"""A first-order Markov chain.
 
     Args:
@@ -111,23 +110,9 @@ class MarkovChain(Pair):
         self.initial = nn.Parameter(torch.zeros(self.symbols))
         self.transition = nn.Parameter(torch.zeros(self.symbols, self.symbols))
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        """Draw or score sequences; return x."""
-        with rows_plate(x, size, rows):
-            return pyro.sample("x", self.law(), obs=x)
-
-    def guide(self, *_: Any, **__: Any) -> None:
-        """There is nothing latent."""
-
     def law(self) -> Chain:
         """p(x), an event (T,)."""
         return Chain(self.initial.log_softmax(-1), self.transition.log_softmax(-1), self.length)
-
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) of rows (N, T): (N,)."""
-        return self.law().log_prob(x)
 
     @torch.no_grad()
     def estimate(self, x: Tensor, *, smoothing: float = 1.0) -> Self:

@@ -65,6 +65,29 @@ def rows_plate(x: Tensor | None, size: int | None, rows: Tensor | None) -> Any:
     return pyro.plate("rows", count, subsample=rows if rows is None else rows.long(), dim=-1)
 
 
+def nothing(*_: Any, **__: Any) -> None:
+    """The guide of a model without latent sites to fit."""
+
+
+class Visible(Pair):
+    """A pair without latent sites: rows x from one law, whose ELBO is the exact log likelihood."""
+
+    law: Callable[[], Any]
+    """p(x) of a row, an event; it reads all parameters when it is called."""
+    guide = nothing
+
+    def model(
+        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Draw or score rows; return x."""
+        with rows_plate(x, size, rows):
+            return pyro.sample("x", self.law(), obs=x)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Exact log p(x) of each row: (N,)."""
+        return self.law().log_prob(x)
+
+
 def continuous(model: Callable[..., Any]) -> Callable[..., Any]:
     """A model whose finite latent sites are hidden, for autoguides: those sites are summed out."""
 

@@ -13,8 +13,9 @@ import torch
 from pyro.infer import MCMC
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from inference import sample
+from inference import potential, sample
 from inference.kernels import NUTS, ChEES, trajectory
 from inference.program import isolated
 from inference.result import Result
@@ -165,17 +166,34 @@ def test_two_modes_are_told() -> None:
     assert "at different modes" in result.diagnosis.advice[0]
 
 
-def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told() -> None:
+@pytest.mark.parametrize("lower", [0.0, 2.0])  # three quarters of the chains start nearer to 0
+def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told(lower: float) -> None:
     def lopsided() -> None:
         x = pyro.sample("x", dist.Normal(double(0.0), 100.0))
-        near, far = (-0.5 * ((x - at) / 0.1) ** 2 for at in (0.0, 2.0))
-        pyro.factor("modes", torch.logaddexp(near, far - 60.0))
+        modes = [-0.5 * ((x - at) / 0.1) ** 2 - 60.0 * (at == lower) for at in (0.0, 2.0)]
+        pyro.factor("modes", torch.logaddexp(*modes))
 
     result = run(lopsided, draws=200, warmup=200)
     assert result.diagnosis.table["r_hat"].max() < 1.01
-    assert_normal(z_scores(posterior(result, "x"), np.zeros(()), np.full((), 0.1)))
+    assert_normal(z_scores(posterior(result, "x"), np.full((), 2.0 - lower), np.full((), 0.1)))
     assert any("chains went astray in the warmup" in line for line in result.diagnosis.advice)
     assert result.idata.posterior.attrs["restarted"] > 0
+
+
+def test_chains_in_a_low_but_wide_mode_stay() -> None:
+    """The narrow mode is 40 nats higher, and holds a share of exp(-6) of the mass."""
+    narrow, wide = double(0.0).expand(20), double(20.0).expand(20)
+
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        x = values["x"]
+        return -torch.logaddexp(40 - 0.5 * ((x - narrow) / 0.1).square().sum(), -0.5 * (x - wide).square().sum())
+
+    pyro.set_rng_seed(0)
+    kernel = ChEES(potential_fn=potential, num_chains=32, jit_compile=False)
+    kernel.initial_params = {"x": torch.stack([narrow, wide]).repeat(16, 1) + 0.1 * torch.randn(32, 20).double()}
+    MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
+    assert kernel.restarted == 0
+    assert int((kernel.constrained()["x"].mean(-1) > 10).sum()) == 16
 
 
 def test_constrained_sites() -> None:
@@ -321,6 +339,27 @@ def test_fused_blocks_are_the_traced_ones() -> None:
                 moves.append(kernel.advance())
             for name, one, two in zip(trajectory.Moves._fields, *moves, strict=True):
                 torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_a_model_with_parameters_is_one_program() -> None:
+    loc = torch.nn.Parameter(double(1.0))
+    with isolated(0):
+        kernel = ChEES(lambda: pyro.sample("x", dist.Normal(loc, 1.0)), num_chains=8, jit_compile=False)
+        kernel.setup(20)
+        kernel.fuse()
+        graphs = counters["stats"]["unique_graphs"]
+        for _ in range(3):
+            kernel.advance()
+        assert kernel.program == "fused"
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
+    monkeypatch.setattr(potential, "FUSE_FROM", 300)
+    lengthy = partial(ChEES, step_size=0.02, trajectory_length=1.0)
+    for kernel, expected in ((ChEES, "traced"), (lengthy, "fused")):
+        result = quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=20, warmup=0)
+        assert result.idata.posterior.attrs["program"] == expected
 
 
 def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:

@@ -22,6 +22,7 @@ from sklearn.naive_bayes import BernoulliNB
 from sklearn.preprocessing import StandardScaler
 
 from ppl_models import data
+from ppl_models.files import IDX, SHA256, UPSTREAM
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
 needs_files = pytest.mark.skipif(not REAL, reason="PPL_MODELS_DATA is not set")
@@ -84,7 +85,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bytes]], None]
 
     def declare(files: dict[str, bytes]) -> None:
         for path, content in files.items():
-            monkeypatch.setitem(data._SHA256, path, hashlib.sha256(content).hexdigest())
+            monkeypatch.setitem(SHA256, path, hashlib.sha256(content).hexdigest())
 
     return declare
 
@@ -105,7 +106,7 @@ def tiny_mnist(rows: int = 6) -> dict[str, bytes]:
         np.arange(2 * rows, dtype=np.uint8) % 10,
     )
     parts = (images[0], labels[:rows], images[1], labels[rows:])
-    return {f"mnist/{file}": idx(part) for file, part in zip(data._IDX, parts, strict=True)}
+    return {f"mnist/{file}": idx(part) for file, part in zip(IDX, parts, strict=True)}
 
 
 def cells(words: list[str], nested: bool = False) -> np.ndarray:
@@ -356,12 +357,12 @@ def test_failed_download_leaves_nothing_and_the_next_one_succeeds(
     server.pages = {f"/base/{path}": content for path, content in files.items()}
     for path in files:
         urls = (f"{server.url}/base/{path}",) if source == "upstream" else ()
-        monkeypatch.setitem(data._UPSTREAM, path, urls)
+        monkeypatch.setitem(UPSTREAM, path, urls)
     if source == "mirror":
         monkeypatch.setenv("PPL_MODELS_MIRROR", f"{server.url}/base/")
 
     monkeypatch.setattr(pooch.get_logger(), "handlers", [caplog.handler])
-    first = f"/base/mnist/{data._IDX[0]}"
+    first = f"/base/mnist/{IDX[0]}"
     good = server.pages[first]
     if fault == "half":
         server.halves = {first}
@@ -370,7 +371,7 @@ def test_failed_download_leaves_nothing_and_the_next_one_succeeds(
     else:
         del server.pages[first]
     reason = {"half": "Error: ", "wrong": "does not match the known hash", "missing": "404 Client Error"}[fault]
-    message = f"^mnist/{data._IDX[0]}: not in .* not downloaded .*{server.url}{first}: .*{reason}"
+    message = f"^mnist/{IDX[0]}: not in .* not downloaded .*{server.url}{first}: .*{reason}"
     with pytest.raises(FileNotFoundError, match=message) as caught:
         data.load("mnist")
     assert "\n" not in str(caught.value)
@@ -380,7 +381,7 @@ def test_failed_download_leaves_nothing_and_the_next_one_succeeds(
     got = data.load("mnist")
     assert got.train["x"].shape == got.test["x"].shape == (6, 784)
     assert got.test["y"].tolist() == [6, 7, 8, 9, 0, 1]
-    assert files_under(cache) == sorted(data._IDX)
+    assert files_under(cache) == sorted(IDX)
 
     server.pages, asked = {}, len(server.asked)
     assert torch.equal(data.load("mnist").train["x"], got.train["x"])
@@ -400,7 +401,7 @@ def test_mirror_comes_before_upstream_and_upstream_after_a_broken_mirror(
     server.pages = {f"/mirror/{path}": files[path] for path in whole}
     server.pages |= {f"/upstream/{path}": content for path, content in files.items()}
     for path in files:
-        monkeypatch.setitem(data._UPSTREAM, path, (f"{server.url}/upstream/{path}",))
+        monkeypatch.setitem(UPSTREAM, path, (f"{server.url}/upstream/{path}",))
     monkeypatch.setenv("PPL_MODELS_MIRROR", f"{server.url}/mirror")
     data.load("mnist")
     assert server.asked == [
@@ -421,10 +422,10 @@ def test_damaged_file_in_the_cache_is_fetched_anew(
     server.pages = {f"/{path}": content for path, content in files.items()}
     monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
     data.load("mnist")
-    path = cache / "mnist" / data._IDX[0]
+    path = cache / "mnist" / IDX[0]
     path.write_bytes(b"damaged")
     assert data.load("mnist").train["x"].shape == (6, 784)
-    assert path.read_bytes() == files[f"mnist/{data._IDX[0]}"]
+    assert path.read_bytes() == files[f"mnist/{IDX[0]}"]
 
 
 def test_texts_of_the_static_binarization(
@@ -439,7 +440,7 @@ def test_texts_of_the_static_binarization(
     table(files)
     server.pages = {f"/{path}": content for path, content in files.items()}
     urls = tuple(f"{server.url}/{path}" for path in files)
-    monkeypatch.setitem(data._UPSTREAM, "binarized_mnist/binarized_mnist.npz", urls)
+    monkeypatch.setitem(UPSTREAM, "binarized_mnist/binarized_mnist.npz", urls)
     got = data.load("binarized_mnist")
     assert got.valid is not None
     for split, expected in bits.items():
@@ -452,8 +453,8 @@ def test_matlab_files_are_checked_by_their_numbers(server: Pages, cache: Path, m
     words = [f"word{column}" for column in range(12)]
     good = news_mat(x, y, words, ["a.*", "b.*"])
     other = news_mat(1 - x, y, words, ["a.*", "b.*"])
-    monkeypatch.setitem(data._SHA256, "text/20news_w100.mat", numbers_hash(np.packbits(x, axis=1), y))
-    monkeypatch.setitem(data._UPSTREAM, "text/news20_w100.npz", (f"{server.url}/20news_w100.mat",))
+    monkeypatch.setitem(SHA256, "text/20news_w100.mat", numbers_hash(np.packbits(x, axis=1), y))
+    monkeypatch.setitem(UPSTREAM, "text/news20_w100.npz", (f"{server.url}/20news_w100.mat",))
     for bad in (other, good[: len(good) // 2], b"not a matlab file"):
         server.pages = {"/20news_w100.mat": bad}
         with pytest.raises(FileNotFoundError, match=r"text/news20_w100.npz: .*expected numbers with sha256"):
@@ -475,8 +476,8 @@ def test_matlab_file_with_a_split(server: Pages, cache: Path, monkeypatch: pytes
     server.pages = {"/XwindowsDocData.mat": xwindows_mat(arrays, [f"word{column}" for column in range(12)])}
     packed = [np.packbits(arrays[key], axis=1) for key in ("xtest", "xtrain")]
     known = numbers_hash(*packed, arrays["ytest"], arrays["ytrain"])
-    monkeypatch.setitem(data._SHA256, "text/XwindowsDocData.mat", known)
-    monkeypatch.setitem(data._UPSTREAM, "text/xwindows.npz", (f"{server.url}/XwindowsDocData.mat",))
+    monkeypatch.setitem(SHA256, "text/XwindowsDocData.mat", known)
+    monkeypatch.setitem(UPSTREAM, "text/xwindows.npz", (f"{server.url}/XwindowsDocData.mat",))
     got = data.load("xwindows")
     assert got.features[11] == "word11"
     np.testing.assert_array_equal(got.test["x"], arrays["xtest"])
@@ -494,7 +495,7 @@ def test_bag_of_words_from_the_plain_file(
     content = "".join(f"{line}\n" for line in lines).encode()
     table({"text/SMSSpamCollection": content})
     server.pages = {"/SMSSpamCollection": content}
-    monkeypatch.setitem(data._UPSTREAM, "text/SMSSpamCollection.gz", (f"{server.url}/SMSSpamCollection",))
+    monkeypatch.setitem(UPSTREAM, "text/SMSSpamCollection.gz", (f"{server.url}/SMSSpamCollection",))
     got = data.load("sms_spam")
     assert Counter(torch.cat([got.train["y"], got.test["y"]]).tolist()) == {0: 10, 1: 6}
     win = got.train["x"][:, got.features.index("win")]
@@ -545,7 +546,7 @@ def test_missing_file_names_the_url_that_did_not_answer(
     server: Pages, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{server.url}/SMSSpamCollection"
-    monkeypatch.setitem(data._UPSTREAM, "text/SMSSpamCollection.gz", (url,))
+    monkeypatch.setitem(UPSTREAM, "text/SMSSpamCollection.gz", (url,))
     with pytest.raises(FileNotFoundError, match=rf"not downloaded \({url}: HTTPError: 404 .*\): set PPL_MODELS"):
         data.load("sms_spam")
 
@@ -555,7 +556,7 @@ def test_damaged_file_in_the_directory_is_named(cache: Path, tmp_path: Path, mon
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
     monkeypatch.setenv("PPL_MODELS_DATA", str(tmp_path / "files"))
-    known, got = data._SHA256["text/xwindows.npz"], hashlib.sha256(b"damaged").hexdigest()
+    known, got = SHA256["text/xwindows.npz"], hashlib.sha256(b"damaged").hexdigest()
     with pytest.raises(ValueError, match=f"^.*xwindows.npz: expected a file with sha256 {known}, got {got}$"):
         data.load("xwindows")
     assert path.read_bytes() == b"damaged"

@@ -21,6 +21,7 @@ class Batched(MCMCKernel):
         block: Transitions that one call of ``advance`` makes.
         program: How the kernel runs: ``eager``, ``traced`` or ``fused``.
         restarted: Chains that the warmup put elsewhere.
+        gradients: Gradients of each chain so far.
         state: Where the chains stand, to go on from there again.
     """
 
@@ -29,7 +30,23 @@ class Batched(MCMCKernel):
     block: int
     program: str
     restarted: int = 0
+    gradients: int = 0
     state: Any
+
+    _initial: dict[str, Tensor] | None = None
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        r"""Values by name, (chains, \*shape), that the chains start from: finite, and unconstrained continuous ones."""
+        return {} if self._initial is None else self._initial
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        wrong = [n for n, v in params.items() if v.dim() == 0 or len(v) != self.num_chains]
+        if wrong:
+            shape = tuple(params[wrong[0]].shape)
+            raise ValueError(f"initial_params: expected ({self.num_chains}, ...) for {wrong[0]}, got {shape}")
+        self._initial = params
 
     @property
     @abstractmethod

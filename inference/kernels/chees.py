@@ -22,6 +22,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from inference.kernels.batched import Batched
+from inference.kernels.metric import DENSE, learn, spread
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 from inference.potential import ManyChains
 from inference.tracing import Untraceable, has_compiler, looped, quietly
@@ -31,13 +32,11 @@ BLOCK = 10
 JITTER = 0.6
 """Share of a trajectory that the jitter takes off at most. The paper's is 1; short trajectories are mostly wasted where
 the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
-DENSE = 200
-"""Dimensions up to which a dense metric costs little beside the gradients it saves."""
-FRESH = 1 / 3
-"""Independent draws that one draw of the warmup is taken for."""
-HOPELESS = 5.0
-"""Standard deviations of the energy of a normal posterior (the root of half its dimensions, at least 4) by
-which a chain's lies above the median when it is put elsewhere during the warmup."""
+BEST = 8
+"""One in so many chains is enough to show where the density is high, even if all others stand elsewhere."""
+HOPELESS = 6.0
+"""Standard deviations of the energy of a normal posterior (the root of half its dimensions, at least 4) by which a
+chain's lies above that of the best eighth when it is put elsewhere during the warmup."""
 TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
@@ -116,21 +115,7 @@ class ChEES(Batched):
         self._target, self._start = target_accept_prob, (step_size, trajectory_length)
         self._given_transforms, self._nesting = transforms, max_plate_nesting
         self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
-        self._initial: dict[str, Tensor] | None = None
         super().__init__()
-
-    @property
-    def initial_params(self) -> dict[str, Tensor]:
-        r"""Unconstrained values by name, (chains, \*shape), that the chains start from."""
-        return {} if self._initial is None else self._initial
-
-    @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
-        wrong = [n for n, v in params.items() if v.dim() == 0 or len(v) != self.num_chains]
-        if wrong:
-            shape = tuple(params[wrong[0]].shape)
-            raise ValueError(f"initial_params: expected ({self.num_chains}, ...) for {wrong[0]}, got {shape}")
-        self._initial = params
 
     @property
     def given(self) -> dict[str, Tensor]:
@@ -157,6 +142,7 @@ class ChEES(Batched):
         self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in Metric._fields))
         self._tuning = fresh_tuning(*self._start, like)
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
+        self.gradients = 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
         self.restarted = 0
@@ -207,6 +193,7 @@ class ChEES(Batched):
         self._chains, self._tuning, moves = self._block(learning)
         self._latest = moves._replace(position=moves.position.mT)
         self._taken += self.block
+        self.gradients += int(moves.leapfrogs.sum())
         if not learning:
             self._diverging.append(self._latest.diverging)
             return self._latest
@@ -286,7 +273,8 @@ class ChEES(Batched):
         self._window.clear()
 
     def _place(self, position: Tensor) -> None:
-        energy, gradient = self._density.run(position)
+        with torch.no_grad():
+            energy, gradient = self._density.run(position)
         own = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
         self._chains = Chains(*own)
         self._queue: deque[dict[str, Tensor]] = deque()
@@ -320,12 +308,17 @@ class ChEES(Batched):
         Returns:
             Which chains were left where they are, (chains,).
         """
-        energy = self._latest.energy.double().mean(0)
-        excess = energy.nan_to_num(torch.inf, torch.inf) - energy.nanmedian()
-        lost = excess > HOPELESS * max(self._density.dim / 2, 16.0) ** 0.5
-        found = (excess <= 0).nonzero().flatten()
+        energy = self._latest.energy.double().mean(0).nan_to_num(torch.inf, torch.inf)
+        excess = energy - energy.kthvalue(max(1, len(energy) // BEST)).values
+        allowed = HOPELESS * max(self._density.dim / 2, 16.0) ** 0.5
+        lost = excess > allowed
+        if lost.any():
+            # What is low may be wide, and hold as much of the mass as its volume makes up for.
+            wide, narrow = (spread(self._latest.position[:, c].flatten(0, 1)).log().sum() for c in (lost, ~lost))
+            lost = excess > allowed + (wide - narrow).clamp(min=0)
+        found = (energy <= energy[~lost].median()).nonzero().flatten()
         count = int(lost.sum())
-        if count and len(found):
+        if count:
             self.restarted += count
             others = found[torch.randint(len(found), (count,), device=found.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
@@ -341,7 +334,7 @@ class ChEES(Batched):
             blocks = [b[:, left] for b in blocks]
         draws = torch.cat([b.flatten(0, 1) for b in blocks]).double()
         draws = draws[draws.isfinite().all(-1)]
-        self._metric, slowest = _metric(draws, self._metric)
+        self._metric, slowest = learn(draws, self._metric)
         step = 1.5 * self._density.dim**-0.25
         self._tuning = fresh_tuning(step, max(2.0, math.pi / 2 * slowest), self._density.like)
 
@@ -403,35 +396,6 @@ def _renewals(warmup: int) -> set[int]:
         times.add(int(window) // BLOCK * BLOCK)
         window = max(1.5 * window, window + BLOCK)
     return times
-
-
-def _metric(draws: Tensor, old: Metric) -> tuple[Metric, float]:
-    """Metric of draws (S, D), as far as they are enough to tell it from the last, and the largest sd that it leaves."""
-    like, dim = old.covariance, draws.shape[-1]
-    if like.dim() == 1:
-        spread = _spread(draws)
-        slowest = _largest(draws / spread) if dim <= DENSE else 1.0
-        return Metric(spread.square().to(like), *((1 / spread).to(like).clone() for _ in range(2))), slowest
-    # In the coordinates of the last metric, what few draws cannot tell stays as it was.
-    last = old.whitener.double()
-    white = draws @ last.T
-    spread = _spread(white)
-    few = (dim / (len(draws) * FRESH)) ** 2
-    correlation = (torch.cov((white / spread).T).reshape(dim, dim) + few * torch.eye(dim).to(white)) / (1 + few)
-    root = spread[:, None] * torch.linalg.cholesky(correlation)
-    back = torch.linalg.solve(last, root)
-    whitener = torch.linalg.solve_triangular(root, last, upper=False)
-    return Metric((back @ back.T).to(like), whitener.contiguous().to(like), whitener.T.contiguous().to(like)), 1.0
-
-
-def _spread(draws: Tensor) -> Tensor:
-    spread = draws.std(0)
-    return torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
-
-
-def _largest(standard: Tensor) -> float:
-    """Standard deviation of the widest direction of draws (S, D)."""
-    return float(torch.linalg.matrix_norm(standard - standard.mean(0), 2)) / len(standard) ** 0.5
 
 
 def _halton(n: int) -> float:

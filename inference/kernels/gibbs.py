@@ -103,18 +103,8 @@ class Gibbs(Batched):
             raise ValueError(f"num_chains: expected an integer of at least 1, got {num_chains!r}")
         self.model, self.num_chains, self.conditional = model, num_chains, conditional
         self.jit_compile, self._settings = jit_compile, settings
-        self._initial: dict[str, Tensor] | None = None
         self._rest: ChEES | None = None
         super().__init__()
-
-    @property
-    def initial_params(self) -> dict[str, Tensor]:
-        r"""Values by name, (chains, \*shape), that the chains start from: finite, and unconstrained continuous ones."""
-        return {} if self._initial is None else self._initial
-
-    @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._initial = params
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -187,6 +177,7 @@ class Gibbs(Batched):
             else:
                 self._rest.given = self._values
                 made = self._rest.advance()
+                self.gradients = self._rest.gradients
         self._taken += 1
         return dict(self._values), made
 

@@ -1,0 +1,175 @@
+"""The runs behind the ledger: from ``quick`` (a size for tests) and a seed to figures, ``figure`` among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoDelta
+from scipy.special import logsumexp
+from torch import Tensor
+
+from inference import fit, log_likelihood, pointwise_log_likelihood
+from inference.objectives import EM, IWAE, RWS
+from inference.program import isolated
+from ppl_models import data
+from ppl_models.autoregressive import Autoregressive
+from ppl_models.mixture import BernoulliMixture
+from ppl_models.pair import nothing
+from ppl_models.sigmoid_belief import HelmholtzMachine
+from ppl_models.vae import VAE, SemiSupervisedVAE
+
+LN2 = math.log(2)
+
+
+def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
+    """Test NLL of a Bernoulli mixture fitted by EM, in nats an image, exact."""
+    images = data.load("binarized_mnist")
+    count, few, steps = (20, 500, 5) if quick else (components, None, 40)
+    x, test = images.train["x"][:few], images.test["x"][:few]
+    pair = BernoulliMixture(images.features, count, alpha=0.1, concentration=2.0, guide=AutoDelta)
+    start = pair.start(x, seed=seed)
+    result = fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), steps=steps, draws=1, seed=seed)
+    return {
+        "figure": -float(pointwise_log_likelihood(result, test).double().mean()),
+        "the same by numpy": -_by_numpy(result.draws, test),
+        "train": -float(pointwise_log_likelihood(result, x).double().mean()),
+    }
+
+
+def vae(quick: bool, seed: int, *, particles: int) -> dict[str, float]:
+    """Test NLL of a VAE with one stochastic layer, in nats an image, by importance sampling with 5,000 particles."""
+    images = data.load("binarized_mnist")
+    few, steps, k, rows = (300, 20, 20, 20) if quick else (None, 100 * 500, 5000, None)
+    x, test = images.train["x"][:few], images.test["x"][:rows]
+    with isolated(seed):
+        pair = VAE(images.features, 50)
+    objective = IWAE(particles) if particles > 1 else Trace_ELBO()
+    result = fit(pair, x, objective, steps=steps, batch=100, learning_rate=0.002, draws=1, seed=seed)
+    found = log_likelihood(result, test, k=k)
+    with torch.no_grad():
+        active = int(pair.active(x).sum())
+    bound = result.losses[-max(1, steps // 100) :].mean() / len(x)
+    return {"figure": -found.mean, "train bound": float(bound), "active factors": active}
+
+
+def autoregressive(
+    quick: bool, seed: int, *, make: Callable[..., Autoregressive], epochs: int, learning_rate: float
+) -> dict[str, float]:
+    """Test NLL of an autoregressive pair fitted by maximum likelihood, in nats an image, exact."""
+    images = data.load("binarized_mnist")
+    few, steps, rows = (100, 4, 20) if quick else (None, epochs * 500, None)
+    x, test = images.train["x"][:few], images.test["x"][:rows]
+    with isolated(seed):
+        pair = make(images.features)
+    result = fit(pair, x, steps=steps, batch=100, learning_rate=learning_rate, draws=1, seed=seed)
+    bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
+    return {"figure": -log_likelihood(result, test, "exact", batch=100).mean, "train": float(bound)}
+
+
+def belief_net(
+    quick: bool, seed: int, *, layers: Sequence[int], objective: Callable[[], Any], epochs: int
+) -> dict[str, float]:
+    """Test NLL of a Helmholtz machine, in nats an image, by importance sampling with 5,000 particles."""
+    images = data.load("binarized_mnist")
+    few, steps, k, rows = (200, 20, 20, 20) if quick else (None, epochs * 500, 5000, None)
+    x, test = images.train["x"][:few], images.test["x"][:rows]
+    with isolated(seed):
+        pair = HelmholtzMachine(images.features, layers)
+    pair.centre(x)
+    result = fit(pair, x, objective, steps=steps, batch=100, learning_rate=0.003, draws=1, seed=seed)
+    found = log_likelihood(result, test, k=k, seed=seed)
+    bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
+    return {"figure": -found.mean, "Monte Carlo error": found.monte_carlo_error, "train bound": float(bound)}
+
+
+def bars_law() -> tuple[Tensor, Tensor]:
+    """The bars of Hinton et al. 1995 in 4 x 4 pixels: images that can be (30, 16), and their probabilities.
+
+    Vertical bars with probability 2/3, else horizontal; each of the four is there with probability 0.2.
+    """
+    there = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 4)
+    chance = (0.2**there * 0.8 ** (1 - there)).prod(1)
+    upright = there[:, None, :].expand(-1, 4, -1).flatten(1)
+    flat = there[:, :, None].expand(-1, -1, 4).flatten(1)
+    images, which = torch.cat([upright, flat]).unique(dim=0, return_inverse=True)
+    probability = torch.zeros(len(images), dtype=torch.float64).index_add(0, which, torch.cat([2 * chance, chance]) / 3)
+    return images, probability
+
+
+def bars(quick: bool, seed: int) -> dict[str, float]:
+    """KL of a Helmholtz machine 16-8-1 from the law of the bars, in bits, exact: the best of restarts by its bound.
+
+    Beside it what the same starts come to by the exact likelihood.
+    """
+    images, probability = bars_law()
+    rows, steps, starts = (200, 50, 2) if quick else (20_000, 10_000, 5)
+    random = torch.Generator().manual_seed(seed)
+    x = images[torch.multinomial(probability, rows, replacement=True, generator=random)].float()
+
+    def divergence(pair: HelmholtzMachine) -> float:
+        with torch.no_grad():
+            return float((probability * (probability.log() - pair.log_evidence(images.float()).double())).sum()) / LN2
+
+    found: list[dict[str, float]] = []
+    for start in range(starts):
+        with isolated(1000 * seed + start):
+            pair = HelmholtzMachine(16, (8, 1))
+        pair.centre(x)
+        exact = deepcopy(pair)
+        result = fit(pair, x, partial(RWS, 10), steps=steps, batch=100, learning_rate=0.02, draws=1, seed=start)
+        fit((exactly(exact, probability), nothing), images.float(), steps=steps // 5, learning_rate=0.05, draws=1)
+        bound = result.losses[-max(1, steps // 10) :].mean() / len(x)
+        found.append({"bound": float(bound), "kl": divergence(pair), "exact": divergence(exact)})
+    best = min(found, key=lambda f: f["bound"])
+    return {
+        "figure": best["kl"],
+        "first start": found[0]["kl"],
+        "median start": float(np.median([f["kl"] for f in found])),
+        "exact likelihood, first start": found[0]["exact"],
+        "exact likelihood, best start": min(f["exact"] for f in found),
+    }
+
+
+def exactly(pair: HelmholtzMachine, probability: Tensor) -> Callable[..., None]:
+    """The exact likelihood of images that come with given probabilities, causes summed out by the pair itself."""
+
+    def model(x: Tensor) -> None:
+        pyro.module("pair", pair)
+        pyro.factor("x", (probability * pair.log_evidence(x)).sum())
+
+    return model
+
+
+def semi_supervised(quick: bool, seed: int, *, labels: int) -> dict[str, float]:
+    """Test accuracy of M2 in percent, with as many labels of each class."""
+    images = data.load("mnist", binarise=True)
+    few, steps, rows = (400, 20, 200) if quick else (None, 60 * 600, None)
+    x, y = images.train["x"][:few], images.train["y"][:few].float()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    each = labels // len(images.classes)
+    known = torch.cat([order[y[order] == k][:each] for k in range(len(images.classes))])
+    given = torch.full_like(y, torch.nan)
+    given[known] = y[known]
+    with isolated(seed):
+        pair = SemiSupervisedVAE(images.features, 50, images.classes, auxiliary=0.1 * len(y) / 10)
+    objective = TraceEnum_ELBO(max_plate_nesting=1)
+    fit(pair, {"x": x, "y": given}, objective, steps=steps, batch=100, learning_rate=0.001, draws=1, seed=seed)
+    with torch.no_grad():
+        right = pair.probabilities(images.test["x"][:rows]).argmax(-1) == images.test["y"][:rows]
+    return {"figure": 100 * float(right.double().mean()), "labels": len(known)}
+
+
+def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
+    """Mean log likelihood of a Bernoulli mixture without torch and Pyro, in float64."""
+    probs, weights = (draws[n][0].double().numpy() for n in ("probs", "weights"))
+    probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().numpy()
+    joint = rows @ np.log(probs).T + (1 - rows) @ np.log1p(-probs).T + np.log(weights)
+    return float(logsumexp(joint, 1).mean())
