@@ -1,11 +1,17 @@
 """What several test files share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from inference.program import isolated
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers side by side: two threads each would wait for each other at every operation.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

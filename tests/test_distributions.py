@@ -45,6 +45,17 @@ def test_scores_and_gradients_on_raw_data_are_those_of_normals(design: bool, dty
         torch.testing.assert_close(got.double(), slope, **loose)
 
 
+@pytest.mark.parametrize("design", [True, False])
+def test_what_lies_far_from_zero_is_scored_as_well(design: bool, monkeypatch) -> None:
+    monkeypatch.setattr(distributions, "DESIGN", 10**9 if design else 0)
+    x, y = raw()
+    # A million times what columns spread: of their squares twelve digits would cancel.
+    far = x + 1e6 * x.std(0)
+    mean, scale = parameters(far)
+    expected = dist.Normal(mean[y], scale[y]).log_prob(far).sum(-1)
+    torch.testing.assert_close(ours(mean, scale, y).log_prob(far), expected, rtol=1e-7, atol=1e-7)
+
+
 def test_draws_and_enumerated_labels_stand_on_the_left() -> None:
     x, y = raw()
     mean, scale = parameters(x, 4)
