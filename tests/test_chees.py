@@ -180,6 +180,20 @@ def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told(lower: float
     assert result.idata.posterior.attrs["restarted"] > 0
 
 
+def test_a_few_chains_show_the_others_the_better_mode() -> None:
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        x = values["x"]
+        return -torch.logaddexp(-0.5 * x.square().sum(), 60 - 0.5 * (x - 20).square().sum())
+
+    pyro.set_rng_seed(0)
+    kernel = ChEES(potential_fn=potential, num_chains=32, jit_compile=False)
+    better = (torch.arange(32) % 8 == 0)[:, None].double()
+    kernel.initial_params = {"x": 20 * better + torch.randn(32, 5).double()}
+    MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
+    assert kernel.restarted == 28
+    assert bool((kernel.constrained()["x"].mean(-1) > 10).all())
+
+
 def test_chains_in_a_low_but_wide_mode_stay() -> None:
     """The narrow mode is 40 nats higher, and holds a share of exp(-6) of the mass."""
     narrow, wide = double(0.0).expand(20), double(20.0).expand(20)
@@ -356,10 +370,13 @@ def test_a_model_with_parameters_is_one_program() -> None:
 
 def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
     monkeypatch.setattr(potential, "FUSE_FROM", 300)
-    lengthy = partial(ChEES, step_size=0.02, trajectory_length=1.0)
-    for kernel, expected in ((ChEES, "traced"), (lengthy, "fused")):
-        result = quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=20, warmup=0)
-        assert result.idata.posterior.attrs["program"] == expected
+    asked = []
+    monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.gradients))
+    for step in (0.5, 0.005):
+        kernel = partial(ChEES, step_size=step, trajectory_length=1.0)
+        quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=24, warmup=0)
+    # Not for short ones; for long ones once, after the first block.
+    assert len(asked) == 1 and asked[0] > 300
 
 
 def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:

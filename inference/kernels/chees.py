@@ -273,8 +273,7 @@ class ChEES(Batched):
         self._window.clear()
 
     def _place(self, position: Tensor) -> None:
-        with torch.no_grad():
-            energy, gradient = self._density.run(position)
+        energy, gradient = self._density.run(position)
         own = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
         self._chains = Chains(*own)
         self._queue: deque[dict[str, Tensor]] = deque()
