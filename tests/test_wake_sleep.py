@@ -94,7 +94,9 @@ def test_baselines_of_vimco_leave_less_noise_than_the_score_alone(alone) -> None
     assert float(ours.square().mean()) < 0.5 * float(plain.square().mean())
 
 
-@pytest.mark.parametrize("objective", [WakeSleep(), RWS(4), RWS(4, insomnia=0.5), VIMCO(4)], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [WakeSleep(), RWS(4), RWS(4, insomnia=0.5), VIMCO(4)], ids=["WakeSleep", "RWS", "RWS-both", "VIMCO"]
+)
 def test_a_minibatch_counts_for_all_rows(objective, alone) -> None:
     pair, x = net(1)
 
