@@ -111,6 +111,10 @@ class Compiled(ELBO):
         for p, g in zip(inputs, gradients, strict=False):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad.add_(g)
+            elif program.turning:
+                # Zeros would move what rests on: an optimizer's momentum carries it.
+                p.grad = None
+        program.turn(self.objective)
         return losses
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
@@ -177,6 +181,10 @@ class Call:
         args, kwargs = _join(tensors, self.static)
         return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
+    def turns(self) -> dict[str, Any]:
+        """Attributes that the objective says go round (``cycle``): each of their values has a program of its own."""
+        return {n: getattr(self.objective, n) for n in getattr(self.objective, "cycle", ())}
+
     def held(self) -> list[Tensor]:
         """Tensors that the objective keeps as attributes."""
         return [v for v in vars(self.objective).values() if isinstance(v, Tensor)]
@@ -191,6 +199,7 @@ class Program:
     names: list[str] = field(init=False)
     calls: int = field(default=0, init=False)
     fused: bool = field(default=False, init=False)
+    _turned: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.modules = reachable(self.call.model, self.call.guide)
@@ -222,6 +231,15 @@ class Program:
             outputs = self._run(*inputs)
         self.calls += 1
         return outputs[0] if self._form[0] else tuple(outputs[: self._form[1]])
+
+    @property
+    def turning(self) -> bool:
+        """Whether the objective's players take turns."""
+        return bool(self._turned)
+
+    def turn(self, objective: Any) -> None:
+        """Leave the objective as its own call would."""
+        vars(objective).update(self._turned)
 
     def inputs(self, call: Call) -> list[Tensor]:
         """The tensors of a call in the program's order."""
@@ -308,9 +326,10 @@ class Program:
         before = _plain(call.objective)
         with self.untouched(call):
             graph = traced(self._whole, *self.inputs(call))
+            self._turned = call.turns()
         changed = [k for k, v in _plain(call.objective).items() if before.get(k) != v]
+        vars(call.objective).update(before)
         if changed:
-            vars(call.objective).update(before)
             raise Untraceable(f"the objective changes its attribute {changed[0]} at every step; keep it in a tensor")
         return graph, lifted(graph)
 
@@ -331,6 +350,7 @@ class Program:
         kept = self.update.tensors if self.update else []
         tensors = [*entries.values(), *self.buffers, *kept, *call.held()]
         values = [t.detach().clone() for t in tensors]
+        turns = call.turns()
         gradients = [(p, p.grad) for p in entries.values()]
         for p, _ in gradients:
             p.grad = None
@@ -340,6 +360,7 @@ class Program:
             with torch.no_grad():
                 for t, v in zip(tensors, values, strict=True):
                     t.copy_(v)
+            vars(call.objective).update(turns)
             for p, g in gradients:
                 p.grad = g
             for name, p in entries.items():

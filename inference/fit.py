@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
+import arviz as az
 import numpy as np
+import pandas as pd
 import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
@@ -23,8 +25,9 @@ from tqdm.auto import tqdm
 
 from inference import predict
 from inference.compiled import Compiled, numbers
-from inference.diagnostics import diagnose, pareto_k
+from inference.diagnostics import Diagnosis, diagnose, pareto_k
 from inference.divergences import local_latents
+from inference.objectives.adversarial import SITE
 from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, to_idata
 from inference.steps import WINDOW, Failure, Optimized, Whole, by_adam
@@ -110,6 +113,7 @@ def fit(
     started = perf_counter()
     with isolated(seed):
         chosen, compile = _objective(program, objective, compile)
+        _check_likelihood(program, chosen)
         rows = _minibatches(program, batch)
         plan = _plan(program, chosen, optimizer, learning_rate, steps, patience, compile)
         losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
@@ -228,7 +232,8 @@ def _objective(
         chosen, compile = chosen.objective, compile if compile is False else True
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
-    if program.enumerated and not isinstance(chosen, TraceEnum_ELBO):
+    summed = isinstance(chosen, TraceEnum_ELBO) or getattr(chosen, "likelihood_free", False)
+    if program.enumerated and not summed:
         named, kind = ", ".join(program.enumerated), type(chosen).__name__
         raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
     return chosen, compile
@@ -256,9 +261,6 @@ def _check(
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
-    if not program.observes:
-        given = ", ".join(program.data) or "no data"
-        raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
     if batch is None:
         return
     if not program.takes_rows:
@@ -267,12 +269,26 @@ def _check(
         raise ValueError(f"batch: expected 1 to {program.rows} (the rows of the data), got {batch!r}")
 
 
+def _check_likelihood(program: Program, objective: ELBO) -> None:
+    if program.observes or getattr(objective, "likelihood_free", False):
+        return
+    given, kind = ", ".join(program.data) or "no data", type(objective).__name__
+    if program.guided & {SITE}:
+        raise ValueError(
+            f"objective: {kind} needs a likelihood, and the model observes nothing: its number would mean nothing; use "
+            "Adversarial()"
+        )
+    raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
+
+
 def _conclude(
     program: Program, objective: ELBO, how: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
     started = perf_counter()
     method = f"SVI ({type(objective).__name__})"
     state = State(program.modules)
+    if getattr(objective, "likelihood_free", False):
+        return _conclude_free(program, objective, how, losses, seconds, state)
     with state():
         posterior, density = predict.sample_guide(program, _affordable(program, draws))
         k = _pareto_k(program, posterior, density)
@@ -290,6 +306,32 @@ def _conclude(
         method=method,
         diagnosis=diagnose(idata, k, found),
         draws=posterior,
+        program=program,
+        state=state,
+        more=more,
+    )
+
+
+def _conclude_free(
+    program: Program, objective: Any, how: str, losses: np.ndarray, seconds: dict[str, float], state: State
+) -> Result:
+    """A Result without a posterior: what was learnt is a sampler, and a judge of it."""
+    started, method = perf_counter(), type(objective).__name__
+    with state():
+        advice = objective.advise(program, losses)
+    idata = az.InferenceData(attrs={"method": method, "program": how})
+
+    def more(size: int, seed: int) -> dict[str, Tensor]:
+        raise ValueError(f"draw: {method} learns a sampler and no posterior; use prior_predictive, or the pair itself")
+
+    return Result(
+        idata=idata,
+        params=state.values(),
+        losses=losses,
+        seconds={**seconds, "draws": perf_counter() - started},
+        method=method,
+        diagnosis=Diagnosis(pd.DataFrame(), None, None, advice),
+        draws={},
         program=program,
         state=state,
         more=more,

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import pyro
@@ -305,6 +305,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
 
 
 def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[..., Any]:
+    @wraps(function)
     def call(**arguments: Any) -> Any:
         return function(**{k: v for k, v in arguments.items() if k in names})
 

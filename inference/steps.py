@@ -213,13 +213,13 @@ def by_adam(
     program: Program, model: Any, objective: ELBO, rate: float, steps: int, mode: str, single: bool = False
 ) -> Optimized | Whole:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
-    if mode == "fused":
+    if mode == "fused" and not getattr(objective, "cycle", ()):
         return Whole(program, model, Compiled(objective, fuse=False), rate, steps, single)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR
     optimizer = Joint(
         torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=rate / 100)
     )
-    chosen = objective if mode == "eager" else Compiled(objective, fuse=False)
+    chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
     return Optimized(program, model, chosen, optimizer)
 
 

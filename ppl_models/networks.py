@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -35,8 +37,43 @@ class Images(nn.Module):
         return self.inner(rows).reshape(*x.shape[:-1], -1)
 
 
+class Averaged(nn.Module):
+    r"""A network that is evaluated with the moving average of its parameters, :math:`m \leftarrow d m + (1 - d) p`.
+
+    Each call in training mode takes the parameters into the average; it does not change what the call gives.
+
+    Args:
+        network: Any network.
+        decay: d.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number from 0 to below 1, got {decay}")
+        self.network, self.decay = network, decay
+        self._names = {n: f"mean_{n.replace('.', '_')}" for n, _ in network.named_parameters()}
+        for name, p in network.named_parameters():
+            self.register_buffer(self._names[name], p.detach().clone())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if not self.training:
+            means = {n: getattr(self, buffer) for n, buffer in self._names.items()}
+            return functional_call(self.network, means, inputs)
+        with torch.no_grad():
+            for name, p in self.network.named_parameters():
+                getattr(self, self._names[name]).lerp_(p, 1 - self.decay)
+        return self.network(*inputs)
+
+
 def conv_encoder(
-    shape: tuple[int, int], outputs: int, *, channels: Sequence[int] = (32, 64), hidden: int = 128
+    shape: tuple[int, int],
+    outputs: int,
+    *,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 128,
+    planes: int = 1,
+    activation: Callable[[], nn.Module] = nn.ELU,
 ) -> Images:
     """Strided convolutions, each of which halves height and width, and one dense layer: pixels (..., H W) to outputs.
 
@@ -45,18 +82,28 @@ def conv_encoder(
         outputs: Width of the output.
         channels: Channels of each convolution.
         hidden: Width of the dense layer before the output.
+        planes: Images in one input, side by side: colours, or a pack.
+        activation: Makes an activation.
     """
     height, width = shape
     layers: list[nn.Module] = []
-    for before, after in pairwise((1, *channels)):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ELU()]
+    for before, after in pairwise((planes, *channels)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), activation()]
         height, width = (height + 1) // 2, (width + 1) // 2
-    dense = [nn.Flatten(), nn.Linear(channels[-1] * height * width, hidden), nn.ELU(), nn.Linear(hidden, outputs)]
-    return Images(_started(nn.Sequential(*layers, *dense)), (1, *shape))
+    last = channels[-1] * height * width
+    dense = [nn.Flatten(), nn.Linear(last, hidden), activation(), nn.Linear(hidden, outputs)]
+    return Images(_started(nn.Sequential(*layers, *dense)), (planes, *shape))
 
 
 def conv_decoder(
-    inputs: int, shape: tuple[int, int], *, channels: Sequence[int] = (64, 32), hidden: int = 128
+    inputs: int,
+    shape: tuple[int, int],
+    *,
+    channels: Sequence[int] = (64, 32),
+    hidden: int = 128,
+    planes: int = 1,
+    activation: Callable[[], nn.Module] = nn.ELU,
+    normalise: bool = False,
 ) -> Images:
     """The mirror of :func:`conv_encoder`: factors (..., inputs) to pixels (..., H W).
 
@@ -65,19 +112,23 @@ def conv_decoder(
         shape: Height and width of an image.
         channels: Channels before each transposed convolution, each of which doubles height and width.
         hidden: Width of the dense layer after the input.
+        planes: Images in one output, side by side.
+        activation: Makes an activation.
+        normalise: Batch normalisation before each activation between convolutions, as a DCGAN has it.
     """
     sizes = [shape]
     for _ in channels:
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
     height, width = sizes.pop()
     start = channels[0] * height * width
-    layers: list[nn.Module] = [nn.Linear(inputs, hidden), nn.ELU(), nn.Linear(hidden, start), nn.ELU()]
+    layers: list[nn.Module] = [nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, start)]
     layers.append(nn.Unflatten(1, (channels[0], height, width)))
-    for (before, after), (high, wide) in zip(pairwise((*channels, 1)), reversed(sizes), strict=True):
+    for (before, after), (high, wide) in zip(pairwise((*channels, planes)), reversed(sizes), strict=True):
         # A doubled side of odd length loses a line again.
         padding = (1 - high % 2, 1 - wide % 2)
-        layers += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding), nn.ELU()]
-    return Images(_started(nn.Sequential(*layers[:-1], nn.Flatten())))
+        layers += [nn.BatchNorm2d(before)] if normalise else []
+        layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding)]
+    return Images(_started(nn.Sequential(*layers, nn.Flatten())))
 
 
 def _started(network: nn.Sequential) -> nn.Sequential:
@@ -90,6 +141,19 @@ def _started(network: nn.Sequential) -> nn.Sequential:
         nn.init.normal_(weight, std=(2 / fan) ** 0.5)
         nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
     return network
+
+
+@contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode for a while."""
+    training = [m for m in module.modules() if m.training]
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 def check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:

@@ -15,6 +15,7 @@ from pyro.infer import (
 )
 
 from inference.compiled import Compiled
+from inference.objectives.adversarial import Adversarial
 from inference.objectives.beta import BetaELBO
 from inference.objectives.em import EM
 from inference.objectives.importance import IWAE, VIMCO
@@ -25,6 +26,7 @@ __all__ = [
     "IWAE",
     "RWS",
     "VIMCO",
+    "Adversarial",
     "BetaELBO",
     "Compiled",
     "RenyiELBO",

@@ -1,0 +1,462 @@
+r"""Adversarial training: the discriminator is the guide :math:`q(y \mid x)` of where a row comes from.
+
+A generative adversarial pair draws y, ``real``: one where a row is of the data, zero where the model generates it. Its
+guide says which of the two it was. y is summed out exactly: every step sees both halves. What makes it adversarial is
+that guide and model have a loss each,
+
+.. math::
+
+    L_\phi = -\mathrm{E}_{p(x, y)}[\log q_\phi(y \mid x)], \qquad
+    L_\theta = -\mathrm{E}_{p_\theta(x, y)}[\log q_\phi(1 - y \mid x)],
+
+variational EM with two objectives in place of one. :math:`L_\theta` is the non-saturating loss; the others replace
+:math:`\log q` by functions of the log odds :math:`a(x) = \log q(1 \mid x) / q(0 \mid x)`.
+
+References: Goodfellow et al. 2014 (https://arxiv.org/abs/1406.2661); Hu, Yang, Salakhutdinov and Xing 2018, "On
+Unifying Deep Generative Models" (https://arxiv.org/abs/1706.00550); Mao et al. 2017 (least squares); Lim and Ye 2017
+(hinge); Arjovsky et al. 2017 and Gulrajani et al. 2017 (Wasserstein, gradient penalty); Mescheder et al. 2018 (R1).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import torch_item
+from pyro.params.param_store import normalize_param_name
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.nn.functional import relu, softplus
+
+from inference.objectives.importance import Still
+from inference.program import Program, aside
+from inference.two_sample import MODE_SHARE, coverage
+
+SITE = "real"
+"""The site y: whether a row is of the data."""
+WINDOWS, WON, CIRCLE = 10, 0.1, 0.5
+"""Parts of the second half of a fit whose mean losses are compared; shares of the loss of a draw below which the guide
+has won, and by which its loss swings when the players circle."""
+JUDGED = 2000
+"""Rows of either kind by which left-out modes are looked for."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Losses of one row by its log odds a: the guide's on real and generated rows, the model's on generated ones.
+
+    The model's loss on real rows, which those parameters of it see that stand in the guide, is that on generated ones
+    with the sign of a changed.
+    """
+
+    real: Callable[[Tensor], Tensor]
+    generated: Callable[[Tensor], Tensor]
+    model: Callable[[Tensor], Tensor]
+
+
+KINDS: dict[str, Kind] = {
+    "non_saturating": Kind(lambda a: softplus(-a), softplus, lambda a: softplus(-a)),
+    "minimax": Kind(lambda a: softplus(-a), softplus, lambda a: -softplus(a)),
+    "least_squares": Kind(lambda a: (a - 1).square(), lambda a: (a + 1).square(), lambda a: a.square()),
+    "hinge": Kind(lambda a: relu(1 - a), lambda a: relu(1 + a), lambda a: -a),
+    "wasserstein": Kind(lambda a: -a, lambda a: a, lambda a: -a),
+}
+"""Least squares have the labels -1, 1 and 0 of Mao et al. 2017, which descend Pearson's chi squared."""
+
+
+EVEN = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_squares": 2.0, "hinge": 2.0}
+"""The guide's loss a row where nothing tells real from generated rows; none is known where the odds have no scale."""
+
+
+class Adversarial(ELBO):
+    r"""Adversarial training of a pair whose guide tells its model's rows from the data.
+
+    The model draws ``real``, Bernoulli, in a plate, and names what it hands to the guide by ``pyro.deterministic`` (or
+    observes it): data where it is one, generated where it is zero. The guide samples ``real`` too; it takes the
+    generated rows under the names of its arguments, or through its argument ``observations``, and latent sites that it
+    shares with the model (a code, an encoder's factors) are those of the model in the generated half and its own in the
+    real half. If both take an argument ``real``, they are told which half it is and need not compute the other.
+
+    Which player a parameter belongs to is found, not named: the guide's are those that :math:`\log q(y \mid \cdot)`
+    reaches when all other sites are held, all others are the model's, wherever they stand. The gradients of a player
+    that rests are None.
+
+    Losses are sums over the rows, scaled as the plate says, as those of an ELBO.
+
+    Args:
+        kind: A key of ``KINDS``: ``non_saturating``, ``minimax``, ``least_squares``, ``hinge`` or ``wasserstein``.
+        penalty: Weight of :math:`(\lVert \nabla_x a \rVert - 1)^2` at rows between real and generated ones (WGAN-GP).
+        r1: Weight of :math:`\tfrac12 \lVert \nabla_x a \rVert^2` at real rows (R1).
+        information: Latent sites of the model whose posterior in the guide both players make likely: the code of an
+            InfoGAN.
+        information_weight: Weight of their :math:`-\log q(c \mid x)`.
+        importance: Weigh generated rows by :math:`q(1 \mid x) / q(0 \mid x)`, normalised over the batch, in the model's
+            loss (importance-weighted GAN).
+        bound: An ELBO, or a factory of one, of the same pair run without ``real``, which the model descends as well.
+        weight: Weight of the model's adversarial loss beside the bound.
+        turns: Steps of the guide, and of the model, in turn; None: both move at every step.
+
+    Raises:
+        ValueError: An argument is out of its range, or the pair lacks what is said above.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.optim import Adam
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("rows", len(x)):
+        ...         real = pyro.sample("real", dist.Bernoulli(0.5))
+        ...         z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        ...         pyro.deterministic("x", torch.where(real == 1, x, loc + z))
+        >>> def guide(x):
+        ...     slope, level = pyro.param("slope", torch.tensor(0.0)), pyro.param("level", torch.tensor(0.0))
+        ...     with pyro.plate("rows", len(x)):
+        ...         pyro.sample("real", dist.Bernoulli(logits=slope * x + level))
+        >>> pyro.set_rng_seed(0)
+        >>> svi = pyro.infer.SVI(model, guide, Adam({"lr": 0.02, "betas": (0.5, 0.99)}), Adversarial(r1=0.1))
+        >>> x = 3 + torch.randn(500)
+        >>> losses = [svi.step(x) for _ in range(1000)]
+        >>> print(f"{pyro.param('loc').item():.0f}")
+        3
+    """
+
+    likelihood_free = True
+
+    def __init__(
+        self,
+        kind: str = "non_saturating",
+        *,
+        penalty: float = 0.0,
+        r1: float = 0.0,
+        information: Sequence[str] = (),
+        information_weight: float = 1.0,
+        importance: bool = False,
+        bound: ELBO | Callable[[], ELBO] | None = None,
+        weight: float = 1.0,
+        turns: tuple[int, int] | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        numbers = {"penalty": penalty, "r1": r1, "information_weight": information_weight, "weight": weight}
+        for name, value in numbers.items():
+            if not value >= 0:
+                raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
+        if turns is not None and (len(turns) != 2 or any(not isinstance(t, int) or t < 1 for t in turns)):
+            raise ValueError(f"turns: expected steps of the guide and of the model, each at least 1, got {turns!r}")
+        if isinstance(information, str):
+            raise ValueError(f"information: expected names of sites, such as ({information!r},), got {information!r}")
+        super().__init__()
+        self.kind, self.penalty, self.r1, self.importance, self.weight = kind, penalty, r1, importance, weight
+        self.information, self.information_weight = tuple(information), information_weight
+        self.bound = bound() if callable(bound) and not isinstance(bound, ELBO) else bound
+        self.likelihood_free = self.bound is None
+        self.turns, self.turn = turns, 0
+        self.cycle = ("turn",) if turns else ()
+        self.latest = torch.zeros(0)
+        self._players: dict[tuple[Any, Any], Players] = {}
+
+    @property
+    def moving(self) -> tuple[bool, bool]:
+        """Whether the guide, and the model, move at the next step."""
+        return (True, True) if self.turns is None else (self.turn < self.turns[0], self.turn >= self.turns[0])
+
+    def settings(self, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Callable[[str], dict[str, Any]]:
+        """Arguments of an optimizer by player, as ``optim.Joint`` takes them: a function of a parameter's name.
+
+        Example:
+            >>> from inference.optim import Joint
+            >>> objective = Adversarial("hinge")
+            >>> optimizer = Joint(torch.optim.Adam, objective.settings(guide={"lr": 4e-4}, model={"lr": 1e-4}))
+        """
+
+        def of(name: str) -> dict[str, Any]:
+            guides = {normalize_param_name(n) for players in self._players.values() for n in players.guide}
+            return dict(guide if name in guides else model)
+
+        return of
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
+        """Losses of the guide and of the model, their gradients left aside."""
+        with torch.enable_grad():
+            named = _named(model, args, kwargs)
+            found = self._losses(model, guide, named, (True, True), self._found(model, guide, named).encodes)
+        bound = 0.0 if self.bound is None else self.bound.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        return torch_item(found[0]), torch_item(found[1]) + bound
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Losses of the guide and of the model; the gradients of those who move are added to their parameters'.
+
+        Of a player that rests the loss is that of its last step.
+        """
+        named, moving = _named(model, args, kwargs), self.moving
+        players = self._found(model, guide, named)
+        with poutine.trace(param_only=True) as capture:
+            losses = self._losses(model, guide, named, moving, players.encodes)
+        params = _unconstrained(capture.trace)
+        bound = 0.0
+        for each, loss, own in zip(moving, losses, (True, False), strict=True):
+            chosen = [p for n, p in params.items() if (n in players.guide) == own]
+            if not each:
+                for p in chosen:
+                    p.grad = None
+                continue
+            found = torch.autograd.grad(loss, chosen, retain_graph=True, allow_unused=True)
+            for p, g in zip(chosen, found, strict=True):
+                if g is not None:
+                    p.grad = g if p.grad is None else p.grad + g
+        if self.bound is not None and moving[1]:
+            bound = self.bound.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        if self.turns is not None:
+            self.turn = (self.turn + 1) % sum(self.turns)
+        if len(self.latest) == 0:
+            self.latest = torch.zeros(2).to(losses[0])
+        with torch.no_grad():
+            now = [torch.as_tensor(x).to(self.latest) for x in (losses[0], losses[1] + bound)]
+            self.latest.copy_(torch.stack([n if m else v for n, v, m in zip(now, self.latest, moving, strict=True)]))
+        return torch_item(self.latest[0]), torch_item(self.latest[1])
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        half = self._half(model, guide, _named(model, args, kwargs), False)
+        return half.drawn, half.trace
+
+    def advise(self, program: Program, losses: np.ndarray) -> tuple[str, ...]:
+        """What is wrong with a fit: a player that has won, players that circle, modes that are left out.
+
+        Args:
+            program: The pair and its data, its parameters those of the fit.
+            losses: Those of guide and model at each step (steps, 2).
+        """
+        return (*self._judge_players(losses[:, 0] / max(program.rows, 1)), *self._judge_modes(program))
+
+    def _judge_players(self, guide: np.ndarray) -> Iterator[str]:
+        even = EVEN.get(self.kind)
+        if even is None or len(guide) < WINDOWS or self.r1 or self.penalty:
+            return
+        means = np.array([part.mean() for part in np.array_split(guide[len(guide) // 2 :], WINDOWS)])
+        if means[-1] < WON * even:
+            yield (
+                f"The guide has won: its loss is {means[-1]:.3g} a row, where {even:.3g} is a draw, and the model "
+                "learns little from it; give Adversarial a penalty or r1, or the guide a lower learning rate."
+            )
+        elif np.ptp(means) > CIRCLE * even:
+            yield (
+                f"The players circle: the guide's loss went between {means.min():.3g} and {means.max():.3g} a row over "
+                "the second half of the steps; lower the learning rate, let it fall, or give Adversarial r1."
+            )
+
+    def _judge_modes(self, program: Program) -> Iterator[str]:
+        named = program.arguments()
+        try:
+            halves = [
+                self._half(program.model, program.guide, named, real, still=True).handed for real in (True, False)
+            ]
+        except (ValueError, RuntimeError):
+            return
+        real, made = halves
+        name = next(iter(real))
+        rows, others = (v[torch.randperm(len(v))[:JUDGED]].flatten(1) for v in (real[name], made[name]))
+        if len(rows) < 10 or not others.isfinite().all():
+            return
+        found = coverage(rows, others)
+        if found.value < MODE_SHARE:
+            yield (
+                f"Generated rows come near {found.value:.0%} of the data only (coverage {found}, 0.97 at best): modes "
+                "are left out, or the rows are poor; try a pack of several rows, a penalty or r1, or more steps."
+            )
+
+    def _losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], encodes: bool) -> list[Tensor]:
+        """Losses of the guide and of the model; that of one who rests is 0."""
+        kind = KINDS[self.kind]
+        made = self._half(model, guide, named, False, frozen=not moving[1])
+        real = self._half(model, guide, named, True) if moving[0] or encodes else None
+        of_guide = of_model = told = torch.zeros_like(made.odds[:1].sum())
+        for site in self.information:
+            told = told - self.information_weight * made.density(site)
+        if moving[0] and real is not None:
+            of_guide = real.total(kind.real(real.odds)) + made.total(kind.generated(made.odds)) + told
+            if self.r1:
+                of_guide = of_guide + 0.5 * self.r1 * real.total(self._slope(guide, named, real.handed, True))
+            if self.penalty:
+                norm = (self._slope(guide, named, _between(real.handed, made.handed), True) + 1e-12).sqrt()
+                of_guide = of_guide + self.penalty * real.total((norm - 1).square())
+        if moving[1]:
+            weights = made.odds.detach().flatten().softmax(0).reshape(made.odds.shape) * made.odds.numel()
+            lost = kind.model(made.odds) * (weights if self.importance else 1.0)
+            of_model = self.weight * made.total(lost) + told
+            if encodes and real is not None:
+                of_model = of_model + self.weight * real.total(kind.model(-real.odds))
+        return [of_guide, of_model]
+
+    def _half(
+        self, model: Any, guide: Any, named: Any, real: bool, *, frozen: bool = False, still: bool = False
+    ) -> Half:
+        """One half of the batch, as the guide sees it.
+
+        Args:
+            frozen: Whether the model's part has no gradient.
+            still: Whether all that the guide reads is held: the log odds depend on the discriminator alone.
+        """
+        held = Still() if still else nullcontext()
+        with torch.no_grad() if frozen or still else nullcontext(), held:
+            drawn: Any = poutine.trace(Known(real)(model)).get_trace(**_told(model, named, real))
+        handed = {n: s["value"] for n, s in drawn.nodes.items() if _is_handed(s) and n != SITE}
+        if not handed:
+            raise ValueError("model: expected what the guide is to see as a deterministic or observed site, got none")
+        if still:
+            handed = {n: v.detach() for n, v in handed.items()}
+        replayed = poutine.replay(Known(real)(guide), trace=drawn)
+        with Still() if still else nullcontext():
+            seen: Any = poutine.trace(replayed).get_trace(**self._shown(guide, named, handed, real))
+        if SITE not in seen.nodes or SITE not in drawn.nodes:
+            where = "guide" if SITE in drawn.nodes else "model"
+            raise ValueError(f"{where}: Adversarial expected a site {SITE}, got {', '.join(_sites(seen)) or 'none'}")
+        read = [n for n in _sites(seen) if not seen.nodes[n]["is_observed"] and n not in self.information]
+        latent = {n: seen.nodes[n]["value"] for n in read}
+        return Half(drawn, seen, log_odds(seen.nodes[SITE]["fn"]), {**handed, **latent})
+
+    def _shown(self, guide: Any, named: Any, handed: Mapping[str, Tensor], real: bool) -> dict[str, Any]:
+        """The guide's arguments, with what the model hands over."""
+        if handed.keys() <= named.keys():
+            return _told(guide, {**named, **handed}, real)
+        if not _takes(guide, "observations"):
+            raise ValueError(
+                f"guide: expected {', '.join(handed)} among its named arguments, or an argument observations"
+            )
+        return _told(guide, {**named, "observations": handed}, real)
+
+    def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor], real: bool) -> Tensor:
+        r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each element of y's plate."""
+        given = {n: v.detach().requires_grad_() for n, v in handed.items() if v.is_floating_point()}
+        fixed = poutine.condition(Known(real)(guide), data={**handed, **given})
+        own = {n: v for n, v in {**handed, **given}.items() if n in named or _takes(guide, "observations")}
+        trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, real))
+        odds = log_odds(trace.nodes[SITE]["fn"])
+        slopes = torch.autograd.grad(odds.sum(), list(given.values()), create_graph=True, allow_unused=True)
+        return sum((g.reshape(len(odds), -1).square().sum(1) for g in slopes if g is not None), torch.zeros_like(odds))
+
+    def _found(self, model: Any, guide: Any, named: Any) -> Players:
+        """Whose the parameters are: found once for a model and a guide."""
+        if (model, guide) not in self._players:
+            with aside(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
+                held = [self._half(model, guide, named, real, still=True).odds.sum() for real in (False, True)]
+                free = self._half(model, guide, named, True).odds.sum()
+            params = _unconstrained(capture.trace)
+            reached = _reached(sum(held, torch.zeros(())), params)
+            if not reached:
+                raise ValueError("guide: expected parameters that its log odds of real depend on, got none")
+            self._players[model, guide] = Players(reached, bool(_reached(free, params) - reached))
+        return self._players[model, guide]
+
+
+@dataclass(frozen=True)
+class Players:
+    """Names of the guide's parameters, and whether the model's reach the guide's verdict on real rows."""
+
+    guide: frozenset[str]
+    encodes: bool
+
+
+@dataclass(frozen=True)
+class Half:
+    """Traces of model and guide on one half, the guide's log odds there, and all that it read."""
+
+    drawn: Any
+    trace: Any
+    odds: Tensor
+    handed: dict[str, Tensor]
+
+    def total(self, losses: Tensor) -> Tensor:
+        """Sum over the rows, scaled and masked as the plates say."""
+        site = self.trace.nodes[SITE]
+        return scale_and_mask(losses, site["scale"], site["mask"]).sum()
+
+    def density(self, name: str) -> Tensor:
+        """Log density of a latent site."""
+        if name not in self.trace.nodes:
+            raise ValueError(f"information: expected a site of the guide, got {name!r}")
+        site = self.trace.nodes[name]
+        return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
+
+
+class Known(Messenger):
+    """The site ``real``, known for all rows."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        self.real = real
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == SITE:
+            shape = (*msg["fn"].batch_shape, *msg["fn"].event_shape)
+            msg["value"] = torch.full(shape, float(self.real)).to(_like(msg["fn"]))
+            msg["is_observed"] = True
+
+
+def log_odds(law: Any) -> Tensor:
+    """Log odds of a one against a zero."""
+    own = getattr(law, "logits", None)
+    if own is not None:
+        return own
+    one = torch.ones(law.batch_shape)
+    return law.log_prob(one) - law.log_prob(0 * one)
+
+
+def _like(law: Any) -> Tensor:
+    return law.logits if hasattr(law, "logits") else torch.zeros(())
+
+
+def _reached(value: Tensor, params: Mapping[str, Tensor]) -> frozenset[str]:
+    if not value.requires_grad:
+        return frozenset()
+    found = torch.autograd.grad(value, list(params.values()), allow_unused=True, retain_graph=True)
+    return frozenset(n for n, g in zip(params, found, strict=True) if g is not None)
+
+
+def _between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A point between each row of one and of the other, the same share of the way for all that belongs to a row."""
+    rows = len(next(iter(one.values())))
+    share = torch.rand(rows).to(next(iter(one.values())))
+    return {
+        n: v.lerp(other[n], share.reshape(-1, *(1,) * (v.dim() - 1))).detach() if v.is_floating_point() else v
+        for n, v in one.items()
+        if n in other
+    }
+
+
+def _unconstrained(trace: Any) -> dict[str, Tensor]:
+    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
+
+
+def _is_handed(site: Any) -> bool:
+    return site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
+
+
+def _sites(trace: Any) -> list[str]:
+    return [n for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
+
+
+def _takes(function: Any, name: str) -> bool:
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    return name in inspect.signature(target).parameters
+
+
+def _told(function: Any, named: Mapping[str, Any], real: bool) -> dict[str, Any]:
+    return {**named, SITE: real} if _takes(function, SITE) else dict(named)
+
+
+def _named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    if not args:
+        return dict(kwargs)
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    return {**dict(zip(inspect.signature(target).parameters, args, strict=False)), **kwargs}

@@ -1,0 +1,503 @@
+r"""Generative adversarial pairs: a model that generates rows, a guide that tells them from the data.
+
+.. math::
+
+    y_n \sim \mathrm{Bernoulli}(1/2), \qquad z_n \sim \mathrm{N}(0, I_L), \qquad
+    x_n = \begin{cases} \text{a row of the data} & y_n = 1 \\ G(z_n) & y_n = 0 \end{cases}, \qquad
+    q(y_n \mid x_n) = \mathrm{Bernoulli}(\sigma(D(x_n)))
+
+The site y is called ``real``, for labels of rows are y in the data. The model observes nothing, so that there is no
+ELBO: ``inference.objectives.Adversarial`` trains both.
+
+References: Goodfellow et al. 2014 (https://arxiv.org/abs/1406.2661); Hu et al. 2018 (https://arxiv.org/abs/1706.00550);
+Mirza and Osindero 2014 (conditional); Chen et al. 2016 (https://arxiv.org/abs/1606.03657; InfoGAN); Donahue et al. 2017
+and Dumoulin et al. 2017 (BiGAN, ALI); Lin et al. 2018 (https://arxiv.org/abs/1712.04086; PacGAN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_models.linear_factors import Autoencoder
+from ppl_models.networks import check_network, evaluation, mlp
+from ppl_models.pair import Pair, check_labels, check_matrix, rows_plate
+from ppl_models.vae import VAE, beside, normal
+
+
+class Leaky(nn.LeakyReLU):
+    """The discriminator's activation: a slope of 0.2 below zero, so that it has a gradient everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(0.2)
+
+
+class Judged(Pair):
+    """What adversarial pairs share: the site ``real``, and a discriminator of rows or of packs of them.
+
+    In either half ``real`` is known to model and guide, as an argument, so that neither computes the other half.
+    """
+
+    discriminator: nn.Module
+    pack: int = 1
+
+    def _add_discriminator(self, given: nn.Module | None, reads: int, hidden: Sequence[int], pack: int) -> None:
+        """The network, from ``pack`` rows of what it reads side by side to log odds."""
+        if not isinstance(pack, int) or pack < 1:
+            raise ValueError(f"pack: expected an integer of at least 1, got {pack!r}")
+        self.pack = pack
+        self.discriminator = mlp(pack * reads, *hidden, 1, activation=Leaky) if given is None else given
+        check_network("discriminator", self.discriminator, pack * reads, 1)
+
+    def _count(self, x: Tensor | None, size: int | None) -> int:
+        """Rows at hand: whole packs."""
+        at_hand = size if x is None else len(x)
+        if at_hand is None:
+            raise ValueError("size: expected the number of rows to draw when x is not given, got None")
+        self._check_packs(at_hand)
+        return at_hand // self.pack * self.pack
+
+    def _check_packs(self, rows: int) -> None:
+        if rows < self.pack:
+            raise ValueError(f"x: expected at least {self.pack} rows at a time (pack), got {rows}")
+
+    def _plates(self, x: Tensor | None, size: int | None, rows: Tensor | None) -> tuple[Any, Any]:
+        """The plate of ``real``, and that of rows."""
+        count = self._count(x, size)
+        if self.pack == 1:
+            each = rows_plate(x, size, rows)
+            return each, each
+        whole = count if rows is None else (size or count)
+        packs = torch.arange(count // self.pack, device=None if x is None else x.device)
+        several = pyro.plate("packs", whole // self.pack, subsample=packs, dim=-1)
+        return several, pyro.plate("rows", whole, subsample=None if rows is None else rows[:count].long(), dim=-1)
+
+    def _source(self, x: Tensor | None) -> Tensor:
+        """Where rows come from."""
+        like = next(self.discriminator.parameters()) if x is None else x
+        return pyro.sample("real", dist.Bernoulli(torch.full((), 0.5, dtype=like.dtype, device=like.device)))
+
+    def _choose(self, y: Tensor, x: Tensor, made: Tensor) -> Tensor:
+        """Rows of the data where they are real."""
+        return torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x, made)
+
+    def judge(self, *read: Tensor) -> dist.TorchDistribution:
+        """q(real) of what is read of rows, each (N, width)."""
+        seen = torch.cat(read, -1)
+        if self.pack > 1:
+            seen = seen.reshape(*seen.shape[:-2], -1, self.pack * seen.shape[-1])
+        return dist.Bernoulli(logits=self.discriminator(seen)[..., 0])
+
+
+class GAN(Judged):
+    r"""A generator and a discriminator.
+
+    Args:
+        features: Number of features D, or their names.
+        noise: Width L of the noise.
+        hidden: Widths of the hidden layers of both networks.
+        generator: G, from noise (N, L) to rows (N, D). Default: ReLU layers.
+        discriminator: D, from ``pack`` rows side by side (N, pack D) to log odds (N, 1). Default: leaky ReLU layers.
+        pack: Rows that the discriminator sees together and judges as one (PacGAN): all real or all generated. What it
+            then sees too is whether they differ as the data do. A batch is cut down to a multiple of it.
+
+    Data: x (N, D). Sites: real, z (L,), and x (D,), deterministic, of every row.
+
+    Example:
+        >>> pair = GAN(features=2, noise=2, hidden=(8,))
+        >>> pair.generate(5, seed=0).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        noise: int = 2,
+        *,
+        hidden: Sequence[int] = (128, 128),
+        generator: nn.Module | None = None,
+        discriminator: nn.Module | None = None,
+        pack: int = 1,
+        extra: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        self.noise = self.name_dimension("noise", noise)
+        drawn, read = self.noise + extra[0], self.features + extra[1]
+        self.generator = mlp(drawn, *hidden, self.features, activation=nn.ReLU) if generator is None else generator
+        check_network("generator", self.generator, drawn, self.features)
+        self._add_discriminator(discriminator, read, hidden, pack)
+        self.register_buffer("origin", torch.zeros(self.noise))
+        self.dims = {"x": ("features",), "z": ("noise",)}
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw where rows come from, and those that do not come from the data, which are all without them; return x."""
+        packs, each = self._plates(x, size, rows)
+        data = None if x is None else x[: self._count(x, size)]
+        with packs:
+            y = None if data is None else self._source(data)
+        with each:
+            if real and data is not None:
+                return pyro.deterministic("x", data, event_dim=1)
+            made = self.draw()
+            mixed = made if y is None or data is None or real is not None else self._choose(y, data, made)
+            return pyro.deterministic("x", mixed, event_dim=1)
+
+    def guide(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """Whether each row, or pack of rows, is real."""
+        packs, _each = self._plates(x, size, rows)
+        with packs:
+            pyro.sample("real", self.judge(x[: self._count(x, size)]))
+
+    def draw(self) -> Tensor:
+        """Draw noise and generate rows (N, D) of it, within the plate of rows."""
+        return self.generator(pyro.sample("z", self.prior()))
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z): N(0, I), an event (L,)."""
+        return dist.Normal(self.origin, 1.0).to_event(1)
+
+    @torch.no_grad()
+    def generate(self, count: int, *, seed: int = 0) -> Tensor:
+        """Rows (count, D) of the generator as it stands, in evaluation mode."""
+        random = torch.Generator().manual_seed(seed)
+        z = torch.randn(count, self.noise, generator=random).to(self.origin)
+        with evaluation(self):
+            return self.generator(z)
+
+    def check(self, x: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D)."""
+        if x is not None:
+            check_matrix("x", x, self.features)
+            self._check_packs(len(x))
+
+
+class ConditionalGAN(GAN):
+    r"""A GAN of rows given their label, which both networks read in one-hot form after z and x.
+
+    Args:
+        classes: Number of classes K, or their names.
+
+    The rest are those of :class:`GAN`.
+
+    Data: x (N, D) and y (N,), labels; to draw rows of given labels, y alone. Sites are those of :class:`GAN`.
+    """
+
+    def __init__(
+        self, features: int | Sequence[str], classes: int | Sequence[str], noise: int = 20, **shared: Any
+    ) -> None:
+        count = classes if isinstance(classes, int) else len(classes)
+        super().__init__(features, noise, extra=(count, count), **shared)
+        self.classes = self.name_dimension("classes", classes)
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw where rows come from, and those that do not come from the data, each of its label; return x."""
+        if y is None:
+            raise ValueError("y: expected the label of every row, got none")
+        packs, each = self._plates(y if x is None else x, size, rows)
+        count = self._count(y if x is None else x, size)
+        with packs:
+            source = None if x is None else self._source(x)
+        with each:
+            if real and x is not None:
+                return pyro.deterministic("x", x[:count], event_dim=1)
+            made = self.generator(beside(pyro.sample("z", self.prior()), y[:count], self.classes))
+            mixed = made if source is None or x is None or real is not None else self._choose(source, x[:count], made)
+            return pyro.deterministic("x", mixed, event_dim=1)
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> None:
+        """Whether each row, or pack of rows, is a real one of its label."""
+        if y is None:
+            raise ValueError("y: expected the label of every row, got none")
+        packs, _each = self._plates(x, size, rows)
+        count = self._count(x, size)
+        with packs:
+            pyro.sample("real", self.judge(beside(x[:count], y[:count], self.classes)))
+
+    @torch.no_grad()
+    def generate(self, count: int, *, seed: int = 0, y: Tensor | None = None) -> Tensor:
+        """Rows (count, D) of the labels y (count,); None: of all labels in turn."""
+        random = torch.Generator().manual_seed(seed)
+        z = torch.randn(count, self.noise, generator=random).to(self.origin)
+        labels = torch.arange(count, device=z.device) % self.classes if y is None else y
+        with evaluation(self):
+            return self.generator(beside(z, labels, self.classes))
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D) and y has a class for every row."""
+        super().check(x)
+        if y is None and x is not None:
+            raise ValueError("y: expected the label of every row, got none")
+        if y is not None:
+            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=False)
+
+
+class InfoGAN(GAN):
+    r"""A GAN with a code c of K states beside the noise, which the guide reads off the rows, :math:`q(c \mid x)`.
+
+    ``Adversarial(information=("c",))`` makes code and row say much of each other: a bound of their mutual information.
+
+    Args:
+        codes: Number of states K.
+        reader: From rows (N, D) to logits of the code (N, K). Default: leaky ReLU layers.
+
+    The rest are those of :class:`GAN`. Sites: those of :class:`GAN`, and c of every row, 0 to K - 1.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        codes: int = 10,
+        noise: int = 20,
+        *,
+        hidden: Sequence[int] = (128, 128),
+        reader: nn.Module | None = None,
+        **shared: Any,
+    ) -> None:
+        if codes < 2:
+            raise ValueError(f"codes: expected at least 2, got {codes}")
+        super().__init__(features, noise, hidden=hidden, extra=(codes, 0), **shared)
+        self.codes = codes
+        self.reader = mlp(self.features, *hidden, codes, activation=Leaky) if reader is None else reader
+        check_network("reader", self.reader, self.features, codes)
+
+    def draw(self) -> Tensor:
+        """Draw noise and codes, and generate rows (N, D) of them, within the plate of rows."""
+        c = pyro.sample("c", dist.Categorical(logits=torch.zeros(self.codes).to(self.origin)))
+        return self.generator(beside(pyro.sample("z", self.prior()), c, self.codes))
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """The code of each row, and whether it, or its pack, is real."""
+        packs, each = self._plates(x, size, rows)
+        x = x[: self._count(x, size)]
+        with each:
+            pyro.sample("c", dist.Categorical(logits=self.reader(x)), infer={"is_auxiliary": True})
+        with packs:
+            pyro.sample("real", self.judge(x))
+
+    @torch.no_grad()
+    def generate(self, count: int, *, seed: int = 0, c: Tensor | None = None) -> Tensor:
+        """Rows (count, D) of the codes c (count,); None: of all codes in turn."""
+        random = torch.Generator().manual_seed(seed)
+        z = torch.randn(count, self.noise, generator=random).to(self.origin)
+        codes = torch.arange(count, device=z.device) % self.codes if c is None else c
+        with evaluation(self):
+            return self.generator(beside(z, codes, self.codes))
+
+
+class BiGAN(GAN):
+    r"""A GAN with an inference model: the guide also encodes rows, and judges (x, z) together.
+
+    .. math::
+
+        q(z \mid x) = \mathrm{N}(f_\mu(x), \mathrm{diag}(f_\sigma(x))^2), \qquad
+        q(y \mid x, z) = \mathrm{Bernoulli}(\sigma(D(x, z)))
+
+    At the optimum the joint laws of model and encoder are one, so that q(z | x) is the posterior of the generator. The
+    encoder stands in the guide and plays on the model's side.
+
+    Args:
+        encoder: From rows (N, D) to means and log standard deviations (N, 2 L). Default: leaky ReLU layers.
+
+    The rest, and the sites, are those of :class:`GAN`; the discriminator reads x and z.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        noise: int = 2,
+        *,
+        hidden: Sequence[int] = (128, 128),
+        encoder: nn.Module | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(features, noise, hidden=hidden, extra=(0, noise), **shared)
+        self.encoder = mlp(self.features, *hidden, 2 * noise, activation=Leaky) if encoder is None else encoder
+        check_network("encoder", self.encoder, self.features, 2 * noise)
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """The noise of each row, and whether row and noise, or a pack of them, are real."""
+        packs, each = self._plates(x, size, rows)
+        x = x[: self._count(x, size)]
+        with each:
+            z = pyro.sample("z", normal(self.encoder(x)))
+        with packs:
+            pyro.sample("real", self.judge(x, z))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means of the noise (..., L) of rows (..., D)."""
+        return self.encoder(x).chunk(2, -1)[0]
+
+
+class VAEGAN(Judged, VAE):
+    r"""A VAE whose decoder also has to pass for the data.
+
+    Run without ``real`` the pair is the VAE; in either half its guide is a discriminator, and what the model generates
+    are the decoder's means. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
+
+    Args:
+        discriminator: As of :class:`GAN`.
+        pack: As of :class:`GAN`.
+
+    The rest are those of :class:`VAE`.
+
+    Reference: Larsen et al. 2016 (https://arxiv.org/abs/1512.09300), here with the likelihood of the pixels.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        *,
+        hidden: Sequence[int] = (200, 200),
+        discriminator: nn.Module | None = None,
+        pack: int = 1,
+        **shared: Any,
+    ) -> None:
+        VAE.__init__(self, features, factors, hidden=hidden, **shared)
+        self._add_discriminator(discriminator, self.features, hidden, pack)
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score rows; in a half, rows of the data or means of the decoder. Return x."""
+        if real is None or x is None:
+            return VAE.model(self, x, size=size, rows=rows)
+        packs, each = self._plates(x, size, rows)
+        x = x[: self._count(x, size)]
+        with packs:
+            self._source(x)
+        with each:
+            made = x if real else self.decode(pyro.sample("z", self.prior()))
+            return pyro.deterministic("x", made, event_dim=1)
+
+    def guide(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> None:
+        """The factors of each row; in a half, whether it is real."""
+        if real is None:
+            VAE.guide(self, x, size=size, rows=rows)
+            return
+        packs, _each = self._plates(x, size, rows)
+        with packs:
+            pyro.sample("real", self.judge(x[: self._count(x, size)]))
+
+
+class AdversarialAutoencoder(Judged, Autoencoder):
+    r"""An autoencoder whose codes have to pass for draws of N(0, I).
+
+    Run without ``real`` the pair is the autoencoder. In either half the guide judges codes: those of the data where
+    ``real`` is one, draws of the prior where it is zero. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
+
+    Args:
+        discriminator: From codes (N, L), or packs of them, to log odds (N, 1). Default: leaky ReLU layers.
+        hidden: Widths of its hidden layers, and of those of encoder and decoder where these are not given.
+
+    The rest are those of :class:`Autoencoder`.
+
+    Reference: Makhzani et al. 2016 (https://arxiv.org/abs/1511.05644).
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        *,
+        hidden: Sequence[int] = (128, 128),
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        discriminator: nn.Module | None = None,
+        pack: int = 1,
+    ) -> None:
+        wide, narrow = (n if isinstance(n, int) else len(n) for n in (features, factors))
+        Autoencoder.__init__(
+            self,
+            features,
+            factors,
+            encoder=mlp(wide, *hidden, narrow, activation=nn.ReLU) if encoder is None else encoder,
+            decoder=mlp(narrow, *hidden, wide, activation=nn.ReLU) if decoder is None else decoder,
+        )
+        self._add_discriminator(discriminator, self.factors, hidden, pack)
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score rows; in a half, rows of the data or codes of the prior. Return x, or codes."""
+        if real is None or x is None:
+            return Autoencoder.model(self, x, size=size, rows=rows)
+        packs, each = self._plates(x, size, rows)
+        x = x[: self._count(x, size)]
+        with packs:
+            self._source(x)
+        with each:
+            if not real:
+                pyro.sample("z", dist.Normal(self.origin, 1.0).to_event(1))
+            return pyro.deterministic("x", x, event_dim=1)
+
+    def guide(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> None:
+        """The code of each row; in a half, whether it is one of the data."""
+        if real is None:
+            Autoencoder.guide(self, x, size=size, rows=rows)
+            return
+        packs, each = self._plates(x, size, rows)
+        with each:
+            z = pyro.sample("z", self.posterior(x[: self._count(x, size)]))
+        with packs:
+            pyro.sample("real", self.judge(z))
