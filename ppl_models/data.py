@@ -152,6 +152,33 @@ def simulate_naive_bayes(
     return {"x": x, "y": y}, truth
 
 
+def simulate_modes(name: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
+    """Rows of a mixture of equal normals in the plane whose modes a generator may drop.
+
+    ``ring``: eight on a circle of radius 1, of standard deviation 0.01; ``grid``: twenty-five, two apart between -4 and
+    4, of 0.05 (Srivastava et al. 2017, Lin et al. 2018).
+
+    Returns:
+        x (rows, 2), the modes (K, 2) and their standard deviation.
+
+    Raises:
+        ValueError: For another name, and for fewer rows than one.
+    """
+    if name not in ("ring", "grid"):
+        raise ValueError(f"name: expected ring or grid, got {name!r}")
+    if rows < 1:
+        raise ValueError(f"rows: expected at least 1, got {rows}")
+    if name == "ring":
+        angle = 2 * torch.pi * torch.arange(8) / 8
+        centres, deviation = torch.stack([angle.cos(), angle.sin()], 1), 0.01
+    else:
+        line = torch.arange(-4.0, 5.0, 2.0)
+        centres, deviation = torch.cartesian_prod(line, line), 0.05
+    random = torch.Generator().manual_seed(seed)
+    which = torch.randint(len(centres), (rows,), generator=random)
+    return centres[which] + deviation * torch.randn(rows, 2, generator=random), centres, deviation
+
+
 def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:
     scale, centre = torch.std_mean(x["train"], 0, correction=0)
     # By its range: rounding gives a constant column a standard deviation that is small but not 0.

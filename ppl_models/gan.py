@@ -425,6 +425,14 @@ class VAEGAN(Judged, VAE):
         with packs:
             pyro.sample("real", self.judge(x[: self._count(x, size)]))
 
+    @torch.no_grad()
+    def generate(self, count: int, *, seed: int = 0) -> Tensor:
+        """Means (count, D) of the decoder as it stands, in evaluation mode."""
+        random = torch.Generator().manual_seed(seed)
+        z = torch.randn(count, self.factors, generator=random).to(self.origin)
+        with evaluation(self):
+            return self.decode(z)
+
 
 class AdversarialAutoencoder(Judged, Autoencoder):
     r"""An autoencoder whose codes have to pass for draws of N(0, I).

@@ -37,6 +37,23 @@ class Images(nn.Module):
         return self.inner(rows).reshape(*x.shape[:-1], -1)
 
 
+class Beside(nn.Module):
+    """A network of the first columns of a row, and another of what it gives with the other columns beside.
+
+    Args:
+        inner: Of the first columns.
+        width: Their number.
+        outer: Of the outputs of ``inner`` and the other columns.
+    """
+
+    def __init__(self, inner: nn.Module, width: int, outer: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.width, self.outer = inner, width, outer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.cat([self.inner(x[..., : self.width]), x[..., self.width :]], -1))
+
+
 class Averaged(nn.Module):
     r"""A network that is evaluated with the moving average of its parameters, :math:`m \leftarrow d m + (1 - d) p`.
 

@@ -596,3 +596,20 @@ def test_simulation_refuses_nothing_to_simulate() -> None:
         data.simulate_naive_bayes(0)
     with pytest.raises(ValueError, match=r"^dtype: expected a floating point type, got torch.int32$"):
         data.simulate_naive_bayes(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("name", "count", "spread"), [("ring", 8, 0.01), ("grid", 25, 0.05)])
+def test_modes_are_where_they_are_said_to_be(name: str, count: int, spread: float) -> None:
+    x, centres, deviation = data.simulate_modes(name, 20_000, seed=3)
+    assert x.shape == (20_000, 2) and centres.shape == (count, 2) and deviation == spread
+    distance, nearest = torch.cdist(x, centres).min(1)
+    assert float(distance.max()) < 6 * spread
+    # The mean square of a distance in the plane is twice the variance.
+    assert float(distance.square().mean()) == pytest.approx(2 * spread**2, rel=0.03)
+    assert int(nearest.bincount().min()) > 0.85 * 20_000 / count
+    assert torch.equal(data.simulate_modes(name, 20_000, seed=3)[0], x)
+
+
+def test_modes_of_another_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="name: expected ring or grid, got 'square'"):
+        data.simulate_modes("square", 10)
