@@ -162,7 +162,7 @@ def test_an_encoder_in_the_guide_plays_for_the_model() -> None:
     made = pair.discriminator(torch.cat([pair.generator(z), z], 1))
     of_guide = softplus(-real).sum() + softplus(made).sum()
     of_model = softplus(-made).sum() + softplus(real).sum()
-    assert losses == pytest.approx([float(of_guide), float(of_model)], rel=1e-5)
+    assert losses == pytest.approx([of_guide.item(), of_model.item()], rel=1e-5)
     agree(gradients, by_hand(pair, of_guide, of_model))
 
 
@@ -177,7 +177,7 @@ def test_a_code_is_made_likely_by_both() -> None:
         z = torch.randn(ROWS, 2)
     made = pair.generator(torch.cat([z, torch.nn.functional.one_hot(c, 4)], 1))
     told = -2 * dist.Categorical(logits=pair.reader(made)).log_prob(c).sum()
-    assert losses[1] - base[1] == pytest.approx(float(told), rel=1e-4)
+    assert losses[1] - base[1] == pytest.approx(told.item(), rel=1e-4)
     agree(
         {n: g for n, g in gradients.items() if n.startswith("reader")},
         dict(
@@ -214,7 +214,7 @@ def test_codes_of_an_autoencoder_play_against_the_prior() -> None:
     losses, gradients = step(pair, Adversarial())
     real, made = pair.discriminator(pair.encoder(X)), pair.discriminator(noise())
     of_guide, of_model = softplus(-real).sum() + softplus(made).sum(), softplus(-made).sum() + softplus(real).sum()
-    assert losses == pytest.approx([float(of_guide), float(of_model)], rel=1e-5)
+    assert losses == pytest.approx([of_guide.item(), of_model.item()], rel=1e-5)
     assert all(g is None for n, g in gradients.items() if n.startswith("decoder"))
     encoder = torch.autograd.grad(of_model, list(pair.encoder.parameters()))
     for (name, _), g in zip(pair.encoder.named_parameters(), encoder, strict=True):
@@ -258,13 +258,13 @@ def divergences(theta: float) -> tuple[float, float]:
     m = torch.logaddexp(p, g) - math.log(2)
     kl = torch.trapezoid(g.exp() * (g - p), x)
     js = 0.5 * torch.trapezoid(g.exp() * (g - m) + p.exp() * (p - m), x)
-    return tuple(float(torch.autograd.grad(v, at, retain_graph=True)[0]) for v in (kl, js))
+    return tuple(torch.autograd.grad(v, at, retain_graph=True)[0].item() for v in (kl, js))
 
 
 def slopes(objective: Adversarial) -> dict[str, float]:
     with isolated(0):
         objective.loss_and_grads(shifted, bayes, x=POINTS)
-        return {n: float(p.grad) for n, p in pyro.get_param_store()._params.items()}
+        return {n: p.grad.item() for n, p in pyro.get_param_store()._params.items()}
 
 
 def test_the_best_guide_is_bayes_rule() -> None:

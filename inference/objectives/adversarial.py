@@ -240,7 +240,7 @@ class Adversarial(ELBO):
 
     def _judge_players(self, guide: np.ndarray) -> Iterator[str]:
         even = EVEN.get(self.kind)
-        if even is None or len(guide) < WINDOWS or self.r1 or self.penalty:
+        if even is None or len(guide) < 2 * WINDOWS or self.r1 or self.penalty:
             return
         means = np.array([part.mean() for part in np.array_split(guide[len(guide) // 2 :], WINDOWS)])
         if means[-1] < WON * even:

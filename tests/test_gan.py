@@ -1,0 +1,185 @@
+"""Adversarial pairs: what they draw, that they learn what they are for, and which networks they take."""
+
+from functools import partial
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from sklearn.svm import SVC
+from torch import Tensor, nn
+
+from inference import fit, prior_predictive
+from inference.objectives import Adversarial
+from inference.program import isolated
+from ppl_models import data
+from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN
+from ppl_models.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
+from ppl_models.recipes import adversaries, dcgan
+
+pytestmark = pytest.mark.usefixtures("alone")
+train = partial(adversaries, progress=False)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+@pytest.mark.parametrize("pack", [1, 3])
+def test_the_model_draws_rows_from_where_it_says(pack: int) -> None:
+    pair, x = GAN(2, 2, hidden=(8,), pack=pack), 100 + torch.randn(12, 2)
+    trace = poutine.trace(pair.model).get_trace(x)
+    real = trace.nodes["real"]["value"].repeat_interleave(pack)
+    assert trace.nodes["real"]["value"].shape == (12 // pack,)
+    assert torch.equal(trace.nodes["x"]["value"][real == 1], x[real == 1])
+    made = pair.generator(trace.nodes["z"]["value"])
+    assert torch.equal(trace.nodes["x"]["value"][real == 0], made[real == 0])
+
+
+def test_draws_without_data_are_all_generated() -> None:
+    drawn = prior_predictive(GAN(2, 3, hidden=(8,)), size=6, draws=20)
+    assert {n: tuple(v.shape) for n, v in drawn.items()} == {"z": (20, 6, 3), "x": (20, 6, 2)}
+
+
+def test_generated_rows_are_those_of_the_seed_and_in_evaluation_mode() -> None:
+    generator = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    pair = GAN(2, 2, generator=generator).train()
+    first = pair.generate(5, seed=3)
+    assert torch.equal(first, pair.generate(5, seed=3)) and not torch.equal(first, pair.generate(5, seed=4))
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(first, generator.eval()(z))
+    assert pair.training and not generator.training
+
+
+def test_an_average_is_that_by_hand_and_is_used_in_evaluation_alone() -> None:
+    inner = nn.Linear(2, 2)
+    network, x = Averaged(inner, 0.9), torch.randn(3, 2)
+    mean = inner.weight.detach().clone()
+    for _ in range(4):
+        with torch.no_grad():
+            inner.weight.add_(1.0)
+        assert torch.equal(network(x), inner(x))
+        mean = 0.9 * mean + 0.1 * inner.weight.detach()
+    network.eval()
+    torch.testing.assert_close(network(x), x @ mean.T + inner.bias)
+
+
+def test_an_averaged_generator_is_carried_through_a_program() -> None:
+    x, means = torch.randn(40, 2), []
+    for compile in (False, True):
+        with isolated(0):
+            pair = GAN(2, 2, hidden=(8,), generator=Averaged(mlp(2, 8, 2), 0.9)).double()
+        train(pair, x.double(), Adversarial(), steps=12, batch=20, learning_rate=0.01, compile=compile)
+        means.append([b for n, b in pair.generator.named_buffers()])
+    for one, two in zip(*means, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+def test_spectral_normalisation_of_the_networks_holds() -> None:
+    normal = torch.nn.utils.parametrizations.spectral_norm
+    judge = nn.Sequential(normal(nn.Linear(2, 16)), nn.LeakyReLU(0.2), normal(nn.Linear(16, 1)))
+    pair = GAN(2, 2, hidden=(8,), discriminator=judge)
+    train(pair, torch.randn(60, 2), Adversarial("hinge"), steps=60, batch=30, learning_rate=0.01, compile=True)
+    for layer in (judge[0], judge[2]):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=0.05)
+
+
+def test_a_gan_finds_a_shifted_normal() -> None:
+    x = torch.randn(2000, 1) * 0.5 + 3
+    pair = GAN(1, 1, hidden=(32,))
+    result = train(pair, x, Adversarial(r1=0.1), steps=1500, batch=200, learning_rate=0.003)
+    made = pair.generate(5000)
+    assert float(made.mean()) == pytest.approx(3.0, abs=0.15)
+    assert float(made.std()) == pytest.approx(0.5, abs=0.15)
+    assert not result.diagnosis.advice
+
+
+def test_an_encoder_inverts_the_generator() -> None:
+    x = torch.randn(2000, 1) @ torch.tensor([[1.0, 2.0]])
+    with isolated(0):
+        pair = BiGAN(2, 1, hidden=(32, 32))
+    train(pair, x, Adversarial(r1=0.1), steps=2500, batch=200, learning_rate=0.003)
+    with torch.no_grad():
+        code = pair.encode(x)
+        back = pair.generator(code)
+    assert float((back - x).square().mean() / x.square().mean()) < 0.1
+    assert float(code.mean()) == pytest.approx(0, abs=0.3) and float(code.std()) == pytest.approx(1, abs=0.3)
+
+
+def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
+    x, _, _ = data.simulate_modes("ring", 2000)
+    ends = {}
+    for weight in (0.0, 1.0):
+        with isolated(0):
+            pair = AdversarialAutoencoder(2, 2, hidden=(64, 64))
+        objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=weight)
+        train(pair, 3 * x, objective, steps=1500, batch=200, learning_rate=0.003, draws=1)
+        with torch.no_grad():
+            code = pair.encode(3 * x)
+            error = (pair.decode(code) - 3 * x).square().mean()
+        ends[weight] = float((torch.cov(code.T) - torch.eye(2)).abs().max()), float(error)
+    assert ends[1.0][0] < 0.35 < ends[0.0][0]
+    assert max(e[1] for e in ends.values()) < 0.1
+
+
+def test_a_vae_gan_keeps_its_posterior() -> None:
+    x, _, _ = data.simulate_modes("ring", 2000)
+    with isolated(0):
+        pair = VAEGAN(2, 2, hidden=(64, 64), likelihood="gaussian")
+    objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=1.0)
+    result = train(pair, x, objective, steps=300, batch=200, learning_rate=0.003, draws=5)
+    assert result.draws["z"].shape == (5, 2000, 2)
+    assert {"posterior", "log_likelihood"} <= set(result.idata.groups())
+    assert pair.generate(7).shape == (7, 2)
+
+
+def agreement(made: Tensor, asked: np.ndarray, digits: data.Dataset) -> np.ndarray:
+    """Table of what was asked against what a classifier of digits sees, in shares."""
+    judge = SVC().fit(digits.train["x"].numpy() / 16, digits.train["y"].numpy())
+    assert judge.score(digits.test["x"].numpy() / 16, digits.test["y"].numpy()) > 0.98
+    table = np.zeros((10, 10))
+    np.add.at(table, (asked, judge.predict(made.numpy())), 1 / len(made))
+    return table
+
+
+def test_convolutional_networks_train_on_mnist() -> None:
+    try:
+        x = data.load("mnist").train["x"][:6400]
+    except FileNotFoundError:
+        pytest.skip("MNIST is not at hand")
+    with isolated(0):
+        pair = GAN(784, 50, **dcgan(50, 0))
+    start = pair.generate(200)
+    result = train(pair, x, Adversarial(r1=1.0), steps=200, batch=64, learning_rate=5e-4, compile=False)
+    made = pair.generate(200)
+    assert np.isfinite(result.losses).all()
+    # Ink in the middle, none at the rim, and about as much as digits have.
+    rim = torch.ones(28, 28, dtype=torch.bool)
+    rim[4:-4, 4:-4] = False
+    assert float(start.unflatten(1, (28, 28))[:, rim].mean()) > 0.2
+    assert float(made.unflatten(1, (28, 28))[:, rim].mean()) < 0.05
+    assert float(made.mean()) == pytest.approx(float(x.mean()), rel=0.4)
+
+
+def test_networks_of_images_and_labels() -> None:
+    judge = conv_encoder((8, 8), 5, planes=3, activation=nn.ReLU)
+    assert judge(torch.randn(2, 4, 3 * 64)).shape == (2, 4, 5)
+    maker = conv_decoder(6, (9, 8), planes=3, normalise=True)
+    assert maker(torch.randn(4, 6)).shape == (4, 3 * 72)
+    both = Beside(nn.Linear(3, 2), 3, nn.Linear(2 + 4, 1))
+    x = torch.randn(5, 7)
+    torch.testing.assert_close(both(x), both.outer(torch.cat([both.inner(x[:, :3]), x[:, 3:]], 1)))
+
+
+def test_labels_are_needed_and_held_against_the_classes() -> None:
+    pair = ConditionalGAN(3, ["a", "b"], 2, hidden=(4,))
+    assert pair.coords["classes"] == ["a", "b"]
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="y: expected labels 0 to 1, got 2"):
+        fit(pair, {"x": x, "y": torch.tensor([0, 1, 2, 0])}, Adversarial, steps=1)
+    assert pair.generate(3, y=torch.tensor([0, 1, 1])).shape == (3, 3)
+    drawn = pyro.poutine.trace(pair.model).get_trace(y=torch.tensor([0, 1]))
+    assert drawn.nodes["x"]["value"].shape == (2, 3)
