@@ -270,9 +270,11 @@ class InfoGAN(GAN):
 
     Args:
         codes: Number of states K.
-        reader: From rows (N, D) to logits of the code (N, K). Default: leaky ReLU layers.
+        trunk: From rows (N, D) to what both read off, (N, W) with W the last of ``hidden``. Default: leaky ReLU layers.
+            What tells real rows also tells codes: with a reader of its own a code says less of what matters.
 
-    The rest are those of :class:`GAN`. Sites: those of :class:`GAN`, and c of every row, 0 to K - 1.
+    The rest are those of :class:`GAN`, of which the discriminator and the reader are linear in the trunk. Sites: those
+    of :class:`GAN`, and c of every row, 0 to K - 1.
     """
 
     def __init__(
@@ -281,16 +283,21 @@ class InfoGAN(GAN):
         codes: int = 10,
         noise: int = 20,
         *,
-        hidden: Sequence[int] = (128, 128),
-        reader: nn.Module | None = None,
-        **shared: Any,
+        hidden: Sequence[int] = (256, 256),
+        generator: nn.Module | None = None,
+        trunk: nn.Module | None = None,
     ) -> None:
         if codes < 2:
             raise ValueError(f"codes: expected at least 2, got {codes}")
-        super().__init__(features, noise, hidden=hidden, extra=(codes, 0), **shared)
+        wide, width = features if isinstance(features, int) else len(features), hidden[-1]
+        judge = nn.Linear(width, 1)
+        super().__init__(
+            features, noise, hidden=hidden, generator=generator, discriminator=judge, extra=(codes, width - wide)
+        )
         self.codes = codes
-        self.reader = mlp(self.features, *hidden, codes, activation=Leaky) if reader is None else reader
-        check_network("reader", self.reader, self.features, codes)
+        self.trunk = nn.Sequential(mlp(wide, *hidden, activation=Leaky), Leaky()) if trunk is None else trunk
+        self.reader = nn.Linear(width, codes)
+        check_network("trunk", self.trunk, wide, width)
 
     def draw(self) -> Tensor:
         """Draw noise and codes, and generate rows (N, D) of them, within the plate of rows."""
@@ -301,10 +308,11 @@ class InfoGAN(GAN):
         """The code of each row, and whether it, or its pack, is real."""
         packs, each = self._plates(x, size, rows)
         x = x[: self._count(x, size)]
+        read = self.trunk(x)
         with each:
-            pyro.sample("c", dist.Categorical(logits=self.reader(x)), infer={"is_auxiliary": True})
+            pyro.sample("c", dist.Categorical(logits=self.reader(read)), infer={"is_auxiliary": True})
         with packs:
-            pyro.sample("real", self.judge(x))
+            pyro.sample("real", self.judge(read))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, c: Tensor | None = None) -> Tensor:

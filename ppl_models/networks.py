@@ -37,6 +37,17 @@ class Images(nn.Module):
         return self.inner(rows).reshape(*x.shape[:-1], -1)
 
 
+class Residual(nn.Module):
+    """A row, and beside it what a network makes of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
 class Beside(nn.Module):
     """A network of the first columns of a row, and another of what it gives with the other columns beside.
 

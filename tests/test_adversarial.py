@@ -19,6 +19,7 @@ from inference.compiled import Compiled
 from inference.objectives import Adversarial
 from inference.objectives.adversarial import KINDS
 from inference.program import isolated
+from ppl_models.cyclegan import CycleGAN
 from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.pair import Pair
 
@@ -176,7 +177,7 @@ def test_a_code_is_made_likely_by_both() -> None:
         c = dist.Categorical(logits=torch.zeros(ROWS, 4)).sample()
         z = torch.randn(ROWS, 2)
     made = pair.generator(torch.cat([z, torch.nn.functional.one_hot(c, 4)], 1))
-    told = -2 * dist.Categorical(logits=pair.reader(made)).log_prob(c).sum()
+    told = -2 * dist.Categorical(logits=pair.reader(pair.trunk(made))).log_prob(c).sum()
     assert losses[1] - base[1] == pytest.approx(told.item(), rel=1e-4)
     agree(
         {n: g for n, g in gradients.items() if n.startswith("reader")},
@@ -188,6 +189,32 @@ def test_a_code_is_made_likely_by_both() -> None:
             )
         ),
     )
+
+
+def test_a_cycle_is_judged_at_both_ends_and_led_back() -> None:
+    with isolated(0):
+        pair = CycleGAN((WIDTH, 2), hidden=(8,), scale=0.5)
+    a, b = rows("cycle").values()
+    for p in pair.parameters():
+        p.grad = None
+    losses = Adversarial(r1=2.0).loss_and_grads(pair.model, pair.guide, a=a, b=b)
+    there, back = pair.there(a), pair.back(b)
+    # log 2 s is 0.
+    led = (pair.back(there) - a).abs().sum() / 0.5 + (pair.there(back) - b).abs().sum() / 0.5
+    made = torch.cat([pair.of_a(back), pair.of_b(there)])
+    ends = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    odds = [pair.of_a(ends[0]), pair.of_b(ends[1])]
+    steep = sum(
+        torch.autograd.grad(o.sum(), e, create_graph=True)[0].square().sum() for o, e in zip(odds, ends, strict=True)
+    )
+    of_guide = softplus(-torch.cat(odds)).sum() + softplus(made).sum() + steep
+    of_model = softplus(-made).sum() + led
+    assert losses == pytest.approx([of_guide.item(), of_model.item()], rel=1e-5)
+    for name, p in pair.named_parameters():
+        loss = of_guide if name.startswith("of_") else of_model
+        (expected,) = torch.autograd.grad(loss, p, retain_graph=True, allow_unused=True)
+        if expected is not None:
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_bound_is_descended_beside() -> None:
@@ -292,8 +319,14 @@ PAIRS: dict[str, tuple[Callable[[], Pair], dict[str, object]]] = {
     "bigan": (lambda: BiGAN(WIDTH, 2, hidden=(8,)), {}),
     "vaegan": (lambda: VAEGAN(WIDTH, 2, hidden=(8,), likelihood="gaussian"), {}),
     "aae": (lambda: AdversarialAutoencoder(WIDTH, 2, hidden=(8,)), {}),
+    "cycle": (lambda: CycleGAN((WIDTH, 2), hidden=(8,)), {}),
 }
 EVERY = pytest.mark.parametrize("name", list(PAIRS))
+
+
+def rows(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    x = X.to(dtype)
+    return {"a": x, "b": x[:, :2].flip(0)} if name == "cycle" else {"x": x}
 
 
 def settings(name: str) -> dict[str, object]:
@@ -310,9 +343,9 @@ def test_a_player_that_rests_stands_still(name: str) -> None:
         svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), loss=objective)
         for k in range(7):
             before = {n: p.detach().clone() for n, p in pair.named_parameters()}
-            svi.step(x=X, **data)
+            svi.step(**rows(name), **data)
             moved = {n for n, p in pair.named_parameters() if not torch.equal(p, before[n])}
-            judges = {n for n in before if n.startswith("discriminator")}
+            judges = {n for n in before if n.startswith(("discriminator", "trunk", "of_"))}
             assert moved == (before.keys() - judges if k % 3 == 2 else judges)
 
 
@@ -332,7 +365,7 @@ def test_compiled_steps_are_the_eager_ones(name: str, turns, penalised: bool) ->
             svi = SVI(pair.model, pair.guide, optimizer, loss=wrap(objective))
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                losses = [svi.step(x=X.double(), **data) for _ in range(14)]
+                losses = [svi.step(**rows(name, torch.float64), **data) for _ in range(14)]
             ends.append(({n: p.detach().clone() for n, p in pair.named_parameters()}, losses))
             if objective is not svi.loss_and_grads.__self__:
                 assert svi.loss_and_grads.__self__.state == "traced"

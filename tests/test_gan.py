@@ -1,5 +1,6 @@
 """Adversarial pairs: what they draw, that they learn what they are for, and which networks they take."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -8,14 +9,17 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from scipy.optimize import linear_sum_assignment
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from inference import fit, prior_predictive
 from inference.objectives import Adversarial
 from inference.program import isolated
+from inference.two_sample import energy_distance
 from ppl_models import data
-from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN
+from ppl_models.cyclegan import CycleGAN
+from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
 from ppl_models.recipes import adversaries, dcgan
 
@@ -111,18 +115,18 @@ def test_an_encoder_inverts_the_generator() -> None:
 
 def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
     x, _, _ = data.simulate_modes("ring", 2000)
-    ends = {}
-    for weight in (0.0, 1.0):
+    apart, errors = {}, {}
+    for weight in (0.0, 3.0):
         with isolated(0):
             pair = AdversarialAutoencoder(2, 2, hidden=(64, 64))
         objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=weight)
-        train(pair, 3 * x, objective, steps=1500, batch=200, learning_rate=0.003, draws=1)
+        train(pair, 3 * x, objective, steps=2000, batch=200, learning_rate=0.003, draws=1)
         with torch.no_grad():
             code = pair.encode(3 * x)
-            error = (pair.decode(code) - 3 * x).square().mean()
-        ends[weight] = float((torch.cov(code.T) - torch.eye(2)).abs().max()), float(error)
-    assert ends[1.0][0] < 0.35 < ends[0.0][0]
-    assert max(e[1] for e in ends.values()) < 0.1
+            errors[weight] = float((pair.decode(code) - 3 * x).square().mean())
+        apart[weight] = energy_distance(code, torch.randn(2000, 2)).value
+    assert apart[3.0] < 0.25 * apart[0.0]
+    assert max(errors.values()) < 0.1
 
 
 def test_a_vae_gan_keeps_its_posterior() -> None:
@@ -145,6 +149,27 @@ def agreement(made: Tensor, asked: np.ndarray, digits: data.Dataset) -> np.ndarr
     return table
 
 
+def test_a_conditional_gan_draws_the_digit_that_was_asked_for(digits) -> None:
+    x, y = digits.train["x"] / 16, digits.train["y"]
+    with isolated(0):
+        maker = nn.Sequential(mlp(16 + 10, 256, 256, 64, activation=nn.ReLU), nn.Sigmoid())
+        pair = ConditionalGAN(64, 10, 16, hidden=(256, 256), generator=maker)
+    train(pair, {"x": x, "y": y}, Adversarial(r1=1.0), steps=4000, batch=64, learning_rate=0.001)
+    asked = np.arange(2000) % 10
+    assert agreement(pair.generate(2000), asked, digits).trace() > 0.95
+
+
+@pytest.mark.slow
+def test_codes_of_an_info_gan_are_digits(digits) -> None:
+    with isolated(0):
+        maker = nn.Sequential(mlp(8 + 10, 256, 256, 64, activation=nn.ReLU), nn.Sigmoid())
+        pair = InfoGAN(64, 10, 8, generator=maker)
+    objective = Adversarial(r1=5.0, information=("c",), information_weight=0.3)
+    train(pair, digits.train["x"] / 16, objective, steps=6000, batch=64, learning_rate=0.001)
+    table = agreement(pair.generate(2000), np.arange(2000) % 10, digits)
+    assert table[linear_sum_assignment(-table)].sum() > 0.6
+
+
 def test_convolutional_networks_train_on_mnist() -> None:
     try:
         x = data.load("mnist").train["x"][:6400]
@@ -153,14 +178,14 @@ def test_convolutional_networks_train_on_mnist() -> None:
     with isolated(0):
         pair = GAN(784, 50, **dcgan(50, 0))
     start = pair.generate(200)
-    result = train(pair, x, Adversarial(r1=1.0), steps=200, batch=64, learning_rate=5e-4, compile=False)
+    result = train(pair, x, Adversarial(r1=1.0), steps=200, batch=64, learning_rate=1e-3, compile=False)
     made = pair.generate(200)
     assert np.isfinite(result.losses).all()
-    # Ink in the middle, none at the rim, and about as much as digits have.
+    # Ink in the middle, little at the rim, and about as much as digits have.
     rim = torch.ones(28, 28, dtype=torch.bool)
     rim[4:-4, 4:-4] = False
     assert float(start.unflatten(1, (28, 28))[:, rim].mean()) > 0.2
-    assert float(made.unflatten(1, (28, 28))[:, rim].mean()) < 0.05
+    assert float(made.unflatten(1, (28, 28))[:, rim].mean()) < 0.1
     assert float(made.mean()) == pytest.approx(float(x.mean()), rel=0.4)
 
 
@@ -183,3 +208,35 @@ def test_labels_are_needed_and_held_against_the_classes() -> None:
     assert pair.generate(3, y=torch.tensor([0, 1, 1])).shape == (3, 3)
     drawn = pyro.poutine.trace(pair.model).get_trace(y=torch.tensor([0, 1]))
     assert drawn.nodes["x"]["value"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_cycle_learns_the_map_between_two_domains(seed: int) -> None:
+    """Three blobs of unequal weight, turned by 0.6, stretched by 1.5 and moved: rows are not paired."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, -1.5]])
+    turn = 1.5 * torch.tensor([[math.cos(0.6), math.sin(0.6)], [-math.sin(0.6), math.cos(0.6)]])
+
+    def draw() -> Tensor:
+        which = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), 2000, replacement=True, generator=random)
+        return centres[which] + 0.15 * torch.randn(2000, 2, generator=random)
+
+    def move(a: Tensor) -> Tensor:
+        return a @ turn + torch.tensor([2.0, 1.0])
+
+    a, b = draw(), move(draw())
+    with isolated(seed):
+        pair = CycleGAN((2, 2))
+    train(pair, {"a": a, "b": b}, Adversarial(r1=0.1), steps=2500, batch=200, learning_rate=0.002)
+    spread = float(b.std(0).norm())
+    assert float((pair.translate(a) - move(a)).norm(dim=1).mean()) / spread < 0.15
+    assert float((pair.translate(pair.translate(a), back=True) - a).norm(dim=1).mean()) < 0.05
+    assert float((a - move(a)).norm(dim=1).mean()) / spread > 1
+
+
+def test_a_cycle_takes_two_domains() -> None:
+    pair = CycleGAN((2, 3), hidden=(4,))
+    with pytest.raises(ValueError, match=r"b: expected \(rows, 3\), got \(4, 2\)"):
+        fit(pair, {"a": torch.randn(4, 2), "b": torch.randn(4, 2)}, Adversarial, steps=1)
+    with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
+        CycleGAN((2, 2), scale=0.0)

@@ -19,6 +19,7 @@ from inference.objectives.adversarial import Adversarial
 from inference.objectives.beta import BetaELBO
 from inference.objectives.em import EM
 from inference.objectives.importance import IWAE, VIMCO
+from inference.objectives.predictability import Predictability
 from inference.objectives.wake_sleep import RWS, WakeSleep
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Adversarial",
     "BetaELBO",
     "Compiled",
+    "Predictability",
     "RenyiELBO",
     "ReweightedWakeSleep",
     "TraceEnum_ELBO",

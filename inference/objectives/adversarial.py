@@ -19,7 +19,6 @@ Unifying Deep Generative Models" (https://arxiv.org/abs/1706.00550); Mao et al. 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,15 +30,14 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.elbo import ELBO
-from pyro.infer.util import torch_item
-from pyro.params.param_store import normalize_param_name
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from inference.objectives.game import Game, Players, by_name, check_weights, takes
 from inference.objectives.importance import Still
-from inference.program import Program, aside
+from inference.program import Program
 from inference.two_sample import MODE_SHARE, coverage
 
 SITE = "real"
@@ -78,14 +76,15 @@ EVEN = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_sq
 """The guide's loss a row where nothing tells real from generated rows; none is known where the odds have no scale."""
 
 
-class Adversarial(ELBO):
+class Adversarial(Game):
     r"""Adversarial training of a pair whose guide tells its model's rows from the data.
 
     The model draws ``real``, Bernoulli, in a plate, and names what it hands to the guide by ``pyro.deterministic`` (or
-    observes it): data where it is one, generated where it is zero. The guide samples ``real`` too; it takes the
-    generated rows under the names of its arguments, or through its argument ``observations``, and latent sites that it
-    shares with the model (a code, an encoder's factors) are those of the model in the generated half and its own in the
-    real half. If both take an argument ``real``, they are told which half it is and need not compute the other.
+    observes it, if nothing is deterministic): data where it is one, generated where it is zero. What it observes beside
+    that in the generated half, a cycle back to the data, say, it makes likely. The guide samples ``real`` too; it takes
+    the generated rows under the names of its arguments, or through its argument ``observations``, and latent sites that
+    it shares with the model (a code, an encoder's factors) are those of the model in the generated half and its own in
+    the real half. If both take an argument ``real``, they are told which half it is and need not compute the other.
 
     Which player a parameter belongs to is found, not named: the guide's are those that :math:`\log q(y \mid \cdot)`
     reaches when all other sites are held, all others are the model's, wherever they stand. The gradients of a player
@@ -130,8 +129,6 @@ class Adversarial(ELBO):
         3
     """
 
-    likelihood_free = True
-
     def __init__(
         self,
         kind: str = "non_saturating",
@@ -147,86 +144,15 @@ class Adversarial(ELBO):
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        numbers = {"penalty": penalty, "r1": r1, "information_weight": information_weight, "weight": weight}
-        for name, value in numbers.items():
-            if not value >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
-        if turns is not None and (len(turns) != 2 or any(not isinstance(t, int) or t < 1 for t in turns)):
-            raise ValueError(f"turns: expected steps of the guide and of the model, each at least 1, got {turns!r}")
+        check_weights(penalty=penalty, r1=r1, information_weight=information_weight)
         if isinstance(information, str):
             raise ValueError(f"information: expected names of sites, such as ({information!r},), got {information!r}")
-        super().__init__()
-        self.kind, self.penalty, self.r1, self.importance, self.weight = kind, penalty, r1, importance, weight
+        super().__init__(bound, weight, turns)
+        self.kind, self.penalty, self.r1, self.importance = kind, penalty, r1, importance
         self.information, self.information_weight = tuple(information), information_weight
-        self.bound = bound() if callable(bound) and not isinstance(bound, ELBO) else bound
-        self.likelihood_free = self.bound is None
-        self.turns, self.turn = turns, 0
-        self.cycle = ("turn",) if turns else ()
-        self.latest = torch.zeros(0)
-        self._players: dict[tuple[Any, Any], Players] = {}
-
-    @property
-    def moving(self) -> tuple[bool, bool]:
-        """Whether the guide, and the model, move at the next step."""
-        return (True, True) if self.turns is None else (self.turn < self.turns[0], self.turn >= self.turns[0])
-
-    def settings(self, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Callable[[str], dict[str, Any]]:
-        """Arguments of an optimizer by player, as ``optim.Joint`` takes them: a function of a parameter's name.
-
-        Example:
-            >>> from inference.optim import Joint
-            >>> objective = Adversarial("hinge")
-            >>> optimizer = Joint(torch.optim.Adam, objective.settings(guide={"lr": 4e-4}, model={"lr": 1e-4}))
-        """
-
-        def of(name: str) -> dict[str, Any]:
-            guides = {normalize_param_name(n) for players in self._players.values() for n in players.guide}
-            return dict(guide if name in guides else model)
-
-        return of
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
-        """Losses of the guide and of the model, their gradients left aside."""
-        with torch.enable_grad():
-            named = _named(model, args, kwargs)
-            found = self._losses(model, guide, named, (True, True), self._found(model, guide, named).encodes)
-        bound = 0.0 if self.bound is None else self.bound.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
-        return torch_item(found[0]), torch_item(found[1]) + bound
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Losses of the guide and of the model; the gradients of those who move are added to their parameters'.
-
-        Of a player that rests the loss is that of its last step.
-        """
-        named, moving = _named(model, args, kwargs), self.moving
-        players = self._found(model, guide, named)
-        with poutine.trace(param_only=True) as capture:
-            losses = self._losses(model, guide, named, moving, players.encodes)
-        params = _unconstrained(capture.trace)
-        bound = 0.0
-        for each, loss, own in zip(moving, losses, (True, False), strict=True):
-            chosen = [p for n, p in params.items() if (n in players.guide) == own]
-            if not each:
-                for p in chosen:
-                    p.grad = None
-                continue
-            found = torch.autograd.grad(loss, chosen, retain_graph=True, allow_unused=True)
-            for p, g in zip(chosen, found, strict=True):
-                if g is not None:
-                    p.grad = g if p.grad is None else p.grad + g
-        if self.bound is not None and moving[1]:
-            bound = self.bound.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
-        if self.turns is not None:
-            self.turn = (self.turn + 1) % sum(self.turns)
-        if len(self.latest) == 0:
-            self.latest = torch.zeros(2).to(losses[0])
-        with torch.no_grad():
-            now = [torch.as_tensor(x).to(self.latest) for x in (losses[0], losses[1] + bound)]
-            self.latest.copy_(torch.stack([n if m else v for n, v, m in zip(now, self.latest, moving, strict=True)]))
-        return torch_item(self.latest[0]), torch_item(self.latest[1])
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        half = self._half(model, guide, _named(model, args, kwargs), False)
+        half = self._half(model, guide, by_name(model, args, kwargs), False)
         return half.drawn, half.trace
 
     def advise(self, program: Program, losses: np.ndarray) -> tuple[str, ...]:
@@ -275,9 +201,14 @@ class Adversarial(ELBO):
                 "are left out, or the rows are poor; try a pack of several rows, a penalty or r1, or more steps."
             )
 
-    def _losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], encodes: bool) -> list[Tensor]:
+    def verdict(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
+        """The log odds of all rows; free, those of real ones, for the model's parameters always reach the others."""
+        halves = (False, True) if still else (True,)
+        return sum((self._half(model, guide, named, real, still=still).odds.sum() for real in halves), torch.zeros(()))
+
+    def losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], players: Players) -> list[Tensor]:
         """Losses of the guide and of the model; that of one who rests is 0."""
-        kind = KINDS[self.kind]
+        kind, encodes = KINDS[self.kind], players.encodes
         made = self._half(model, guide, named, False, frozen=not moving[1])
         real = self._half(model, guide, named, True) if moving[0] or encodes else None
         of_guide = of_model = told = torch.zeros_like(made.odds[:1].sum())
@@ -286,14 +217,14 @@ class Adversarial(ELBO):
         if moving[0] and real is not None:
             of_guide = real.total(kind.real(real.odds)) + made.total(kind.generated(made.odds)) + told
             if self.r1:
-                of_guide = of_guide + 0.5 * self.r1 * real.total(self._slope(guide, named, real.handed, True))
+                of_guide = of_guide + 0.5 * self.r1 * real.scaled(self._slope(guide, named, real.handed, True))
             if self.penalty:
                 norm = (self._slope(guide, named, _between(real.handed, made.handed), True) + 1e-12).sqrt()
-                of_guide = of_guide + self.penalty * real.total((norm - 1).square())
+                of_guide = of_guide + self.penalty * real.scaled((norm - 1).square())
         if moving[1]:
             weights = made.odds.detach().flatten().softmax(0).reshape(made.odds.shape) * made.odds.numel()
             lost = kind.model(made.odds) * (weights if self.importance else 1.0)
-            of_model = self.weight * made.total(lost) + told
+            of_model = self.weight * made.total(lost) + told - made.observed()
             if encodes and real is not None:
                 of_model = of_model + self.weight * real.total(kind.model(-real.odds))
         return [of_guide, of_model]
@@ -310,7 +241,9 @@ class Adversarial(ELBO):
         held = Still() if still else nullcontext()
         with torch.no_grad() if frozen or still else nullcontext(), held:
             drawn: Any = poutine.trace(Known(real)(model)).get_trace(**_told(model, named, real))
-        handed = {n: s["value"] for n, s in drawn.nodes.items() if _is_handed(s) and n != SITE}
+        seen_by_name = {n: s for n, s in drawn.nodes.items() if _is_handed(s) and n != SITE}
+        told = {n: s for n, s in seen_by_name.items() if s["infer"].get("_deterministic")}
+        handed = {n: s["value"] for n, s in (told or seen_by_name).items()}
         if not handed:
             raise ValueError("model: expected what the guide is to see as a deterministic or observed site, got none")
         if still:
@@ -329,42 +262,22 @@ class Adversarial(ELBO):
         """The guide's arguments, with what the model hands over."""
         if handed.keys() <= named.keys():
             return _told(guide, {**named, **handed}, real)
-        if not _takes(guide, "observations"):
+        if not takes(guide, "observations"):
             raise ValueError(
                 f"guide: expected {', '.join(handed)} among its named arguments, or an argument observations"
             )
         return _told(guide, {**named, "observations": handed}, real)
 
     def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor], real: bool) -> Tensor:
-        r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each element of y's plate."""
+        r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each row or pack."""
         given = {n: v.detach().requires_grad_() for n, v in handed.items() if v.is_floating_point()}
         fixed = poutine.condition(Known(real)(guide), data={**handed, **given})
-        own = {n: v for n, v in {**handed, **given}.items() if n in named or _takes(guide, "observations")}
+        own = {n: v for n, v in {**handed, **given}.items() if n in named or takes(guide, "observations")}
         trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, real))
         odds = log_odds(trace.nodes[SITE]["fn"])
         slopes = torch.autograd.grad(odds.sum(), list(given.values()), create_graph=True, allow_unused=True)
-        return sum((g.reshape(len(odds), -1).square().sum(1) for g in slopes if g is not None), torch.zeros_like(odds))
-
-    def _found(self, model: Any, guide: Any, named: Any) -> Players:
-        """Whose the parameters are: found once for a model and a guide."""
-        if (model, guide) not in self._players:
-            with aside(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
-                held = [self._half(model, guide, named, real, still=True).odds.sum() for real in (False, True)]
-                free = self._half(model, guide, named, True).odds.sum()
-            params = _unconstrained(capture.trace)
-            reached = _reached(sum(held, torch.zeros(())), params)
-            if not reached:
-                raise ValueError("guide: expected parameters that its log odds of real depend on, got none")
-            self._players[model, guide] = Players(reached, bool(_reached(free, params) - reached))
-        return self._players[model, guide]
-
-
-@dataclass(frozen=True)
-class Players:
-    """Names of the guide's parameters, and whether the model's reach the guide's verdict on real rows."""
-
-    guide: frozenset[str]
-    encodes: bool
+        rows = odds.shape[-1]
+        return sum((g.reshape(rows, -1).square().sum(1) for g in slopes if g is not None), odds.new_zeros(rows))
 
 
 @dataclass(frozen=True)
@@ -380,6 +293,19 @@ class Half:
         """Sum over the rows, scaled and masked as the plates say."""
         site = self.trace.nodes[SITE]
         return scale_and_mask(losses, site["scale"], site["mask"]).sum()
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Sum of one number a row, or a pack of them, scaled as the plate says."""
+        return scale_and_mask(values, self.trace.nodes[SITE]["scale"], None).sum()
+
+    def observed(self) -> Tensor:
+        """Log density of what the model observes beside what it hands over."""
+        found = self.odds.new_zeros(())
+        for name, site in self.drawn.nodes.items():
+            if _is_handed(site) and not site["infer"].get("_deterministic") and name not in (SITE, *self.handed):
+                log_prob = site["fn"].log_prob(site["value"])
+                found = found + scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+        return found
 
     def density(self, name: str) -> Tensor:
         """Log density of a latent site."""
@@ -416,13 +342,6 @@ def _like(law: Any) -> Tensor:
     return law.logits if hasattr(law, "logits") else torch.zeros(())
 
 
-def _reached(value: Tensor, params: Mapping[str, Tensor]) -> frozenset[str]:
-    if not value.requires_grad:
-        return frozenset()
-    found = torch.autograd.grad(value, list(params.values()), allow_unused=True, retain_graph=True)
-    return frozenset(n for n, g in zip(params, found, strict=True) if g is not None)
-
-
 def _between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A point between each row of one and of the other, the same share of the way for all that belongs to a row."""
     rows = len(next(iter(one.values())))
@@ -434,10 +353,6 @@ def _between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def _unconstrained(trace: Any) -> dict[str, Tensor]:
-    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
-
-
 def _is_handed(site: Any) -> bool:
     return site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
 
@@ -446,18 +361,5 @@ def _sites(trace: Any) -> list[str]:
     return [n for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
 
 
-def _takes(function: Any, name: str) -> bool:
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    return name in inspect.signature(target).parameters
-
-
 def _told(function: Any, named: Mapping[str, Any], real: bool) -> dict[str, Any]:
-    return {**named, SITE: real} if _takes(function, SITE) else dict(named)
-
-
-def _named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by name."""
-    if not args:
-        return dict(kwargs)
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    return {**dict(zip(inspect.signature(target).parameters, args, strict=False)), **kwargs}
+    return {**named, SITE: real} if takes(function, SITE) else dict(named)
