@@ -19,10 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from inference import two_sample
 from inference.diagnostics import R_HAT, quantity
 from inference.likelihood import log_likelihood
-from inference.predict import pointwise_log_likelihood
-from inference.program import isolated
+from inference.predict import draw_sites, pointwise_log_likelihood
+from inference.program import bind, isolated
 from inference.queries import classify
 from inference.result import Result
 
@@ -44,6 +45,10 @@ COLUMNS = {
     "r_hat": "largest R-hat",
     "divergences": "divergent transitions",
     "pareto_k": "Pareto k of the guide",
+    "energy": "energy distance of generated rows from held-out ones",
+    "energy_se": "its standard error over rows",
+    "precision": "share of generated rows near held-out ones",
+    "recall": "share of held-out rows near generated ones",
     "seconds": "seconds of running, set-up left out",
     "seconds_total": "seconds with set-up",
 }
@@ -68,13 +73,16 @@ class Comparison:
         return _plot(self, quantities)
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write ``table.csv``, ``posteriors.png`` and one NetCDF a method; return the paths."""
+        """Write ``table.csv`` and, of posteriors, ``posteriors.png`` and one NetCDF a method; return the paths."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "table.csv", folder / "posteriors.png"]
+        paths = [folder / "table.csv"]
         self.table.to_csv(paths[0])
-        self.plot().savefig(paths[1], dpi=110)
-        for name, result in self.results.items():
+        kept = {name: result for name, result in self.results.items() if result.idata.groups()}
+        if kept:
+            paths.append(folder / "posteriors.png")
+            self.plot().savefig(paths[1], dpi=110)
+        for name, result in kept.items():
             stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
             taken = [p.stem for p in paths]
             free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
@@ -169,6 +177,8 @@ def _number(value: float | None) -> float:
 def _heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]:
     if heldout is None:
         return {}
+    if not result.program.observes:
+        return _sample_scores(result, heldout)
     try:
         density = _density(result, heldout)
     except (ValueError, RuntimeError) as error:
@@ -185,6 +195,26 @@ def _heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float
     return scores | {
         "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
         "ece": calibration_error(probabilities, labels),
+    }
+
+
+def _sample_scores(result: Result, heldout: Any) -> dict[str, float]:
+    """Generated rows against as many held-out ones, of a model without a likelihood."""
+    given = heldout if isinstance(heldout, Mapping) else {next(iter(result.program.data)): heldout}
+    made = {n for n, s in result.program.sites.items() if s.role == "deterministic"} & set(given)
+    if not made:
+        return {}
+    name = next(iter(made))
+    rest, size = {n: v for n, v in given.items() if n not in made}, len(given[name])
+    with isolated(0), result.state():
+        drawn = draw_sites(bind(result.program.pair, rest).generator(size), {}, 1)[name][0]
+    real = torch.as_tensor(given[name])
+    energy = two_sample.energy_distance(real, drawn)
+    return {
+        "energy": energy.value,
+        "energy_se": energy.error,
+        "precision": two_sample.precision(real, drawn).value,
+        "recall": two_sample.recall(real, drawn).value,
     }
 
 

@@ -117,7 +117,8 @@ class Result:
 
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]
-        return f"{self.method} on {self.program.name}: {self.size} draws in {took:.1f} s. {self.diagnosis}"
+        made = f"{self.size} draws" if self.draws else f"{len(self.losses)} steps"
+        return f"{self.method} on {self.program.name}: {made} in {took:.1f} s. {self.diagnosis}"
 
 
 def to_idata(

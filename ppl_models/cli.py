@@ -72,20 +72,22 @@ def list_() -> None:
 def fit(
     pair: PairName,
     data_name: DataName = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 3000,
-    batch: Annotated[int | None, typer.Option(help="Rows a minibatch; default: all.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Start of the learning rate's schedule.")] = 0.02,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the pair's own.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows a minibatch; default: the pair's own, mostly all.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Start of the learning rate's schedule; default: the pair's own.")
+    ] = None,
     draws: Draws = 1000,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
-    """Fit a pair's guide by stochastic variational inference."""
+    """Fit a pair: its guide by stochastic variational inference, or a generator against its discriminator."""
     with _one_line():
         row, dataset, folder = _prepare(pair, data_name, out_dir)
         model = row.pair(dataset)
-        result = inference.fit(
-            model, dataset.train, steps=steps, batch=batch, learning_rate=learning_rate, draws=draws, seed=seed
-        )
+        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+        own = {name: value for name, value in given.items() if value is not None}
+        result = row.fit(model, dataset.train, draws=draws, seed=seed, **own)  # type: ignore[call-arg]
         _report(result, folder)
         for path in row.draw(model, dataset.test["x"], folder) if row.draw else ():
             out.print(f"[dim]{path}[/]", highlight=False)
@@ -197,12 +199,17 @@ def _check_writable(folder: Path) -> None:
 def _report(result: Result, folder: Path) -> None:
     table = result.summary()
     shown = table.head(20)
-    _print_whole(_frame(shown.reset_index()))
+    if len(shown):
+        _print_whole(_frame(shown.reset_index()))
     if len(table) > len(shown):
         out.print(f"[dim]... and {len(table) - len(shown)} more quantities in the file[/]")
     out.print(escape(str(result)), highlight=False)
     path = folder / f"{result.method.split()[0].lower()}.nc"
-    result.idata.to_netcdf(str(path))
+    if result.idata.groups():
+        result.idata.to_netcdf(str(path))
+    else:
+        path = path.with_suffix(".csv")
+        pd.DataFrame(result.losses, columns=["guide", "model"]).to_csv(path, index_label="step")
     out.print(f"[dim]{path}[/]", highlight=False)
 
 

@@ -58,6 +58,14 @@ def by_class(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:
     return pair.decode(torch.cat([z, one_hot], -1)), "a line a class; each column is one code"
 
 
+def samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
+    """Rows of a generator; of one that reads labels, a line a class."""
+    if hasattr(pair, "classes"):
+        y = torch.arange(pair.classes).repeat_interleave(columns)
+        return pair.generate(len(y), seed=seed, y=y).unflatten(0, (-1, columns)), "generated; a line a class"
+    return pair.generate(rows * columns, seed=seed).unflatten(0, (rows, columns)), "generated"
+
+
 def fantasies(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
     """Means of x given causes drawn from the model, of a belief net."""
     with torch.random.fork_rng():
@@ -105,7 +113,7 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
 
     Args:
         pair: With ``factors``, ``encode`` and ``decode``; of one with ``classes``, whose decoder reads the label after
-            the code, a picture by class; or a belief net, which has ``fantasies``.
+            the code, a picture by class; a belief net, which has ``fantasies``; or a GAN, which has a ``generator``.
         x: Rows of data (N, pixels).
         folder: An existing directory.
     """
@@ -113,7 +121,9 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     if side * side != x.shape[1]:
         return []
     with torch.no_grad():
-        if hasattr(pair, "fantasies"):
+        if hasattr(pair, "generator"):
+            grids = {"samples": samples(pair)}
+        elif hasattr(pair, "fantasies"):
             grids = {
                 "prior": fantasies(pair),
                 "reconstructions": reconstructions(pair, x),

@@ -12,19 +12,23 @@ from typing import Any
 import torch
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
+from torch import nn
 
 from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
-from inference.objectives import EM, RWS, VIMCO, WakeSleep
+from inference.objectives import EM, RWS, VIMCO, Adversarial, WakeSleep
 from ppl_models import data, pictures
 from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
+from ppl_models.gan import GAN, ConditionalGAN
 from ppl_models.linear_factors import PPCA, FactorAnalysis
 from ppl_models.markov_chain import MarkovChain
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
+from ppl_models.networks import mlp
 from ppl_models.pair import Pair, continuous
+from ppl_models.recipes import adversaries
 from ppl_models.regression import LogisticRegression, NeuralClassifier
 from ppl_models.sigmoid_belief import HelmholtzMachine
 from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
@@ -33,6 +37,10 @@ from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
 def exact(pair: NaiveBayes | BayesianNetwork, data: Any, **arguments: Any) -> Any:
     """Draw from a conjugate posterior: the pair's ``exact`` is a guide with nothing left to fit."""
     return fit((pair.model, pair.exact), data, steps=0, **arguments)
+
+
+OWN: Method = partial(fit, steps=3000, learning_rate=0.02)
+"""How a pair is fitted whose row says nothing else."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Row:
         takes: Names of the data that the pair takes.
         label: Its finite site, by which it classifies; None without one.
         draw: Writes pictures of what a fitted pair generates, from the pair, rows of data and a folder.
+        fit: How ``ppl-models fit`` trains it, with its own schedule.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Row:
     takes: tuple[str, ...] = ("x", "y")
     label: str | None = "y"
     draw: Callable[..., list[Path]] | None = None
+    fit: Method = OWN
 
     def load(self, name: str | None = None) -> Dataset:
         """The row's data set, or another by name, prepared for the row."""
@@ -165,6 +175,23 @@ def _images(**own: Any) -> Row:
         "draw": pictures.save,
     }
     return Row(**{**shared, **own})
+
+
+def _dense(make: Callable[..., GAN], inputs: int, *sizes: Any) -> GAN:
+    """An adversarial pair of images in [0, 1] with dense networks."""
+    pixels = len(sizes[0])
+    generator = nn.Sequential(mlp(inputs, 256, 256, pixels, activation=nn.ReLU), nn.Sigmoid())
+    return make(*sizes, hidden=(256, 256), generator=generator)
+
+
+def _adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:
+    """An adversarial method of a row."""
+    schedule: dict[str, Any] = {"steps": 6000, "batch": 64, "learning_rate": 0.001}
+    return partial(_against, kind=kind, penalty=penalty, **schedule)
+
+
+def _against(pair: GAN, given: Any, *, kind: str, penalty: Mapping[str, Any], **arguments: Any) -> Any:
+    return adversaries(pair, given, Adversarial(kind, **penalty), **arguments)
 
 
 def _by_minibatches(**arguments: Any) -> Method:
@@ -367,6 +394,28 @@ ZOO: dict[str, Row] = {
             also=("mnist", "fashion_mnist"),
             methods={"SVI": _by_minibatches()},
             takes=("x", "y"),
+        ),
+        _images(
+            name="gan",
+            title="GAN, dense networks",
+            build=lambda dataset, **arguments: _dense(partial(GAN, **arguments), 16, dataset.features, 16),
+            methods={
+                "GAN": _adversarial(),
+                "R1": _adversarial(r1=1.0),
+                "WGAN-GP": _adversarial("wasserstein", penalty=1.0),
+            },
+            source="two-sample figures; ring and grid in the ledger",
+            fit=_adversarial(r1=1.0),
+        ),
+        _images(
+            name="conditional_gan",
+            title="GAN of images given their label",
+            build=_sizes(lambda *sizes, **own: _dense(partial(ConditionalGAN, **own), 20 + len(sizes[1]), *sizes, 20)),
+            also=("mnist", "fashion_mnist"),
+            methods={"R1": _adversarial(r1=1.0)},
+            takes=("x", "y"),
+            source="two-sample figures; digits as asked in the tests",
+            fit=_adversarial(r1=1.0),
         ),
     )
 }

@@ -26,5 +26,7 @@ def alone() -> Iterator[None]:
 
 WITHOUT = ("made", "markov_chain")
 """Rows of the zoo without latent sites: neither a posterior nor chains."""
+SAMPLERS = ("gan", "conditional_gan")
+"""Rows of the zoo without a likelihood: neither ELBO nor chains."""
 LABELS = ("helmholtz_machine",)
 """Rows whose latent sites are all finite: no potential."""

@@ -54,6 +54,15 @@ def test_fit_and_sample_write_what_arviz_reads(run, tmp_path) -> None:
     assert "posterior_predictive" in az.from_netcdf(str(folder / "svi.nc")).groups()
 
 
+def test_a_gan_is_fitted_by_its_own_schedule_and_draws(run, tmp_path) -> None:
+    answer = run("fit", "conditional_gan", "--steps", 30)
+    assert answer.exit_code == 0, answer.output
+    assert "Adversarial on ConditionalGAN: 30 steps" in answer.stdout
+    folder = tmp_path / "results" / "conditional_gan-digits"
+    assert {p.name for p in folder.iterdir()} == {"adversarial.csv", "samples.png"}
+    assert list(pd.read_csv(folder / "adversarial.csv")) == ["step", "guide", "model"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

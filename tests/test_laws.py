@@ -1,14 +1,16 @@
 """Laws that hold for every row of the zoo, and for plain Pyro functions beside them."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, WITHOUT
+from conftest import LABELS, SAMPLERS, WITHOUT
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -27,8 +29,9 @@ from inference.program import bind, enumerate_finite, isolated, sites_of
 from ppl_models.pair import Pair
 from ppl_models.zoo import ZOO, Row
 
-ROWS = pytest.mark.parametrize("row", ZOO.values(), ids=list(ZOO))
-LATENT = {name: row for name, row in ZOO.items() if name not in WITHOUT}
+LIKELY = {name: row for name, row in ZOO.items() if name not in SAMPLERS}
+ROWS = pytest.mark.parametrize("row", LIKELY.values(), ids=list(LIKELY))
+LATENT = {name: row for name, row in LIKELY.items() if name not in WITHOUT}
 SAMPLED = pytest.mark.parametrize("row", LATENT.values(), ids=list(LATENT))
 quick_fit = partial(fit, steps=5, draws=30, progress=False)
 quick_sample = partial(sample, draws=6, warmup=20, chains=2, progress=False)
@@ -110,10 +113,11 @@ def test_the_same_seed_gives_the_same_result(row: Row) -> None:
 
 
 def test_rows_without_latent_sites_are_known() -> None:
-    without = {name for name, row in ZOO.items() if not bind(fresh(row), small(row)).select("latent")}
+    without = {name for name, row in LIKELY.items() if not bind(fresh(row), small(row)).select("latent")}
     assert without == set(WITHOUT)
     finite = {n for n in LATENT if all(s.units for s in bind(fresh(ZOO[n]), small(ZOO[n])).select("latent").values())}
     assert finite == set(LABELS)
+    assert {name for name, row in ZOO.items() if not bind(fresh(row), small(row)).observes} == set(SAMPLERS)
     for name in without:
         with pytest.raises(ValueError, match="model: expected a latent site to sample, got none"):
             quick_sample(fresh(ZOO[name]), small(ZOO[name]))
@@ -342,3 +346,20 @@ def test_autoguides_of_plain_models_work_as_pairs() -> None:
     result = fit((model, AutoNormal(model)), {"x": x, "y": 0.7 * x}, steps=1500, progress=False)
     assert float(result.draws["slope"].mean()) == pytest.approx(0.7, abs=0.02)
     assert set(posterior_predictive(result, {"x": x[:5]})) == {"y"}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_is_fitted_and_compared_like_any_row(name: str, occupied_store) -> None:
+    row = ZOO[name]
+    few = replace(row.load(), train=small(row), test=small(row, 30))
+    methods = {n: partial(m, steps=5, batch=20, progress=False) for n, m in row.methods.items()}
+    one, two = (row.compare(few, methods) for _ in range(2))
+    assert list(one.table.index) == list(row.methods)
+    assert one.table[["energy", "energy_se", "precision", "recall"]].notna().all(axis=None)
+    pd.testing.assert_frame_equal(
+        one.table.drop(columns=["seconds", "seconds_total"]),
+        two.table[one.table.columns].drop(columns=["seconds", "seconds_total"]),
+    )
+    occupied_store()
+    with pytest.raises(ValueError, match="needs a likelihood"):
+        quick_fit(fresh(row), small(row))

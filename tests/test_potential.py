@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, WITHOUT
+from conftest import LABELS, SAMPLERS, WITHOUT
 from pyro.infer import NUTS
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
@@ -18,7 +18,7 @@ from inference.program import isolated
 from inference.tracing import Untraceable
 from ppl_models.zoo import ZOO, Row
 
-LATENT = {name: row for name, row in ZOO.items() if name not in (*WITHOUT, *LABELS)}
+LATENT = {name: row for name, row in ZOO.items() if name not in (*WITHOUT, *LABELS, *SAMPLERS)}
 ROWS = pytest.mark.parametrize("row", LATENT.values(), ids=list(LATENT))
 
 quiet = partial(sample, progress=False)
