@@ -16,7 +16,7 @@ and Dumoulin et al. 2017 (BiGAN, ALI); Lin et al. 2018 (https://arxiv.org/abs/17
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -184,6 +184,22 @@ class GAN(Judged):
         z = torch.randn(count, self.noise, generator=random).to(self.origin)
         with evaluation(self):
             return self.generator(z)
+
+    def noisy(self, scale: float) -> Callable[..., None]:
+        r"""The model :math:`x \sim \mathrm{N}(G(z), s^2 I)`, which has a likelihood where the generator has none.
+
+        ``log_likelihood(pair.noisy(0.1), x, "annealed")`` estimates it. The figure is that of this model, and as much
+        the scale's as the generator's (Wu et al. 2017, https://arxiv.org/abs/1611.04273).
+        """
+        if not scale > 0:
+            raise ValueError(f"scale: expected a positive number, got {scale}")
+
+        def model(x: Tensor, *, size: int | None = None, rows: Tensor | None = None) -> None:
+            with rows_plate(x, size, rows):
+                z = pyro.sample("z", self.prior())
+                pyro.sample("x", dist.Normal(self.generator(z), scale).to_event(1), obs=x)
+
+        return model
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D)."""

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from inference import fit, prior_predictive
+from inference import fit, log_likelihood, prior_predictive
 from inference.objectives import Adversarial
 from inference.program import isolated
 from inference.two_sample import energy_distance
@@ -197,6 +197,20 @@ def test_networks_of_images_and_labels() -> None:
     both = Beside(nn.Linear(3, 2), 3, nn.Linear(2 + 4, 1))
     x = torch.randn(5, 7)
     torch.testing.assert_close(both(x), both.outer(torch.cat([both.inner(x[:, :3]), x[:, 3:]], 1)))
+
+
+def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> None:
+    pair = GAN(3, 2, generator=nn.Linear(2, 3)).double()
+    x = pair.generate(5, seed=1) + 0.3 * torch.randn(5, 3).double()
+    found = log_likelihood(pair.noisy(0.3), x, "annealed", temperatures=300, progress=False)
+    weight = pair.generator.weight.detach()
+    covariance = weight @ weight.T + 0.09 * torch.eye(3).double()
+    exact = torch.distributions.MultivariateNormal(pair.generator.bias.detach(), covariance).log_prob(x)
+    assert bool(((found.values - exact).abs() < 4 * found.errors + 0.01).all())
+    with pytest.raises(ValueError, match="expected observed sites in a plate of rows, got nothing"):
+        log_likelihood(pair, x, "annealed", progress=False)
+    with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
+        pair.noisy(0.0)
 
 
 def test_labels_are_needed_and_held_against_the_classes() -> None:
