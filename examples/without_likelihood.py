@@ -19,9 +19,10 @@ from inference.objectives import Adversarial
 from inference.program import isolated
 from inference.two_sample import modes
 from ppl_models.data import simulate_modes
-from ppl_models.gan import GAN, VAEGAN
+from ppl_models.gan import GAN
 from ppl_models.recipes import adversaries
 from ppl_models.vae import VAE
+from ppl_models.vaegan import VAEGAN
 
 WIDE, ROWS = (128, 128, 128), 20_000
 SHARED = {"batch": 256, "draws": 1, "progress": False}

@@ -24,10 +24,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.linear_factors import Autoencoder
 from ppl_models.networks import check_network, evaluation, mlp
 from ppl_models.pair import Pair, check_labels, check_matrix, rows_plate
-from ppl_models.vae import VAE, beside, normal
+from ppl_models.vae import beside, normal
 
 
 class Leaky(nn.LeakyReLU):
@@ -77,14 +76,42 @@ class Judged(Pair):
         several = pyro.plate("packs", whole // self.pack, subsample=packs, dim=-1)
         return several, pyro.plate("rows", whole, subsample=None if rows is None else rows[:count].long(), dim=-1)
 
-    def _source(self, x: Tensor | None) -> Tensor:
-        """Where rows come from."""
-        like = next(self.discriminator.parameters()) if x is None else x
-        return pyro.sample("real", dist.Bernoulli(torch.full((), 0.5, dtype=like.dtype, device=like.device)))
+    def _rows(
+        self,
+        x: Tensor | None,
+        size: int | None,
+        rows: Tensor | None,
+        real: bool | None,
+        draw: Callable[[int], Tensor],
+        *,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """Where rows come from, and the rows: of the data, or drawn within their plate; without data all are drawn."""
+        given = x if like is None else like
+        packs, each = self._plates(given, size, rows)
+        count = self._count(given, size)
+        with packs:
+            half = torch.full((), 0.5).to(torch.zeros(()) if x is None else x)
+            y = None if x is None else pyro.sample("real", dist.Bernoulli(half))
+        with each:
+            made = draw(count) if x is None or not real else x[:count]
+            if x is not None and y is not None and real is None:
+                made = torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x[:count], made)
+            return pyro.deterministic("x", made, event_dim=1)
 
-    def _choose(self, y: Tensor, x: Tensor, made: Tensor) -> Tensor:
-        """Rows of the data where they are real."""
-        return torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x, made)
+    def _verdict(
+        self,
+        x: Tensor,
+        size: int | None,
+        rows: Tensor | None,
+        read: Callable[[Tensor], Sequence[Tensor]] = lambda x: (x,),
+    ) -> None:
+        """Whether each row, or pack of rows, is real, by what is read of it within the plate of rows."""
+        packs, each = self._plates(x, size, rows)
+        with each:
+            seen = read(x[: self._count(x, size)])
+        with packs:
+            pyro.sample("real", self.judge(*seen))
 
     def judge(self, *read: Tensor) -> dist.TorchDistribution:
         """q(real) of what is read of rows, each (N, width)."""
@@ -145,32 +172,14 @@ class GAN(Judged):
         **_: Any,
     ) -> Tensor:
         """Draw where rows come from, and those that do not come from the data, which are all without them; return x."""
-        packs, each = self._plates(x, size, rows)
-        data = None if x is None else x[: self._count(x, size)]
-        with packs:
-            y = None if data is None else self._source(data)
-        with each:
-            if real and data is not None:
-                return pyro.deterministic("x", data, event_dim=1)
-            made = self.draw()
-            mixed = made if y is None or data is None or real is not None else self._choose(y, data, made)
-            return pyro.deterministic("x", mixed, event_dim=1)
+        return self._rows(x, size, rows, real, self.draw)
 
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
-    ) -> None:
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
         """Whether each row, or pack of rows, is real."""
-        packs, _each = self._plates(x, size, rows)
-        with packs:
-            pyro.sample("real", self.judge(x[: self._count(x, size)]))
+        self._verdict(x, size, rows)
 
-    def draw(self) -> Tensor:
-        """Draw noise and generate rows (N, D) of it, within the plate of rows."""
+    def draw(self, count: int) -> Tensor:
+        """Draw noise and generate rows (count, D) of it, within the plate of rows."""
         return self.generator(pyro.sample("z", self.prior()))
 
     def prior(self) -> dist.TorchDistribution:
@@ -180,10 +189,8 @@ class GAN(Judged):
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0) -> Tensor:
         """Rows (count, D) of the generator as it stands, in evaluation mode."""
-        random = torch.Generator().manual_seed(seed)
-        z = torch.randn(count, self.noise, generator=random).to(self.origin)
         with evaluation(self):
-            return self.generator(z)
+            return self.generator(normal_noise(count, self.origin, seed))
 
     def noisy(self, scale: float) -> Callable[..., None]:
         r"""The model :math:`x \sim \mathrm{N}(G(z), s^2 I)`, which has a likelihood where the generator has none.
@@ -239,16 +246,11 @@ class ConditionalGAN(GAN):
         """Draw where rows come from, and those that do not come from the data, each of its label; return x."""
         if y is None:
             raise ValueError("y: expected the label of every row, got none")
-        packs, each = self._plates(y if x is None else x, size, rows)
-        count = self._count(y if x is None else x, size)
-        with packs:
-            source = None if x is None else self._source(x)
-        with each:
-            if real and x is not None:
-                return pyro.deterministic("x", x[:count], event_dim=1)
-            made = self.generator(beside(pyro.sample("z", self.prior()), y[:count], self.classes))
-            mixed = made if source is None or x is None or real is not None else self._choose(source, x[:count], made)
-            return pyro.deterministic("x", mixed, event_dim=1)
+
+        def draw(count: int) -> Tensor:
+            return self.generator(beside(pyro.sample("z", self.prior()), y[:count], self.classes))
+
+        return self._rows(x, size, rows, real, draw, like=y)
 
     def guide(
         self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
@@ -256,19 +258,14 @@ class ConditionalGAN(GAN):
         """Whether each row, or pack of rows, is a real one of its label."""
         if y is None:
             raise ValueError("y: expected the label of every row, got none")
-        packs, _each = self._plates(x, size, rows)
-        count = self._count(x, size)
-        with packs:
-            pyro.sample("real", self.judge(beside(x[:count], y[:count], self.classes)))
+        self._verdict(x, size, rows, lambda x: (beside(x, y[: len(x)], self.classes),))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, y: Tensor | None = None) -> Tensor:
         """Rows (count, D) of the labels y (count,); None: of all labels in turn."""
-        random = torch.Generator().manual_seed(seed)
-        z = torch.randn(count, self.noise, generator=random).to(self.origin)
-        labels = torch.arange(count, device=z.device) % self.classes if y is None else y
+        labels = torch.arange(count, device=self.origin.device) % self.classes if y is None else y
         with evaluation(self):
-            return self.generator(beside(z, labels, self.classes))
+            return self.generator(beside(normal_noise(count, self.origin, seed), labels, self.classes))
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D) and y has a class for every row."""
@@ -315,29 +312,27 @@ class InfoGAN(GAN):
         self.reader = nn.Linear(width, codes)
         check_network("trunk", self.trunk, wide, width)
 
-    def draw(self) -> Tensor:
-        """Draw noise and codes, and generate rows (N, D) of them, within the plate of rows."""
+    def draw(self, count: int) -> Tensor:
+        """Draw noise and codes, and generate rows (count, D) of them, within the plate of rows."""
         c = pyro.sample("c", dist.Categorical(logits=torch.zeros(self.codes).to(self.origin)))
         return self.generator(beside(pyro.sample("z", self.prior()), c, self.codes))
 
     def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
         """The code of each row, and whether it, or its pack, is real."""
-        packs, each = self._plates(x, size, rows)
-        x = x[: self._count(x, size)]
-        read = self.trunk(x)
-        with each:
-            pyro.sample("c", dist.Categorical(logits=self.reader(read)), infer={"is_auxiliary": True})
-        with packs:
-            pyro.sample("real", self.judge(read))
+
+        def read(x: Tensor) -> Sequence[Tensor]:
+            seen = self.trunk(x)
+            pyro.sample("c", dist.Categorical(logits=self.reader(seen)), infer={"is_auxiliary": True})
+            return (seen,)
+
+        self._verdict(x, size, rows, read)
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, c: Tensor | None = None) -> Tensor:
         """Rows (count, D) of the codes c (count,); None: of all codes in turn."""
-        random = torch.Generator().manual_seed(seed)
-        z = torch.randn(count, self.noise, generator=random).to(self.origin)
-        codes = torch.arange(count, device=z.device) % self.codes if c is None else c
+        codes = torch.arange(count, device=self.origin.device) % self.codes if c is None else c
         with evaluation(self):
-            return self.generator(beside(z, codes, self.codes))
+            return self.generator(beside(normal_noise(count, self.origin, seed), codes, self.codes))
 
 
 class BiGAN(GAN):
@@ -372,164 +367,13 @@ class BiGAN(GAN):
 
     def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
         """The noise of each row, and whether row and noise, or a pack of them, are real."""
-        packs, each = self._plates(x, size, rows)
-        x = x[: self._count(x, size)]
-        with each:
-            z = pyro.sample("z", normal(self.encoder(x)))
-        with packs:
-            pyro.sample("real", self.judge(x, z))
+        self._verdict(x, size, rows, lambda x: (x, pyro.sample("z", normal(self.encoder(x)))))
 
     def encode(self, x: Tensor) -> Tensor:
         """Means of the noise (..., L) of rows (..., D)."""
         return self.encoder(x).chunk(2, -1)[0]
 
 
-class VAEGAN(Judged, VAE):
-    r"""A VAE whose decoder also has to pass for the data.
-
-    Run without ``real`` the pair is the VAE; in either half its guide is a discriminator, and what the model generates
-    are the decoder's means. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
-
-    Args:
-        discriminator: As of :class:`GAN`.
-        pack: As of :class:`GAN`.
-
-    The rest are those of :class:`VAE`.
-
-    Reference: Larsen et al. 2016 (https://arxiv.org/abs/1512.09300), here with the likelihood of the pixels.
-    """
-
-    def __init__(
-        self,
-        features: int | Sequence[str],
-        factors: int | Sequence[str],
-        *,
-        hidden: Sequence[int] = (200, 200),
-        discriminator: nn.Module | None = None,
-        pack: int = 1,
-        **shared: Any,
-    ) -> None:
-        VAE.__init__(self, features, factors, hidden=hidden, **shared)
-        self._add_discriminator(discriminator, self.features, hidden, pack)
-
-    def model(
-        self,
-        x: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Draw or score rows; in a half, rows of the data or means of the decoder. Return x."""
-        if real is None or x is None:
-            return VAE.model(self, x, size=size, rows=rows)
-        packs, each = self._plates(x, size, rows)
-        x = x[: self._count(x, size)]
-        with packs:
-            self._source(x)
-        with each:
-            made = x if real else self.decode(pyro.sample("z", self.prior()))
-            return pyro.deterministic("x", made, event_dim=1)
-
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> None:
-        """The factors of each row; in a half, whether it is real."""
-        if real is None:
-            VAE.guide(self, x, size=size, rows=rows)
-            return
-        packs, _each = self._plates(x, size, rows)
-        with packs:
-            pyro.sample("real", self.judge(x[: self._count(x, size)]))
-
-    @torch.no_grad()
-    def generate(self, count: int, *, seed: int = 0) -> Tensor:
-        """Means (count, D) of the decoder as it stands, in evaluation mode."""
-        random = torch.Generator().manual_seed(seed)
-        z = torch.randn(count, self.factors, generator=random).to(self.origin)
-        with evaluation(self):
-            return self.decode(z)
-
-
-class AdversarialAutoencoder(Judged, Autoencoder):
-    r"""An autoencoder whose codes have to pass for draws of N(0, I).
-
-    Run without ``real`` the pair is the autoencoder. In either half the guide judges codes: those of the data where
-    ``real`` is one, draws of the prior where it is zero. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
-
-    Args:
-        discriminator: From codes (N, L), or packs of them, to log odds (N, 1). Default: leaky ReLU layers.
-        hidden: Widths of its hidden layers, and of those of encoder and decoder where these are not given.
-
-    The rest are those of :class:`Autoencoder`.
-
-    Reference: Makhzani et al. 2016 (https://arxiv.org/abs/1511.05644).
-    """
-
-    def __init__(
-        self,
-        features: int | Sequence[str],
-        factors: int | Sequence[str],
-        *,
-        hidden: Sequence[int] = (128, 128),
-        encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
-        discriminator: nn.Module | None = None,
-        pack: int = 1,
-    ) -> None:
-        wide, narrow = (n if isinstance(n, int) else len(n) for n in (features, factors))
-        Autoencoder.__init__(
-            self,
-            features,
-            factors,
-            encoder=mlp(wide, *hidden, narrow, activation=nn.ReLU) if encoder is None else encoder,
-            decoder=mlp(narrow, *hidden, wide, activation=nn.ReLU) if decoder is None else decoder,
-        )
-        self._add_discriminator(discriminator, self.factors, hidden, pack)
-
-    def model(
-        self,
-        x: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Draw or score rows; in a half, rows of the data or codes of the prior. Return x, or codes."""
-        if real is None or x is None:
-            return Autoencoder.model(self, x, size=size, rows=rows)
-        packs, each = self._plates(x, size, rows)
-        x = x[: self._count(x, size)]
-        with packs:
-            self._source(x)
-        with each:
-            if not real:
-                pyro.sample("z", dist.Normal(self.origin, 1.0).to_event(1))
-            return pyro.deterministic("x", x, event_dim=1)
-
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> None:
-        """The code of each row; in a half, whether it is one of the data."""
-        if real is None:
-            Autoencoder.guide(self, x, size=size, rows=rows)
-            return
-        packs, each = self._plates(x, size, rows)
-        with each:
-            z = pyro.sample("z", self.posterior(x[: self._count(x, size)]))
-        with packs:
-            pyro.sample("real", self.judge(z))
+def normal_noise(count: int, like: Tensor, seed: int) -> Tensor:
+    """Draws (count, L) of N(0, I), of the type and device of a vector (L,); one seed gives the same on every device."""
+    return torch.randn(count, len(like), generator=torch.Generator().manual_seed(seed)).to(like)

@@ -20,8 +20,9 @@ from inference.objectives import Adversarial
 from inference.objectives.adversarial import KINDS
 from inference.program import isolated
 from ppl_models.cyclegan import CycleGAN
-from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN, InfoGAN
+from ppl_models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.pair import Pair
+from ppl_models.vaegan import VAEGAN, AdversarialAutoencoder
 
 pytestmark = pytest.mark.usefixtures("alone")
 ROWS, WIDTH = 12, 3

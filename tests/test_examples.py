@@ -184,3 +184,11 @@ def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
     assert (table["log p(x)"] >= table["ELBO"]).all()
     first, last = (table[table.steps == n].set_index("method")["log p(x)"] for n in (60, 120))
     assert (last > first).all()
+
+
+def test_without_likelihood_makes_a_row_a_method_and_set(tmp_path):
+    table = load("without_likelihood").main(steps=30, seeds=2, out=tmp_path)
+    assert len(table) == 10 and list(table.columns[:3]) == ["modes", "quality, %", "reverse KL"]
+    assert np.isfinite(table.to_numpy(dtype=float)).all()
+    assert table["modes"].between(0, 25).all() and table["quality, %"].between(0, 100).all()
+    check_image(tmp_path / "samples.png")

@@ -19,9 +19,10 @@ from inference.program import isolated
 from inference.two_sample import energy_distance
 from ppl_models import data
 from ppl_models.cyclegan import CycleGAN
-from ppl_models.gan import GAN, VAEGAN, AdversarialAutoencoder, BiGAN, ConditionalGAN, InfoGAN
+from ppl_models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
 from ppl_models.recipes import adversaries, dcgan
+from ppl_models.vaegan import VAEGAN, AdversarialAutoencoder
 
 pytestmark = pytest.mark.usefixtures("alone")
 train = partial(adversaries, progress=False)
