@@ -35,10 +35,10 @@ def digits() -> data.Dataset:
 
 @pytest.mark.parametrize("pack", [1, 3])
 def test_the_model_draws_rows_from_where_it_says(pack: int) -> None:
-    pair, x = GAN(2, 2, hidden=(8,), pack=pack), 100 + torch.randn(12, 2)
+    pair, x = GAN(2, 2, hidden=(8,), pack=pack), 100 + torch.randn(30, 2)
     trace = poutine.trace(pair.model).get_trace(x)
     real = trace.nodes["real"]["value"].repeat_interleave(pack)
-    assert trace.nodes["real"]["value"].shape == (12 // pack,)
+    assert trace.nodes["real"]["value"].shape == (30 // pack,)
     assert torch.equal(trace.nodes["x"]["value"][real == 1], x[real == 1])
     made = pair.generator(trace.nodes["z"]["value"])
     assert torch.equal(trace.nodes["x"]["value"][real == 0], made[real == 0])
