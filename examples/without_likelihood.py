@@ -45,7 +45,7 @@ METHODS = {
     "VAE": vae,
     "GAN": gan,
     "GAN, R1": lambda *given: gan(*given, r1=0.1),
-    "WGAN-GP": lambda *given: gan(*given, kind="wasserstein", penalty=1.0),
+    "WGAN-GP": lambda *given: gan(*given, kind="wasserstein", penalty=0.1, turns=(5, 1)),
     "VAE-GAN": lambda *given: gan(*given, r1=0.1, bound=Trace_ELBO),
 }
 
