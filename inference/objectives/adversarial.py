@@ -70,8 +70,6 @@ KINDS: dict[str, Kind] = {
     "wasserstein": Kind(lambda a: -a, lambda a: a, lambda a: -a),
 }
 """Least squares have the labels -1, 1 and 0 of Mao et al. 2017, which descend Pearson's chi squared."""
-
-
 EVEN = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_squares": 2.0, "hinge": 2.0}
 """The guide's loss a row where nothing tells real from generated rows; none is known where the odds have no scale."""
 
@@ -181,16 +179,11 @@ class Adversarial(Game):
             )
 
     def _judge_modes(self, program: Program) -> Iterator[str]:
-        named = program.arguments()
-        try:
-            halves = [
-                self._half(program.model, program.guide, named, real, still=True).handed for real in (True, False)
-            ]
-        except (ValueError, RuntimeError):
-            return
-        real, made = halves
+        few = torch.randperm(program.rows)[:JUDGED] if program.takes_rows else None
+        named = program.arguments(few)
+        real, made = (self._half(program.model, program.guide, named, r, still=True).handed for r in (True, False))
         name = next(iter(real))
-        rows, others = (v[torch.randperm(len(v))[:JUDGED]].flatten(1) for v in (real[name], made[name]))
+        rows, others = (v[:JUDGED].flatten(1) for v in (real[name], made[name]))
         if len(rows) < 10 or not others.isfinite().all():
             return
         # Balls of a hundredth of the rows: a mode that holds more is seen, and not how it looks from within.
