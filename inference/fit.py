@@ -261,6 +261,9 @@ def _check(
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
+    if not program.observes and SITE not in program.sites:
+        given = ", ".join(program.data) or "no data"
+        raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
     if batch is None:
         return
     if not program.takes_rows:
@@ -272,13 +275,10 @@ def _check(
 def _check_likelihood(program: Program, objective: ELBO) -> None:
     if program.observes or getattr(objective, "likelihood_free", False):
         return
-    given, kind = ", ".join(program.data) or "no data", type(objective).__name__
-    if program.guided & {SITE}:
-        raise ValueError(
-            f"objective: {kind} needs a likelihood, and the model observes nothing: its number would mean nothing; use "
-            "Adversarial()"
-        )
-    raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
+    raise ValueError(
+        f"objective: {type(objective).__name__} needs a likelihood, and the model observes nothing: its number would "
+        "mean nothing; use Adversarial()"
+    )
 
 
 def _conclude(
