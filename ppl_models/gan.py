@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks import check_network, evaluation, mlp
-from ppl_models.pair import Pair, check_labels, check_matrix, rows_plate
+from ppl_models.pair import Pair, check_known_labels, check_matrix, count_of, known_labels, rows_plate
 from ppl_models.vae import beside, normal
 
 
@@ -91,12 +91,14 @@ class Judged(Pair):
         packs, each = self._plates(given, size, rows)
         count = self._count(given, size)
         with packs:
-            half = torch.full((), 0.5).to(torch.zeros(()) if x is None else x)
-            y = None if x is None else pyro.sample("real", dist.Bernoulli(half))
+            y = None if x is None else pyro.sample("real", dist.Bernoulli(torch.full((), 0.5).to(x)))
         with each:
-            made = draw(count) if x is None or not real else x[:count]
-            if x is not None and y is not None and real is None:
-                made = torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x[:count], made)
+            if x is None or y is None or real is False:
+                made = draw(count)
+            elif real:
+                made = x[:count]
+            else:
+                made = torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x[:count], draw(count))
             return pyro.deterministic("x", made, event_dim=1)
 
     def _verdict(
@@ -132,6 +134,7 @@ class GAN(Judged):
         discriminator: D, from ``pack`` rows side by side (N, pack D) to log odds (N, 1). Default: leaky ReLU layers.
         pack: Rows that the discriminator sees together and judges as one (PacGAN): all real or all generated. What it
             then sees too is whether they differ as the data do. A batch is cut down to a multiple of it.
+        reads: Widths of what generator and discriminator read of a row, where a subclass adds to it. None: L and D.
 
     Data: x (N, D). Sites: real, z (L,), and x (D,), deterministic, of every row.
 
@@ -150,12 +153,12 @@ class GAN(Judged):
         generator: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         pack: int = 1,
-        extra: tuple[int, int] = (0, 0),
+        reads: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
         self.noise = self.name_dimension("noise", noise)
-        drawn, read = self.noise + extra[0], self.features + extra[1]
+        drawn, read = (self.noise, self.features) if reads is None else reads
         self.generator = mlp(drawn, *hidden, self.features, activation=nn.ReLU) if generator is None else generator
         check_network("generator", self.generator, drawn, self.features)
         self._add_discriminator(discriminator, read, hidden, pack)
@@ -229,8 +232,8 @@ class ConditionalGAN(GAN):
     def __init__(
         self, features: int | Sequence[str], classes: int | Sequence[str], noise: int = 20, **shared: Any
     ) -> None:
-        count = classes if isinstance(classes, int) else len(classes)
-        super().__init__(features, noise, extra=(count, count), **shared)
+        count = count_of(classes)
+        super().__init__(features, noise, reads=(noise + count, count_of(features) + count), **shared)
         self.classes = self.name_dimension("classes", classes)
 
     def model(
@@ -244,21 +247,19 @@ class ConditionalGAN(GAN):
         **_: Any,
     ) -> Tensor:
         """Draw where rows come from, and those that do not come from the data, each of its label; return x."""
-        if y is None:
-            raise ValueError("y: expected the label of every row, got none")
+        labels = known_labels(y)
 
         def draw(count: int) -> Tensor:
-            return self.generator(beside(pyro.sample("z", self.prior()), y[:count], self.classes))
+            return self.generator(beside(pyro.sample("z", self.prior()), labels[:count], self.classes))
 
-        return self._rows(x, size, rows, real, draw, like=y)
+        return self._rows(x, size, rows, real, draw, like=labels)
 
     def guide(
         self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
     ) -> None:
         """Whether each row, or pack of rows, is a real one of its label."""
-        if y is None:
-            raise ValueError("y: expected the label of every row, got none")
-        self._verdict(x, size, rows, lambda x: (beside(x, y[: len(x)], self.classes),))
+        labels = known_labels(y)
+        self._verdict(x, size, rows, lambda x: (beside(x, labels[: len(x)], self.classes),))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, y: Tensor | None = None) -> Tensor:
@@ -270,10 +271,7 @@ class ConditionalGAN(GAN):
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D) and y has a class for every row."""
         super().check(x)
-        if y is None and x is not None:
-            raise ValueError("y: expected the label of every row, got none")
-        if y is not None:
-            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=False)
+        check_known_labels(x, y, self.classes)
 
 
 class InfoGAN(GAN):
@@ -302,15 +300,14 @@ class InfoGAN(GAN):
     ) -> None:
         if codes < 2:
             raise ValueError(f"codes: expected at least 2, got {codes}")
-        wide, width = features if isinstance(features, int) else len(features), hidden[-1]
-        judge = nn.Linear(width, 1)
-        super().__init__(
-            features, noise, hidden=hidden, generator=generator, discriminator=judge, extra=(codes, width - wide)
-        )
+        width = hidden[-1]
+        reads, judge = (noise + codes, width), nn.Linear(width, 1)
+        super().__init__(features, noise, hidden=hidden, generator=generator, discriminator=judge, reads=reads)
         self.codes = codes
-        self.trunk = nn.Sequential(mlp(wide, *hidden, activation=Leaky), Leaky()) if trunk is None else trunk
+        own = nn.Sequential(mlp(self.features, *hidden, activation=Leaky), Leaky())
+        self.trunk = own if trunk is None else trunk
         self.reader = nn.Linear(width, codes)
-        check_network("trunk", self.trunk, wide, width)
+        check_network("trunk", self.trunk, self.features, width)
 
     def draw(self, count: int) -> Tensor:
         """Draw noise and codes, and generate rows (count, D) of them, within the plate of rows."""
@@ -361,7 +358,7 @@ class BiGAN(GAN):
         encoder: nn.Module | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(features, noise, hidden=hidden, extra=(0, noise), **shared)
+        super().__init__(features, noise, hidden=hidden, reads=(noise, count_of(features) + noise), **shared)
         self.encoder = mlp(self.features, *hidden, 2 * noise, activation=Leaky) if encoder is None else encoder
         check_network("encoder", self.encoder, self.features, 2 * noise)
 

@@ -68,7 +68,8 @@ class Beside(nn.Module):
 class Averaged(nn.Module):
     r"""A network that is evaluated with the moving average of its parameters, :math:`m \leftarrow d m + (1 - d) p`.
 
-    Each call in training mode takes the parameters into the average; it does not change what the call gives.
+    Each call in training mode takes the parameters into the average; it does not change what the call gives. The
+    average is held in buffers: torch's ``AveragedModel`` copies parameters, which Pyro would take for the pair's own.
 
     Args:
         network: Any network.

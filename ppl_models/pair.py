@@ -49,12 +49,17 @@ class Pair(PyroModule):
 
     def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
         """Size of a dimension that is given as a number or as names; names become coordinates."""
-        size = given if isinstance(given, int) else len(given)
+        size = count_of(given)
         if size < 1:
             raise ValueError(f"{dimension}: expected at least one, got {given!r}")
         if not isinstance(given, int):
             self.coords[dimension] = [str(name) for name in given]
         return size
+
+
+def count_of(given: int | Sequence[str]) -> int:
+    """Size of a dimension that is given as a number or as names."""
+    return given if isinstance(given, int) else len(given)
 
 
 def rows_plate(x: Tensor | None, size: int | None, rows: Tensor | None) -> Any:
@@ -119,6 +124,19 @@ def check_binary(name: str, value: Tensor | None) -> None:
     if value is not None and bool(((value != 0) & (value != 1)).any()):
         wrong = value[(value != 0) & (value != 1)][0].item()
         raise ValueError(f"{name}: expected zeros and ones, got {wrong}")
+
+
+def known_labels(y: Tensor | None) -> Tensor:
+    """The labels, of a pair that needs that of every row."""
+    if y is None:
+        raise ValueError("y: expected the label of every row, got none")
+    return y
+
+
+def check_known_labels(x: Any, y: Any, classes: int) -> None:
+    """Raise unless y has a class for every row of x, or x is to be drawn of the labels y."""
+    if x is not None or y is not None:
+        check_labels("y", known_labels(y), len(y) if x is None else len(x), classes, missing=False)
 
 
 def check_labels(name: str, value: Any, length: int, classes: int, *, missing: bool) -> None:

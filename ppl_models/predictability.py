@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ppl_models.linear_factors import Autoencoder
 from ppl_models.networks import mlp
-from ppl_models.pair import rows_plate
+from ppl_models.pair import count_of, rows_plate
 
 
 class Predictors(nn.Module):
@@ -73,7 +73,7 @@ class FactorialCode(Autoencoder):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
-        wide, narrow = (n if isinstance(n, int) else len(n) for n in (features, units))
+        wide, narrow = count_of(features), count_of(units)
         if narrow < 2:
             raise ValueError(f"units: expected at least 2, which predict each other, got {narrow}")
         inward = mlp(wide, *hidden, narrow) if encoder is None else encoder

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ppl_models.linear_factors import FactorModel
 from ppl_models.networks import check_network, mlp
-from ppl_models.pair import check_labels, members, rows_plate
+from ppl_models.pair import check_known_labels, check_labels, count_of, known_labels, members, rows_plate
 
 LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "gaussian")
 
@@ -142,7 +142,7 @@ class SemiSupervisedVAE(VAE):
         classifier: nn.Module | None = None,
         **shared: Any,
     ) -> None:
-        count = classes if isinstance(classes, int) else len(classes)
+        count = count_of(classes)
         if count < 2:
             raise ValueError(f"classes: expected at least two, got {count}")
         if not auxiliary >= 0:
@@ -231,7 +231,7 @@ class ConditionalVAE(VAE):
         classes: int | Sequence[str],
         **shared: Any,
     ) -> None:
-        count = classes if isinstance(classes, int) else len(classes)
+        count = count_of(classes)
         super().__init__(features, factors, extra=count, **shared)
         self.classes = self.name_dimension("classes", classes)
 
@@ -245,8 +245,7 @@ class ConditionalVAE(VAE):
         **_: Any,
     ) -> Tensor:
         """Draw or score factors and rows of the labels; return x."""
-        if y is None:
-            raise ValueError("y: expected the label of every row, got none")
+        y = known_labels(y)
         with rows_plate(y, size, rows):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(beside(z, y, self.classes)), obs=x)
@@ -255,18 +254,13 @@ class ConditionalVAE(VAE):
         self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
     ) -> None:
         """The factors of each row, given its label."""
-        if y is None:
-            raise ValueError("y: expected the label of every row, got none")
         with rows_plate(x, size, rows):
-            pyro.sample("z", self.posterior(beside(x, y, self.classes)))
+            pyro.sample("z", self.posterior(beside(x, known_labels(y), self.classes)))
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x fits the likelihood and y has a class for every row."""
         super().check(x)
-        if y is None and x is not None:
-            raise ValueError("y: expected the label of every row, got none")
-        if y is not None:
-            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=False)
+        check_known_labels(x, y, self.classes)
 
 
 class HierarchicalVAE(VAE):

@@ -6,7 +6,7 @@ codes. ``inference.objectives.Adversarial(bound=..., weight=...)`` trains both a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -17,10 +17,52 @@ from torch import Tensor, nn
 from ppl_models.gan import Judged, normal_noise
 from ppl_models.linear_factors import Autoencoder
 from ppl_models.networks import evaluation, mlp
+from ppl_models.pair import count_of
 from ppl_models.vae import VAE
 
 
-class VAEGAN(Judged, VAE):
+class WithLikelihood(Judged):
+    """What both share: run without ``real`` the pair is that of the class after this one; in a half it is judged.
+
+    A subclass says what the model makes in the generated half, ``forge``, and what the guide reads of a row, ``read``.
+    """
+
+    forge: Callable[[Tensor], Tensor]
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score rows; in a half, hand over rows of the data, or what passes for them. Return x."""
+        if real is None or x is None:
+            return super().model(x, size=size, rows=rows)
+        return self._rows(x, size, rows, real, lambda count: self.forge(x[:count]))
+
+    def guide(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        real: bool | None = None,
+        **_: Any,
+    ) -> None:
+        """The latent sites of each row; in a half, whether it is real."""
+        if real is None:
+            return super().guide(x, size=size, rows=rows)
+        return self._verdict(x, size, rows, self.read)
+
+    def read(self, x: Tensor) -> Sequence[Tensor]:
+        """What the discriminator sees of rows (N, D)."""
+        return (x,)
+
+
+class VAEGAN(WithLikelihood, VAE):
     r"""A VAE whose decoder also has to pass for the data.
 
     Run without ``real`` the pair is the VAE; in either half its guide is a discriminator, and what the model generates
@@ -48,33 +90,9 @@ class VAEGAN(Judged, VAE):
         VAE.__init__(self, features, factors, hidden=hidden, **shared)
         self._add_discriminator(discriminator, self.features, hidden, pack)
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Draw or score rows; in a half, rows of the data or means of the decoder. Return x."""
-        if real is None or x is None:
-            return VAE.model(self, x, size=size, rows=rows)
-        return self._rows(x, size, rows, real, lambda _: self.decode(pyro.sample("z", self.prior())))
-
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> None:
-        """The factors of each row; in a half, whether it is real."""
-        if real is None:
-            return VAE.guide(self, x, size=size, rows=rows)
-        return self._verdict(x, size, rows)
+    def forge(self, x: Tensor) -> Tensor:
+        """Means of the decoder at factors of the prior, as many as rows."""
+        return self.decode(pyro.sample("z", self.prior()))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0) -> Tensor:
@@ -83,7 +101,7 @@ class VAEGAN(Judged, VAE):
             return self.decode(normal_noise(count, self.origin, seed))
 
 
-class AdversarialAutoencoder(Judged, Autoencoder):
+class AdversarialAutoencoder(WithLikelihood, Autoencoder):
     r"""An autoencoder whose codes have to pass for draws of N(0, I).
 
     Run without ``real`` the pair is the autoencoder. In either half the guide judges codes: those of the data where
@@ -109,7 +127,7 @@ class AdversarialAutoencoder(Judged, Autoencoder):
         discriminator: nn.Module | None = None,
         pack: int = 1,
     ) -> None:
-        wide, narrow = (n if isinstance(n, int) else len(n) for n in (features, factors))
+        wide, narrow = count_of(features), count_of(factors)
         Autoencoder.__init__(
             self,
             features,
@@ -119,35 +137,11 @@ class AdversarialAutoencoder(Judged, Autoencoder):
         )
         self._add_discriminator(discriminator, self.factors, hidden, pack)
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Draw or score rows; in a half, rows of the data or codes of the prior. Return x, or codes."""
-        if real is None or x is None:
-            return Autoencoder.model(self, x, size=size, rows=rows)
+    def forge(self, x: Tensor) -> Tensor:
+        """Codes of N(0, I), as many as rows; the rows themselves nobody looks at."""
+        pyro.sample("z", dist.Normal(self.origin, 1.0).to_event(1))
+        return x
 
-        def draw(count: int) -> Tensor:
-            pyro.sample("z", dist.Normal(self.origin, 1.0).to_event(1))
-            return x[:count]
-
-        return self._rows(x, size, rows, real, draw)
-
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        real: bool | None = None,
-        **_: Any,
-    ) -> None:
-        """The code of each row; in a half, whether it is one of the data."""
-        if real is None:
-            return Autoencoder.guide(self, x, size=size, rows=rows)
-        return self._verdict(x, size, rows, lambda x: (pyro.sample("z", self.posterior(x)),))
+    def read(self, x: Tensor) -> Sequence[Tensor]:
+        """Codes of rows (N, D)."""
+        return (pyro.sample("z", self.posterior(x)),)
