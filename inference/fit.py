@@ -284,18 +284,28 @@ def _check_likelihood(program: Program, objective: ELBO) -> None:
 def _conclude(
     program: Program, objective: ELBO, how: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
-    started = perf_counter()
-    method = f"SVI ({type(objective).__name__})"
-    state = State(program.modules)
-    if getattr(objective, "likelihood_free", False):
-        return _conclude_free(program, objective, how, losses, seconds, state)
+    started, state = perf_counter(), State(program.modules)
+    kind, free = type(objective).__name__, getattr(objective, "likelihood_free", False)
+    method = kind if free else f"SVI ({kind})"
+    attrs = {"method": method, "program": how}
     with state():
-        posterior, density = predict.sample_guide(program, _affordable(program, draws))
-        k = _pareto_k(program, posterior, density)
-        found = local_latents(program)
-        idata = to_idata(program, posterior, attrs={"method": method, "program": how})
+        if free:
+            # What was learnt is a sampler, and a judge of it: there is no posterior.
+            posterior: dict[str, Tensor] = {}
+            idata = az.InferenceData(attrs=attrs)
+            diagnosis = Diagnosis(pd.DataFrame(), None, None, objective.advise(program, losses))  # type: ignore[attr-defined]
+        else:
+            posterior, density = predict.sample_guide(program, _affordable(program, draws))
+            k = _pareto_k(program, posterior, density)
+            found = local_latents(program)
+            idata = to_idata(program, posterior, attrs=attrs)
+            diagnosis = diagnose(idata, k, found)
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
+        if free:
+            raise ValueError(
+                f"draw: {kind} learns a sampler and no posterior; use prior_predictive, or the pair itself"
+            )
         return predict.sample_guide(program, size)[0]
 
     return Result(
@@ -304,34 +314,8 @@ def _conclude(
         losses=losses,
         seconds={**seconds, "draws": perf_counter() - started},
         method=method,
-        diagnosis=diagnose(idata, k, found),
+        diagnosis=diagnosis,
         draws=posterior,
-        program=program,
-        state=state,
-        more=more,
-    )
-
-
-def _conclude_free(
-    program: Program, objective: Any, how: str, losses: np.ndarray, seconds: dict[str, float], state: State
-) -> Result:
-    """A Result without a posterior: what was learnt is a sampler, and a judge of it."""
-    started, method = perf_counter(), type(objective).__name__
-    with state():
-        advice = objective.advise(program, losses)
-    idata = az.InferenceData(attrs={"method": method, "program": how})
-
-    def more(size: int, seed: int) -> dict[str, Tensor]:
-        raise ValueError(f"draw: {method} learns a sampler and no posterior; use prior_predictive, or the pair itself")
-
-    return Result(
-        idata=idata,
-        params=state.values(),
-        losses=losses,
-        seconds={**seconds, "draws": perf_counter() - started},
-        method=method,
-        diagnosis=Diagnosis(pd.DataFrame(), None, None, advice),
-        draws={},
         program=program,
         state=state,
         more=more,
