@@ -294,10 +294,20 @@ def _name(pair: Any) -> str:
     return getattr(pair, "__name__", None) or type(pair).__name__
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The named parameters of a function, or of a module's ``forward``."""
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    return inspect.signature(target).parameters
+
+
+def unconstrained(trace: Any) -> dict[str, Tensor]:
+    """The parameters that a run met, by name, as they are optimised."""
+    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
+
+
 def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
     """Named parameters of a function (True: required) and whether any keyword is taken."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    parameters = inspect.signature(target).parameters.values()
+    parameters = parameters_of(function).values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
     free = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -313,8 +323,7 @@ def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[.
 
 
 def _fitted(guide: Callable[..., Any]) -> Callable[..., Any]:
-    target = guide.forward if isinstance(guide, torch.nn.Module) else guide
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters_of(guide).values()):
         return guide
     return _only(guide, _parameters(guide)[0])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from inference.block import SMALL, STEPS, Block
 from inference.compiled import Compiled
 from inference.optim import Adam, Joint
-from inference.program import Program
+from inference.program import Program, unconstrained
 from inference.result import dotted
 from inference.tracing import Untraceable
 
@@ -229,7 +229,7 @@ def gradients(
     """Loss of an objective as a number or numbers, and the parameters that it met, with their gradients."""
     with poutine.trace(param_only=True) as capture:
         loss = objective.loss_and_grads(model, guide, **arguments)  # type: ignore[attr-defined]
-    params = {name: node["value"].unconstrained() for name, node in capture.trace.nodes.items()}  # type: ignore[union-attr]
+    params = unconstrained(capture.trace)
     if not params:
         raise ValueError("pair: expected parameters to fit, got none in model and guide; use steps=0")
     if isinstance(loss, tuple):

@@ -160,7 +160,8 @@ class Adversarial(Game):
             program: The pair and its data, its parameters those of the fit.
             losses: Those of guide and model at each step (steps, 2).
         """
-        return (*self._judge_players(losses[:, 0] / max(program.rows, 1)), *self._judge_modes(program))
+        guide = losses.reshape(-1, 2)[:, 0]
+        return (*self._judge_players(guide / max(program.rows, 1)), *self._judge_modes(program))
 
     def _judge_players(self, guide: np.ndarray) -> Iterator[str]:
         even = EVEN.get(self.kind)
@@ -204,15 +205,15 @@ class Adversarial(Game):
         kind, encodes = KINDS[self.kind], players.encodes
         made = self._half(model, guide, named, False, frozen=not moving[1])
         real = self._half(model, guide, named, True) if moving[0] or encodes else None
-        of_guide = of_model = told = torch.zeros_like(made.odds[:1].sum())
+        of_guide = of_model = told = made.odds.new_zeros(())
         for site in self.information:
             told = told - self.information_weight * made.density(site)
         if moving[0] and real is not None:
             of_guide = real.total(kind.real(real.odds)) + made.total(kind.generated(made.odds)) + told
             if self.r1:
-                of_guide = of_guide + 0.5 * self.r1 * real.scaled(self._slope(guide, named, real.handed, True))
+                of_guide = of_guide + 0.5 * self.r1 * real.scaled(self._slope(guide, named, real.handed))
             if self.penalty:
-                norm = (self._slope(guide, named, _between(real.handed, made.handed), True) + 1e-12).sqrt()
+                norm = (self._slope(guide, named, _between(real.handed, made.handed)) + 1e-12).sqrt()
                 of_guide = of_guide + self.penalty * real.scaled((norm - 1).square())
         if moving[1]:
             weights = made.odds.detach().flatten().softmax(0).reshape(made.odds.shape) * made.odds.numel()
@@ -261,12 +262,12 @@ class Adversarial(Game):
             )
         return _told(guide, {**named, "observations": handed}, real)
 
-    def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor], real: bool) -> Tensor:
+    def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor]) -> Tensor:
         r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each row or pack."""
         given = {n: v.detach().requires_grad_() for n, v in handed.items() if v.is_floating_point()}
-        fixed = poutine.condition(Known(real)(guide), data={**handed, **given})
+        fixed = poutine.condition(Known(True)(guide), data={**handed, **given})
         own = {n: v for n, v in {**handed, **given}.items() if n in named or takes(guide, "observations")}
-        trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, real))
+        trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, True))
         odds = log_odds(trace.nodes[SITE]["fn"])
         slopes = torch.autograd.grad(odds.sum(), list(given.values()), create_graph=True, allow_unused=True)
         rows = odds.shape[-1]

@@ -7,7 +7,6 @@ stand.
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pyro.infer.util import torch_item
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
-from inference.program import aside
+from inference.program import aside, parameters_of, unconstrained
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Game(ELBO):
         players = self.players(model, guide, named)
         with poutine.trace(param_only=True) as capture:
             losses = self.losses(model, guide, named, moving, players)
-        params = _unconstrained(capture.trace)
+        params = unconstrained(capture.trace)
         bound = 0.0
         for each, loss, own in zip(moving, losses, (True, False), strict=True):
             chosen = [p for n, p in params.items() if (n in players.guide) == own]
@@ -131,7 +130,7 @@ class Game(ELBO):
         if (model, guide) not in self._players:
             with aside(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
                 held, free = (self.verdict(model, guide, named, still=still) for still in (True, False))
-            params = _unconstrained(capture.trace)
+            params = unconstrained(capture.trace)
             reached = _reached(held, params)
             if not reached:
                 raise ValueError("guide: expected parameters that its verdict depends on, got none")
@@ -146,10 +145,6 @@ def _reached(value: Tensor, params: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(n for n, g in zip(params, found, strict=True) if g is not None)
 
 
-def _unconstrained(trace: Any) -> dict[str, Tensor]:
-    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
-
-
 def check_weights(**weights: float) -> None:
     """Raise unless all are zero or positive."""
     for name, value in weights.items():
@@ -159,13 +154,11 @@ def check_weights(**weights: float) -> None:
 
 def takes(function: Any, name: str) -> bool:
     """Whether a function has an argument of that name."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    return name in inspect.signature(target).parameters
+    return name in parameters_of(function)
 
 
 def by_name(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments by name."""
     if not args:
         return dict(kwargs)
-    target = function.forward if isinstance(function, torch.nn.Module) else function
-    return {**dict(zip(inspect.signature(target).parameters, args, strict=False)), **kwargs}
+    return {**dict(zip(parameters_of(function), args, strict=False)), **kwargs}
