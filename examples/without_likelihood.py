@@ -20,7 +20,7 @@ from inference.program import isolated
 from inference.two_sample import modes
 from ppl_models.data import simulate_modes
 from ppl_models.gan import GAN
-from ppl_models.recipes import adversaries
+from ppl_models.methods import adversaries
 from ppl_models.vae import VAE
 from ppl_models.vaegan import VAEGAN
 

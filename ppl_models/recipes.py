@@ -19,13 +19,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
-from inference import Joint, Result, fit, log_likelihood, pointwise_log_likelihood
+from inference import fit, log_likelihood, pointwise_log_likelihood
 from inference.objectives import EM, IWAE, RWS, Adversarial
 from inference.program import isolated
 from inference.two_sample import modes, reverse_kl
 from ppl_models import data
 from ppl_models.autoregressive import Autoregressive
 from ppl_models.gan import GAN, ConditionalGAN, Leaky
+from ppl_models.methods import adversaries
 from ppl_models.mixture import BernoulliMixture
 from ppl_models.networks import Beside, conv_decoder, conv_encoder
 from ppl_models.pair import nothing
@@ -187,24 +188,6 @@ def dropped_modes(quick: bool, seed: int, *, name: str, steps: int, r1: float) -
         found[f"{label}quality, %"] = 100 * seen.quality.value
         found[f"{label}reverse KL"] = seen.reverse_kl
     return found
-
-
-def adversaries(
-    pair: Any,
-    given: Any,
-    objective: Adversarial,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.5, 0.9),
-    seed: int = 0,
-    **arguments: Any,
-) -> Result:
-    """A fit by Adam whose rate falls to a thousandth on a half cosine: with a constant one samples stay blurred."""
-    falling = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps, eta_min=learning_rate / 1000)
-    optimizer = Joint(torch.optim.Adam, {"lr": learning_rate, "betas": betas}, schedule=falling)
-    return fit(pair, given, objective, steps=steps, batch=batch, optimizer=optimizer, seed=seed, **arguments)
 
 
 def conditional_gan(quick: bool, seed: int) -> dict[str, float]:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from pyro.infer import NUTS
-from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
 from inference import compare, fit, sample
 from inference.compare import Comparison, Method, Moments
-from inference.objectives import EM, RWS, VIMCO, Adversarial, WakeSleep
+from inference.objectives import RWS, VIMCO, WakeSleep
 from ppl_models import data, pictures
 from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
@@ -24,20 +23,14 @@ from ppl_models.data import Dataset
 from ppl_models.gan import GAN, ConditionalGAN
 from ppl_models.linear_factors import PPCA, FactorAnalysis
 from ppl_models.markov_chain import MarkovChain
+from ppl_models.methods import adversarial, by_minibatches, closed_form, counted, em, exact, point
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 from ppl_models.networks import mlp
-from ppl_models.pair import Pair, continuous
-from ppl_models.recipes import adversaries
+from ppl_models.pair import Pair
 from ppl_models.regression import LogisticRegression, NeuralClassifier
 from ppl_models.sigmoid_belief import HelmholtzMachine
 from ppl_models.vae import VAE, ConditionalVAE, HierarchicalVAE
-
-
-def exact(pair: NaiveBayes | BayesianNetwork, data: Any, **arguments: Any) -> Any:
-    """Draw from a conjugate posterior: the pair's ``exact`` is a guide with nothing left to fit."""
-    return fit((pair.model, pair.exact), data, steps=0, **arguments)
-
 
 OWN: Method = partial(fit, steps=3000, learning_rate=0.02)
 """How a pair is fitted whose row says nothing else."""
@@ -122,25 +115,6 @@ def _conjugate(pair: NaiveBayes | BayesianNetwork, given: Any) -> Moments:
     return pair.moments(**given)
 
 
-def point(pair: Pair, given: Any, **arguments: Any) -> Any:
-    """Maximum a posteriori: the pair's model with a Delta guide."""
-    model = pair.model
-    return fit((model, AutoDelta(continuous(model))), given, **arguments)
-
-
-def em(pair: Mixture, given: Any, **arguments: Any) -> Any:
-    """Maximum likelihood (or a posteriori, with a conjugate prior) by expectation maximisation."""
-    pair.prior = pair.prior and pair.conjugate
-    guide = AutoDelta(continuous(pair.model))
-    objective = EM(pair.maximise, pair.start(given["x"]), max_plate_nesting=1)
-    return fit((pair.model, guide), given, objective, **arguments)
-
-
-def closed_form(pair: PPCA, given: Any, **arguments: Any) -> Any:
-    """Maximum likelihood without steps."""
-    return fit(pair.closed_form(given["x"]), given, steps=0, **arguments)
-
-
 def _codes(dataset: Dataset) -> int:
     """Factors of a VAE: ten for the small digits, fifty for images of 784 pixels (Burda et al. 2016)."""
     return 10 if len(dataset.features) < 784 else 50
@@ -154,11 +128,6 @@ def _units(dataset: Dataset) -> tuple[int, int]:
 def _layers(dataset: Dataset) -> tuple[int, int]:
     """Factors of two layers: those of Burda et al. 2016 for images of 784 pixels."""
     return (20, 10) if len(dataset.features) < 784 else (100, 50)
-
-
-def counted(pair: MarkovChain, given: Any, **arguments: Any) -> Any:
-    """A Markov chain by counting, one added to each count."""
-    return fit(pair.estimate(given["x"]), given, steps=0, **arguments)
 
 
 def _images(**own: Any) -> Row:
@@ -182,20 +151,6 @@ def _dense(make: Callable[..., GAN], inputs: int, *sizes: Any) -> GAN:
     pixels = len(sizes[0])
     generator = nn.Sequential(mlp(inputs, 256, 256, pixels, activation=nn.ReLU), nn.Sigmoid())
     return make(*sizes, hidden=(256, 256), generator=generator)
-
-
-def _adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:
-    """An adversarial method of a row."""
-    schedule: dict[str, Any] = {"steps": 6000, "batch": 64, "learning_rate": 0.001}
-    return partial(_against, kind=kind, penalty=penalty, **schedule)
-
-
-def _against(pair: GAN, given: Any, *, kind: str, penalty: Mapping[str, Any], **arguments: Any) -> Any:
-    return adversaries(pair, given, Adversarial(kind, **penalty), **arguments)
-
-
-def _by_minibatches(**arguments: Any) -> Method:
-    return partial(fit, **{"steps": 3000, "batch": 100, "learning_rate": 0.005, "draws": 20, **arguments})
 
 
 def _mixture(make: Callable[..., Mixture], components: int) -> Callable[..., Mixture]:
@@ -368,9 +323,9 @@ ZOO: dict[str, Row] = {
             build=lambda dataset, **arguments: HelmholtzMachine(dataset.features, _units(dataset), **arguments),
             also=("binarized_mnist", "mnist", "omniglot"),
             methods={
-                "wake-sleep": _by_minibatches(objective=WakeSleep),
-                "RWS": _by_minibatches(objective=partial(RWS, 10)),
-                "VIMCO": _by_minibatches(objective=partial(VIMCO, 10)),
+                "wake-sleep": by_minibatches(objective=WakeSleep),
+                "RWS": by_minibatches(objective=partial(RWS, 10)),
+                "VIMCO": by_minibatches(objective=partial(VIMCO, 10)),
             },
             source="held-out likelihood; all states in the tests; published ones in the ledger",
         ),
@@ -378,21 +333,21 @@ ZOO: dict[str, Row] = {
             name="vae",
             title="Variational autoencoder, Bernoulli likelihood",
             build=lambda dataset, **arguments: VAE(dataset.features, _codes(dataset), **arguments),
-            methods={"SVI": _by_minibatches()},
+            methods={"SVI": by_minibatches()},
             source="held-out likelihood; a published one in the ledger",
         ),
         _images(
             name="hierarchical_vae",
             title="VAE with two stochastic layers",
             build=lambda dataset, **arguments: HierarchicalVAE(dataset.features, _layers(dataset), **arguments),
-            methods={"SVI": _by_minibatches(learning_rate=0.003)},
+            methods={"SVI": by_minibatches(learning_rate=0.003)},
         ),
         _images(
             name="conditional_vae",
             title="VAE of images given their label",
             build=_sizes(lambda features, classes, **arguments: ConditionalVAE(features, 10, classes, **arguments)),
             also=("mnist", "fashion_mnist"),
-            methods={"SVI": _by_minibatches()},
+            methods={"SVI": by_minibatches()},
             takes=("x", "y"),
         ),
         _images(
@@ -400,22 +355,22 @@ ZOO: dict[str, Row] = {
             title="GAN, dense networks",
             build=lambda dataset, **arguments: _dense(partial(GAN, **arguments), 16, dataset.features, 16),
             methods={
-                "GAN": _adversarial(),
-                "R1": _adversarial(r1=1.0),
-                "WGAN-GP": _adversarial("wasserstein", penalty=1.0),
+                "GAN": adversarial(),
+                "R1": adversarial(r1=1.0),
+                "WGAN-GP": adversarial("wasserstein", penalty=1.0),
             },
             source="two-sample figures; ring and grid in the ledger",
-            fit=_adversarial(r1=1.0),
+            fit=adversarial(r1=1.0),
         ),
         _images(
             name="conditional_gan",
             title="GAN of images given their label",
             build=_sizes(lambda *sizes, **own: _dense(partial(ConditionalGAN, **own), 20 + len(sizes[1]), *sizes, 20)),
             also=("mnist", "fashion_mnist"),
-            methods={"R1": _adversarial(r1=1.0)},
+            methods={"R1": adversarial(r1=1.0)},
             takes=("x", "y"),
             source="two-sample figures; digits as asked in the tests",
-            fit=_adversarial(r1=1.0),
+            fit=adversarial(r1=1.0),
         ),
     )
 }

@@ -29,7 +29,8 @@ from inference.compiled import LIMIT, Compiled
 from inference.objectives import BetaELBO
 from inference.optim import Joint
 from inference.program import bind, enumerate_finite, isolated
-from ppl_models.zoo import ZOO, Row, point
+from ppl_models.methods import point
+from ppl_models.zoo import ZOO, Row
 
 quiet = partial(fit, progress=False)
 # Rows whose next of kin runs at every test; compiling takes up to half a minute each.

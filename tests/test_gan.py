@@ -13,15 +13,16 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from inference import fit, log_likelihood, prior_predictive
+from inference import compare, fit, log_likelihood, prior_predictive
 from inference.objectives import Adversarial
 from inference.program import isolated
 from inference.two_sample import energy_distance
 from ppl_models import data
 from ppl_models.cyclegan import CycleGAN
 from ppl_models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
+from ppl_models.methods import adversaries
 from ppl_models.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
-from ppl_models.recipes import adversaries, dcgan
+from ppl_models.recipes import dcgan
 from ppl_models.vaegan import VAEGAN, AdversarialAutoencoder
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -199,6 +200,18 @@ def test_networks_of_images_and_labels() -> None:
     both = Beside(nn.Linear(3, 2), 3, nn.Linear(2 + 4, 1))
     x = torch.randn(5, 7)
     torch.testing.assert_close(both(x), both.outer(torch.cat([both.inner(x[:, :3]), x[:, 3:]], 1)))
+
+
+def test_generated_rows_are_scored_against_held_out_ones_in_the_table() -> None:
+    modes = torch.tensor([[0.0, 0.0], [20.0, 0.0]])
+    held, far = (torch.randn(600, 2, generator=torch.Generator().manual_seed(k)) for k in range(2))
+    held = held + modes.repeat_interleave(300, 0)
+    methods = {"one of two modes": partial(fit, objective=Adversarial(), steps=0, progress=False)}
+    one = compare(lambda: GAN(2, 2, hidden=(8,), generator=nn.Identity()), held, methods, heldout=held).table
+    assert one.precision.item() > 0.9 and one.recall.item() < 0.55
+    drawn = energy_distance(held, far)
+    assert abs(one.energy.item() - drawn.value) < 4 * drawn.error
+    assert one.energy_se.item() == pytest.approx(drawn.error, rel=0.2)
 
 
 def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> None:

@@ -10,7 +10,7 @@ import ppl_models
 
 INFERENCE = sorted(Path(inference.__file__).parent.rglob("*.py"))
 ZOO = sorted(Path(ppl_models.__file__).parent.rglob("*.py"))
-MAY_USE_BOTH = {"zoo.py", "ledger.py", "recipes.py", "cli.py", "__main__.py"}
+MAY_USE_BOTH = {"methods.py", "zoo.py", "ledger.py", "recipes.py", "cli.py", "__main__.py"}
 
 
 def imported(path: Path) -> set[str]:
