@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -99,7 +100,10 @@ def fit(
         >>> print(f"{result.draws['mu'].mean():.1f}", result.idata.groups())
         2.0 ['posterior', 'posterior_predictive', 'log_likelihood', 'observed_data']
     """
-    program = bind(pair, data)
+    if callable(objective) and not isinstance(objective, ELBO):
+        objective = objective()
+    whole = bind(pair, data)
+    program = replace(whole, data={**whole.data, **getattr(objective, "arguments", {})}, memo={})
     _check(
         program,
         steps=steps,
@@ -119,7 +123,7 @@ def fit(
         losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
-        return _conclude(program, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})
+        return _conclude(whole, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})
 
 
 def _descend(
@@ -219,15 +223,12 @@ def _plan(
     return Optimized(program, model, chosen, optimizer)
 
 
-def _objective(
-    program: Program, objective: ELBO | Callable[[], ELBO] | None, compile: bool | str
-) -> tuple[ELBO, bool | str]:
-    if objective is None:
+def _objective(program: Program, chosen: ELBO | None, compile: bool | str) -> tuple[ELBO, bool | str]:
+    if chosen is None:
         if program.summed:
             return TraceEnum_ELBO(max_plate_nesting=program.depth), compile
         discrete = any(program.sites[n].units for n in program.guided)
         return TraceGraph_ELBO() if discrete else Trace_ELBO(), compile
-    chosen = objective() if callable(objective) and not isinstance(objective, ELBO) else objective
     if isinstance(chosen, Compiled):
         chosen, compile = chosen.objective, compile if compile is False else True
     if not isinstance(chosen, ELBO):
@@ -285,12 +286,11 @@ def _conclude(
     program: Program, objective: ELBO, how: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
     started, state = perf_counter(), State(program.modules)
-    kind, free = type(objective).__name__, getattr(objective, "likelihood_free", False)
-    method = kind if free else f"SVI ({kind})"
+    kind, bare = type(objective).__name__, not getattr(objective, "has_posterior", True)
+    method = kind if bare else f"SVI ({kind})"
     attrs = {"method": method, "program": how}
     with state():
-        if free:
-            # What was learnt is a sampler, and a judge of it: there is no posterior.
+        if bare:
             posterior: dict[str, Tensor] = {}
             idata = az.InferenceData(attrs=attrs)
             diagnosis = Diagnosis(pd.DataFrame(), None, None, objective.advise(program, losses))  # type: ignore[attr-defined]
@@ -302,10 +302,8 @@ def _conclude(
             diagnosis = diagnose(idata, k, found)
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
-        if free:
-            raise ValueError(
-                f"draw: {kind} learns a sampler and no posterior; use prior_predictive, or the pair itself"
-            )
+        if bare:
+            raise ValueError(f"draw: {kind} learns a model and no posterior; use prior_predictive, or the pair itself")
         return predict.sample_guide(program, size)[0]
 
     return Result(

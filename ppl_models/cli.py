@@ -89,6 +89,8 @@ def fit(
         own = {name: value for name, value in given.items() if value is not None}
         result = row.fit(model, dataset.train, draws=draws, seed=seed, **own)  # type: ignore[call-arg]
         _report(result, folder)
+        if row.report:
+            _print_whole(_frame(row.report(model, dataset.test)))
         for path in row.draw(model, dataset.test["x"], folder) if row.draw else ():
             out.print(f"[dim]{path}[/]", highlight=False)
 
@@ -209,7 +211,8 @@ def _report(result: Result, folder: Path) -> None:
         result.idata.to_netcdf(str(path))
     else:
         path = path.with_suffix(".csv")
-        pd.DataFrame(result.losses, columns=["guide", "model"]).to_csv(path, index_label="step")
+        columns = ["guide", "model"] if result.losses.ndim > 1 else ["loss"]
+        pd.DataFrame(result.losses, columns=columns).to_csv(path, index_label="step")
     out.print(f"[dim]{path}[/]", highlight=False)
 
 

@@ -66,7 +66,12 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str, *, standardise: bool = False, binarise: bool = False, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    standardise: bool = False,
+    binarise: bool = False,
+    unit: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Dataset:
     r"""A data set by name, downloaded where it is not at hand.
 
@@ -77,11 +82,13 @@ def load(
         binarise: 1 where x lies above a threshold, else 0. The threshold is half of the full scale for
             images (0.5; 8 for ``digits``), 0 for counts, and else, column by column, halfway between the
             smallest and the largest value in the training split. Binary sets stay as they are.
-        dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], those of ``digits`` go to 16.
+        unit: Pixels in [0, 1], those of ``digits`` too, which else go to 16.
+        dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], but for those of ``digits``.
 
     Raises:
-        ValueError: For an unknown name, for both transformations at once, for an integer ``dtype``, and
-            for a file in ``PPL_MODELS_DATA`` that has not the SHA-256 that it should have.
+        ValueError: For an unknown name, for two transformations at once, for ``unit`` of data that are no
+            images, for an integer ``dtype``, and for a file in ``PPL_MODELS_DATA`` that has not the SHA-256
+            that it should have.
         FileNotFoundError: For a file that is nowhere to be had.
 
     Example:
@@ -92,13 +99,19 @@ def load(
     if name not in _LOADERS:
         near = ", ".join(difflib.get_close_matches(str(name), _LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(_LOADERS)}, got {name!r} (nearest: {near})")
-    if standardise and binarise:
-        raise ValueError("standardise, binarise: expected at most one of them to be True, got both")
+    if standardise + binarise + unit > 1:
+        given = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
+        raise ValueError(
+            f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(given)}"
+        )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating point type, got {dtype}")
     raw = _LOADERS[name]()
     wide = torch.promote_types(dtype, torch.float32)
-    x = {split: torch.tensor(values, dtype=wide).div_(raw.scale) for split, values in raw.x.items()}
+    if unit and not raw.threshold:
+        raise ValueError(f"unit: expected images, got {name}")
+    scale = raw.scale * (2 * raw.threshold if unit and raw.threshold else 1)
+    x = {split: torch.tensor(values, dtype=wide).div_(scale) for split, values in raw.x.items()}
     if standardise:
         x = _standardised(x)
     elif binarise:

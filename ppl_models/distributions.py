@@ -19,6 +19,8 @@ from ppl_models.pair import choose, members
 
 DESIGN = 2_000_000
 """Numbers that a matrix of data may hold to save a gradient a pass over the rows."""
+FAR = 1e6
+"""Standard deviations beyond which nothing is: infinity has no gradient."""
 
 
 class Rowwise(dist.TorchDistribution):
@@ -288,3 +290,51 @@ class SortedNormals(dist.TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         rows = self._normal.sample(sample_shape)
         return rows.gather(-2, rows[..., :1].argsort(-2).expand_as(rows))
+
+
+class Pixels(dist.TorchDistribution):
+    r"""Pixels :math:`k / (K - 1)` in [0, 1], of K levels: a normal between the borders of the bin of each level.
+
+    .. math:: p(x) = \Phi\big((x + h - \mu) / \sigma\big) - \Phi\big((x - h - \mu) / \sigma\big), \qquad
+        h = \tfrac{1}{2 (K - 1)}
+
+    The tails belong to the first and the last level, so that the probabilities of all levels sum to one.
+
+    Args:
+        loc: :math:`\mu`.
+        scale: :math:`\sigma`.
+        levels: K.
+
+    Reference: Ho, Jain and Abbeel 2020, equation 13.
+    """
+
+    arg_constraints: ClassVar = {"loc": dist.constraints.real, "scale": dist.constraints.positive}
+    support = dist.constraints.unit_interval
+
+    def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the normal, kept within [0, 1]."""
+        return self.loc.clamp(0, 1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            drawn = torch.normal(*(v.expand(*sample_shape, *self.batch_shape) for v in (self.loc, self.scale)))
+            return (drawn * (self.levels - 1)).round().clamp(0, self.levels - 1) / (self.levels - 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        half = 0.5 / (self.levels - 1)
+        low = torch.where(value < half, -FAR, (value - half - self.loc) / self.scale)
+        high = torch.where(value > 1 - half, FAR, (value + half - self.loc) / self.scale)
+        # By symmetry a bin above the mean is one below it, where differences lose no digits.
+        above = low + high > 0
+        low, high = torch.where(above, -high, low), torch.where(above, -low, high)
+        log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+        return log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-7)))

@@ -10,8 +10,9 @@ from pyro.infer.autoguide import AutoDelta
 
 from inference import Joint, Result, fit
 from inference.compare import Method
-from inference.objectives import EM, Adversarial
+from inference.objectives import EM, Adversarial, Denoising
 from ppl_models.bayesian_network import BayesianNetwork
+from ppl_models.diffusion import DiffusionChain
 from ppl_models.linear_factors import PPCA
 from ppl_models.markov_chain import MarkovChain
 from ppl_models.mixture import Mixture
@@ -69,6 +70,16 @@ def adversaries(
     falling = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps, eta_min=learning_rate / 1000)
     optimizer = Joint(torch.optim.Adam, {"lr": learning_rate, "betas": betas}, schedule=falling)
     return fit(pair, given, objective, steps=steps, batch=batch, optimizer=optimizer, seed=seed, **arguments)
+
+
+def denoising(**own: Any) -> Method:
+    """A diffusion chain by single steps; ``own`` are arguments of ``Denoising``."""
+
+    def method(pair: DiffusionChain, given: Any, **arguments: Any) -> Result:
+        schedule: dict[str, Any] = {"steps": 10_000, "batch": 128, "learning_rate": 0.002}
+        return fit(pair, given, Denoising(pair.steps, **own), **{**schedule, **arguments})
+
+    return method
 
 
 def adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:

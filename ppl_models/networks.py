@@ -185,13 +185,14 @@ def evaluation(module: nn.Module) -> Iterator[None]:
             each.training = True
 
 
-def check_network(name: str, network: nn.Module, inputs: int, outputs: int) -> None:
-    """Raise unless a network takes rows of one width to rows of another; a copy of it is tried on a row of zeros."""
+def check_network(name: str, network: nn.Module, inputs: int, outputs: int, *more: Tensor) -> None:
+    """Raise unless a network takes rows of one width, and ``more`` of a row, to rows of another; a copy of it is tried
+    on a row of zeros."""
     like = next(network.parameters(), torch.empty(0))
     row = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
     try:
         with torch.no_grad():
-            found = deepcopy(network).eval()(row)
+            found = deepcopy(network).eval()(row, *(v.to(row.device) for v in more))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name}: expected inputs of width {inputs}, got an error: {reason}") from None

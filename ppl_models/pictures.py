@@ -60,10 +60,33 @@ def by_class(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:
 
 def samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
     """Rows of a generator; of one that reads labels, a line a class."""
-    if hasattr(pair, "classes"):
+    if getattr(pair, "classes", 0):
         y = torch.arange(pair.classes).repeat_interleave(columns)
         return pair.generate(len(y), seed=seed, y=y).unflatten(0, (-1, columns)), "generated; a line a class"
     return pair.generate(rows * columns, seed=seed).unflatten(0, (rows, columns)), "generated"
+
+
+def chain(pair: Any, x: Tensor, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
+    """A diffusion chain: rows of data as noise comes over them, and rows that it leaves, both from left to right."""
+    few = x[torch.arange(rows // 2) * (len(x) - 1) // max(rows // 2 - 1, 1)]
+    noise = _normal(few.shape, seed).to(few)
+    times = [round(k * pair.steps / (columns - 1)) for k in range(columns)]
+    rising = [pair.signal(t).sqrt() * pair.scaled(few) + pair.lost(t).sqrt() * noise for t in times]
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(few.shape, generator=random).to(few)
+    y = torch.arange(len(few), device=few.device) % pair.classes if pair.classes else None
+    falling = [start, *pair.walk(start, random, y=y)]
+    shown = [falling[pair.steps - t] for t in reversed(times)]
+    grid = torch.cat([torch.stack(rising, 1), torch.stack(shown, 1)])
+    return pair.unscaled(grid), f"above: noise over data in {pair.steps} steps; below: the chain back from noise"
+
+
+def by_steps(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:
+    """Rows of a diffusion chain from the same noise, a line a number of steps of its deterministic sampler."""
+    counts = [s for s in (2, 5, 10, 20, 50, 100, 200) if s < pair.steps] + [pair.steps]
+    lines = [pair.generate(columns, steps=s, seed=seed) for s in counts]
+    said = ", ".join(map(str, counts))
+    return torch.stack(lines), f"from the same noise, by {said} deterministic steps"
 
 
 def fantasies(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
@@ -113,7 +136,8 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
 
     Args:
         pair: With ``factors``, ``encode`` and ``decode``; of one with ``classes``, whose decoder reads the label after
-            the code, a picture by class; a belief net, which has ``fantasies``; or a GAN, which has a ``generator``.
+            the code, a picture by class; a belief net, which has ``fantasies``; a GAN, which has a ``generator``; or a
+            diffusion chain, which can ``walk``.
         x: Rows of data (N, pixels).
         folder: An existing directory.
     """
@@ -121,7 +145,9 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     if side * side != x.shape[1]:
         return []
     with torch.no_grad():
-        if hasattr(pair, "generator"):
+        if hasattr(pair, "walk"):
+            grids = {"samples": samples(pair), "chain": chain(pair, x), "steps": by_steps(pair)}
+        elif hasattr(pair, "generator"):
             grids = {"samples": samples(pair)}
         elif hasattr(pair, "fantasies"):
             grids = {

@@ -3,12 +3,14 @@ r"""The zoo: one row a pair. How to build it, its data, the methods that apply, 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from pyro.infer import NUTS
 from torch import nn
@@ -20,10 +22,11 @@ from ppl_models import data, pictures
 from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
+from ppl_models.diffusion import DiffusionChain
 from ppl_models.gan import GAN, ConditionalGAN
 from ppl_models.linear_factors import PPCA, FactorAnalysis
 from ppl_models.markov_chain import MarkovChain
-from ppl_models.methods import adversarial, by_minibatches, closed_form, counted, em, exact, point
+from ppl_models.methods import adversarial, by_minibatches, closed_form, counted, denoising, em, exact, point
 from ppl_models.mixture import BernoulliMixture, GaussianMixture, Mixture
 from ppl_models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
 from ppl_models.networks import mlp
@@ -45,7 +48,7 @@ class Row:
         title: What it is, in one line.
         build: From a data set to a fresh pair; ``guide=`` replaces its guide.
         data: Name of its data set; ``also`` names others that fit it.
-        prepare: Arguments of ``data.load``: standardised, or made binary.
+        prepare: Arguments of ``data.load``: standardised, made binary, or scaled to [0, 1].
         methods: Methods by name, as ``compare`` takes them.
         truth: Exact or reference mean and standard deviation of each site, from a pair and its data.
         source: What the truth is.
@@ -54,6 +57,7 @@ class Row:
         label: Its finite site, by which it classifies; None without one.
         draw: Writes pictures of what a fitted pair generates, from the pair, rows of data and a folder.
         fit: How ``ppl-models fit`` trains it, with its own schedule.
+        report: What ``ppl-models fit`` says of a fitted pair on held-out rows, a table; None: nothing.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Row:
     label: str | None = "y"
     draw: Callable[..., list[Path]] | None = None
     fit: Method = OWN
+    report: Callable[[Any, Any], pd.DataFrame] | None = None
 
     def load(self, name: str | None = None) -> Dataset:
         """The row's data set, or another by name, prepared for the row."""
@@ -144,6 +149,28 @@ def _images(**own: Any) -> Row:
         "draw": pictures.save,
     }
     return Row(**{**shared, **own})
+
+
+def _chain(dataset: Dataset, **arguments: Any) -> DiffusionChain:
+    """A chain over pixels of as many levels as the data hold."""
+    levels = {"digits": 17, "binarized_mnist": 2}.get(dataset.name, 256)
+    return DiffusionChain(dataset.features, likelihood="pixels", levels=levels, hidden=(256, 256, 256), **arguments)
+
+
+def bits(pair: DiffusionChain, given: Mapping[str, Any]) -> pd.DataFrame:
+    """The bound of a chain on rows, in bits a dimension, term by term, with standard errors over rows."""
+    found = pair.bound(**given)
+    parts = {
+        "prior": found.prior,
+        "steps T to 2": found.steps.sum(1),
+        "reconstruction": -found.reconstruction,
+        "total": -found.total,
+    }
+    each = {name: v.double() / found.dimensions / math.log(2) for name, v in parts.items()}
+    return pd.DataFrame(
+        [(name, float(v.mean()), float(v.std()) / len(v) ** 0.5) for name, v in each.items()],
+        columns=["bits a dimension, held out", "mean", "standard error"],
+    )
 
 
 def _dense(make: Callable[..., GAN], inputs: int, *sizes: Any) -> GAN:
@@ -371,6 +398,17 @@ ZOO: dict[str, Row] = {
             takes=("x", "y"),
             source="two-sample figures; digits as asked in the tests",
             fit=adversarial(r1=1.0),
+        ),
+        _images(
+            name="diffusion",
+            title="Diffusion chain of 100 steps, dense network",
+            build=_chain,
+            also=("mnist", "fashion_mnist", "binarized_mnist", "omniglot"),
+            prepare={"unit": True},
+            methods={"simple": denoising(simple=True), "bound": denoising(importance=True)},
+            source="its exact case in the tests; ring and grid in the ledger",
+            fit=denoising(importance=True),
+            report=bits,
         ),
     )
 }

@@ -393,7 +393,7 @@ def test_a_fit_has_two_losses_and_no_posterior() -> None:
     assert result.losses.shape == (30, 2)
     assert result.method == "Adversarial" and not result.draws
     assert result.idata.groups() == []
-    with pytest.raises(ValueError, match="draw: Adversarial learns a sampler and no posterior"):
+    with pytest.raises(ValueError, match="draw: Adversarial learns a model and no posterior"):
         result.draw(3)
 
 

@@ -17,6 +17,7 @@ from pyro.infer import (
 from inference.compiled import Compiled
 from inference.objectives.adversarial import Adversarial
 from inference.objectives.beta import BetaELBO
+from inference.objectives.denoising import Denoising
 from inference.objectives.em import EM
 from inference.objectives.importance import IWAE, VIMCO
 from inference.objectives.predictability import Predictability
@@ -30,6 +31,7 @@ __all__ = [
     "Adversarial",
     "BetaELBO",
     "Compiled",
+    "Denoising",
     "Predictability",
     "RenyiELBO",
     "ReweightedWakeSleep",

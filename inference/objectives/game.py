@@ -51,6 +51,7 @@ class Game(ELBO):
         super().__init__()
         self.bound = bound() if callable(bound) and not isinstance(bound, ELBO) else bound
         self.likelihood_free = self.bound is None
+        self.has_posterior = not self.likelihood_free
         self.weight, self.turns, self.turn = weight, turns, 0
         self.cycle = ("turn",) if turns else ()
         self.latest = torch.zeros(0)

@@ -1,0 +1,459 @@
+"""The diffusion chain: its bound three ways, its exact case, what a fitted chain can be asked, what is refused."""
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from inference import fit, log_likelihood, prior_predictive
+from inference.objectives import Compiled, Denoising
+from inference.program import isolated
+from inference.two_sample import energy_distance
+from ppl_models import flow, inverse
+from ppl_models.denoisers import ExactDenoiser, UNet
+from ppl_models.diffusion import PREDICTIONS, VARIANCES, DiffusionChain
+from ppl_models.distributions import Pixels
+from ppl_models.schedules import SCHEDULES, cosine, linear, log_snr, path
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+MEANS = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]])
+SD = 0.3
+MIXTURE = MixtureSameFamily(Categorical(torch.ones(3)), Independent(Normal(MEANS, SD), 1))
+
+
+def rows(count: int, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return MEANS[torch.randint(3, (count,), generator=random)] + SD * torch.randn(count, 2, generator=random)
+
+
+def exact(steps: int, last: float = -8, **own: Any) -> DiffusionChain:
+    """The chain of the mixture whose network is the best that there can be."""
+    signal = log_snr(steps, 10, last)
+    network = ExactDenoiser(MEANS, SD, signal)
+    return DiffusionChain(2, network, schedule=signal, **{"prediction": "sample", "variance": "forward", **own})
+
+
+def small(**own: Any) -> DiffusionChain:
+    """A chain with an untrained network, whose last layer is not small."""
+    with isolated(0):
+        pair = DiffusionChain(2, **{"steps": 4, "hidden": (8,), **own})
+        for p in pair.network.parameters():
+            p.data.add_(0.3 * torch.randn_like(p))
+    return pair
+
+
+def gradients(pair: DiffusionChain, loss: Tensor) -> Tensor:
+    found = torch.autograd.grad(loss, list(pair.network.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+# -------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_the_signal_falls_from_nearly_one_to_nearly_none(name: str, steps: int) -> None:
+    signal = SCHEDULES[name](steps)
+    assert len(signal) == steps and bool((signal[1:] < signal[:-1]).all())
+    assert 0 < float(signal[-1]) < (0.01 if steps > 2 else 0.2) and float(signal[0]) < 1
+
+
+def test_schedules_are_those_by_hand() -> None:
+    # Ho et al. 2020: a thousand steps leave 4e-5 of the signal.
+    noise = np.linspace(1e-4, 0.02, 1000)
+    np.testing.assert_allclose(linear(1000), np.cumprod(1 - noise), rtol=1e-10)
+    at = (np.array([0, 0.3]) + 0.008) / 1.008
+    whole = np.cos(at * np.pi / 2) ** 2
+    assert float(cosine(10)[2]) == pytest.approx(whole[1] / whole[0], rel=1e-6)
+    assert float(log_snr(5, 4, -4)[2]) == 0.5
+
+
+def test_steps_that_are_taken_are_spread_evenly() -> None:
+    assert path(100, 5) == [100, 75, 50, 26, 1] or path(100, 5) == [100, 75, 50, 25, 1]
+    assert path(10, 10) == list(range(10, 0, -1)) and path(10, 1) == [10]
+
+
+# ------------------------------------------------------------------------------------------- the bound, three ways
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_all_edges_together_are_the_whole_chain(prediction: str, variance: str) -> None:
+    pair, x, draws = small(prediction=prediction, variance=variance), rows(3), 1500
+    repeated = x.repeat(draws, 1)
+    pyro.set_rng_seed(0)
+    values, slopes = [], []
+    for _ in range(30):
+        whole = Trace_ELBO().differentiable_loss(pair.model, pair.guide, repeated) / draws
+        objective = Denoising(4)
+        parts = []
+        for t in range(1, 6):
+            objective.draw = lambda count, device=None, t=t: (torch.full((count,), t), torch.ones(count))
+            parts.append(objective._loss(pair.model, pair.guide, (repeated,), {})[0] / draws / 5)
+        edges = torch.stack(parts).sum()
+        values.append([whole.item(), edges.item(), -float(pair.bound(repeated, seed=len(values)).total.sum()) / draws])
+        slopes.append(torch.stack([gradients(pair, whole), gradients(pair, edges)]))
+    found = np.array(values)
+    for other in (1, 2):
+        apart = found[:, 0] - found[:, other]
+        assert abs(apart.mean()) < 4.5 * apart.std() / 30**0.5, other
+    apart = torch.stack(slopes)[:, 0] - torch.stack(slopes)[:, 1]
+    z = apart.mean(0) / (apart.std(0) / 30**0.5).clamp(min=1e-9)
+    # Each of Student's law with 29 degrees of freedom; all but a few depend on one another.
+    assert float(z.abs().max()) < 6
+    assert len(z) > 100
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_random_edges_of_a_minibatch_are_the_bound_on_average(importance: bool) -> None:
+    pair, x = small(steps=10), rows(40)
+    objective = Denoising(10, importance=importance)
+    pyro.set_rng_seed(0)
+    found = []
+    for _ in range(3000):
+        chosen = torch.randperm(40)[:20]
+        loss, step, cost = objective._loss(pair.model, pair.guide, (x[chosen],), {"size": 40, "rows": chosen})
+        found.append(loss.item())
+        if importance:
+            objective._take(step, cost)
+    truth = -float(pair.bound(x, draws=300).total.sum())
+    assert np.mean(found[50:]) == pytest.approx(truth, abs=4.5 * np.std(found[50:]) / 2950**0.5)
+
+
+def test_importance_spares_variance_where_steps_cost_unlike() -> None:
+    pair, x = small(steps=30, prediction="noise"), rows(64)
+    pyro.set_rng_seed(0)
+    spread = {}
+    for importance in (False, True):
+        objective = Denoising(30, importance=importance)
+        found = []
+        for _ in range(300):
+            loss, step, cost = objective._loss(pair.model, pair.guide, (x,), {})
+            found.append(loss.item())
+            if importance:
+                objective._take(step, cost)
+        spread[importance] = np.std(found[100:])
+    assert spread[True] < 0.7 * spread[False]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_simple_loss_is_that_by_hand(prediction: str) -> None:
+    pair, x, objective = small(prediction=prediction), rows(500), Denoising(4, simple=True)
+    pyro.set_rng_seed(1)
+    loss, *_ = objective._loss(pair.model, pair.guide, (x[:100],), {"size": 500, "rows": torch.arange(100)})
+    pyro.set_rng_seed(1)
+    step, _ = objective.draw(100)
+    noised = pyro.poutine.trace(pair.guide).get_trace(x[:100], size=500, rows=torch.arange(100), step=step)
+    noised = noised.nodes["x_step"]["value"]
+    signal = torch.tensor([1.0, *cosine(4).tolist()])[step][:, None]
+    noise = (noised - signal.sqrt() * x[:100]) / (1 - signal).sqrt()
+    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * x[:100]
+    target = {"noise": noise, "sample": x[:100], "velocity": velocity}[prediction]
+    expected = 5 * (pair.network(noised, step) - target).square().sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_of_a_batch_leave_no_gap() -> None:
+    torch.manual_seed(0)
+    for simple, count in ((True, 10), (False, 11)):
+        step, weight = Denoising(10, simple=simple).draw(3 * count)
+        assert step.bincount(minlength=count + 1)[1:].tolist() == [3] * count and weight.tolist() == [1.0] * 3 * count
+        assert bool((step.diff() < 0).any())
+
+
+@pytest.mark.parametrize("own", [{}, {"simple": True}, {"importance": True}, {"simple": True, "bound": 0.001}], ids=str)
+def test_compiled_steps_are_the_eager_ones(own: dict[str, Any]) -> None:
+    losses = []
+    for compile in (False, True):
+        pair = small(steps=6, variance="learned")
+        objective = Compiled(Denoising(6, **own)) if compile else Denoising(6, **own)
+        losses.append(fit(pair, rows(64), objective, steps=25, batch=16, progress=False).losses)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+    assert "traced" in str(losses) or len(set(losses[0])) == 25
+
+
+def test_a_fit_keeps_no_posterior_and_says_when_the_loss_still_falls() -> None:
+    pair = DiffusionChain(2, steps=10, hidden=(16,))
+    adam = pyro.optim.Adam({"lr": 1e-3})
+    result = fit(pair, rows(500), Denoising(10, simple=True), steps=100, optimizer=adam, progress=False)
+    assert result.method == "Denoising" and result.idata.groups() == [] and not result.draws
+    assert any("still falls" in line for line in result.diagnosis.advice)
+    with pytest.raises(ValueError, match="draw: Denoising learns a model and no posterior"):
+        result.draw(3)
+    # The whole chain is the model of the result.
+    assert set(prior_predictive(pair, size=5, draws=3)) == {"x", *(f"x_{t}" for t in range(1, 11))}
+
+
+# ------------------------------------------------------------------------------------------------ the exact case
+
+
+def test_the_exact_network_is_the_mean_by_quadrature() -> None:
+    signal = log_snr(8, 4, -4)
+    network = ExactDenoiser(MEANS[:, :1], 0.3, signal, weights=torch.tensor([0.2, 0.5, 0.3]))
+    x = torch.linspace(-3, 3, 4001, dtype=torch.float64)
+    prior = MixtureSameFamily(Categorical(torch.tensor([0.2, 0.5, 0.3])), Normal(MEANS[:, 0], 0.3)).log_prob(x).exp()
+    for t in (1, 4, 8):
+        keep, lose = float(signal[t - 1]) ** 0.5, float(1 - signal[t - 1]) ** 0.5
+        at = torch.tensor([-1.2, 0.1, 2.0], dtype=torch.float64)
+        weight = prior * torch.exp(-0.5 * ((at[:, None] - keep * x) / lose) ** 2)
+        expected = (weight * x).sum(1) / weight.sum(1)
+        found = network(at.float()[:, None], torch.full((3,), t))[:, 0]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_bound_comes_up_to_the_entropy_as_steps_grow() -> None:
+    x = rows(4000)
+    truth = MIXTURE.log_prob(x).mean()
+    gaps = {steps: float(truth - exact(steps).bound(x).total.mean()) for steps in (10, 30, 100, 300)}
+    assert gaps[300] < 0.06
+    for few, many in ((10, 30), (30, 100)):
+        # One over the steps, nearly.
+        assert 2 < gaps[few] / gaps[many] < 4.5
+
+
+@pytest.mark.parametrize("way", [{}, {"steps": 20}, {"steps": 100, "eta": 1.0}], ids=str)
+def test_the_exact_chain_draws_the_mixture(way: dict[str, Any]) -> None:
+    found = exact(100).generate(3000, seed=1, **way)
+    distance = energy_distance(rows(3000, 7), found)
+    assert distance.value < 4 * distance.error + (0.004 if way.get("steps") == 20 else 0)
+
+
+def test_the_flow_has_the_exact_density() -> None:
+    pair = exact(60, last=-14)
+    keep, lose = float(pair.signal(1)) ** 0.5, float(pair.lost(1))
+    law = MixtureSameFamily(
+        Categorical(torch.ones(3)), Independent(Normal(keep * MEANS, (keep**2 * SD**2 + lose) ** 0.5), 1)
+    )
+    x = law.sample((40,))
+    found = flow.log_density(pair, x, tolerance=1e-6)
+    torch.testing.assert_close(found, law.log_prob(x), atol=0.01, rtol=0)
+    many = torch.stack([flow.log_density(pair, x, divergence="hutchinson", seed=k) for k in range(30)])
+    error = many.std(0) / 30**0.5
+    assert bool(((many.mean(0) - found).abs() < 4.5 * error + 0.01).all())
+
+
+def test_the_flow_is_above_the_chain_and_below_the_truth() -> None:
+    pair, x = exact(10), rows(200)
+    chain, ode, truth = (
+        float(v.mean()) for v in (pair.bound(x, draws=20).total, flow.log_likelihood(pair, x), MIXTURE.log_prob(x))
+    )
+    assert chain < ode - 0.3 and ode == pytest.approx(truth, abs=0.1)
+
+
+def test_codes_lead_back_to_their_rows_and_between_them() -> None:
+    pair, x = exact(200), rows(20)
+    torch.testing.assert_close(flow.decode(pair, flow.encode(pair, x)), x, atol=0.06, rtol=0)
+    between = flow.interpolate(pair, x[:5], x[5:10], 7)
+    assert between.shape == (5, 7, 2)
+    torch.testing.assert_close(between[:, 0], x[:5], atol=0.06, rtol=0)
+    torch.testing.assert_close(between[:, -1], x[5:10], atol=0.06, rtol=0)
+    codes = flow.encode(pair, rows(2000))
+    assert energy_distance(codes, torch.randn(2000, 2)).value < 0.01
+
+
+def test_a_trained_network_comes_near_the_best_one() -> None:
+    with isolated(0):
+        pair = DiffusionChain(2, schedule=log_snr(50, 10, -8), variance="forward", hidden=(64, 64, 64))
+    fit(pair, rows(20_000), Denoising(50, importance=True), steps=4000, batch=128, learning_rate=0.003, progress=False)
+    fresh = rows(4000, 9)
+    excess = exact(50).bound(fresh).total.mean() - pair.bound(fresh).total.mean()
+    # Of 0.16 nats that the best network itself stays below the truth.
+    assert 0 < float(excess) < 0.05
+
+
+# --------------------------------------------------------------------------------------- rows seen in part, or noise
+
+
+def posterior(matrix: Tensor, seen: Tensor, deviation: float) -> MixtureSameFamily:
+    """The exact law of a row of the mixture given A x + noise."""
+    a, s = matrix.double(), SD**2 * torch.eye(2, dtype=torch.float64)
+    total = a @ s @ a.mT + deviation**2 * torch.eye(len(a), dtype=torch.float64)
+    gain = s @ a.mT @ torch.linalg.inv(total)
+    means = MEANS.double()
+    off = seen.double() - means @ a.mT
+    weight = MultivariateNormal(torch.zeros(len(a), dtype=torch.float64), total).log_prob(off)
+    return MixtureSameFamily(Categorical(logits=weight), MultivariateNormal(means + off @ gain.mT, s - gain @ a @ s))
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0])
+def test_denoising_is_the_exact_posterior(deviation: float) -> None:
+    pair = exact(300)
+    seen = torch.tensor([[0.4, -0.4], [1.5, 0.2]])
+    drawn = inverse.denoise(pair, seen, deviation, draws=4000)
+    mean = inverse.posterior_mean(pair, seen, deviation)
+    for k in range(2):
+        law = posterior(torch.eye(2), seen[k], deviation)
+        # The nearest step's noise is not that of the rows to the last digit.
+        torch.testing.assert_close(mean[k].double(), law.mean, atol=0.02, rtol=0.02)
+        distance = energy_distance(drawn[k], law.sample((4000,)).float())
+        assert distance.value < 4 * distance.error + 0.002
+
+
+@pytest.mark.parametrize(
+    ("matrix", "seen"),
+    [(inverse.kept(torch.tensor([False, True])), [0.2]), (torch.tensor([[0.5, 0.5]]), [-0.1])],
+    ids=["inpainting", "super-resolution"],
+)
+def test_restoring_is_the_exact_posterior_with_many_particles(matrix: Tensor, seen: list[float]) -> None:
+    pair, v = exact(100), torch.tensor([seen])
+    law = posterior(matrix, v[0], 0.1)
+    truth = law.sample((4000,)).float()
+    distances = {}
+    for particles, times in ((1, 2000), (100, 20)):
+        found = inverse.restore(pair, v.expand(times, -1), matrix, 0.1, particles=particles)
+        distances[particles] = energy_distance(found.draws.flatten(0, 1), truth)
+        assert bool((found.effective >= 1 - 1e-5).all() and (found.effective <= particles + 1e-3).all())
+    assert distances[100].value < 0.02
+    # Guidance alone is biased, and the weights are what mends it.
+    assert distances[100].value < distances[1].value
+
+
+def test_matrices_are_those_by_hand() -> None:
+    assert inverse.kept(torch.tensor([True, False, True])).tolist() == [[1, 0, 0], [0, 0, 1]]
+    x = torch.arange(16.0)
+    assert (inverse.pooled((4, 4), 2) @ x).tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize(("loc", "scale"), [(0.3, 0.05), (-0.4, 0.2), (1.6, 0.01), (0.5, 30.0), (0.0, 1e-4)])
+def test_probabilities_of_all_levels_sum_to_one(levels: int, loc: float, scale: float) -> None:
+    at = torch.tensor(loc, dtype=torch.float64, requires_grad=True)
+    law = Pixels(at, torch.tensor(scale, dtype=torch.float64), levels)
+    score = law.log_prob(torch.arange(levels, dtype=torch.float64) / (levels - 1))
+    assert float(score.exp().sum()) == pytest.approx(1, abs=1e-9)
+    score.sum().backward()
+    assert at.grad is not None and math.isfinite(float(at.grad))
+
+
+def test_pixels_are_drawn_as_often_as_they_are_likely() -> None:
+    law = Pixels(torch.tensor(0.8), torch.tensor(0.3), 5)
+    drawn = law.sample((20_000,))
+    share = torch.bincount((drawn * 4).round().long(), minlength=5) / 20_000
+    chance = law.log_prob(torch.arange(5) / 4).exp()
+    assert float(((share - chance).abs() / (chance * (1 - chance) / 20_000).sqrt()).max()) < 4.5
+
+
+# -------------------------------------------------------------------------------------- labels, images, likelihood
+
+
+def test_labels_are_hidden_in_training_alone_and_guide() -> None:
+    y = torch.arange(3).repeat(400)
+    x = MEANS[y] + SD * torch.randn(1200, 2, generator=torch.Generator().manual_seed(0))
+    with isolated(0):
+        pair = DiffusionChain(2, classes=3, steps=30, hidden=(64, 64), drop=0.3)
+    seen = []
+    handle = pair.network.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+    fit(
+        pair,
+        {"x": x, "y": y},
+        Denoising(30, simple=True),
+        steps=1500,
+        batch=100,
+        learning_rate=0.003,
+        compile=False,
+        progress=False,
+    )
+    hidden = torch.cat(seen[-1000:]).eq(3).float().mean()
+    assert float(hidden) == pytest.approx(0.3, abs=0.02)
+    seen.clear()
+    pair.bound(x, y)
+    assert int(torch.cat(seen).max()) == 2
+    handle.remove()
+    asked = torch.arange(3).repeat_interleave(300)
+    error = {}
+    for guidance in (0.0, 3.0):
+        drawn = pair.generate(900, y=asked, guidance=guidance)
+        assert float((torch.cdist(drawn, MEANS).argmin(1) == asked).float().mean()) > 0.97
+        error[guidance] = float((drawn - MEANS[asked]).norm(dim=1).mean())
+    assert error[3.0] < error[0.0] or error[3.0] != pytest.approx(error[0.0], rel=0.02)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_small_unet_takes_images_steps_and_labels(wide: bool) -> None:
+    network = UNet((7, 5), 20, channels=(8, 16, 16), classes=3, wide=wide)
+    pair = DiffusionChain(35, network, classes=3, steps=20, likelihood="pixels", variance=("forward", "learned")[wide])
+    x = torch.randint(256, (6, 35)) / 255
+    y = torch.arange(6) % 3
+    assert pair.bound(x, y).total.shape == (6,)
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    first = network(x, torch.full((6,), 3), y)
+    assert not torch.allclose(first, network(x, torch.full((6,), 9), y))
+    assert not torch.allclose(first, network(x, torch.full((6,), 3), (y + 1) % 3))
+    # Leading dimensions are particles.
+    wide_x, wide_t = x[None].expand(2, -1, -1), torch.full((2, 6), 3)
+    torch.testing.assert_close(network(wide_x, wide_t, y.expand(2, -1))[1], first, rtol=1e-4, atol=1e-5)
+    result = fit(pair, {"x": x, "y": y}, Denoising(20, simple=True, bound=0.001), steps=3, batch=3, progress=False)
+    assert np.isfinite(result.losses).all()
+
+
+def test_the_likelihood_is_one_call_and_tighter_with_particles() -> None:
+    pair, x = exact(20), rows(50)
+    estimate = log_likelihood((pair.model, pair.guide), x, k=300, progress=False)
+    bound, truth = pair.bound(x, draws=50).total.double(), MIXTURE.log_prob(x).double()
+    assert float(bound.mean()) + 0.05 < estimate.mean < float(truth.mean()) + 0.1
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+PIXELS = partial(DiffusionChain, 2, likelihood="pixels", steps=5, hidden=(4,))
+REFUSED: list[tuple[Any, str]] = [
+    (lambda: DiffusionChain(2, schedule="square"), "schedule: expected one of linear, cosine, log_snr"),
+    (
+        lambda: DiffusionChain(2, schedule=torch.tensor([0.9, 0.95, 0.1])),
+        r"schedule: expected a signal that falls, within \(0, 1\), got 0.9 and then 0.95 at step 2",
+    ),
+    (lambda: DiffusionChain(2, schedule=torch.tensor([1.0, 0.5])), "got 1 and then 1 at step 1"),
+    (lambda: DiffusionChain(2, schedule=torch.tensor([0.9, 0.0])), "got 0.9 and then 0 at step 2"),
+    (lambda: DiffusionChain(2, steps=1), "steps: expected an integer of at least 2, got 1"),
+    (lambda: DiffusionChain(2, prediction="score"), "prediction: expected one of noise, sample, velocity, got 'score'"),
+    (lambda: DiffusionChain(2, spread=0.0), "spread: expected positive numbers, got 0"),
+    (lambda: DiffusionChain(2, nn.Linear(2, 2)), "network: expected inputs of width 2, got an error"),
+    (
+        lambda: DiffusionChain(2, ExactDenoiser(MEANS, SD, cosine(9)), variance="learned", schedule=cosine(9)),
+        r"network: expected outputs of width 4, got \(1, 2\)",
+    ),
+    (lambda: small().generate(3, steps=5), r"steps: expected 1 to 4 \(those of the chain\), got 5"),
+    (lambda: small().generate(3, guidance=1.0), "guidance: expected a pair with classes, got one without"),
+    (lambda: small().generate(3, steps=2, eta=-1.0), "eta: expected zero or a positive number, got -1.0"),
+    (lambda: fit(PIXELS(), torch.tensor([[0.5, 1.5]]), Denoising(5)), r"x: expected pixels in \[0, 1\], got 1.5"),
+    (
+        lambda: fit(PIXELS(levels=3), torch.tensor([[0.5, 0.3]]), Denoising(5)),
+        r"x: expected pixels of 3 levels, multiples of 1 / 2, got 0.3; set levels",
+    ),
+    (lambda: fit(small(), {"x": rows(4), "step": 9}), r"step: expected 1 to 5 \(steps \+ 1 is the prior's\), got 9"),
+    (lambda: Denoising(1), "steps: expected an integer of at least 2, got 1"),
+    (lambda: Denoising(5, simple=True, importance=True), "importance: expected the bound, got simple"),
+    (lambda: inverse.denoise(small(), rows(3), 1e-6), "deviation: expected one between the first and the last"),
+    (lambda: inverse.restore(small(), rows(3), torch.eye(3)), r"matrix: expected \(M, 2\), got \(3, 3\)"),
+    (lambda: inverse.restore(small(), rows(3), torch.eye(2)[:1]), r"seen: expected \(rows, 1\), as many columns"),
+    (lambda: inverse.kept(torch.tensor([False, False])), "seen: expected true or false"),
+    (lambda: inverse.pooled((4, 4), 3), "side: expected a divisor of 4 and 4, got 3"),
+    (lambda: flow.log_density(small(), rows(3), divergence="none"), "divergence: expected one of exact, hutchinson"),
+]
+
+
+@pytest.mark.parametrize(("call", "said"), REFUSED, ids=[r[1][:24] for r in REFUSED])
+def test_what_is_refused_is_said_in_one_line(call, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_edge_asks_for_a_model_that_has_one() -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("x", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1), obs=x[0])
+
+    with pytest.raises((ValueError, TypeError), match="step"):
+        fit((model, lambda x: None), rows(3), Denoising(5), progress=False)
