@@ -76,7 +76,7 @@ def denoising(**own: Any) -> Method:
     """A diffusion chain by single steps; ``own`` are arguments of ``Denoising``."""
 
     def method(pair: DiffusionChain, given: Any, **arguments: Any) -> Result:
-        schedule: dict[str, Any] = {"steps": 10_000, "batch": 128, "learning_rate": 0.002}
+        schedule: dict[str, Any] = {"steps": 2000, "batch": 128, "learning_rate": 0.002}
         return fit(pair, given, Denoising(pair.steps, **own), **{**schedule, **arguments})
 
     return method

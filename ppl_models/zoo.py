@@ -22,6 +22,7 @@ from ppl_models import data, pictures
 from ppl_models.autoregressive import MADE
 from ppl_models.bayesian_network import BayesianNetwork
 from ppl_models.data import Dataset
+from ppl_models.denoisers import UNet
 from ppl_models.diffusion import DiffusionChain
 from ppl_models.gan import GAN, ConditionalGAN
 from ppl_models.linear_factors import PPCA, FactorAnalysis
@@ -153,8 +154,11 @@ def _images(**own: Any) -> Row:
 
 def _chain(dataset: Dataset, **arguments: Any) -> DiffusionChain:
     """A chain over pixels of as many levels as the data hold."""
+    side, steps = math.isqrt(len(dataset.features)), arguments.pop("steps", 100)
     levels = {"digits": 17, "binarized_mnist": 2}.get(dataset.name, 256)
-    return DiffusionChain(dataset.features, likelihood="pixels", levels=levels, hidden=(256, 256, 256), **arguments)
+    network = UNet((side, side), steps, channels=(32, 64) if side < 28 else (16, 32, 32), wide=True)
+    shared = {"network": network, "variance": "learned", "likelihood": "pixels", "levels": levels}
+    return DiffusionChain(dataset.features, steps=steps, **{**shared, **arguments})
 
 
 def bits(pair: DiffusionChain, given: Mapping[str, Any]) -> pd.DataFrame:
@@ -401,13 +405,13 @@ ZOO: dict[str, Row] = {
         ),
         _images(
             name="diffusion",
-            title="Diffusion chain of 100 steps, dense network",
+            title="Diffusion chain of 100 steps, a small U-Net",
             build=_chain,
             also=("mnist", "fashion_mnist", "binarized_mnist", "omniglot"),
             prepare={"unit": True},
-            methods={"simple": denoising(simple=True), "bound": denoising(importance=True)},
+            methods={"hybrid": denoising(simple=True, bound=0.01), "bound": denoising(importance=True)},
             source="its exact case in the tests; ring and grid in the ledger",
-            fit=denoising(importance=True),
+            fit=denoising(simple=True, bound=0.01),
             report=bits,
         ),
     )

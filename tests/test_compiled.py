@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, SAMPLERS
+from conftest import LABELS, SAMPLERS, brief
 from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
@@ -208,7 +208,7 @@ def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
         pairs = []
         for _ in range(2):
             with isolated(0):
-                pairs.append(row.pair(dataset))
+                pairs.append(row.pair(dataset, **brief(row.name)))
         run = partial(method, steps=12, progress=False)
         runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
         eager, compiled = (torch.as_tensor(r.losses) for r in runs)

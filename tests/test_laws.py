@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, SAMPLERS, WITHOUT
+from conftest import LABELS, SAMPLERS, WITHOUT, brief
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -43,7 +43,7 @@ def small(row: Row, count: int = 40) -> dict[str, Tensor]:
 
 def fresh(row: Row, seed: int = 0) -> Pair:
     with isolated(seed):
-        return row.pair(row.load())
+        return row.pair(row.load(), **brief(row.name))
 
 
 def stored() -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, SAMPLERS, WITHOUT
+from conftest import LABELS, SAMPLERS, WITHOUT, brief
 from pyro.infer import NUTS
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
@@ -68,7 +68,7 @@ def agree(model, at_once: bool = False) -> None:
 def test_the_traced_potential_of_every_row_is_pyros(row: Row) -> None:
     dataset = row.load()
     with isolated(0):
-        pair = row.pair(dataset)
+        pair = row.pair(dataset, **brief(row.name))
         agree(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
 
 
@@ -91,7 +91,7 @@ def agree_for_many(model) -> None:
 def test_many_chains_of_every_row_have_pyros_potential(row: Row) -> None:
     dataset = row.load()
     with isolated(0):
-        pair = row.pair(dataset)
+        pair = row.pair(dataset, **brief(row.name))
         agree_for_many(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
 
 

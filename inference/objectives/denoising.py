@@ -102,7 +102,9 @@ class Denoising(Trace_ELBO):
 
     def draw(self, rows: int, device: Any = None) -> tuple[Tensor, Tensor]:
         """Steps of rows (N,), and their weights beside T + 1: one for uniform steps."""
-        at = (torch.rand((), device=device) + torch.arange(rows, device=device) / rows) % 1
+        # In double precision: a share that is rounded otherwise in a compiled program must not draw another step.
+        even = torch.arange(rows, device=device, dtype=torch.float64) / rows
+        at = (torch.rand((), device=device, dtype=torch.float64) + even) % 1
         if self.simple:
             return (at * self.steps).long().clamp(max=self.steps - 1) + 1, torch.ones(rows, device=device)
         count = self.steps + 1
@@ -112,7 +114,7 @@ class Denoising(Trace_ELBO):
         # One step in a hundred is drawn evenly: none is forgotten.
         share = 0.99 * share / share.sum() + 0.01 / count
         chosen = torch.searchsorted(share.cumsum(0), at).clamp(max=count - 1)
-        return chosen + 1, 1 / (count * share[chosen])
+        return chosen + 1, (1 / (count * share[chosen])).to(self.cost)
 
     def _take(self, step: Tensor, each: Tensor) -> None:
         """Take what steps cost into the moving mean of their squares: the mean of the first ten, then a tenth each."""
