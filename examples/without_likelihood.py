@@ -1,7 +1,8 @@
 """What does a model gain, and lose, that is trained without a likelihood? On a ring of 8 modes and a grid of 25.
 
 A VAE covers all modes, and what lies between them. A GAN only has to pass for the data, and leaves out modes; penalties
-(R1, WGAN-GP) bring them back. A VAE-GAN does both at once. Run: python examples/without_likelihood.py
+(R1, WGAN-GP) bring them back. A VAE-GAN does both at once. A diffusion chain has a likelihood, and finds all modes.
+Run: python examples/without_likelihood.py
 """
 
 from itertools import product
@@ -15,12 +16,14 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from inference import fit
-from inference.objectives import Adversarial
+from inference.objectives import Adversarial, Denoising
 from inference.program import isolated
 from inference.two_sample import modes
 from ppl_models.data import simulate_modes
+from ppl_models.diffusion import DiffusionChain
 from ppl_models.gan import GAN
 from ppl_models.methods import adversaries
+from ppl_models.schedules import log_snr
 from ppl_models.vae import VAE
 from ppl_models.vaegan import VAEGAN
 
@@ -41,12 +44,19 @@ def gan(x: Tensor, steps: int, seed: int, **settings: object) -> Tensor:
     return pair.generate(ROWS, seed=seed)
 
 
+def diffusion(x: Tensor, steps: int, seed: int) -> Tensor:
+    pair = DiffusionChain(2, schedule=log_snr(100), spread=float(x.std()), hidden=WIDE)
+    fit(pair, x, Denoising(100, simple=True), steps=steps, learning_rate=0.002, seed=seed, **SHARED)
+    return pair.generate(ROWS, seed=seed)
+
+
 METHODS = {
     "VAE": vae,
     "GAN": gan,
     "GAN, R1": lambda *given: gan(*given, r1=0.1),
     "WGAN-GP": lambda *given: gan(*given, kind="wasserstein", penalty=0.1, turns=(5, 1)),
     "VAE-GAN": lambda *given: gan(*given, r1=0.1, bound=Trace_ELBO),
+    "diffusion": diffusion,
 }
 
 

@@ -162,7 +162,7 @@ def reproduce(
         spread = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"
         shown = Table(box=None, pad_edge=False, show_header=False)
         shown.add_row("obtained" + (" (quick: not comparable)" if quick else ""), f"{record['figure']:.2f}{spread}")
-        shown.add_row("published", f"{recipe.published:g}, {recipe.source} ({ledger.GRADES[recipe.sure]})")
+        shown.add_row("published", f"{recipe.known}, {recipe.origin}")
         for what, values in record["details"].items():
             if what != "figure":
                 shown.add_row(what, ", ".join(f"{v:.2f}" for v in values))

@@ -34,7 +34,7 @@ from ppl_models.zoo import ZOO, Row
 
 quiet = partial(fit, progress=False)
 # Rows whose next of kin runs at every test; compiling takes up to half a minute each.
-KIN, SLOW = ("multinomial_naive_bayes", "ppca", "hierarchical_vae", "conditional_vae"), pytest.mark.slow
+KIN, SLOW = ("multinomial_naive_bayes", "ppca", "hierarchical_vae", "conditional_vae", "diffusion"), pytest.mark.slow
 X = torch.tensor([[0.3, -1.2], [2.0, 0.1], [-0.7, 0.4], [1.1, 1.9], [0.0, -0.5]]).double()
 
 

@@ -180,7 +180,7 @@ def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
 def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
     table = load("wake_sleep_or_elbo").main(rounds=2, steps=60, batch=50, out=tmp_path)
     check_image(tmp_path / "bounds.png")
-    assert len(table) == 10 and np.isfinite(table[["ELBO", "log p(x)"]]).all(axis=None)
+    assert len(table) == 12 and np.isfinite(table[["ELBO", "log p(x)"]]).all(axis=None)
     assert (table["log p(x)"] >= table["ELBO"]).all()
     first, last = (table[table.steps == n].set_index("method")["log p(x)"] for n in (60, 120))
     assert (last > first).all()
@@ -188,7 +188,26 @@ def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
 
 def test_without_likelihood_makes_a_row_a_method_and_set(tmp_path):
     table = load("without_likelihood").main(steps=30, seeds=1, out=tmp_path)
-    assert len(table) == 10 and list(table.columns[:3]) == ["modes", "quality, %", "reverse KL"]
+    assert len(table) == 12 and list(table.columns[:3]) == ["modes", "quality, %", "reverse KL"]
     assert np.isfinite(table.iloc[:, :3].to_numpy(dtype=float)).all()
     assert table["modes"].between(0, 25).all() and table["quality, %"].between(0, 100).all()
     check_image(tmp_path / "samples.png")
+
+
+def test_how_likely_splits_the_bound_and_sets_the_flow_beside_it(tmp_path, capsys):
+    load("how_likely").main(steps=20, chain=8, rows=30, out=tmp_path)
+    said = capsys.readouterr().out
+    cells = [line.rsplit(maxsplit=1) for line in said.splitlines() if line.startswith(("bound", "flow", "pixels"))]
+    found = {name.strip(): float(value) for name, value in cells}
+    parts = [found[f"bound, {part}"] for part in ("prior", "steps", "reconstruction")]
+    assert sum(parts) == pytest.approx(found["bound, total"], abs=0.002)
+    assert np.isfinite(list(found.values())).all() and len(found) == 6
+    check_image(tmp_path / "how_likely.png")
+
+
+def test_fewer_steps_sets_samplers_side_by_side(tmp_path, capsys):
+    load("fewer_steps").main(steps=20, chain=8, draws=40, out=tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("deterministic") == said.count("stochastic") == 2
+    check_image(tmp_path / "fewer_steps.png")
+    assert (tmp_path / "fewer_steps_digits.png").exists()
