@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -79,6 +80,47 @@ def chain(pair: Any, x: Tensor, rows: int = 8, columns: int = 12, *, seed: int =
     shown = [falling[pair.steps - t] for t in reversed(times)]
     grid = torch.cat([torch.stack(rising, 1), torch.stack(shown, 1)])
     return pair.unscaled(grid), f"above: noise over data in {pair.steps} steps; below: the chain back from noise"
+
+
+def trajectories(pair: Any, x: Tensor, *, count: int = 60, seed: int = 0) -> Figure:
+    """Ways of a diffusion chain in the plane from noise to rows: with its noise, and by its deterministic steps."""
+    if pair.features != 2:
+        raise ValueError(f"features: expected 2 for ways in the plane, got {pair.features}")
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(count, 2, generator=random).to(pair.origin)
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    ways = {"the chain": None, f"{pair.steps} deterministic steps": pair.steps}
+    for axes, (title, steps) in zip(figure.subplots(1, 2), ways.items(), strict=True):
+        passed = torch.stack([pair.unscaled(z) for z in (start, *pair.walk(start, random, steps=steps))]).cpu()
+        axes.scatter(*x[:2000].cpu().T, s=2, color="0.75", label="data")
+        axes.plot(passed[..., 0].numpy(), passed[..., 1].numpy(), color="C0", lw=0.5, alpha=0.6)
+        for rows, colour, label in ((passed[0], "C1", "noise"), (passed[-1], "C3", "drawn")):
+            axes.scatter(rows[:, 0].numpy(), rows[:, 1].numpy(), s=8, color=colour, label=label, zorder=3)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def odds(axes: Axes, pair: Any, x: Tensor, *, count: int = 500, seed: int = 0) -> Any:
+    """Where in the plane the discriminator of a GAN believes rows to be real, under data and rows of fixed noise.
+
+    Returns:
+        The surface, for a colour bar.
+    """
+    if pair.features != 2 or pair.pack != 1:
+        raise ValueError(f"pair: expected 2 features and no packs, got {pair.features} and packs of {pair.pack}")
+    made, real = pair.generate(count, seed=seed).cpu(), x[:count].cpu()
+    low, high = real.amin(0), real.amax(0)
+    margin = 0.3 * (high - low)
+    sides = [torch.linspace(float(a), float(b), 120) for a, b in zip(low - margin, high + margin, strict=True)]
+    with torch.no_grad():
+        judged = pair.judge(torch.cartesian_prod(*sides).to(pair.origin)).probs.cpu().reshape(120, 120).T
+    filled = axes.contourf(*(s.numpy() for s in sides), judged.numpy(), levels=np.linspace(0, 1, 21), cmap="PuOr")
+    for rows, colour, label in ((real, "black", "data"), (made, "tab:green", "generated")):
+        axes.scatter(rows[:, 0].numpy(), rows[:, 1].numpy(), s=4, color=colour, label=label)
+    axes.set(xticks=[], yticks=[], aspect="equal", xlim=sides[0][[0, -1]].tolist(), ylim=sides[1][[0, -1]].tolist())
+    return filled
 
 
 def by_steps(pair: Any, columns: int = 12, *, seed: int = 0) -> Grid:

@@ -16,7 +16,7 @@ from inference import fit, log_likelihood, prior_predictive
 from inference.objectives import Compiled, Denoising
 from inference.program import isolated
 from inference.two_sample import energy_distance
-from ppl_models import flow, inverse
+from ppl_models import flow, inverse, pictures
 from ppl_models.denoisers import ExactDenoiser, UNet
 from ppl_models.diffusion import PREDICTIONS, VARIANCES, DiffusionChain
 from ppl_models.distributions import Pixels
@@ -403,6 +403,31 @@ def test_the_likelihood_is_one_call_and_tighter_with_particles() -> None:
     estimate = log_likelihood((pair.model, pair.guide), x, k=300, progress=False)
     bound, truth = pair.bound(x, draws=50).total.double(), MIXTURE.log_prob(x).double()
     assert float(bound.mean()) + 0.05 < estimate.mean < float(truth.mean()) + 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_pictures_of_a_chain(tmp_path) -> None:
+    pair = DiffusionChain(16, steps=6, likelihood="pixels", levels=4, hidden=(8,))
+    x = torch.randint(4, (20, 16)) / 3
+    names = [path.name for path in pictures.save(pair, x, tmp_path)]
+    assert names == ["samples.png", "chain.png", "steps.png"] and all((tmp_path / n).exists() for n in names)
+    images, _ = pictures.chain(pair, x, rows=4, columns=5)
+    assert images.shape == (4, 5, 16)
+    # From data to noise, and back.
+    torch.testing.assert_close(images[:2, 0], x[[0, 19]])
+    drawn = pair.generate(2, seed=0)
+    torch.testing.assert_close(images[2:, -1], drawn)
+
+
+def test_ways_in_the_plane_end_where_rows_are_drawn() -> None:
+    pair = exact(20)
+    figure = pictures.trajectories(pair, rows(100), count=7, seed=3)
+    ends = figure.axes[1].collections[-1].get_offsets().data
+    torch.testing.assert_close(torch.as_tensor(np.asarray(ends)).float(), pair.generate(7, steps=20, seed=3))
+    with pytest.raises(ValueError, match="features: expected 2 for ways in the plane, got 16"):
+        pictures.trajectories(DiffusionChain(16, steps=3, hidden=(4,)), torch.zeros(3, 16))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -211,3 +211,10 @@ def test_fewer_steps_sets_samplers_side_by_side(tmp_path, capsys):
     assert said.count("deterministic") == said.count("stochastic") == 2
     check_image(tmp_path / "fewer_steps.png")
     assert (tmp_path / "fewer_steps_digits.png").exists()
+
+
+def test_a_duel_is_drawn_stage_by_stage(tmp_path):
+    table = load("duel").main(scale=0.005, out=tmp_path)
+    assert table["steps"].tolist() == 2 * [0, 1, 5, 15, 40]
+    assert table["modes"].between(0, 8).all() and table["quality, %"].between(0, 100).all()
+    check_image(tmp_path / "duel.png")

@@ -7,6 +7,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from scipy.optimize import linear_sum_assignment
@@ -17,7 +18,7 @@ from inference import compare, fit, log_likelihood, prior_predictive
 from inference.objectives import Adversarial
 from inference.program import isolated
 from inference.two_sample import energy_distance
-from ppl_models import data
+from ppl_models import data, pictures
 from ppl_models.cyclegan import CycleGAN
 from ppl_models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.methods import adversaries
@@ -226,6 +227,18 @@ def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> No
         log_likelihood(pair, x, "annealed", progress=False)
     with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
         pair.noisy(0.0)
+
+
+def test_the_surface_is_what_the_discriminator_says() -> None:
+    axes, x = Figure().add_subplot(), torch.randn(50, 2)
+    pair = GAN(2, 2, discriminator=nn.Linear(2, 1))
+    shown = pictures.odds(axes, pair, x)
+    # The ends of the line of one half, which is straight here.
+    line = shown.get_paths()[10].vertices
+    held = pair.judge(torch.as_tensor(line).float()).probs.detach()
+    assert float((held - 0.5).abs().min()) < 0.01 and float(held.min()) > 0.49 and float(held.max()) < 0.56
+    with pytest.raises(ValueError, match="pair: expected 2 features and no packs, got 2 and packs of 3"):
+        pictures.odds(axes, GAN(2, 2, pack=3), x)
 
 
 def test_labels_are_needed_and_held_against_the_classes() -> None:

@@ -1,0 +1,52 @@
+"""What do the two players of a GAN do? Samples of the same noise over training, and where rows pass for real.
+
+A generator and a discriminator on a ring of eight modes are trained in stages; after each the same noise is drawn
+again, over the surface of the discriminator. With R1 the surface comes to rest at one half; without it, it does not.
+Run: python examples/duel.py
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+import typer
+from matplotlib.figure import Figure
+
+from inference import Joint, fit
+from inference.objectives import Adversarial
+from inference.program import isolated
+from inference.two_sample import modes
+from ppl_models.data import simulate_modes
+from ppl_models.gan import GAN
+from ppl_models.pictures import odds
+
+STAGES = (0, 200, 1000, 3000, 8000)
+SHARED = {"batch": 256, "progress": False}
+
+
+def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) -> pd.DataFrame:
+    """Train both in stages, scaled by ``scale``; draw the page and print what each stage has found."""
+    x, centres, deviation = simulate_modes("ring", 20_000, seed)
+    figure = Figure(figsize=(3 * len(STAGES), 6.4), layout="constrained")
+    panels, rows = figure.subplots(2, len(STAGES)), []
+    for line, (name, r1) in zip(panels, {"GAN": 0.0, "GAN, R1": 0.1}.items(), strict=True):
+        with isolated(seed):
+            pair = GAN(2, 2, hidden=(128, 128, 128))
+        optimizer, done = Joint(torch.optim.Adam, {"lr": 5e-4, "betas": (0.5, 0.9)}), 0
+        for panel, stage in zip(line, STAGES, strict=True):
+            steps = int(scale * stage) - done
+            fit(pair, x, Adversarial(r1=r1), steps=steps, optimizer=optimizer, seed=seed + stage, **SHARED)
+            done += steps
+            seen = modes(pair.generate(5000, seed=seed), centres, deviation)
+            rows.append((name, done, seen.found, 100 * seen.quality.value))
+            odds(panel, pair, x, seed=seed)
+            panel.set_title(f"{name}, {done:,} steps: {seen.found} of {seen.total} modes", fontsize=9, loc="left")
+    table = pd.DataFrame(rows, columns=["objective", "steps", "modes", "quality, %"])
+    print(table.to_string(index=False, float_format=lambda v: f"{v:.1f}"))
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "duel.png", dpi=110)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
