@@ -39,8 +39,10 @@ def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) ->
             done += steps
             seen = modes(pair.generate(5000, seed=seed), centres, deviation)
             rows.append((name, done, seen.found, 100 * seen.quality.value))
-            odds(panel, pair, x, seed=seed)
+            surface = odds(panel, pair, x, seed=seed)
             panel.set_title(f"{name}, {done:,} steps: {seen.found} of {seen.total} modes", fontsize=9, loc="left")
+    panels[0, 0].legend(fontsize=7, loc="lower left")
+    figure.colorbar(surface, ax=panels, label="q(real | x)", ticks=[0, 0.5, 1], aspect=40)
     table = pd.DataFrame(rows, columns=["objective", "steps", "modes", "quality, %"])
     print(table.to_string(index=False, float_format=lambda v: f"{v:.1f}"))
     out.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,14 @@ class Bound:
         """The bound of log p(x) of each row (N,)."""
         return self.reconstruction - self.prior - self.steps.sum(1)
 
-    def bits(self) -> dict[str, float]:
-        """Mean bits a dimension: of the prior, of all steps, of the reconstruction, and in total."""
+    def each(self) -> dict[str, Tensor]:
+        """Bits a dimension of each row (N,): of the prior, of all steps, of the reconstruction, and in total."""
         parts = {"prior": self.prior, "steps": self.steps.sum(1), "reconstruction": -self.reconstruction}
-        bits = {n: float(v.double().mean()) / self.dimensions / LN2 for n, v in parts.items()}
-        return {**bits, "total": sum(bits.values())}
+        return {n: v.double() / self.dimensions / LN2 for n, v in (*parts.items(), ("total", -self.total))}
+
+    def bits(self) -> dict[str, float]:
+        """The means of :meth:`each`."""
+        return {n: float(v.mean()) for n, v in self.each().items()}
 
 
 class DiffusionChain(Pair):

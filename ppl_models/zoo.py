@@ -163,14 +163,7 @@ def _chain(dataset: Dataset, **arguments: Any) -> DiffusionChain:
 
 def bits(pair: DiffusionChain, given: Mapping[str, Any]) -> pd.DataFrame:
     """The bound of a chain on rows, in bits a dimension, term by term, with standard errors over rows."""
-    found = pair.bound(**given)
-    parts = {
-        "prior": found.prior,
-        "steps T to 2": found.steps.sum(1),
-        "reconstruction": -found.reconstruction,
-        "total": -found.total,
-    }
-    each = {name: v.double() / found.dimensions / math.log(2) for name, v in parts.items()}
+    each = pair.bound(**given).each()
     return pd.DataFrame(
         [(name, float(v.mean()), float(v.std()) / len(v) ** 0.5) for name, v in each.items()],
         columns=["bits a dimension, held out", "mean", "standard error"],

@@ -236,6 +236,30 @@ def test_a_bound_is_descended_beside() -> None:
         torch.testing.assert_close(gradients[name], share * parts[0] + parts[1], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_an_activated_bound_takes_generated_rows_as_they_pass_for_real() -> None:
+    with isolated(0):
+        pair = VAEGAN(WIDTH, 2, hidden=(8,), likelihood="gaussian")
+    (_, plain), without = step(pair, Adversarial(bound=Trace_ELBO()))
+    (_, loss), gradients = step(pair, Adversarial(bound=Trace_ELBO(), activated=True))
+    for p in pair.parameters():
+        p.grad = None
+    with isolated(1):
+        torch.randn(ROWS, 2)
+        Trace_ELBO().loss(pair.model, pair.guide, x=X)
+        with torch.no_grad():
+            made = pair.decode(torch.randn(ROWS, 2))
+            shares = pair.discriminator(made)[:, 0].sigmoid()
+        q = pair.posterior(made)
+        z = q.rsample()
+        each = pair.likelihood(z).log_prob(made) + pair.prior().log_prob(z) - q.log_prob(z)
+    more = -(shares * each).sum()
+    more.backward()
+    assert loss == pytest.approx(plain + more.item(), rel=1e-4)
+    for name, p in pair.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name] - without[name], p.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_codes_of_an_autoencoder_play_against_the_prior() -> None:
     with isolated(0):
         pair = AdversarialAutoencoder(WIDTH, 2, hidden=(8,))
@@ -446,6 +470,7 @@ REFUSED = [
     (lambda: Adversarial("softer"), "kind: expected one of non_saturating, .*, got 'softer'"),
     (lambda: Adversarial(r1=-1.0), "r1: expected zero or a positive number, got -1.0"),
     (lambda: Adversarial(penalty=math.nan), "penalty: expected zero or a positive number, got nan"),
+    (lambda: Adversarial(activated=True), "activated: expected a bound, into which generated rows are taken, got none"),
     (lambda: Adversarial(turns=(0, 1)), r"turns: expected steps of the guide and of the model, .*, got \(0, 1\)"),
     (lambda: Adversarial(information="c"), r"information: expected names of sites, such as \('c',\), got 'c'"),
     (lambda: quiet(gan(), X, Trace_ELBO, steps=2), "objective: Trace_ELBO needs a likelihood, .*; use Adversarial"),

@@ -100,6 +100,8 @@ class Adversarial(Game):
         importance: Weigh generated rows by :math:`q(1 \mid x) / q(0 \mid x)`, normalised over the batch, in the model's
             loss (importance-weighted GAN).
         bound: An ELBO, or a factory of one, of the same pair run without ``real``, which the model descends as well.
+        activated: Take generated rows into the bound too, as data, each weighted by :math:`q(1 \mid x)`
+            (adversary-activated VAE of Hu et al. 2018).
         weight: Weight of the model's adversarial loss beside the bound.
         turns: Steps of the guide, and of the model, in turn; None: both move at every step.
 
@@ -137,16 +139,19 @@ class Adversarial(Game):
         information_weight: float = 1.0,
         importance: bool = False,
         bound: ELBO | Callable[[], ELBO] | None = None,
+        activated: bool = False,
         weight: float = 1.0,
         turns: tuple[int, int] | None = None,
     ) -> None:
+        if activated and bound is None:
+            raise ValueError("activated: expected a bound, into which generated rows are taken, got none")
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         check_weights(penalty=penalty, r1=r1, information_weight=information_weight)
         if isinstance(information, str):
             raise ValueError(f"information: expected names of sites, such as ({information!r},), got {information!r}")
         super().__init__(bound, weight, turns)
-        self.kind, self.penalty, self.r1, self.importance = kind, penalty, r1, importance
+        self.kind, self.penalty, self.r1, self.importance, self.activated = kind, penalty, r1, importance, activated
         self.information, self.information_weight = tuple(information), information_weight
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -222,6 +227,17 @@ class Adversarial(Game):
             if encodes and real is not None:
                 of_model = of_model + self.weight * real.total(kind.model(-real.odds))
         return [of_guide, of_model]
+
+    def more_grads(self, model: Any, guide: Any, named: Any) -> Any:
+        """Of an activated bound, that of generated rows."""
+        if not self.activated:
+            return 0.0
+        made = self._half(model, guide, named, False, still=True)
+        rows = {n: v for n, v in made.handed.items() if n in named}
+        shares = made.odds.detach().sigmoid()
+        shares = shares.repeat_interleave(len(next(iter(rows.values()))) // len(shares))
+        halves = (poutine.scale(half, scale=shares) for half in (model, guide))
+        return self.bound.loss_and_grads(*halves, **{**named, **rows})  # type: ignore[union-attr]
 
     def _half(
         self, model: Any, guide: Any, named: Any, real: bool, *, frozen: bool = False, still: bool = False

@@ -65,6 +65,10 @@ class Game(ELBO):
     def losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], players: Players) -> list[Tensor]:
         """Losses of the guide and of the model; that of one who rests may be anything."""
 
+    def more_grads(self, model: Any, guide: Any, named: Any) -> Any:
+        """A further loss of the model beside the bound, its gradients added to those that are there."""
+        return 0.0
+
     @property
     def moving(self) -> tuple[bool, bool]:
         """Whether the guide, and the model, move at the next step."""
@@ -117,6 +121,7 @@ class Game(ELBO):
                     p.grad = g if p.grad is None else p.grad + g
         if self.bound is not None and moving[1]:
             bound = self.bound.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+            bound = bound + self.more_grads(model, guide, named)
         if self.turns is not None:
             self.turn = (self.turn + 1) % sum(self.turns)
         if len(self.latest) == 0:
