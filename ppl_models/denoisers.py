@@ -70,6 +70,9 @@ class StepCode(nn.Module):
         self.labels = nn.Embedding(classes + 1, width) if classes else None
 
     def forward(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if t.dim() and not any(t.stride()):
+            # One step for all rows, as a sampler takes them, is coded once.
+            t = t[(0,) * t.dim()][None]
         at = t.to(self.rates)[..., None] * self.rates
         code = self.inner(torch.cat([at.sin(), at.cos()], -1))
         return nn.functional.silu(code if self.labels is None or y is None else code + self.labels(y))

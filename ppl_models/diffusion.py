@@ -274,7 +274,7 @@ class DiffusionChain(Pair):
         Args:
             guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, with the label and with it hidden.
         """
-        at = torch.full(noised.shape[:-1], t, device=noised.device) if isinstance(t, int) else t
+        at = torch.tensor(t, device=noised.device).expand(noised.shape[:-1]) if isinstance(t, int) else t
         out = self._run(noised, at, y)
         if guidance:
             hidden = self._run(noised, at, torch.full_like(known_labels(y), self.classes))

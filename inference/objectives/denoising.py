@@ -114,7 +114,7 @@ class Denoising(Trace_ELBO):
         # One step in a hundred is drawn evenly: none is forgotten.
         share = 0.99 * share / share.sum() + 0.01 / count
         chosen = torch.searchsorted(share.cumsum(0), at).clamp(max=count - 1)
-        return chosen + 1, (1 / (count * share[chosen])).to(self.cost)
+        return chosen + 1, (1 / (count * share[chosen])).to(self.cost.dtype)
 
     def _take(self, step: Tensor, each: Tensor) -> None:
         """Take what steps cost into the moving mean of their squares: the mean of the first ten, then a tenth each."""
