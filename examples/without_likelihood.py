@@ -2,7 +2,6 @@
 
 A VAE covers all modes, and what lies between them. A GAN only has to pass for the data, and leaves out modes; penalties
 (R1, WGAN-GP) bring them back. A VAE-GAN does both at once. A diffusion chain has a likelihood, and finds all modes.
-Run: python examples/without_likelihood.py
 """
 
 from itertools import product
@@ -23,59 +22,50 @@ from ppl_models.data import simulate_modes
 from ppl_models.diffusion import DiffusionChain
 from ppl_models.gan import GAN
 from ppl_models.methods import adversaries
-from ppl_models.schedules import log_snr
 from ppl_models.vae import VAE
 from ppl_models.vaegan import VAEGAN
 
-WIDE, ROWS = (128, 128, 128), 20_000
+WIDE, ROWS = {"hidden": (128, 128, 128)}, 20_000
 SHARED = {"batch": 256, "draws": 1, "progress": False}
 
 
-def vae(x: Tensor, steps: int, seed: int) -> Tensor:
-    pair = VAE(2, 2, hidden=WIDE, likelihood="gaussian")
-    fit(pair, x, steps=steps, learning_rate=0.002, seed=seed, **SHARED)
-    with torch.no_grad():
-        return pair.likelihood(torch.randn(ROWS, 2)).sample()
+def likely(x: Tensor, steps: int, seed: int, *, chain: bool) -> Tensor:
+    own = {"schedule": "log_snr", "spread": float(x.std())}
+    pair = DiffusionChain(2, **own, **WIDE) if chain else VAE(2, 2, likelihood="gaussian", **WIDE)
+    fit(pair, x, Denoising(100, simple=True) if chain else None, steps=steps, learning_rate=0.002, seed=seed, **SHARED)
+    return pair.generate(ROWS, seed=seed) if chain else pair.likelihood(torch.randn(ROWS, 2)).sample()
 
 
 def gan(x: Tensor, steps: int, seed: int, **settings: object) -> Tensor:
-    pair = VAEGAN(2, 2, hidden=WIDE, likelihood="gaussian") if "bound" in settings else GAN(2, 2, hidden=WIDE)
+    pair = VAEGAN(2, 2, likelihood="gaussian", **WIDE) if "bound" in settings else GAN(2, 2, **WIDE)
     adversaries(pair, x, Adversarial(**settings), steps=steps, learning_rate=0.001, seed=seed, **SHARED)
     return pair.generate(ROWS, seed=seed)
 
 
-def diffusion(x: Tensor, steps: int, seed: int) -> Tensor:
-    pair = DiffusionChain(2, schedule=log_snr(100), spread=float(x.std()), hidden=WIDE)
-    fit(pair, x, Denoising(100, simple=True), steps=steps, learning_rate=0.002, seed=seed, **SHARED)
-    return pair.generate(ROWS, seed=seed)
-
-
 METHODS = {
-    "VAE": vae,
+    "VAE": lambda *given: likely(*given, chain=False),
     "GAN": gan,
     "GAN, R1": lambda *given: gan(*given, r1=0.1),
     "WGAN-GP": lambda *given: gan(*given, kind="wasserstein", penalty=0.1, turns=(5, 1)),
     "VAE-GAN": lambda *given: gan(*given, r1=0.1, bound=Trace_ELBO),
-    "diffusion": diffusion,
+    "diffusion": lambda *given: likely(*given, chain=True),
 }
 
 
 def main(steps: int = 12_000, seeds: int = 10, out: Path = Path("results/without_likelihood")) -> pd.DataFrame:
     """Train each method on each set from each seed; print and save the table, and draw the first seed's samples."""
-    rows = []
-    figure = Figure(figsize=(2.4 * len(METHODS), 5.2), layout="constrained")
+    rows, figure = [], Figure(figsize=(2.4 * len(METHODS), 5.2), layout="constrained")
     panels = dict(zip(product(("ring", "grid"), METHODS), figure.subplots(2, len(METHODS)).flat, strict=True))
-    for (name, method), panel in panels.items():
-        for seed in range(seeds):
-            x, centres, deviation = simulate_modes(name, ROWS, seed)
-            with isolated(seed):
-                made = METHODS[method](x, steps, seed)
-            seen = modes(made, centres, deviation)
-            rows.append((name, method, seen.found, 100 * seen.quality.value, seen.reverse_kl))
-            if seed == 0:
-                panel.scatter(*made[:2000].T, s=1, color="tab:blue")
-                panel.scatter(*centres.T, s=20, marker="+", color="tab:red", linewidths=0.8)
-                panel.set(title=f"{method}: {seen.found} of {seen.total} modes", xticks=[], yticks=[], aspect="equal")
+    for ((name, method), panel), seed in product(panels.items(), range(seeds)):
+        x, centres, deviation = simulate_modes(name, ROWS, seed)
+        with isolated(seed):
+            made = METHODS[method](x, steps, seed)
+        seen = modes(made, centres, deviation)
+        rows.append((name, method, seen.found, 100 * seen.quality.value, seen.reverse_kl))
+        if seed == 0:
+            panel.scatter(*made[:2000].T, s=1, color="tab:blue")
+            panel.scatter(*centres.T, s=20, marker="+", color="tab:red", linewidths=0.8)
+            panel.set(title=f"{method}: {seen.found} of {seen.total} modes", xticks=[], yticks=[], aspect="equal")
     found = pd.DataFrame(rows, columns=["set", "method", "modes", "quality, %", "reverse KL"])
     groups = found.groupby(["set", "method"], sort=False)
     table = groups.mean().join(groups.sem().add_suffix(", error"))
