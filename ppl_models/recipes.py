@@ -223,7 +223,7 @@ def diffusion(quick: bool, seed: int) -> dict[str, float]:
     objective = Denoising(chain, simple=True, bound=0.001)
     fit(pair, x, objective, steps=steps, batch=batch, learning_rate=0.001, seed=seed)
     bits = pair.bound(test).bits()
-    drawn = pair.generate(len(test), steps=50, seed=seed)
+    drawn = pair.generate(len(test), steps=min(50, chain), seed=seed)
     return {
         "figure": bits.pop("total"),
         **bits,

@@ -526,8 +526,11 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_arguments_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"^standardise, binarise: expected at most one .* got both$"):
+    said = r"^standardise, binarise, unit: expected at most one .* got standardise, binarise$"
+    with pytest.raises(ValueError, match=said):
         data.load("iris", standardise=True, binarise=True)
+    with pytest.raises(ValueError, match="^unit: expected images, got iris$"):
+        data.load("iris", unit=True)
     with pytest.raises(ValueError, match=r"^dtype: expected a floating point type, got torch.int64$"):
         data.load("iris", dtype=torch.int64)
 
@@ -613,3 +616,9 @@ def test_modes_are_where_they_are_said_to_be(name: str, count: int, spread: floa
 def test_modes_of_another_name_are_refused() -> None:
     with pytest.raises(ValueError, match="name: expected ring or grid, got 'square'"):
         data.simulate_modes("square", 10)
+
+
+def test_pixels_in_the_unit_interval() -> None:
+    whole, unit = data.load("digits"), data.load("digits", unit=True)
+    assert float(whole.train["x"].max()) == 16 and float(unit.train["x"].max()) == 1
+    assert torch.equal(16 * unit.test["x"], whole.test["x"])
