@@ -58,7 +58,7 @@ class StepCode(nn.Module):
         steps: T.
         width: Of the output.
         classes: Number of classes K; a label K is a hidden one.
-        waves: Number of frequencies, from one period over all steps up to one over a few.
+        waves: Number of frequencies, from half a period over all steps up to one over a few.
     """
 
     rates: Tensor

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ppl_models.denoisers import Denoiser
 from ppl_models.distributions import Pixels
 from ppl_models.networks import check_network, evaluation
-from ppl_models.pair import Pair, check_known_labels, check_matrix, known_labels, rows_plate
+from ppl_models.pair import Pair, check_known_labels, check_labels, check_matrix, known_labels, rows_plate
 from ppl_models.schedules import interpolate, path, signal_of
 
 PREDICTIONS = ("noise", "sample", "velocity")
@@ -148,12 +148,15 @@ class DiffusionChain(Pair):
         middle = 0.5 if likelihood == "pixels" else 0.0
         for name, given, usual in (("shift", shift, middle), ("spread", spread, middle or 1.0)):
             numbers = torch.as_tensor(usual if given is None else given, dtype=torch.get_default_dtype())
+            if numbers.shape not in ((), (self.features,)) or not bool(numbers.isfinite().all()):
+                raise ValueError(f"{name}: expected finite numbers, one or {self.features}, got {given!r}")
             self.register_buffer(name, numbers.expand(self.features).clone())
         if not bool((self.spread > 0).all()):
             raise ValueError(f"spread: expected positive numbers, got {self.spread.min().item():g}")
         width = self.features * (2 if variance == "learned" else 1)
-        own = Denoiser(self.features, width, self.steps, hidden=hidden, classes=self.classes)
-        self.network = own if network is None else network
+        if network is None:
+            network = Denoiser(self.features, width, self.steps, hidden=hidden, classes=self.classes)
+        self.network = network
         one = torch.ones(1, dtype=torch.long)
         check_network("network", self.network, self.features, width, one, *([one] if self.classes else []))
         self.register_buffer("origin", torch.zeros(self.features))
@@ -274,6 +277,7 @@ class DiffusionChain(Pair):
         Args:
             guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, with the label and with it hidden.
         """
+        y = self._labels(y)
         at = torch.tensor(t, device=noised.device).expand(noised.shape[:-1]) if isinstance(t, int) else t
         out = self._run(noised, at, y)
         if guidance:
@@ -290,7 +294,7 @@ class DiffusionChain(Pair):
         else:
             clean = keep * noised - lose * out
         if self.kind == "pixels" and not self.training:
-            clean = clean.clamp(-1, 1)
+            clean = clean.clamp(self.scaled(torch.zeros_like(clean)), self.scaled(torch.ones_like(clean)))
         return Guess(out, clean, (noised - keep * clean) / lose, wide)
 
     def _run(self, noised: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -321,7 +325,12 @@ class DiffusionChain(Pair):
 
     def _added(self, t: int | Tensor) -> Tensor:
         """Variance of the forward step."""
-        return (self.lost(t) - self.lost(t - 1)) / self.signal(t - 1)
+        return self._between_steps(t - 1, t)
+
+    def _between_steps(self, first: int | Tensor, last: int | Tensor) -> Tensor:
+        """What is lost of the signal from one step to another, by its logarithms: differences of shares lose digits."""
+        now, before = (nn.functional.logsigmoid(self._ratio(t)) for t in (last, first))
+        return -torch.expm1(now - before).to(self.origin)
 
     def _likelihood(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
         loc, sd = self.shift + self.spread * mean, (self.spread * scale).expand(mean.shape)
@@ -351,6 +360,7 @@ class DiffusionChain(Pair):
     def bound(self, x: Tensor, y: Tensor | None = None, *, draws: int = 1, seed: int = 0) -> Bound:
         """The bound of log p(x) of each row, term by term, its divergences in closed form at draws of the guide."""
         self.check(x, y)
+        check_count("draws", draws)
         clean, labels = self.scaled(x), self._labels(y)
         random = torch.Generator().manual_seed(seed)
         prior = _divergence(self.noised(clean, self.steps), self.prior())
@@ -384,7 +394,8 @@ class DiffusionChain(Pair):
         Args:
             steps: None: the model as it is, all T steps, and the mean of x of the last. Else S of the T, spread evenly,
                 by the implicit sampler of Song et al. 2021 (DDIM).
-            eta: Share of the noise that the implicit sampler adds: 0 is deterministic given x_T, 1 is the chain's own.
+            eta: Share of the noise of ``variance="posterior"`` that the implicit sampler adds: 0 is deterministic given
+                x_T, 1 is that chain's own.
             y: Labels (count,); None: all classes in turn.
             guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`.
             seed: One seed gives the same on every device.
@@ -392,8 +403,13 @@ class DiffusionChain(Pair):
         Raises:
             ValueError: More steps than the chain has, or an argument out of its range.
         """
-        if guidance and not self.classes:
-            raise ValueError("guidance: expected a pair with classes, got one without")
+        check_count("count", count)
+        if guidance and not (self.classes and self.drop):
+            raise ValueError("guidance: expected a pair with classes that are dropped in part, got one without")
+        if eta and steps is None:
+            raise ValueError(f"eta: expected steps beside it, of the implicit sampler, got {eta!r} without")
+        if y is not None and self.classes:
+            check_labels("y", y, count, self.classes, missing=False)
         if y is None and self.classes:
             y = torch.arange(count, device=self.origin.device) % self.classes
         random = torch.Generator().manual_seed(seed)
@@ -415,8 +431,8 @@ class DiffusionChain(Pair):
         """The rows (..., D) after each step from z at step ``start`` (None: T) down to the clean ones, as the chain
         holds them. Arguments are those of :meth:`generate`."""
         start = self.steps if start is None else start
-        if eta < 0:
-            raise ValueError(f"eta: expected zero or a positive number, got {eta!r}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: expected a share from 0 to 1, got {eta!r}")
         times = path(start, start if steps is None else steps)
         y = self._labels(y)
         with evaluation(self):
@@ -433,7 +449,7 @@ class DiffusionChain(Pair):
 
     def _implicit(self, guess: Guess, now: int, then: int, eta: float, random: torch.Generator) -> Tensor:
         there, lost = self.signal(then), self.lost(then)
-        added = eta**2 * lost / self.lost(now) * (self.lost(now) - lost) / there
+        added = eta**2 * lost / self.lost(now) * self._between_steps(then, now)
         z = there.sqrt() * guess.clean + (lost - added).clamp(min=0).sqrt() * guess.noise
         return z + added.sqrt() * torch.randn(z.shape, generator=random).to(z) if eta else z
 
@@ -448,15 +464,19 @@ class DiffusionChain(Pair):
                 self._check_pixels(x)
         if self.classes:
             check_known_labels(x, y, self.classes)
-        if step is not None:
-            self._of_rows(step, x)
+        if step is not None and x is not None:
+            t = self._of_rows(step, x)
+            wrong = t[(t < 1) | (t > self.steps + 1)]
+            if t.shape != x.shape[:1] or len(wrong):
+                got = f"{wrong[0].item()}" if len(wrong) else tuple(t.shape)
+                raise ValueError(f"step: expected one of each row, 1 to {self.steps + 1}, got {got}")
 
     def _check_pixels(self, x: Tensor) -> None:
         outside = x[(x < 0) | (x > 1)]
         if len(outside):
             raise ValueError(f"x: expected pixels in [0, 1], got {outside[0].item():g}")
         grid = x * (self.levels - 1)
-        between = x[(grid - grid.round()).abs() > 1e-3]
+        between = x[(grid - grid.round()).abs() > max(1e-3, 1e-6 * self.levels)]
         if len(between):
             raise ValueError(
                 f"x: expected pixels of {self.levels} levels, multiples of 1 / {self.levels - 1}, got "
@@ -489,6 +509,12 @@ class Guess:
     clean: Tensor
     noise: Tensor
     wide: Tensor | None
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless the value is an integer of at least one."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def _normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

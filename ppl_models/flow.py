@@ -22,8 +22,9 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ppl_models.diffusion import DiffusionChain
+from ppl_models.diffusion import DiffusionChain, check_count
 from ppl_models.networks import evaluation
+from ppl_models.pair import check_matrix
 from ppl_models.schedules import path
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -50,7 +51,8 @@ def log_density(
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    probes = None
+    check_matrix("noised", noised, pair.features)
+    noised, probes = noised.detach(), None
     if divergence == "hutchinson":
         random = torch.Generator().manual_seed(seed)
         probes = torch.randint(2, noised.shape, generator=random).to(noised) * 2 - 1
@@ -70,6 +72,7 @@ def log_likelihood(
     draws: int = 1,
     divergence: str = "exact",
     tolerance: float = 1e-4,
+    batch: int = 256,
     seed: int = 0,
 ) -> Tensor:
     r"""A bound of log p(x) (N,) in nats whose prior over :math:`x_1` is the flow's, in place of the chain's.
@@ -83,6 +86,7 @@ def log_likelihood(
         draws: Draws of :math:`x_1` whose mean it is. The rest are those of :func:`log_density`.
     """
     pair.check(x, y)
+    check_count("draws", draws)
     random = torch.Generator().manual_seed(seed)
     law = pair.noised(pair.scaled(x), 1)
     labels = None if y is None or not pair.classes else y.long()
@@ -91,7 +95,9 @@ def log_likelihood(
         with torch.no_grad(), evaluation(pair):
             noised = law.mean + law.stddev * torch.randn(x.shape, generator=random).to(x)
             outer = pair.reconstruct(noised, labels).log_prob(x) - law.log_prob(noised)
-        inner = log_density(pair, noised, labels, divergence=divergence, tolerance=tolerance, seed=seed + k)
+        inner = log_density(
+            pair, noised, labels, divergence=divergence, tolerance=tolerance, batch=batch, seed=seed + k
+        )
         total += (outer + inner) / draws
     return total
 
@@ -103,6 +109,7 @@ def encode(pair: DiffusionChain, x: Tensor, y: Tensor | None = None, *, steps: i
     Args:
         steps: So many of the chain's steps, spread evenly; None: all.
     """
+    check_matrix("x", x, pair.features)
     times = [0, *reversed(path(pair.steps, pair.steps if steps is None else steps))]
     z = pair.scaled(x)
     with evaluation(pair):

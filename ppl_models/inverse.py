@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_models.diffusion import DiffusionChain
+from ppl_models.diffusion import DiffusionChain, check_count
 from ppl_models.networks import evaluation
+from ppl_models.pair import check_labels, check_matrix, known_labels
 
 
 class Restored(NamedTuple):
@@ -62,6 +63,9 @@ def denoise(
     Raises:
         ValueError: The chain has no step of that much noise.
     """
+    check_matrix("x", x, pair.features)
+    check_count("draws", draws)
+    _check_labels(pair, y, len(x))
     start, level = _step_of(pair, deviation)
     z = (level * pair.scaled(x))[:, None].expand(-1, draws, -1)
     labels = None if y is None else y[:, None].expand(-1, draws)
@@ -73,6 +77,8 @@ def denoise(
 @torch.no_grad()
 def posterior_mean(pair: DiffusionChain, x: Tensor, deviation: float, *, y: Tensor | None = None) -> Tensor:
     """The mean (N, D) of what :func:`denoise` draws, by one call of the network (Tweedie's formula)."""
+    check_matrix("x", x, pair.features)
+    _check_labels(pair, y, len(x))
     start, level = _step_of(pair, deviation)
     with evaluation(pair):
         return pair.unscaled(pair.guess(level * pair.scaled(x), start, y).clean)
@@ -112,10 +118,12 @@ def restore(
         )
     if not deviation > 0:
         raise ValueError(f"deviation: expected a positive number, got {deviation!r}")
-    if not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles: expected an integer of at least 1, got {particles!r}")
+    check_count("particles", particles)
+    seen, matrix = seen.to(pair.origin), matrix.to(pair.origin)
+    check_matrix("seen", seen, len(matrix))
+    _check_labels(pair, y, len(seen))
     random = torch.Generator().manual_seed(seed)
-    view = _View(matrix.to(pair.origin) * pair.spread, (seen - matrix.to(seen) @ pair.shift)[:, None], deviation)
+    view = _View(matrix * pair.spread, (seen - matrix @ pair.shift)[:, None], deviation)
     labels = None if y is None else y.long()[:, None].expand(-1, particles)
     z = torch.randn(len(seen), particles, pair.features, generator=random).to(pair.origin)
     with evaluation(pair):
@@ -144,6 +152,11 @@ def restore(
     last = torch.multinomial(share.cpu(), particles, replacement=True, generator=random).to(z.device)
     draws = clean.gather(1, last[..., None].expand_as(clean))
     return Restored(pair.unscaled(draws), 1 / share.square().sum(1))
+
+
+def _check_labels(pair: DiffusionChain, y: Tensor | None, rows: int) -> None:
+    if pair.classes:
+        check_labels("y", known_labels(y), rows, pair.classes, missing=False)
 
 
 class _Law(NamedTuple):

@@ -43,7 +43,7 @@ def signal_of(schedule: str | Tensor, steps: int) -> Tensor:
         if not isinstance(steps, int) or steps < 2:
             raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
         return SCHEDULES[schedule](steps)
-    signal = torch.as_tensor(schedule, dtype=torch.float64)
+    signal = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
     if signal.dim() != 1 or len(signal) < 2:
         raise ValueError(f"schedule: expected a signal (T,) of at least two steps, got {tuple(signal.shape)}")
     whole = torch.cat([torch.ones(1, dtype=torch.float64), signal])

@@ -162,11 +162,25 @@ def test_the_simple_loss_is_that_by_hand(prediction: str) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_beside_the_simple_loss_the_bound_is_whole_but_for_the_prior() -> None:
+    pair, x, found = small(), rows(40), []
+    for seed in range(600):
+        losses = []
+        for bound in (0.0, 1.0):
+            pyro.set_rng_seed(seed)
+            losses.append(Denoising(4, simple=True, bound=bound)._loss(pair.model, pair.guide, (x,), {})[0].item())
+        found.append(losses[1] - losses[0])
+    terms = pair.bound(x, draws=300)
+    truth = -float((terms.total + terms.prior).sum())
+    assert np.mean(found) == pytest.approx(truth, abs=4.5 * np.std(found) / 600**0.5)
+
+
 def test_steps_of_a_batch_leave_no_gap() -> None:
     torch.manual_seed(0)
     for simple, count in ((True, 10), (False, 11)):
         step, weight = Denoising(10, simple=simple).draw(3 * count)
-        assert step.bincount(minlength=count + 1)[1:].tolist() == [3] * count and weight.tolist() == [1.0] * 3 * count
+        assert step.bincount(minlength=count + 1)[1:].tolist() == [3] * count
+        torch.testing.assert_close(weight, torch.full((3 * count,), count / 11))
         assert bool((step.diff() < 0).any())
 
 
@@ -353,6 +367,37 @@ def test_pixels_are_drawn_as_often_as_they_are_likely() -> None:
     assert float(((share - chance).abs() / (chance * (1 - chance) / 20_000).sqrt()).max()) < 4.5
 
 
+def test_clean_pixels_are_kept_within_their_range_however_they_are_scaled() -> None:
+    for own in ({}, {"shift": 0.13, "spread": 0.31}):
+        pair = DiffusionChain(
+            3,
+            ExactDenoiser(torch.full((1, 3), 9.0), 0.1, cosine(5)),
+            schedule=cosine(5),
+            prediction="sample",
+            likelihood="pixels",
+            levels=4,
+            **own,
+        )
+        torch.testing.assert_close(pair.generate(2), torch.ones(2, 3))
+        with evaluation(pair):
+            found = pair.unscaled(pair.guess(torch.zeros(2, 3), 1).clean)
+        torch.testing.assert_close(found, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [torch.tensor([0.9, 0.1, 1e-8, 1e-9]), linear(1000), cosine(4000), log_snr(100, 12, -20)],
+    ids=["steep", "linear", "cosine", "log_snr"],
+)
+def test_single_precision_keeps_the_digits_of_a_schedule(schedule: Tensor) -> None:
+    pair = DiffusionChain(2, schedule=schedule, hidden=(4,))
+    t = torch.arange(1, pair.steps + 1)
+    whole = torch.cat([torch.ones(1).double(), schedule.double()])
+    added = 1 - whole[1:] / whole[:-1]
+    torch.testing.assert_close(pair._added(t)[:, 0].double(), added, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pair.float()._added(t)[:, 0].double(), added, rtol=1e-3, atol=0)
+
+
 # -------------------------------------------------------------------------------------- labels, images, likelihood
 
 
@@ -461,8 +506,27 @@ REFUSED: list[tuple[Any, str]] = [
         r"network: expected outputs of width 4, got \(1, 2\)",
     ),
     (lambda: small().generate(3, steps=5), r"steps: expected 1 to 4 \(those of the chain\), got 5"),
-    (lambda: small().generate(3, guidance=1.0), "guidance: expected a pair with classes, got one without"),
-    (lambda: small().generate(3, steps=2, eta=-1.0), "eta: expected zero or a positive number, got -1.0"),
+    (lambda: small().generate(3, guidance=1.0), "guidance: expected a pair with classes that are dropped in part"),
+    (lambda: small().generate(3, steps=2, eta=-1.0), "eta: expected a share from 0 to 1, got -1.0"),
+    (lambda: small().generate(3, steps=2, eta=math.nan), "eta: expected a share from 0 to 1, got nan"),
+    (lambda: small().generate(3, eta=0.5), "eta: expected steps beside it, of the implicit sampler, got 0.5 without"),
+    (lambda: small().generate(0), "count: expected an integer of at least 1, got 0"),
+    (lambda: small(classes=3).generate(2, y=torch.tensor([0, 3])), "y: expected labels 0 to 2, got 3"),
+    (lambda: small(classes=3).generate(5, y=torch.tensor([0, 1])), r"y: expected one label a row \(5,\), got \(2,\)"),
+    (lambda: small().bound(rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
+    (lambda: flow.log_likelihood(small(), rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
+    (lambda: DiffusionChain(2, shift=torch.zeros(3)), "shift: expected finite numbers, one or 2, got"),
+    (lambda: DiffusionChain(2, spread=math.inf), "spread: expected finite numbers, one or 2, got inf"),
+    (lambda: fit(small(), rows(4), Denoising(9), steps=2), "steps: expected 4, those of the pair, got 9"),
+    (lambda: fit(small(), {"x": rows(4), "step": torch.zeros(4).long()}), "step: expected one of each row, 1 to 5"),
+    (lambda: Denoising(5, bound=0.0), "bound: expected a positive weight where there is no simple loss, got 0"),
+    (lambda: flow.log_density(small(), rows(3) * math.nan), "noised: expected finite numbers, got nan"),
+    (lambda: flow.encode(small(), rows(3) * math.nan), "x: expected finite numbers, got nan"),
+    (lambda: inverse.restore(small(), rows(3) * math.nan, torch.eye(2)), "seen: expected finite numbers, got nan"),
+    (lambda: inverse.restore(small(classes=3), rows(3), torch.eye(2)), "y: expected the label of every row, got none"),
+    (lambda: inverse.posterior_mean(small(classes=3), rows(3), 0.5), "y: expected the label of every row, got none"),
+    (lambda: flow.encode(small(classes=3), rows(3)), "y: expected the label of every row, got none"),
+    (lambda: inverse.denoise(small(), rows(3)[0], 0.5), r"x: expected \(rows, 2\), got \(2,\)"),
     (lambda: fit(PIXELS(), torch.tensor([[0.5, 1.5]]), Denoising(5)), r"x: expected pixels in \[0, 1\], got 1.5"),
     (
         lambda: fit(PIXELS(levels=3), torch.tensor([[0.5, 0.3]]), Denoising(5)),

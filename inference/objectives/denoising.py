@@ -63,6 +63,8 @@ class Denoising(Trace_ELBO):
             raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
         bound = (0.0 if simple else 1.0) if bound is None else bound
         check_weights(bound=bound)
+        if not (simple or bound):
+            raise ValueError("bound: expected a positive weight where there is no simple loss, got 0")
         if importance and simple:
             raise ValueError("importance: expected the bound, got simple, whose steps are uniform")
         super().__init__()
@@ -89,6 +91,7 @@ class Denoising(Trace_ELBO):
         if not takes(model, "step"):
             raise ValueError("model: Denoising expected an argument step of model and guide, got none")
         like = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
+        self._check_steps(model)
         step, weight = self.draw(len(like), like.device)
         traces = next(self._get_traces(model, guide, args, {**kwargs, "step": step}))
         loss, cost = torch.zeros(()), torch.zeros(())
@@ -100,13 +103,23 @@ class Denoising(Trace_ELBO):
             loss = loss + self.weight * (scale * weight * cost).sum()
         return loss, step, cost.detach()
 
+    def _check_steps(self, model: Any) -> None:
+        """Raise if the model is that of a pair with another number of steps."""
+        while model is not None:
+            own = getattr(getattr(model, "__self__", None), "steps", self.steps)
+            if own != self.steps:
+                raise ValueError(f"steps: expected {own}, those of the pair, got {self.steps}")
+            model = getattr(model, "__wrapped__", None)
+
     def draw(self, rows: int, device: Any = None) -> tuple[Tensor, Tensor]:
         """Steps of rows (N,), and their weights beside T + 1: one for uniform steps."""
         # In double precision: a share that is rounded otherwise in a compiled program must not draw another step.
         even = torch.arange(rows, device=device, dtype=torch.float64) / rows
         at = (torch.rand((), device=device, dtype=torch.float64) + even) % 1
         if self.simple:
-            return (at * self.steps).long().clamp(max=self.steps - 1) + 1, torch.ones(rows, device=device)
+            # Of T edges; the prior's, which nothing moves, is left out.
+            weight = torch.full((rows,), self.steps / (self.steps + 1), device=device)
+            return (at * self.steps).long().clamp(max=self.steps - 1) + 1, weight
         count = self.steps + 1
         if not self.importance:
             return (at * count).long().clamp(max=count - 1) + 1, torch.ones(rows, device=device)
@@ -135,7 +148,7 @@ class Denoising(Trace_ELBO):
         error = ((before.var() + after.var()) / size) ** 0.5
         if before.mean() - after.mean() <= 4 * error:
             return ()
-        share = 100 * (1 - after.mean() / before.mean())
+        share = 100 * (before.mean() - after.mean()) / abs(before.mean())
         return (f"The loss still falls: by {share:.1f}% over the last fifth of the steps; take more of them.",)
 
 
