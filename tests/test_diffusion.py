@@ -113,6 +113,15 @@ def test_all_edges_together_are_the_whole_chain(prediction: str, variance: str) 
     assert len(z) > 100
 
 
+def test_what_the_last_step_leaves_of_the_data_is_paid_for() -> None:
+    pair, x = small(schedule=torch.linspace(0.95, 0.3, 5)), rows(20)
+    terms = pair.bound(x)
+    paid = 0.5 * (0.7 + 0.3 * x.square() - 1 - math.log(0.7)).sum(1)
+    torch.testing.assert_close(terms.prior, paid)
+    torch.testing.assert_close(terms.total, terms.reconstruction - paid - terms.steps.sum(1))
+    assert terms.bits()["total"] == pytest.approx(-float(terms.total.mean()) / 2 / math.log(2), rel=1e-5)
+
+
 @pytest.mark.parametrize("importance", [False, True])
 def test_random_edges_of_a_minibatch_are_the_bound_on_average(importance: bool) -> None:
     pair, x = small(steps=10), rows(40)
