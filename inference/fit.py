@@ -102,6 +102,8 @@ def fit(
     """
     if callable(objective) and not isinstance(objective, ELBO):
         objective = objective()
+    if isinstance(objective, Compiled):
+        objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
     program = replace(whole, data={**whole.data, **getattr(objective, "arguments", {})}, memo={})
     _check(
@@ -116,7 +118,7 @@ def fit(
     )
     started = perf_counter()
     with isolated(seed):
-        chosen, compile = _objective(program, objective, compile)
+        chosen = _objective(program, objective)
         _check_likelihood(program, chosen)
         rows = _minibatches(program, batch)
         plan = _plan(program, chosen, optimizer, learning_rate, steps, patience, compile)
@@ -223,21 +225,19 @@ def _plan(
     return Optimized(program, model, chosen, optimizer)
 
 
-def _objective(program: Program, chosen: ELBO | None, compile: bool | str) -> tuple[ELBO, bool | str]:
+def _objective(program: Program, chosen: ELBO | None) -> ELBO:
     if chosen is None:
         if program.summed:
-            return TraceEnum_ELBO(max_plate_nesting=program.depth), compile
+            return TraceEnum_ELBO(max_plate_nesting=program.depth)
         discrete = any(program.sites[n].units for n in program.guided)
-        return TraceGraph_ELBO() if discrete else Trace_ELBO(), compile
-    if isinstance(chosen, Compiled):
-        chosen, compile = chosen.objective, compile if compile is False else True
+        return TraceGraph_ELBO() if discrete else Trace_ELBO()
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
     summed = isinstance(chosen, TraceEnum_ELBO) or getattr(chosen, "likelihood_free", False)
     if program.enumerated and not summed:
         named, kind = ", ".join(program.enumerated), type(chosen).__name__
         raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
-    return chosen, compile
+    return chosen
 
 
 def _check(
