@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ppl_models.schedules import interpolate
+from ppl_models.schedules import interpolate, ratio_of
 
 
 class Denoiser(nn.Module):
@@ -107,7 +107,7 @@ class ExactDenoiser(nn.Module):
         self.register_buffer("variances", torch.as_tensor(deviations).to(means).square().expand(len(means)).clone())
         even = torch.full((len(means),), 1 / len(means)).to(means)
         self.register_buffer("weights", even if weights is None else weights / weights.sum())
-        self.register_buffer("ratio", torch.cat([torch.full((1,), torch.inf).double(), signal.logit()]))
+        self.register_buffer("ratio", ratio_of(signal.double()))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         ratio = interpolate(self.ratio, t)[..., None]

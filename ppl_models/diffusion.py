@@ -26,12 +26,13 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from ppl_models.denoisers import Denoiser
 from ppl_models.distributions import Pixels
 from ppl_models.networks import check_network, evaluation
-from ppl_models.pair import Pair, check_known_labels, check_labels, check_matrix, known_labels, rows_plate
-from ppl_models.schedules import interpolate, path, signal_of
+from ppl_models.pair import Pair, check_count, check_known_labels, check_labels, check_matrix, known_labels, rows_plate
+from ppl_models.schedules import interpolate, path, ratio_of, signal_of
 
 PREDICTIONS = ("noise", "sample", "velocity")
 VARIANCES = ("posterior", "forward", "learned")
@@ -132,8 +133,7 @@ class DiffusionChain(Pair):
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels: expected an integer of at least 2, got {levels!r}")
+        check_count("levels", levels, 2)
         if not 0 <= drop < 1:
             raise ValueError(f"drop: expected a share from 0 to below 1, got {drop!r}")
         super().__init__()
@@ -144,7 +144,7 @@ class DiffusionChain(Pair):
         signal = signal_of(schedule, steps)
         self.steps = len(signal)
         # Ratios: what is left of small signals and of small noise keeps its digits.
-        self.register_buffer("ratio", torch.cat([torch.full((1,), torch.inf).double(), signal.logit()]))
+        self.register_buffer("ratio", ratio_of(signal))
         middle = 0.5 if likelihood == "pixels" else 0.0
         for name, given, usual in (("shift", shift, middle), ("spread", spread, middle or 1.0)):
             numbers = torch.as_tensor(usual if given is None else given, dtype=torch.get_default_dtype())
@@ -363,7 +363,7 @@ class DiffusionChain(Pair):
         check_count("draws", draws)
         clean, labels = self.scaled(x), self._labels(y)
         random = torch.Generator().manual_seed(seed)
-        prior = _divergence(self.noised(clean, self.steps), self.prior())
+        prior = kl_divergence(self.noised(clean, self.steps), self.prior())
         steps = torch.zeros(len(x), self.steps - 1).to(clean)
         reconstruction = torch.zeros(len(x)).to(clean)
         with evaluation(self):
@@ -375,7 +375,7 @@ class DiffusionChain(Pair):
                         reconstruction += self.reconstruct(noised, labels).log_prob(x) / draws
                     else:
                         between = self.posterior(noised, clean, t)
-                        steps[:, t - 2] += _divergence(between, self.reverse(noised, t, labels)) / draws
+                        steps[:, t - 2] += kl_divergence(between, self.reverse(noised, t, labels)) / draws
         return Bound(prior, steps, reconstruction, self.features)
 
     @torch.no_grad()
@@ -417,6 +417,7 @@ class DiffusionChain(Pair):
         *_, clean = self.walk(start, random, steps=steps, eta=eta, y=y, guidance=guidance)
         return self.unscaled(clean)
 
+    @torch.no_grad()
     def walk(
         self,
         z: Tensor,
@@ -435,17 +436,17 @@ class DiffusionChain(Pair):
             raise ValueError(f"eta: expected a share from 0 to 1, got {eta!r}")
         times = path(start, start if steps is None else steps)
         y = self._labels(y)
-        with evaluation(self):
-            for now, then in zip(times, [*times[1:], 0], strict=True):
+        for now, then in zip(times, [*times[1:], 0], strict=True):
+            with evaluation(self):
                 guess = self.guess(z, now, y, guidance=guidance)
-                if then == 0:
-                    z = guess.clean
-                elif steps is None:
-                    law = self.step_law(z, guess, now)
-                    z = law.mean + law.stddev * torch.randn(z.shape, generator=random).to(z)
-                else:
-                    z = self._implicit(guess, now, then, eta, random)
-                yield z
+            if then == 0:
+                z = guess.clean
+            elif steps is None:
+                law = self.step_law(z, guess, now)
+                z = law.mean + law.stddev * torch.randn(z.shape, generator=random).to(z)
+            else:
+                z = self._implicit(guess, now, then, eta, random)
+            yield z
 
     def _implicit(self, guess: Guess, now: int, then: int, eta: float, random: torch.Generator) -> Tensor:
         there, lost = self.signal(then), self.lost(then)
@@ -511,19 +512,9 @@ class Guess:
     wide: Tensor | None
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless the value is an integer of at least one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-
-
 def _normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
     return dist.Normal(loc, scale.expand(loc.shape), validate_args=False).to_event(1)
 
 
 def _where(mask: Any) -> Any:
     return poutine.mask(mask=mask)
-
-
-def _divergence(q: Any, p: Any) -> Tensor:
-    return torch.distributions.kl_divergence(q, p)

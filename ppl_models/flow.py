@@ -22,9 +22,9 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ppl_models.diffusion import DiffusionChain, check_count
+from ppl_models.diffusion import DiffusionChain
 from ppl_models.networks import evaluation
-from ppl_models.pair import check_matrix
+from ppl_models.pair import check_count, check_matrix
 from ppl_models.schedules import path
 
 DIVERGENCES = ("exact", "hutchinson")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.networks import check_network, evaluation, mlp
-from ppl_models.pair import Pair, check_known_labels, check_matrix, count_of, known_labels, rows_plate
+from ppl_models.pair import Pair, check_count, check_known_labels, check_matrix, count_of, known_labels, rows_plate
 from ppl_models.vae import beside, normal
 
 
@@ -47,8 +47,7 @@ class Judged(Pair):
 
     def _add_discriminator(self, given: nn.Module | None, reads: int, hidden: Sequence[int], pack: int) -> None:
         """The network, from ``pack`` rows of what it reads side by side to log odds."""
-        if not isinstance(pack, int) or pack < 1:
-            raise ValueError(f"pack: expected an integer of at least 1, got {pack!r}")
+        check_count("pack", pack)
         self.pack = pack
         self.discriminator = mlp(pack * reads, *hidden, 1, activation=Leaky) if given is None else given
         check_network("discriminator", self.discriminator, pack * reads, 1)

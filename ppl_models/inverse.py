@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_models.diffusion import DiffusionChain, check_count
+from ppl_models.diffusion import DiffusionChain
 from ppl_models.networks import evaluation
-from ppl_models.pair import check_labels, check_matrix, known_labels
+from ppl_models.pair import check_count, check_labels, check_matrix, known_labels
 
 
 class Restored(NamedTuple):

@@ -103,6 +103,12 @@ def continuous(model: Callable[..., Any]) -> Callable[..., Any]:
     return poutine.block(model, hide_fn=hidden)
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless the value is an integer and large enough."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
 def check_matrix(name: str, value: Any, width: int) -> None:
     """Raise unless the value is a finite, non-empty float matrix (rows, width)."""
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != width:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ppl_models.pair import check_count
+
 
 def linear(steps: int) -> Tensor:
     r"""Signal (T,) of Ho et al. 2020: noise from 0.0001 to 0.02 a step for a thousand steps, more for fewer."""
@@ -40,8 +42,7 @@ def signal_of(schedule: str | Tensor, steps: int) -> Tensor:
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, or the signal (T,), got {schedule!r}")
-        if not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
+        check_count("steps", steps, 2)
         return SCHEDULES[schedule](steps)
     signal = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
     if signal.dim() != 1 or len(signal) < 2:
@@ -55,6 +56,11 @@ def signal_of(schedule: str | Tensor, steps: int) -> Tensor:
             f"at step {t}"
         )
     return signal
+
+
+def ratio_of(signal: Tensor) -> Tensor:
+    """Log ratio (T + 1,) of a signal (T,) to what is lost of it, from step 0, where nothing is."""
+    return torch.cat([torch.full_like(signal[:1], torch.inf), signal.logit()])
 
 
 def interpolate(ratio: Tensor, t: Tensor) -> Tensor:

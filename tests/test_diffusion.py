@@ -212,6 +212,21 @@ def test_a_fall_of_the_loss_at_the_end_is_told() -> None:
     assert said.startswith("The loss still falls: by 15.4% over the last fifth")
 
 
+def test_one_who_looks_on_finds_the_pair_as_it_was() -> None:
+    pair = small()
+    for z in pair.walk(torch.zeros(2, 2), torch.Generator()):
+        assert pair.training and torch.is_grad_enabled() and not z.requires_grad
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Compiled, lambda o: lambda: o], ids=["plain", "compiled", "factory"])
+def test_a_fit_looks_at_one_edge_and_never_runs_the_whole_chain(wrap) -> None:
+    pair = small(steps=9)
+    seen = []
+    pair.network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    fit(pair, rows(30), wrap(Denoising(9)), steps=1, compile=False, progress=False)
+    assert len(seen) <= 3
+
+
 def test_a_fit_keeps_no_posterior() -> None:
     pair = DiffusionChain(2, steps=10, hidden=(16,))
     result = fit(pair, rows(500), Denoising(10, simple=True), steps=20, batch=100, progress=False)
@@ -491,6 +506,8 @@ def test_ways_in_the_plane_end_where_rows_are_drawn() -> None:
     figure = pictures.trajectories(pair, rows(100), count=7, seed=3)
     ends = figure.axes[1].collections[-1].get_offsets().data
     torch.testing.assert_close(torch.as_tensor(np.asarray(ends)).float(), pair.generate(7, steps=20, seed=3))
+    # A network that learns, too.
+    assert len(pictures.trajectories(small(), rows(9)).axes) == 2
     with pytest.raises(ValueError, match="features: expected 2 for ways in the plane, got 16"):
         pictures.trajectories(DiffusionChain(16, steps=3, hidden=(4,)), torch.zeros(3, 16))
 
