@@ -31,8 +31,9 @@ from torch.distributions import kl_divergence
 from ppl_models.denoisers import Denoiser
 from ppl_models.distributions import Pixels
 from ppl_models.networks import check_network, evaluation
-from ppl_models.pair import Pair, check_count, check_known_labels, check_labels, check_matrix, known_labels, rows_plate
-from ppl_models.schedules import interpolate, path, ratio_of, signal_of
+from ppl_models.noising import Noising, normal_event
+from ppl_models.pair import check_count, check_known_labels, check_labels, check_matrix, known_labels, rows_plate
+from ppl_models.schedules import path, signal_of
 
 PREDICTIONS = ("noise", "sample", "velocity")
 VARIANCES = ("posterior", "forward", "learned")
@@ -71,7 +72,7 @@ class Bound:
         return {n: float(v.mean()) for n, v in self.each().items()}
 
 
-class DiffusionChain(Pair):
+class DiffusionChain(Noising):
     r"""A chain of T steps, from noise to rows.
 
     Args:
@@ -136,15 +137,10 @@ class DiffusionChain(Pair):
         check_count("levels", levels, 2)
         if not 0 <= drop < 1:
             raise ValueError(f"drop: expected a share from 0 to below 1, got {drop!r}")
-        super().__init__()
-        self.features = self.name_dimension("features", features)
+        super().__init__(features, signal_of(schedule, steps))
         self.classes = 0 if classes is None else self.name_dimension("classes", classes)
         self.prediction, self.variance, self.kind = prediction, variance, likelihood
         self.levels, self.drop = levels, drop
-        signal = signal_of(schedule, steps)
-        self.steps = len(signal)
-        # Ratios: what is left of small signals and of small noise keeps its digits.
-        self.register_buffer("ratio", ratio_of(signal))
         middle = 0.5 if likelihood == "pixels" else 0.0
         for name, given, usual in (("shift", shift, middle), ("spread", spread, middle or 1.0)):
             numbers = torch.as_tensor(usual if given is None else given, dtype=torch.get_default_dtype())
@@ -159,7 +155,6 @@ class DiffusionChain(Pair):
         self.network = network
         one = torch.ones(1, dtype=torch.long)
         check_network("network", self.network, self.features, width, one, *([one] if self.classes else []))
-        self.register_buffer("origin", torch.zeros(self.features))
         self.dims = {"x": ("features",), **{f"x_{t}": ("features",) for t in range(1, self.steps + 1)}}
 
     # ---------------------------------------------------------------------------------------- the two halves
@@ -201,7 +196,7 @@ class DiffusionChain(Pair):
                 z = clean
                 for t in range(1, self.steps + 1):
                     keep = self.signal(t) / self.signal(t - 1)
-                    z = pyro.sample(f"x_{t}", _normal(keep.sqrt() * z, self._added(t).sqrt()))
+                    z = pyro.sample(f"x_{t}", normal_event(keep.sqrt() * z, self._added(t).sqrt()))
                 return
             at = self._of_rows(step, x)
             inner = at.clamp(max=self.steps)
@@ -210,7 +205,7 @@ class DiffusionChain(Pair):
                     noised = pyro.sample("x_step", self.noised(clean, inner))
                 between = self.posterior(noised, clean, inner)
                 last, prior = self.noised(clean, inner), (at > self.steps)[:, None]
-                law = _normal(
+                law = normal_event(
                     torch.where(prior, last.mean, between.mean), torch.where(prior, last.stddev, between.stddev)
                 )
                 with _where(at > 1):
@@ -229,7 +224,9 @@ class DiffusionChain(Pair):
             guess = self.guess(noised, inner, y)
             law, prior = self.step_law(noised, guess, inner), (t > self.steps)[:, None]
             with _where(t > 1):
-                pyro.sample("x_prev", _normal(torch.where(prior, 0.0, law.mean), torch.where(prior, 1.0, law.stddev)))
+                pyro.sample(
+                    "x_prev", normal_event(torch.where(prior, 0.0, law.mean), torch.where(prior, 1.0, law.stddev))
+                )
             with _where(t == 1):
                 pyro.sample("x", self._likelihood(law.mean, law.stddev), obs=x)
         # Outside of the scale: the simple loss has none.
@@ -237,30 +234,6 @@ class DiffusionChain(Pair):
         return x
 
     # ------------------------------------------------------------------------------------------ laws of one step
-
-    def prior(self) -> dist.TorchDistribution:
-        """p(x_T): N(0, I), an event (D,)."""
-        return dist.Normal(self.origin, 1.0).to_event(1)
-
-    def signal(self, t: int | Tensor) -> Tensor:
-        r"""What is left of the data, :math:`\bar\alpha`, at steps t, an integer or (...,): a number, or (..., 1)."""
-        return self._ratio(t).sigmoid().to(self.origin)
-
-    def lost(self, t: int | Tensor) -> Tensor:
-        r"""The rest, :math:`1 - \bar\alpha`."""
-        return (-self._ratio(t)).sigmoid().to(self.origin)
-
-    def _ratio(self, t: int | Tensor) -> Tensor:
-        return self.ratio[t] if isinstance(t, int) else interpolate(self.ratio, t)[..., None]
-
-    def noised(self, clean: Tensor, t: int | Tensor) -> dist.TorchDistribution:
-        """q(x_t | x) of scaled rows (..., D)."""
-        return _normal(self.signal(t).sqrt() * clean, self.lost(t).sqrt())
-
-    def posterior(self, noised: Tensor, clean: Tensor, t: int | Tensor) -> dist.TorchDistribution:
-        """q(x_{t-1} | x_t, x) of noised and scaled rows (..., D); of step 1, where it is a point, with the spread of
-        step 2."""
-        return _normal(self._between(noised, clean, t), self._bounds(t)[0].sqrt())
 
     def reverse(self, noised: Tensor, t: int | Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """p(x_{t-1} | x_t) of noised rows (..., D), from t = 2."""
@@ -311,31 +284,12 @@ class DiffusionChain(Pair):
             scale = most.sqrt()
         else:
             scale = torch.where(torch.as_tensor(t, device=most.device).reshape(least.shape) == 1, most, least).sqrt()
-        return _normal(self._between(noised, guess.clean, t), scale)
-
-    def _between(self, noised: Tensor, clean: Tensor, t: int | Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x)."""
-        before, keep, lost = self.signal(t - 1), self.signal(t) / self.signal(t - 1), self.lost(t)
-        return (before.sqrt() * self._added(t) * clean + keep.sqrt() * self.lost(t - 1) * noised) / lost
-
-    def _bounds(self, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Variances of the guide's posterior, of step 2 for step 1 which has none, and of the forward step."""
-        first = max(t, 2) if isinstance(t, int) else t.clamp(min=2)
-        return self._added(first) * self.lost(first - 1) / self.lost(first), self._added(t)
-
-    def _added(self, t: int | Tensor) -> Tensor:
-        """Variance of the forward step."""
-        return self._between_steps(t - 1, t)
-
-    def _between_steps(self, first: int | Tensor, last: int | Tensor) -> Tensor:
-        """What is lost of the signal from one step to another, by its logarithms: differences of shares lose digits."""
-        now, before = (nn.functional.logsigmoid(self._ratio(t)) for t in (last, first))
-        return -torch.expm1(now - before).to(self.origin)
+        return normal_event(self._between(noised, guess.clean, t), scale)
 
     def _likelihood(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
         loc, sd = self.shift + self.spread * mean, (self.spread * scale).expand(mean.shape)
         if self.kind == "gaussian":
-            return _normal(loc, sd)
+            return normal_event(loc, sd)
         return Pixels(loc, sd, self.levels, validate_args=False).to_event(1)
 
     def _target(self, noised: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -510,10 +464,6 @@ class Guess:
     clean: Tensor
     noise: Tensor
     wide: Tensor | None
-
-
-def _normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-    return dist.Normal(loc, scale.expand(loc.shape), validate_args=False).to_event(1)
 
 
 def _where(mask: Any) -> Any:
