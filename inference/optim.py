@@ -172,28 +172,31 @@ class Adam:
         for g in gradients:
             if g is not None:
                 fine = fine & g.isfinite().all()
-        rate, root = self._scales(self.step)
+        scales = self._scales(self.step)
         for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
             if g is None:
                 continue
             m.copy_(torch.where(fine, m.lerp(g, 1 - self.betas[0]), m))
             v.copy_(torch.where(fine, (self.betas[1] * v).addcmul(g, g, value=1 - self.betas[1]), v))
-            p.copy_(torch.where(fine, p - self._move(m, v, rate, root), p))
+            p.copy_(torch.where(fine, p - self._move(m, v, *scales), p))
         self.good.add_(fine)
         self.step.add_(1)
 
     def back(self, params: Sequence[Tensor]) -> None:
         """Take the last good move back: where it led, something was not finite."""
         if self.good:
-            rate, root = self._scales(self.good - 1)
+            scales = self._scales(self.good - 1)
             for p, m, v in zip(params, self.moments, self.squares, strict=True):
-                p.add_(self._move(m, v, rate, root))
+                p.add_(self._move(m, v, *scales))
 
     def _scales(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Learning rate over the first moment's correction, and root of the second's, after ``step`` steps."""
+        """What a move takes the first moment times, and adds to the root of the second, after ``step`` steps."""
         rate, low, total = self.schedule.unbind()
-        first, second = (1 - torch.pow(beta, (step + 1).double()) for beta in self.betas)
-        return (low + (rate - low) * (1 + (math.pi * step / total).cos()) / 2) / first, second.sqrt()
+        taken = step.double()
+        # By exp, not by pow: what holds an exp inductor computes once, all else again for every entry of a parameter.
+        first, second = (1 - ((taken + 1) * math.log(beta)).exp() for beta in self.betas)
+        root = second.sqrt()
+        return (low + (rate - low) * (1 + (math.pi * taken / total).cos()) / 2) / first * root, self.epsilon * root
 
-    def _move(self, m: Tensor, v: Tensor, rate: Tensor, root: Tensor) -> Tensor:
-        return rate.to(m.dtype) * m / (v.sqrt() / root.to(m.dtype) + self.epsilon)
+    def _move(self, m: Tensor, v: Tensor, rate: Tensor, floor: Tensor) -> Tensor:
+        return rate.to(m.dtype) * m / (v.sqrt() + floor.to(m.dtype))

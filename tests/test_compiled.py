@@ -23,11 +23,12 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from inference import block, fit, tracing
 from inference.compiled import LIMIT, Compiled
 from inference.objectives import BetaELBO
-from inference.optim import Joint
+from inference.optim import Adam, Joint
 from inference.program import bind, enumerate_finite, isolated
 from ppl_models.methods import point
 from ppl_models.zoo import ZOO, Row
@@ -523,6 +524,23 @@ def test_noise_that_no_loop_can_draw_runs_step_by_step(monkeypatch: pytest.Monke
 def test_patience_stops_a_compiled_fit_where_it_stops_the_eager_one() -> None:
     eager, compiled = (quiet((noisy, AutoNormal(noisy)), X, steps=600, patience=50, compile=c) for c in (False, True))
     assert 100 <= len(eager.losses) == len(compiled.losses) < 600
+
+
+def test_a_compiled_adam_computes_its_rate_once_and_not_for_every_entry() -> None:
+    adam = Adam({"a": torch.zeros(64, 64), "b": torch.zeros(640)}, 0.01, 100)
+
+    def step(*inputs: Tensor) -> None:
+        moved = Adam({"a": inputs[0], "b": inputs[1]}, 0.01, 100)
+        moved.step, moved.good, *rest, moved.schedule = inputs[4:]
+        moved.moments, moved.squares = rest[:2], rest[2:]
+        moved(inputs[:2], inputs[2:4], inputs[0].sum())
+
+    inputs = [torch.randn(shape) for shape in ((64, 64), (640,), (64, 64), (640,))]
+    graph = tracing.traced(step, *inputs, *adam.tensors)
+    with fresh_cache():
+        _, (code, *_) = run_and_get_code(tracing.fused, graph, [*inputs, *adam.tensors])
+    assert code.count("std::cos(") == 1
+    assert code.count("std::exp(") == 2
 
 
 def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
