@@ -32,6 +32,7 @@ from inference.objectives.adversarial import SITE
 from inference.program import Program, bind, enumerate_finite, isolated
 from inference.result import STORED, Result, State, to_idata
 from inference.steps import WINDOW, Failure, Optimized, Whole, by_adam
+from inference.subnormal import subnormals_flushed
 
 TRACE_FROM, FUSE_FROM = 1000, 5000
 """Steps from which a fit is traced, and fused. Both the cost of compiling and what a step then saves grow with the
@@ -122,7 +123,8 @@ def fit(
         _check_likelihood(program, chosen)
         rows = _minibatches(program, batch)
         plan = _plan(program, chosen, optimizer, learning_rate, steps, patience, compile)
-        losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
+        with subnormals_flushed():
+            losses, first = _descend(plan, steps, rows, patience, f"fit of {program.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
         return _conclude(whole, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})

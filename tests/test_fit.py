@@ -237,6 +237,28 @@ def test_gradients_that_are_not_finite_name_their_parameters() -> None:
         quiet((model, guide_with_a_hole), Y)
 
 
+def test_subnormal_numbers_are_zero_in_all_threads_while_a_fit_runs_and_only_then() -> None:
+    tiny, seen = torch.full((1_000_000,), 1e-40), []
+
+    def left() -> int:
+        return int((tiny * 1.0).view(torch.int32).count_nonzero())
+
+    def model() -> None:
+        seen.append(left())
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0), obs=torch.ones(()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert left() == 1_000_000
+        fit((model, lambda: None), steps=3, progress=False, compile=False)
+        assert seen.count(0) >= 3
+        assert set(seen) <= {0, 1_000_000}
+        assert left() == 1_000_000
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_interrupting_keeps_what_was_learned() -> None:
     calls = [0]
 
