@@ -44,12 +44,16 @@ class Block:
         if not program.single:
             raise Untraceable("the objective has more than one loss")
         self._program, self._inputs = program, inputs
-        self._moving = program.moving(inputs)
-        self._fixed = [k for k in range(len(inputs)) if k not in self._moving]
+        moving = program.moving(inputs)
+        self._fixed = [k for k in range(len(inputs)) if k not in moving]
+        # One vector for each type: a loop allocates anew what it carries, tensor by tensor, at every step.
+        self._packs = [[k for k in moving if inputs[k].dtype == t] for t in {inputs[k].dtype: 0 for k in moving}]
         self._graph = self._stepped()
         self._noise = [torch.empty((STEPS, *v.shape), dtype=v.dtype, device=v.device) for _, v in self._draws]
+        fills = [_FILL[target] for target, _ in self._draws]
+        self._fills = [part for rows in zip(*self._noise, strict=True) for part in zip(fills, rows, strict=True)]
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
-        self._run = looped(self._loop(), ("block", self._graph.code, shapes, tuple(self._moving)))
+        self._run = looped(self._loop(), ("block", self._graph.code, shapes))
         self._hold_against_single_steps()
 
     def __call__(self) -> list[Tensor]:
@@ -57,33 +61,35 @@ class Block:
         if self._program.due(STEPS):
             self._program.hold_against_eager(self._program.call)
         with torch.no_grad():
-            self._draw()
-            carried, losses = self._run(*self._given())
-            torch._foreach_copy_([self._inputs[k] for k in self._moving], list(carried))
+            for fill, part in self._fills:
+                fill(part)
+            fixed = tuple(self._inputs[k].detach() for k in self._fixed)
+            carried, losses = self._run(tuple(map(self._pack, self._packs)), fixed, tuple(self._noise))
+            for places, vector in zip(self._packs, carried, strict=True):
+                torch._foreach_copy_([self._inputs[k] for k in places], self._unpack(places, vector))
         self._program.calls += STEPS
         return list(losses.unbind())
 
-    def _given(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        moving = tuple(self._inputs[k].detach() for k in self._moving)
-        return moving, tuple(self._inputs[k].detach() for k in self._fixed), tuple(self._noise)
+    def _pack(self, places: list[int]) -> Tensor:
+        return torch.cat([self._inputs[k].detach().flatten() for k in places])
 
-    def _draw(self) -> None:
-        fills = [_FILL[target] for target, _ in self._draws]
-        for row in zip(*self._noise, strict=True):
-            for fill, each in zip(fills, row, strict=True):
-                fill(each)
+    def _unpack(self, places: list[int], vector: Tensor) -> list[Tensor]:
+        like = [self._inputs[k] for k in places]
+        return [v.view(t.shape) for v, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
 
     def _stepped(self) -> GraphModule:
-        """The program's graph without in-place writes: its outputs are the loss and the new values of what moves."""
+        """The program's graph without in-place writes: from what moves, packed, and the rest to the loss and the packs."""
         step = self._program.graph
 
-        def run(*inputs: Tensor) -> list[Tensor]:
-            fresh = [v.clone() if k in self._moving else v for k, v in enumerate(inputs)]
-            loss, *_ = step(*fresh)
-            return [loss, *(fresh[k] for k in self._moving)]
+        def run(*given: Tensor) -> list[Tensor]:
+            inputs = dict(zip(self._fixed, given[len(self._packs) :], strict=True))
+            for places, vector in zip(self._packs, given, strict=False):
+                inputs |= zip(places, (v.clone() for v in self._unpack(places, vector)), strict=True)
+            loss, *_ = step(*(inputs[k] for k in range(len(inputs))))
+            return [loss, *(torch.cat([inputs[k].flatten() for k in places]) for places in self._packs)]
 
         with self._program.untouched():
-            graph = traced(functionalize(run), *self._inputs)
+            graph = traced(functionalize(run), *map(self._pack, self._packs), *(self._inputs[k] for k in self._fixed))
         self._draws = []
         last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
         for node in list(graph.graph.nodes):
@@ -102,15 +108,12 @@ class Block:
 
     def _loop(self) -> Callable[..., Any]:
         # A module's call goes through hooks that a compiler cannot follow.
-        step, moving, fixed, count = self._graph.forward, self._moving, self._fixed, len(self._inputs)
+        step = self._graph.forward
 
         def loop(carried: Any, constants: Any, noise: Any) -> Any:
             def body(carry: Any, now: Any) -> Any:
-                inputs: list[Any] = [None] * count
-                for k, v in [*zip(moving, carry, strict=True), *zip(fixed, constants, strict=True)]:
-                    inputs[k] = v
-                loss, *new = step(*inputs, *now)
-                return tuple(v.clone() for v in new), loss.clone()
+                loss, *new = step(*carry, *constants, *now)
+                return tuple(new), loss.clone()
 
             return scan(body, carried, noise)
 

@@ -142,14 +142,15 @@ def _descend(
     losses: list[Any] = []
     validate, first, failure = pyro.settings.get("validate_distributions_pyro"), None, None
     bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
-    with bar, warnings.catch_warnings():
+    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate):
         # Pyro's word for a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
             for step in range(count):
-                # One validated step finds what is wrong with a model; later steps find what is not finite.
-                with pyro.validation_enabled(step == 0 and validate):
-                    losses.append(steps(next(rows)))
+                losses.append(steps(next(rows)))
+                if step == 0:
+                    # One validated step finds what is wrong with a model; later steps find what is not finite.
+                    pyro.enable_validation(False)
                 if len(losses) % WINDOW == 0:
                     losses[-WINDOW:] = map(_read, losses[-WINDOW:])
                 settled = bool(patience) and _settled(losses, patience or 0)
