@@ -78,7 +78,7 @@ class Block:
         return [v.view(t.shape) for v, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
 
     def _stepped(self) -> GraphModule:
-        """The program's graph without in-place writes: from what moves, packed, and the rest to the loss and the packs."""
+        """The program's graph without in-place writes: from the packs and the rest to the loss and the new packs."""
         step = self._program.graph
 
         def run(*given: Tensor) -> list[Tensor]:
