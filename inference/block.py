@@ -56,7 +56,7 @@ class Block:
         self._run = looped(self._loop(), ("block", self._graph.code, shapes))
         self._hold_against_single_steps()
 
-    def __call__(self) -> list[Tensor]:
+    def __call__(self) -> list[float]:
         """Take the steps: their losses."""
         if self._program.due(STEPS):
             self._program.hold_against_eager(self._program.call)
@@ -68,7 +68,7 @@ class Block:
             for places, vector in zip(self._packs, carried, strict=True):
                 torch._foreach_copy_([self._inputs[k] for k in places], self._unpack(places, vector))
         self._program.calls += STEPS
-        return list(losses.unbind())
+        return losses.tolist()
 
     def _pack(self, places: list[int]) -> Tensor:
         return torch.cat([self._inputs[k].detach().flatten() for k in places])
@@ -126,7 +126,7 @@ class Block:
         with aside(), self._program.untouched():
             try:
                 with quietly():
-                    got = torch.stack(self())
+                    got = torch.tensor(self(), dtype=expected.dtype)
             except Exception as error:  # whatever a compiler may raise
                 raise Untraceable(f"no loop could be compiled ({type(error).__name__})") from error
         self._program.calls -= STEPS

@@ -109,7 +109,7 @@ class Whole:
     checked: float = field(default_factory=perf_counter)
     _same: tuple[Any, list[Tensor]] | None = None
     _block: Block | None = None
-    _ahead: deque[Tensor] = field(default_factory=deque)
+    _ahead: deque[float] = field(default_factory=deque)
 
     @property
     def how(self) -> str:

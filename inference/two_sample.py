@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sklearn.base import ClassifierMixin
 
 MODE_SHARE = 0.5
 """Coverage below which generated rows are said to leave out modes."""
@@ -120,6 +120,10 @@ def classifier_test(
     size = min(len(x), len(y))
     rows = torch.cat([x[:size], y[:size]]).double().cpu().numpy()
     label = np.repeat([0, 1], size)
+    # Imported where it is asked for: it takes half a second, which every new process would pay.
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier
+
     classifier = KNeighborsClassifier(max(1, int(size**0.5))) if make is None else make()
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
     right = cross_val_predict(classifier, rows, label, cv=split) == label
@@ -145,16 +149,21 @@ def coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Estimate:
     """
     _check(real, generated)
     rows, others = (v.double().flatten(1).cpu().numpy() for v in (real, generated))
-    reach = NearestNeighbors(n_neighbors=k + 1).fit(rows).kneighbors(rows)[0][:, -1]
-    nearest = NearestNeighbors(n_neighbors=1).fit(others).kneighbors(rows)[0][:, 0]
-    return _share((nearest <= reach).astype(float))
+    return _share((_farthest(rows, others, 1) <= _farthest(rows, rows, k + 1)).astype(float))
 
 
 def _inside(centres: Tensor, rows: Tensor, k: int, block: int = 2000) -> np.ndarray:
     """Whether each row lies in any centre's ball."""
     c, r = (v.double().flatten(1).cpu() for v in (centres, rows))
-    reach = torch.as_tensor(NearestNeighbors(n_neighbors=k + 1).fit(c.numpy()).kneighbors(c.numpy())[0][:, -1])
+    reach = torch.as_tensor(_farthest(c.numpy(), c.numpy(), k + 1))
     return np.concatenate([(torch.cdist(b, c) <= reach).any(1).double().numpy() for b in r.split(block)])
+
+
+def _farthest(rows: np.ndarray, among: np.ndarray, k: int) -> np.ndarray:
+    """Distance of each row to the k-th nearest of the others, itself included where it is one of them."""
+    from sklearn.neighbors import NearestNeighbors
+
+    return NearestNeighbors(n_neighbors=k).fit(among).kneighbors(rows)[0][:, -1]
 
 
 def _discrepancy(xx: Tensor, yy: Tensor, xy: Tensor) -> Estimate:
