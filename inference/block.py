@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from inference.compiled import Program, close
 from inference.program import aside
-from inference.tracing import Untraceable, has_compiler, looped, quietly, traced
+from inference.tracing import Untraceable, has_compiler, last_input, looped, quietly, traced
 
 STEPS = 50
 """Steps that one call makes."""
@@ -47,7 +47,8 @@ class Block:
         moving = program.moving(inputs)
         self._fixed = [k for k in range(len(inputs)) if k not in moving]
         # One vector for each type: a loop allocates anew what it carries, tensor by tensor, at every step.
-        self._packs = [[k for k in moving if inputs[k].dtype == t] for t in {inputs[k].dtype: 0 for k in moving}]
+        types = dict.fromkeys(inputs[k].dtype for k in moving)
+        self._packs = [[k for k in moving if inputs[k].dtype == each] for each in types]
         self._graph = self._stepped()
         self._noise = [torch.empty((STEPS, *v.shape), dtype=v.dtype, device=v.device) for _, v in self._draws]
         fills = [_FILL[target] for target, _ in self._draws]
@@ -91,13 +92,10 @@ class Block:
         with self._program.untouched():
             graph = traced(functionalize(run), *map(self._pack, self._packs), *(self._inputs[k] for k in self._fixed))
         self._draws = []
-        last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
         for node in list(graph.graph.nodes):
             if node.target in _FILL:
                 self._draws.append((node.target, node.meta["val"]))
-                with graph.graph.inserting_after(last):
-                    last = graph.graph.placeholder(f"noise_{len(self._draws)}")
-                node.replace_all_uses_with(last)
+                node.replace_all_uses_with(last_input(graph, f"noise_{len(self._draws)}"))
                 graph.graph.erase_node(node)
             elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
                 raise Untraceable("a step changes a buffer")

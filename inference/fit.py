@@ -58,6 +58,8 @@ def fit(
 ) -> Result:
     r"""Fit a guide (and the parameters of a model) by stochastic gradient steps on an objective.
 
+    Subnormal numbers (below 1e-38 in float32) count as zero meanwhile, as XLA has it.
+
     Modules are trained in place, as torch trains them: fitting the same pair again goes on from where
     it stands. The global parameter store is left as it was.
 

@@ -20,32 +20,22 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 @contextmanager
 def subnormals_flushed() -> Iterator[None]:
     """Count subnormal numbers as zero, in this thread and in those that torch computes with, and no longer after."""
-    before = flushes()
-    if before or not torch.set_flush_denormal(True):
-        yield
-        return
+    flushes = float(torch.full((), 1e-310, dtype=torch.float64) * 2) == 0
     try:
-        _everywhere(True)
+        if not flushes:
+            _set(True)
         yield
     finally:
-        _everywhere(False)
+        if not flushes:
+            _set(False)
 
 
-def flushes() -> bool:
-    """Whether this thread counts subnormal numbers as zero."""
-    return float(torch.full((), 1e-310, dtype=torch.float64) * 2) == 0
-
-
-def _everywhere(on: bool) -> None:
+def _set(on: bool) -> None:
     torch.set_flush_denormal(on)
     if sys.platform != "linux" or torch.get_num_threads() == 1:
         return
     # The flag is a thread's own, and torch hands it on to no other: a parallel region reaches OpenMP's whole team.
     region = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if region is None:
-        return
-
-    def each(_: object) -> None:
-        torch.set_flush_denormal(on)
-
-    region(_REGION(each), None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+    if region is not None:
+        each = _REGION(lambda _: torch.set_flush_denormal(on))
+        region(each, None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))

@@ -62,19 +62,23 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
 def lifted(graph: GraphModule) -> list[Tensor]:
     """Make the tensors that a graph holds its last inputs, in place, and return them: they may change."""
     held: dict[str, Node] = {}
-    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1:]
     for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
         if name not in held:
-            after = list(held.values())[-1:] or last
-            with graph.graph.inserting_after(after[0]) if after else graph.graph.inserting_before():
-                held[name] = graph.graph.placeholder(f"held_{len(held)}")
+            held[name] = last_input(graph, f"held_{len(held)}")
             held[name].meta = dict(node.meta)
         node.replace_all_uses_with(held[name])
         graph.graph.erase_node(node)
     tensors = [_attribute(graph, name) for name in held]
     graph.recompile()
     return tensors
+
+
+def last_input(graph: GraphModule, name: str) -> Node:
+    """A further input of a graph, after those that it has."""
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    with graph.graph.inserting_after(inputs[-1]) if inputs else graph.graph.inserting_before():
+        return graph.graph.placeholder(name)
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

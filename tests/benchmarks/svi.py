@@ -8,6 +8,7 @@ z-scores by their Monte Carlo errors.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,6 +247,9 @@ def prepare(case: str, contender: str, mode: str = "") -> Callable[[int], dict[s
             state["loss"] = {"loss": float(losses.mean()), "loss_error": float(losses.std() / CHECKED**0.5)}
             loop(CHECKED)
             state["cold"] = stamp()["since_start"]
+            # A full collection takes half a second: it would fall into one of two fits whose difference is taken.
+            gc.collect()
+            gc.freeze()
             state["steps"] = CALLED_FOR if contender == AS_CALLED else _enough(loop, target, contender == "fit")
         count = state["steps"]
         # Two fits of different lengths: what is not a step cancels.
