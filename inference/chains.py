@@ -17,17 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from inference.kernels.gibbs import Gibbs
-from inference.potential import choose
+from inference.potential import worth_fusing
 from inference.program import Program
 
-LEAPFROGS = 12
-"""Gradients that a transition is taken to cost at least when the work ahead is estimated."""
+LEAPFROGS = 4
+"""Gradients that a transition is taken to cost before any has been made."""
 SMALL = 10_000_000
 """Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
 costs several threads more than the operation, and many times more on a busy machine."""
-HEAVY = 100_000
-"""Numbers of the data times chains at which a traced gradient spends as long in arithmetic as in dispatch: a fused one,
-which passes over the numbers once, saves both."""
 LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
 """Draws, warmup and chains that a batched kernel, and another, choose."""
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
@@ -66,17 +63,16 @@ def run_together(
     threads = 1 if chains * program.numel < SMALL else torch.get_num_threads()
     tried = False
 
-    def fuse_if_worth_it(transitions: int, each: float = LEAPFROGS) -> None:
+    def fuse_if_worth_it(gradients: float) -> None:
         nonlocal tried
         # By counts, not by the clock, which would make two runs of one seed differ.
-        calls = transitions * max(each, LEAPFROGS) * (1 + chains * program.numel / HEAVY)
-        if not tried and choose(int(calls), mode) == "fused":
+        if not tried and worth_fusing(gradients, kernel.operations, mode):
             tried = True
             kernel.fuse()
 
     with threads_set(threads):
         kernel.setup(warmup)
-        fuse_if_worth_it(warmup + draws)
+        fuse_if_worth_it(LEAPFROGS * (warmup + draws))
     setup = perf_counter() - started
 
     def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
@@ -91,7 +87,9 @@ def run_together(
                 if not warming:
                     blocks.append(block)
                 ahead = size - len(blocks) * kernel.block + (warmup - done if kernel.warming else 0)
-                fuse_if_worth_it(ahead, (kernel.gradients - before) / done)
+                # The first trajectories may be longer than those to come: as much again as has been made, at most.
+                so_far = kernel.gradients - before
+                fuse_if_worth_it(min(2 * so_far, ahead * so_far / done))
             values, stats = kernel.collect(blocks)
         # What the last block made too much is dropped.
         flat = {n: v[:size].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}

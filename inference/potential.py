@@ -20,10 +20,13 @@ from torch.fx.node import map_arg
 from inference.layout import rearranged
 from inference.tracing import Untraceable, fused, lifted, traced
 
-TRACE_FROM, FUSE_FROM = 500, 10_000
-"""Calls ahead from which a graph is traced, and fused: the cost of fusing and the dispatch that each call then saves
-both grow with the operations of the graph. To decide by a clock would make the last digits of a result, and so a chain,
-depend on how busy the machine was."""
+TRACE_FROM = 500
+"""Calls ahead from which a graph is traced."""
+FUSE_FROM = 3_500_000
+"""Operations ahead from which a graph is fused: 3 us each, against 4 to 10 s of fusing (20 with an empty disk cache).
+To decide by a clock would make the last digits of a result, and so a chain, depend on how busy the machine was."""
+DISPATCH = 2000
+"""Numbers that are computed while one operation is dispatched."""
 SMALL = 1024
 """Numbers of a constant that is packed with others."""
 Potential = Callable[..., Tensor]
@@ -113,7 +116,7 @@ class ManyChains:
         self.held: list[Tensor] = [*given]
         # Positions and gradients (D, chains): what stands side by side in memory are the chains.
         self.forward: Callable[..., Any] = _columns(self._loop)
-        self.code = ""
+        self.code, self.operations = "", 0
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
             inputs = (first, *(g[0] for g in given))
@@ -122,7 +125,7 @@ class ManyChains:
             packed, call = _packed(rearranged(graph), len(given), lifted(graph))
             self.held = [*given, *packed]
             graph = traced(_columns(call), many.mT.contiguous(), *self.held)
-            self.code = graph.code
+            self.code, self.operations = graph.code, operations(graph)
             # A module's call goes through hooks that a compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
@@ -273,11 +276,16 @@ class _Energy(torch.autograd.Function):
         return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
 
 
-def choose(calls: int, mode: bool | str) -> str:
-    """How a potential that is to be called so often runs: "eager", "traced" or "fused"."""
-    if mode == "auto":
-        return "fused" if calls >= FUSE_FROM else "traced" if calls >= TRACE_FROM else "eager"
-    return "fused" if mode else "eager"
+def operations(graph: GraphModule) -> int:
+    """Operations of a call of a graph, the numbers that they compute counted as operations that take as long."""
+    made = [n for n in graph.graph.nodes if n.op == "call_function"]
+    values = [n.meta["val"] for n in made if not _is_view(n) and isinstance(n.meta.get("val"), Tensor)]
+    return len(made) + sum(v.numel() for v in values if v.device.type == "cpu") // DISPATCH
+
+
+def worth_fusing(gradients: float, operations: int, mode: bool | str) -> bool:
+    """Whether a graph of so many operations is to be fused before so many calls."""
+    return mode is True or (mode == "auto" and gradients * operations >= FUSE_FROM)
 
 
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
@@ -290,8 +298,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
     """
     potential: Any = getattr(kernel, "potential_fn", None)
     example = kernel.initial_params if potential is not None else {}
-    chosen = choose(calls, mode)
-    if chosen == "eager" or not example:
+    if not example or mode is False or (mode == "auto" and calls < TRACE_FROM):
         return "eager"
     try:
         program = CompiledPotential(potential, example)
@@ -299,7 +306,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, for it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if chosen == "traced":
+    if not worth_fusing(calls, operations(program.graph), mode):
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

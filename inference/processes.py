@@ -23,9 +23,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from inference.chains import LEAPFROGS, Bars, KernelFactory, Made, lengths, method_of, threads_set
+from inference.chains import Bars, KernelFactory, Made, lengths, method_of, threads_set
 from inference.potential import compile_kernel
 from inference.program import Program
+
+LEAPFROGS = 12
+"""Gradients that a transition is taken to cost: a tree of NUTS has mostly 7 or 15."""
 
 
 @dataclass

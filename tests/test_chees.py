@@ -369,7 +369,7 @@ def test_a_model_with_parameters_is_one_program() -> None:
 
 
 def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
-    monkeypatch.setattr(potential, "FUSE_FROM", 300)
+    monkeypatch.setattr(potential, "FUSE_FROM", 10_000)
     asked = []
     monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.gradients))
     for step in (0.5, 0.005):
@@ -377,6 +377,22 @@ def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monke
         quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=24, warmup=0)
     # Not for short ones; for long ones once, after the first block.
     assert len(asked) == 1 and asked[0] > 300
+
+
+def test_much_arithmetic_makes_the_program_worth_compiling(monkeypatch) -> None:
+    monkeypatch.setattr(potential, "FUSE_FROM", 10_000)
+    asked = []
+    monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.operations))
+    for rows in (10, 20_000):
+
+        def model(rows: int = rows) -> None:
+            x = pyro.sample("x", dist.Normal(double(0.0), 1.0))
+            with pyro.plate("data", rows):
+                pyro.sample("y", dist.StudentT(double(4.0), x, 1.0), obs=torch.ones(rows).double())
+
+        quiet(model, None, partial(ChEES, step_size=0.01, trajectory_length=0.02), chains=8, draws=8, warmup=8)
+    # Before the first transition, and for the large data alone: 8 chains times 20,000 rows in several operations.
+    assert len(asked) == 1 and asked[0] > 400
 
 
 def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:

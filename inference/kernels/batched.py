@@ -22,6 +22,7 @@ class Batched(MCMCKernel):
         program: How the kernel runs: ``eager``, ``traced`` or ``fused``.
         restarted: Chains that the warmup put elsewhere.
         gradients: Gradients of each chain so far.
+        operations: What one gradient of all chains costs before it is fused (see ``inference.potential.operations``).
         state: Where the chains stand, to go on from there again.
     """
 
@@ -31,6 +32,7 @@ class Batched(MCMCKernel):
     program: str
     restarted: int = 0
     gradients: int = 0
+    operations: int = 0
     state: Any
 
     _initial: dict[str, Tensor] | None = None

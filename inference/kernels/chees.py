@@ -133,6 +133,7 @@ class ChEES(Batched):
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
         self.program = "traced" if self._density.traced else "eager"
+        self.operations = self._density.operations
         self._run: Callable[..., Any] = self._plain()
         position = self._density.pack(self._initial) if self._initial else self._random_start()
         self._place(position)

@@ -142,7 +142,7 @@ class Gibbs(Batched):
         if start:
             self._rest.initial_params = start
         self._rest.setup(warmup)
-        self.program = self._rest.program
+        self.program, self.operations = self._rest.program, self._rest.operations
 
     @property
     def warming(self) -> bool:
