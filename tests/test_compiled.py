@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from inference import block, fit, tracing
-from inference.compiled import LIMIT, Compiled
+from inference.compiled import LIMIT, Compiled, Program
 from inference.objectives import BetaELBO
 from inference.optim import Adam, Joint
 from inference.program import bind, enumerate_finite, isolated
@@ -465,28 +465,53 @@ def test_compiled_fits_are_eager_fits(batch: int | None, optimizer: Any) -> None
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("steps", [40, 60, 130])
-def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def model(x: Tensor) -> None:
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+def two_effects(x: Tensor) -> None:
+    """Of each site of its guide a step draws noise."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    shift = pyro.sample("shift", dist.Normal(torch.tensor(0.0).double(), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu + shift, 1.0).to_event(1), obs=x)
 
-    calls = []
-    take = block.Block.__call__
 
-    def counted(self: block.Block) -> list[Tensor]:
-        calls.append(1)
-        return take(self)
-
-    monkeypatch.setattr(block.Block, "__call__", counted)
-    eager, compiled = (quiet((model, AutoNormal(model)), X, steps=steps, compile=c) for c in (False, True))
-    # Three steps come before the first block, and one block is run to hold it against single steps.
-    assert len(calls) == {40: 0, 60: 2, 130: 3}[steps]
+def same_fits(steps: int) -> None:
+    eager, compiled = (quiet((two_effects, AutoNormal(two_effects)), X, steps=steps, compile=c) for c in (False, True))
     assert compiled.idata.attrs["program"] == "fused"
     torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-8, atol=1e-8)
     for name, value in eager.params.items():
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [40, 60, 130])
+def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, held = [], []
+    take, hold = block.Block.__call__, Program.hold_against_eager
+
+    def counted(self: block.Block) -> list[float]:
+        blocks.append(self._program.calls)
+        return take(self)
+
+    def holding(self: Program, call: Any) -> None:
+        held.append(self.calls)
+        hold(self, call)
+
+    monkeypatch.setattr(block.Block, "__call__", counted)
+    monkeypatch.setattr(Program, "hold_against_eager", holding)
+    same_fits(steps)
+    # Three steps come before the first block, and one block is run to hold it against single steps.
+    assert blocks == {40: [], 60: [0, 1], 130: [0, 1, 51]}[steps]
+    # Held against the eager objective are a new program, and calls 1, 11 and 101, with the block that they are in.
+    assert held == {40: [0, 0, 10], 60: [0, 0, 1], 130: [0, 0, 1, 51]}[steps]
+
+
+def test_a_loop_that_is_not_its_single_steps_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = block.looped
+
+    def wrong(*given: Any) -> Callable[..., Any]:
+        run = build(*given)
+        return lambda *inputs: (lambda carried, losses: (carried, losses + 1))(*run(*inputs))
+
+    monkeypatch.setattr(block, "looped", wrong)
+    same_fits(80)
 
 
 def test_two_losses_are_compiled_too() -> None:
