@@ -275,7 +275,20 @@ class Program:
         return self.calls in _CHECKED if ahead == 1 else any(self.calls <= c < self.calls + ahead for c in _CHECKED)
 
     def hold_against_eager(self, call: Call) -> None:
-        """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise."""
+        """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise.
+
+        A fused program that does not hold gives way to its graph: inductor may exchange draws of noise of which
+        neither depends on the other.
+        """
+        try:
+            self._compare(call)
+        except Untraceable:
+            if not self.fused:
+                raise
+            self._run, self.fused = self.graph, False
+            self._compare(call)
+
+    def _compare(self, call: Call) -> None:
         inputs, count = self.inputs(call), self.calls
         with aside(), self.untouched(call):
             losses, gradients = self._eagerly(inputs, call)

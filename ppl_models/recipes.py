@@ -285,8 +285,7 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
             trunk = nn.Sequential(Shaken((8, 8)), mlp(64, 256, 256, activation=Leaky), Leaky())
             pair = InfoGAN(digits.features, 10, 8, generator=maker, trunk=trunk)
         objective = Adversarial(r1=1.0, information=("c",))
-        # A fused program would draw the code after the next images are shaken, which is found out, and given up.
-        schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1, "compile": False}
+        schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1}
         adversaries(pair, x, objective, seed=start, **schedule)
         table = torch.zeros(10, 10).double()
         seen = torch.as_tensor(judge.predict(pair.generate(drawn, seed=seed).numpy()))

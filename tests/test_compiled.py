@@ -503,6 +503,23 @@ def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.Monk
     assert held == {40: [0, 0, 10], 60: [0, 0, 1], 130: [0, 0, 1, 51]}[steps]
 
 
+def test_a_fused_program_that_does_not_hold_gives_way_to_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = tracing.fused
+
+    def wrong(*given: Any) -> Callable[..., Any]:
+        run = build(*given)
+        return lambda *inputs: (lambda loss, *rest: (loss + 1, *rest))(*run(*inputs))
+
+    def run(objective: Any) -> list[Tensor]:
+        with isolated(0):
+            return [x for x, _ in descend(objective, (noisy, AutoNormal(noisy)), 15)]
+
+    monkeypatch.setattr("inference.compiled.fused", wrong)
+    objective = Compiled(Trace_ELBO())
+    torch.testing.assert_close(run(objective), run(Trace_ELBO()))
+    assert objective.state == "traced"
+
+
 def test_a_loop_that_is_not_its_single_steps_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     build = block.looped
 
