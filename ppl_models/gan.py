@@ -281,7 +281,8 @@ class InfoGAN(GAN):
     Args:
         codes: Number of states K.
         trunk: From rows (N, D) to what both read off, (N, W) with W the last of ``hidden``. Default: leaky ReLU layers.
-            What tells real rows also tells codes: with a reader of its own a code says less of what matters.
+            What tells real rows also tells codes: with a reader of its own a code says less of what matters. With
+            ``warps.Shaken`` before it codes of images are blind to small turns and shifts, and nearer to classes.
 
     The rest are those of :class:`GAN`, of which the discriminator and the reader are linear in the trunk. Sites: those
     of :class:`GAN`, and c of every row, 0 to K - 1.
