@@ -71,4 +71,4 @@ def test_a_cycle_finds_turned_and_inverted_digits() -> None:
     found = RECIPES["cyclegan_mnist"].run(False, 0)
     assert found["figure"] < 8 and found["of the way back, %"] < 8
     # Which start is the right one shows without pairs.
-    assert 2 * found["of the best start"] < found["of the second"]
+    assert found["of the best start"] < 0.8 * found["of the second"]
