@@ -125,7 +125,7 @@ class ManyChains:
             packed, call = _packed(rearranged(graph), len(given), lifted(graph))
             self.held = [*given, *packed]
             graph = traced(_columns(call), many.mT.contiguous(), *self.held)
-            self.code, self.operations = graph.code, operations(graph)
+            self.code, self.operations = graph.code, count_operations(graph)
             # A module's call goes through hooks that a compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
@@ -276,7 +276,7 @@ class _Energy(torch.autograd.Function):
         return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
 
 
-def operations(graph: GraphModule) -> int:
+def count_operations(graph: GraphModule) -> int:
     """Operations of a call of a graph, the numbers that they compute counted as operations that take as long."""
     made = [n for n in graph.graph.nodes if n.op == "call_function"]
     values = [n.meta["val"] for n in made if not _is_view(n) and isinstance(n.meta.get("val"), Tensor)]
@@ -306,7 +306,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, for it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if not worth_fusing(calls, operations(program.graph), mode):
+    if not worth_fusing(calls, count_operations(program.graph), mode):
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

@@ -211,6 +211,10 @@ def _diffused(name: str, count: int, published: float) -> Recipe:
     )
 
 
+def _unpublished(name: str, title: str, run: Run, protocol: str, **own: Any) -> Recipe:
+    return Recipe(name, title, run, None, "no canonical figure", protocol, "recalled", **own)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -256,14 +260,11 @@ RECIPES: dict[str, Recipe] = {
         _modes("grid", 25, 24.8, 20_000),
         _diffused("ring", 8, 7.9),
         _diffused("grid", 25, 24.8),
-        Recipe(
-            name="diffusion_mnist",
-            title="bits a pixel, bound",
-            run=recipes.diffusion,
-            published=None,
-            source="no canonical figure",
-            protocol="MNIST of 256 levels, 2,000 test images; here 1,000 steps, a small U-Net, 40,000 steps of 128",
-            sure="recalled",
+        _unpublished(
+            "diffusion_mnist",
+            "bits a pixel, bound",
+            recipes.diffusion,
+            "MNIST of 256 levels, 2,000 test images; here 1,000 steps, a small U-Net, 40,000 steps of 128",
         ),
         Recipe(
             name="cgan_mnist",
@@ -275,27 +276,21 @@ RECIPES: dict[str, Recipe] = {
             sure="recalled",
             better="higher",
         ),
-        Recipe(
-            name="infogan_digits",
-            title="digits as coded, %",
-            run=recipes.coded,
-            published=None,
-            source="no canonical figure",
-            protocol="8 x 8 digits, codes matched to digits, a classifier fitted here; images shaken before trunk and "
+        _unpublished(
+            "infogan_digits",
+            "digits as coded, %",
+            recipes.coded,
+            "8 x 8 digits, codes matched to digits, a classifier fitted here; images shaken before trunk and "
             "discriminator, of four starts the one whose code tells most of the data",
-            sure="recalled",
             better="higher",
             seeds=3,
         ),
-        Recipe(
-            name="cyclegan_mnist",
-            title="error of the map, % of variance",
-            run=recipes.unpaired,
-            published=None,
-            source="no canonical figure",
-            protocol="MNIST to other digits of it, turned by a quarter and inverted, 20,000 each, 1,000 test images; "
+        _unpublished(
+            "cyclegan_mnist",
+            "error of the map, % of variance",
+            recipes.unpaired,
+            "MNIST to other digits of it, turned by a quarter and inverted, 20,000 each, 1,000 test images; "
             "here a learnt affine map and tone, four starts, the best by energy distance",
-            sure="recalled",
             seeds=3,
         ),
         Recipe(

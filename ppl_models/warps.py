@@ -1,7 +1,8 @@
 r"""Images seen through affine maps: one that is learnt, or another one for each image.
 
-A map takes a place u of the new image, in [-1, 1]^2, to the place of the old one that is seen there, between pixels by
-bilinear interpolation, and beyond the edge as at the edge.
+A map takes a place u of the new image to the place of the old one that is seen there, between pixels by bilinear
+interpolation, and beyond the edge as at the edge. Places are counted from the middle, an edge at -1 and 1; what turns
+or shears counts in pixels, so that images that are no squares turn rigidly.
 
 Reference: Jaderberg, Simonyan, Zisserman and Kavukcuoglu 2015 (https://arxiv.org/abs/1506.02025).
 """
@@ -19,8 +20,13 @@ from ppl_models.networks import mlp
 
 def warp(x: Tensor, maps: Tensor, shape: tuple[int, int]) -> Tensor:
     """Rows (..., H W) of pixels, each seen through a map (..., 2, 3) of places (horizontal, vertical, 1)."""
+    height, width = shape
+    if x.shape[-1] != height * width:
+        raise ValueError(f"x: expected images of {height} x {width} as (..., {height * width}), got {tuple(x.shape)}")
     images = x.reshape(-1, 1, *shape)
-    grid = affine_grid(maps.expand(*x.shape[:-1], 2, 3).reshape(-1, 2, 3), list(images.shape), align_corners=False)
+    rigid = maps.new_tensor([[1.0, height / width, 1.0], [width / height, 1.0, 1.0]])
+    maps = (maps * rigid).expand(*x.shape[:-1], 2, 3).reshape(-1, 2, 3)
+    grid = affine_grid(maps, list(images.shape), align_corners=False)
     return grid_sample(images, grid, padding_mode="border", align_corners=False).reshape(x.shape)
 
 
@@ -72,10 +78,12 @@ class Shaken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        noise = torch.randn(*x.shape[:-1], 6).to(x)
-        angle, wide, high, shear, right, down = noise.unbind(-1)
+        height, width = self.shape
+        angle, wide, high, shear, right, down = torch.randn(*x.shape[:-1], 6).to(x).unbind(-1)
         cos, sin = (self.turn * angle).cos(), (self.turn * angle).sin()
-        wide, high, shear = (self.stretch * wide).exp(), (self.stretch * high).exp(), self.stretch * shear
-        right, down = 2 * self.shift / self.shape[1] * right, 2 * self.shift / self.shape[0] * down
-        upper, lower = torch.stack([cos * wide, shear - sin * high, right], -1), [sin * wide, cos * high, down]
-        return warp(x, torch.stack([upper, torch.stack(lower, -1)], -2), self.shape)
+        wide, high = (self.stretch * wide).exp(), (self.stretch * high).exp()
+        rows = (
+            (cos * wide, self.stretch * shear - sin * high, 2 * self.shift / width * right),
+            (sin * wide, cos * high, 2 * self.shift / height * down),
+        )
+        return warp(x, torch.stack([torch.stack(row, -1) for row in rows], -2), self.shape)

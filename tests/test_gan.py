@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from sklearn.metrics import confusion_matrix
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
@@ -147,9 +148,7 @@ def agreement(made: Tensor, asked: np.ndarray, digits: data.Dataset) -> np.ndarr
     """Table of what was asked against what a classifier of digits sees, in shares."""
     judge = SVC().fit(digits.train["x"].numpy() / 16, digits.train["y"].numpy())
     assert judge.score(digits.test["x"].numpy() / 16, digits.test["y"].numpy()) > 0.98
-    table = np.zeros((10, 10))
-    np.add.at(table, (asked, judge.predict(made.numpy())), 1 / len(made))
-    return table
+    return confusion_matrix(asked, judge.predict(made.numpy()), labels=range(10), normalize="all")
 
 
 @pytest.mark.slow

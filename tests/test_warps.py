@@ -36,6 +36,18 @@ def test_each_image_has_its_own_map_and_leading_dimensions_stay() -> None:
     torch.testing.assert_close(seen[1, 2].reshape(5, 5), x[1, 2].reshape(5, 5).flip(1))
 
 
+def test_images_that_are_no_squares_turn_rigidly() -> None:
+    x = images(3, 5, 9)
+    quarter = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]).double()
+    seen = warp(x.flatten(1), quarter, (5, 9)).reshape(x.shape)
+    torch.testing.assert_close(seen[:, :, 2:7], torch.rot90(x[:, :, 2:7], 1, (1, 2)))
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x: expected images of 2 x 3 as \(\.\.\., 6\), got \(6, 4\)"):
+        warp(torch.zeros(6, 4), HELD, (2, 3))
+
+
 @pytest.mark.parametrize("quarter", range(4))
 def test_a_warp_starts_at_its_angle(quarter: int) -> None:
     x = images(2, 7, 7).float()
@@ -60,6 +72,31 @@ def test_shaken_images_are_others_at_every_call_and_themselves_in_evaluation() -
     with isolated(0):
         moved = network.train()(ramp).reshape(-1, 8, 8)[:, :, 3:5].mean((1, 2)) - 3.5
     assert abs(float(moved.mean())) < 0.06 and float(moved.std()) == pytest.approx(1, abs=0.06)
+
+
+def test_shaken_images_turn_and_stretch_as_they_are_said_to() -> None:
+    """A ramp is a plane, and what is seen of it another: its slopes are a row of the map."""
+    across = torch.arange(10.0).expand(4000, 10, 10)
+
+    def slopes(network: Shaken, ramp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """To the right and down."""
+        with isolated(0):
+            seen = network(ramp.flatten(1)).reshape(-1, 10, 10)
+        return seen[:, 5, 5] - seen[:, 5, 4], seen[:, 5, 5] - seen[:, 4, 5]
+
+    turned = Shaken((10, 10), turn=0.2, stretch=0.0, shift=0.0)
+    right, down = slopes(turned, across)
+    torch.testing.assert_close(right.square() + down.square(), torch.ones(4000), atol=1e-4, rtol=0)
+    assert float(down.asin().std()) == pytest.approx(0.2, rel=0.05)
+    other, beneath = slopes(turned, across.mT)
+    torch.testing.assert_close((other, beneath), (-down, right), atol=1e-4, rtol=0)
+    stretched = Shaken((10, 10), turn=0.0, stretch=0.15, shift=0.0)
+    wide, shear = slopes(stretched, across)
+    none, high = slopes(stretched, across.mT)
+    assert all(float(v.std()) == pytest.approx(0.15, rel=0.05) for v in (wide.log(), high.log(), shear))
+    assert float(none.abs().max()) < 1e-4
+    together = torch.corrcoef(torch.stack([wide.log(), high.log(), shear])) - torch.eye(3)
+    assert float(together.abs().max()) < 0.07  # four standard errors are 0.063
 
 
 @pytest.mark.slow

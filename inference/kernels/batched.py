@@ -22,7 +22,7 @@ class Batched(MCMCKernel):
         program: How the kernel runs: ``eager``, ``traced`` or ``fused``.
         restarted: Chains that the warmup put elsewhere.
         gradients: Gradients of each chain so far.
-        operations: What one gradient of all chains costs before it is fused (see ``inference.potential.operations``).
+        operations: What one gradient of all chains costs before it is fused (``potential.count_operations``).
         state: Where the chains stand, to go on from there again.
     """
 
