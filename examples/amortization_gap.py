@@ -15,9 +15,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch.distributions import Normal
 
-from inference import fit, log_likelihood, sample
-from ppl_models import data
-from ppl_models.vae import VAE
+from inference import fit, log_evidence, sample
+from ppl_models import VAE, load
 
 SIDE = torch.linspace(-6, 6, 241)
 GRID = torch.stack(torch.meshgrid(SIDE, SIDE, indexing="xy"), -1)
@@ -39,7 +38,7 @@ def free_guide(pair: VAE, x: torch.Tensor, steps: int) -> Normal:
 def measure(pair: VAE, x: torch.Tensor, guides: dict[str, Normal]) -> pd.DataFrame:
     """log p(x) of each row, by the grid and by annealed chains, and its ELBO under each guide."""
     exact = torch.stack([joint(pair, row, GRID).logsumexp((0, 1)) for row in x]) + 2 * (SIDE[1] - SIDE[0]).log()
-    rows = {"log p(x), grid": exact, "log p(x), HMC": log_likelihood(pair, x, "annealed", temperatures=100).values}
+    rows = {"log p(x), grid": exact, "log p(x), HMC": log_evidence(pair, x, "annealed", temperatures=100).values}
     for name, guide in guides.items():
         z = guide.sample((2000,))
         rows[f"ELBO, {name}"] = (joint(pair, x, z) - guide.log_prob(z).sum(-1)).mean(0)
@@ -51,7 +50,7 @@ def measure(pair: VAE, x: torch.Tensor, guides: dict[str, Normal]) -> pd.DataFra
 def main(steps: int = 6000, rows: int = 100, seed: int = 0, out: Path = Path("results/amortization")) -> pd.DataFrame:
     """Print the gaps of rows seen and unseen; draw unseen rows: posterior, HMC, guides to two standard deviations."""
     torch.manual_seed(seed)
-    digits = data.load("digits", binarise=True)
+    digits = load("digits", binarise=True)
     pair, table = VAE(digits.features, 2, hidden=(200,)), {}
     fit(pair, digits.train["x"], steps=steps, batch=100, learning_rate=0.003, draws=1, seed=seed)
     pair.requires_grad_(False).eval()

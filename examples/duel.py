@@ -12,13 +12,9 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from inference import Joint, fit
+from inference import Joint, fit, isolated, two_sample
 from inference.objectives import Adversarial
-from inference.program import isolated
-from inference.two_sample import modes
-from ppl_models.data import simulate_modes
-from ppl_models.gan import GAN
-from ppl_models.pictures import odds
+from ppl_models import GAN, pictures, simulate_modes
 
 STAGES = (0, 200, 1000, 3000, 8000)
 SHARED = {"batch": 256, "progress": False}
@@ -37,9 +33,9 @@ def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) ->
             steps = int(scale * stage) - done
             fit(pair, x, Adversarial(r1=r1), steps=steps, optimizer=optimizer, seed=seed + stage, **SHARED)
             done += steps
-            seen = modes(pair.generate(5000, seed=seed), centres, deviation)
+            seen = two_sample.modes(pair.generate(5000, seed=seed), centres, deviation)
             rows.append((name, done, seen.found, 100 * seen.quality.value))
-            surface = odds(panel, pair, x, seed=seed)
+            surface = pictures.odds(panel, pair, x, seed=seed)
             panel.set_title(f"{name}, {done:,} steps: {seen.found} of {seen.total} modes", fontsize=9, loc="left")
     panels[0, 0].legend(fontsize=7, loc="lower left")
     figure.colorbar(surface, ax=panels, label="q(real | x)", ticks=[0, 0.5, 1], aspect=40)

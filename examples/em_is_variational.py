@@ -17,8 +17,7 @@ from torch import Tensor
 
 from inference import fit
 from inference.objectives import EM
-from ppl_models import data
-from ppl_models.mixture import GaussianMixture
+from ppl_models import GaussianMixture, load
 
 
 def joint(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def bound(responsibilities: Tensor, log_joint: Tensor) -> float:
 
 def main(steps: int = 12, components: int = 3, out: Path = Path("results/em")) -> pd.DataFrame:
     """Climb by half steps, hold them against ``fit`` with the objective EM, print and draw both."""
-    wine = data.load("wine", standardise=True, dtype=torch.double).train["x"]
+    wine = load("wine", standardise=True, dtype=torch.double).train["x"]
     x = torch.pca_lowrank(wine, 2, niter=20)[0][:, 1:] * len(wine) ** 0.5
     pair = GaussianMixture(1, components, prior=False, guide=AutoDelta).double()
     start = pair.start(x)

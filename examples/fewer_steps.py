@@ -18,9 +18,8 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from inference.two_sample import energy_distance
-from ppl_models import pictures
-from ppl_models.zoo import find
+from inference import two_sample
+from ppl_models import find, pictures
 
 WAYS = {"deterministic (eta = 0)": 0.0, "stochastic (eta = 1)": 1.0}
 
@@ -52,7 +51,7 @@ def main(steps: int = 2000, chain: int = 100, draws: int = 1000, seed: int = 0, 
     lines = []
     for count in sorted({min(s, chain) for s in (5, 10, 20, 50, chain)}):
         for way, eta in WAYS.items():
-            distance = energy_distance(real, pair.generate(draws, steps=count, eta=eta, seed=seed))
+            distance = two_sample.energy_distance(real, pair.generate(draws, steps=count, eta=eta, seed=seed))
             lines.append({"steps": count, "sampler": way, "distance": distance.value, "error": distance.error})
     table = pd.DataFrame(lines)
     print(table.round(4).to_string(index=False))

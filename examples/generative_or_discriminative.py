@@ -20,8 +20,7 @@ from pyro import validation_enabled
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from ppl_models import data
-from ppl_models.naive_bayes import GaussianNaiveBayes
+from ppl_models import GaussianNaiveBayes, load
 
 PANELS = {"digits 0 v 1": ("digits", 0, 1), "digits 2 v 3": ("digits", 2, 3), "breast cancer": ("breast_cancer", 0, 1)}
 RULES = ("naive Bayes", "naive Bayes, same variances", "logistic regression")
@@ -40,7 +39,7 @@ def naive_bayes(x: torch.Tensor, y: torch.Tensor, new: torch.Tensor) -> list[tor
 
 def errors(name: str, *classes: int, splits: int, sizes: int, scale: float) -> pd.DataFrame:
     """Mean and standard error over splits of each rule's test error (%), and of the last less the second."""
-    both, curves = data.load(name, dtype=torch.double), {}
+    both, curves = load(name, dtype=torch.double), {}
     x, y = (torch.cat([both.train[k], both.test[k]]) for k in "xy")
     x, y = (v[torch.isin(y, torch.tensor(classes))] for v in (x, 1 * (y == classes[1])))
     for m in np.geomspace(4, 0.7 * len(y), sizes).astype(int):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,12 +20,10 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from ppl_models.diffusion import Bound
-from ppl_models.flow import log_likelihood
-from ppl_models.zoo import find
+from ppl_models import find, flow
 
 
-def picture(bound: Bound, flow: float, path: Path) -> None:
+def picture(bound: Any, density: float, path: Path) -> None:
     """The bound's terms, in bits a dimension, from the last step down to the image."""
     each = bound.steps.double().mean(0).numpy() / bound.dimensions / math.log(2)
     steps = range(2, len(each) + 2)
@@ -34,7 +33,7 @@ def picture(bound: Bound, flow: float, path: Path) -> None:
     axes.bar(1, bound.bits()["reconstruction"], width=0.9, color="C1", label="reconstruction (step 1)")
     axes.set_xlabel("step: from the image on the left to noise on the right")
     axes.set_ylabel("bits a pixel")
-    axes.set_title(f"where the {bound.bits()['total']:.2f} bits a pixel go; the flow needs {flow:.2f}", loc="left")
+    axes.set_title(f"where the {bound.bits()['total']:.2f} bits a pixel go; the flow needs {density:.2f}", loc="left")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -48,7 +47,7 @@ def main(steps: int = 2000, chain: int = 100, rows: int = 200, seed: int = 0, ou
     print(row.fit(pair, dataset.train, steps=steps, seed=seed))  # type: ignore[call-arg]
     x = dataset.test["x"][:rows]
     bound = pair.bound(x, draws=2, seed=seed)
-    flow = log_likelihood(pair, x, divergence="hutchinson", tolerance=1e-3, seed=seed).double()
+    density = flow.log_evidence(pair, x, divergence="hutchinson", tolerance=1e-3, seed=seed).double()
     scale = bound.dimensions * math.log(2)
     # What a model costs that knows how often each pixel has each level, and nothing of its neighbours.
     levels = (dataset.train["x"] * (pair.levels - 1)).round().long()
@@ -58,11 +57,11 @@ def main(steps: int = 2000, chain: int = 100, rows: int = 200, seed: int = 0, ou
     table = {
         **{f"bound, {name}": v for name, v in bound.bits().items() if name != "total"},
         "bound, total": bound.bits()["total"],
-        "flow": -float(flow.mean()) / scale,
+        "flow": -float(density.mean()) / scale,
         "pixels alone": float(alone.mean()) / scale,
     }
     print(pd.Series(table, name="bits a pixel, held out").round(3).to_string())
-    errors = {"bound": bound.total, "flow": flow}
+    errors = {"bound": bound.total, "flow": density}
     print("standard errors:", {n: round(float(v.double().std()) / len(v) ** 0.5 / scale, 3) for n, v in errors.items()})
     out.mkdir(parents=True, exist_ok=True)
     path = out / "how_likely.png"

@@ -14,10 +14,9 @@ import typer
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
-from inference import fit, prior_predictive, sample
+from inference import fit, isolated, prior_predictive, sample
 from inference.objectives import WakeSleep
-from inference.program import isolated
-from ppl_models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet
+from ppl_models import HelmholtzMachine, SigmoidBeliefNet
 
 BOUND = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
 

@@ -15,11 +15,9 @@ import typer
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
 
-from inference import Result, fit, log_likelihood
+from inference import Result, fit, isolated, log_evidence
 from inference.objectives import IWAE
-from inference.program import isolated
-from ppl_models import data
-from ppl_models.vae import VAE
+from ppl_models import VAE, load
 
 OBJECTIVES = {
     "ELBO": Trace_ELBO,
@@ -33,8 +31,8 @@ def measure(pair: VAE, result: Result, test: torch.Tensor, particles: int) -> di
     """What a trained pair gives held-out rows, in nats a row, and the factors that it uses."""
     with torch.no_grad():
         active = int(pair.active(test).sum())
-    truth = log_likelihood(result, test, k=particles, progress=False)
-    loose = log_likelihood(result, test, k=1, progress=False)
+    truth = log_evidence(result, test, k=particles, progress=False)
+    loose = log_evidence(result, test, k=1, progress=False)
     return {
         "log p(x)": truth.mean,
         "its error": truth.monte_carlo_error,
@@ -48,7 +46,7 @@ def main(
     steps: int = 6000, particles: int = 2000, seed: int = 0, out: Path = Path("results/tighter_bounds")
 ) -> pd.DataFrame:
     """Fit each objective from the same start; print, save and return the table, and draw the gaps."""
-    images = data.load("digits", binarise=True)
+    images = load("digits", binarise=True)
     rows = {}
     for name, objective in OBJECTIVES.items():
         with isolated(seed):

@@ -16,11 +16,9 @@ import typer
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
-from inference import Joint, fit, log_likelihood
+from inference import Joint, fit, isolated, log_evidence
 from inference.objectives import RWS, VIMCO, WakeSleep
-from inference.program import isolated
-from ppl_models import data
-from ppl_models.sigmoid_belief import HelmholtzMachine
+from ppl_models import Dataset, HelmholtzMachine, load
 
 METHODS = {
     "wake-sleep": WakeSleep,
@@ -31,7 +29,7 @@ METHODS = {
 }
 
 
-def learn(name: str, digits: data.Dataset, rounds: int, steps: int, batch: int) -> pd.DataFrame:
+def learn(name: str, digits: Dataset, rounds: int, steps: int, batch: int) -> pd.DataFrame:
     """Train by one method in rounds of so many steps; what held-out rows say after each."""
     with isolated(0):
         pair = HelmholtzMachine(digits.features, (40, 20), baseline=50 if "NVIL" in name else 0)
@@ -46,7 +44,7 @@ def learn(name: str, digits: data.Dataset, rounds: int, steps: int, batch: int) 
         with isolated(0):
             bound = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
             elbo = -bound.loss(pair.model, pair.guide, test) / len(test)
-        held = log_likelihood(pair, test, k=500, progress=False).mean
+        held = log_evidence(pair, test, k=500, progress=False).mean
         found.append({"method": name, "steps": steps * (seed + 1), "seconds": spent, "ELBO": elbo, "log p(x)": held})
     return pd.DataFrame(found)
 
@@ -55,7 +53,7 @@ def main(
     rounds: int = 12, steps: int = 500, batch: int = 100, out: Path = Path("results/wake_sleep_or_elbo")
 ) -> pd.DataFrame:
     """Train by each method, print where they end, draw how they get there."""
-    digits = data.load("digits", binarise=True)
+    digits = load("digits", binarise=True)
     table = pd.concat([learn(name, digits, rounds, steps, batch) for name in METHODS])
     print(table.groupby("method", sort=False).last().round(2).to_string())
     out.mkdir(parents=True, exist_ok=True)

@@ -14,16 +14,10 @@ from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from inference import fit
+from inference import fit, isolated, two_sample
 from inference.objectives import Adversarial, Denoising
-from inference.program import isolated
-from inference.two_sample import modes
-from ppl_models.data import simulate_modes
-from ppl_models.diffusion import DiffusionChain
-from ppl_models.gan import GAN
-from ppl_models.methods import adversaries
-from ppl_models.vae import VAE
-from ppl_models.vaegan import VAEGAN
+from ppl_models import GAN, VAE, VAEGAN, DiffusionChain, simulate_modes
+from ppl_models.zoo.methods import adversaries
 
 WIDE, ROWS = {"hidden": (128, 128, 128)}, 20_000
 SHARED = {"batch": 256, "draws": 1, "progress": False}
@@ -60,7 +54,7 @@ def main(steps: int = 12_000, seeds: int = 10, out: Path = Path("results/without
         x, centres, deviation = simulate_modes(name, ROWS, seed)
         with isolated(seed):
             made = METHODS[method](x, steps, seed)
-        seen = modes(made, centres, deviation)
+        seen = two_sample.modes(made, centres, deviation)
         rows.append((name, method, seen.found, 100 * seen.quality.value, seen.reverse_kl))
         if seed == 0:
             panel.scatter(*made[:2000].T, s=1, color="tab:blue")

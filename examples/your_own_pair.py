@@ -16,8 +16,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from inference import Comparison, compare, fit, sample
-from ppl_models import data
-from ppl_models.pair import Pair, rows_plate
+from ppl_models import load
+from ppl_models.models.pair import Pair, rows_plate
 
 
 class RobustRegression(Pair):
@@ -63,7 +63,7 @@ def guide(x: Tensor, y: Tensor | None = None) -> None:
 def main(steps: int = 3000, draws: int = 1000, out: Path = Path("results/examples")) -> Comparison:
     """Hold both guides against chains, and all of them against tumours left out; print, save and return it."""
     names = ["mean radius", "mean texture", "mean smoothness", "mean compactness", "mean symmetry"]
-    tumours = data.load("breast_cancer", standardise=True, dtype=torch.double)
+    tumours = load("breast_cancer", standardise=True, dtype=torch.double)
     x, y = [tumours.features.index(name) for name in names], tumours.features.index("worst radius")
     train, test = ({"x": part["x"][:, x], "y": part["x"][:, y]} for part in (tumours.train, tumours.test))
     chains = sample(model, train, draws=draws, warmup=draws, chains=2)

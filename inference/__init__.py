@@ -1,4 +1,4 @@
-"""Two verbs for any Pyro pair, ``fit`` and ``sample``; one ``Result`` that ArviZ reads; one table, ``compare``."""
+"""Fit, sample and compare any Pyro pair: one ``Result`` that ArviZ reads."""
 
 import warnings
 
@@ -8,31 +8,49 @@ with warnings.catch_warnings():
     import arviz  # noqa: F401
 
 from inference import kernels, objectives
-from inference.compare import Comparison, compare
-from inference.diagnostics import Diagnosis, diagnose
-from inference.fit import fit
-from inference.likelihood import Evidence, log_likelihood
+from inference._fit import fit
+from inference._sample import sample
+from inference.comparison.compare import Method, compare
+from inference.comparison.scores import Moments
+from inference.comparison.table import COLUMNS, Comparison
+from inference.core.handlers import isolated
+from inference.diagnostics import two_sample
+from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
+from inference.evidence.estimate import Evidence, log_evidence
 from inference.optim import Joint
-from inference.predict import pointwise_log_likelihood, posterior_predictive, prior_predictive
-from inference.queries import classify
+from inference.predict import (
+    classify,
+    latent_kl,
+    log_weights,
+    pointwise_log_likelihood,
+    posterior_predictive,
+    prior_predictive,
+)
 from inference.result import Result
-from inference.sample import sample
 
 __all__ = [
+    "COLUMNS",
     "Comparison",
     "Diagnosis",
     "Evidence",
     "Joint",
+    "Method",
+    "Moments",
     "Result",
     "classify",
     "compare",
     "diagnose",
     "fit",
+    "isolated",
     "kernels",
-    "log_likelihood",
+    "latent_kl",
+    "log_evidence",
+    "log_weights",
     "objectives",
+    "pareto_k",
     "pointwise_log_likelihood",
     "posterior_predictive",
     "prior_predictive",
     "sample",
+    "two_sample",
 ]

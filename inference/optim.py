@@ -3,8 +3,7 @@ r"""One torch optimizer over all parameters, where Pyro holds one a parameter.""
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -125,78 +124,3 @@ class Joint(PyroOptim):
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
             self._waiting["schedule"] = None
-
-
-class Adam:
-    r"""Adam (Kingma and Ba 2015) on a half cosine, as tensor operations that a program can hold.
-
-    .. math:: \theta \leftarrow \theta - \frac{\alpha_t}{1 - \beta_1^t} \,
-        \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
-
-    Once a loss or a gradient is not finite nothing moves any more.
-
-    Args:
-        params: Unconstrained parameters by name, in the order in which each call has them.
-        rate: Learning rate to start from.
-        steps: Steps in which it falls to a hundredth on a half cosine.
-
-    Attributes:
-        good: Number of steps taken; it stands still after the first that is not finite.
-    """
-
-    betas, epsilon = (0.9, 0.999), 1e-8
-
-    def __init__(self, params: Mapping[str, Tensor], rate: float, steps: int) -> None:
-        self.names = list(params)
-        device = next((p.device for p in params.values()), torch.device("cpu"))
-        # A tensor, so that fits of other lengths and rates run the same program.
-        self.schedule = torch.tensor([rate, rate / 100, max(steps, 1)], dtype=torch.float64, device=device)
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.good = torch.zeros((), dtype=torch.int64, device=device)
-        self.moments = [torch.zeros_like(p) for p in params.values()]
-        self.squares = [torch.zeros_like(p) for p in params.values()]
-
-    @property
-    def changing(self) -> list[Tensor]:
-        """All that a step changes beside the parameters."""
-        return [self.step, self.good, *self.moments, *self.squares]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that a step reads and changes beside the parameters."""
-        return [*self.changing, self.schedule]
-
-    def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], loss: Tensor) -> None:
-        """Move the parameters, unless something is or was not finite."""
-        fine = loss.isfinite() & (self.good == self.step)
-        for g in gradients:
-            if g is not None:
-                fine = fine & g.isfinite().all()
-        scales = self._scales(self.step)
-        for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
-            if g is None:
-                continue
-            m.copy_(torch.where(fine, m.lerp(g, 1 - self.betas[0]), m))
-            v.copy_(torch.where(fine, (self.betas[1] * v).addcmul(g, g, value=1 - self.betas[1]), v))
-            p.copy_(torch.where(fine, p - self._move(m, v, *scales), p))
-        self.good.add_(fine)
-        self.step.add_(1)
-
-    def back(self, params: Sequence[Tensor]) -> None:
-        """Take the last good move back: where it led, something was not finite."""
-        if self.good:
-            scales = self._scales(self.good - 1)
-            for p, m, v in zip(params, self.moments, self.squares, strict=True):
-                p.add_(self._move(m, v, *scales))
-
-    def _scales(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """What a move takes the first moment times, and adds to the root of the second, after ``step`` steps."""
-        rate, low, total = self.schedule.unbind()
-        taken = step.double()
-        # By exp, not by pow: what holds an exp inductor computes once, all else again for every entry of a parameter.
-        first, second = (1 - ((taken + 1) * math.log(beta)).exp() for beta in self.betas)
-        root = second.sqrt()
-        return (low + (rate - low) * (1 + (math.pi * taken / total).cos()) / 2) / first * root, self.epsilon * root
-
-    def _move(self, m: Tensor, v: Tensor, rate: Tensor, floor: Tensor) -> Tensor:
-        return rate.to(m.dtype) * m / (v.sqrt() + floor.to(m.dtype))

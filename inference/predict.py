@@ -1,41 +1,20 @@
-r"""Draws through a model: predictive samples, log joint density, pointwise log likelihood.
-
-All S draws run through the model at once, in a plate to the left of the model's own. Finite sites
-that have no draws are summed out exactly,
-
-.. math:: \log p(x_n \mid \theta_s) = \log \sum_y p(x_n, y \mid \theta_s).
-
-Before a model is trusted with that, two draws are scored both at once and one by one. Where the two disagree, one
-draw's run is recorded as a graph and mapped over all; where that fails too the draws run one by one, and a warning
-gives the reason.
-"""
+r"""Ask a fitted pair."""
 
 from __future__ import annotations
 
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import math
 from typing import Any
 
-import pyro
+import pandas as pd
 import torch
 from pyro import poutine
-from pyro.infer import config_enumerate, infer_discrete
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.packed import pack
-from pyro.ops.rings import LogRing
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from inference.program import Program, Site, aside, bind, isolated
-from inference.tracing import Untraceable, quietly, traced
-
-Draws = Mapping[str, Tensor]
-PLATE = "_draws"
-BUDGET = 10_000_000
-"""Numbers of data that one pass may hold: draws are taken in chunks of this size."""
-UNLIFTED = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
-"""What a model written for one draw may raise when it meets many: torch, Pyro and numpy refuse in their own ways."""
+from inference.core.bound import BoundPair, bind
+from inference.core.handlers import isolated
+from inference.diagnostics.latents import local_latent_kl
+from inference.draws import engine
+from inference.draws.engine import UNLIFTED, Draws, draw_sites, log_joint, rowwise, sample_guide
 
 
 def prior_predictive(
@@ -77,17 +56,17 @@ def posterior_predictive(result: Any, data: Any = None, *, size: int | None = No
         ValueError: The data are rows of their own and the Result is of chains, or its guide has a value for each row
             of the fit.
     """
-    program = result.program if data is None else result.program.with_data(data)
+    bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(seed), result.state():
         draws = result.draws if data is None else _draws_at(result, data)
-        sites = draw_sites(program.generator(size), draws, result.size)
-    observed = set(result.program.select("observed"))
+        sites = draw_sites(bound.generator(size), draws, result.size)
+    observed = set(result.bound.select("observed"))
     return {k: v for k, v in sites.items() if k in observed}
 
 
 def _draws_at(result: Any, data: Any) -> Draws:
     """The posterior draws for other data: a Result's own, but for latent sites of a row."""
-    old = result.program
+    old = result.bound
     rows = {p for s in old.select("observed").values() for p in s.plates if p}
     local = {n for n, s in old.select("latent").items() if n in result.draws and rows & set(s.plates)}
     new = bind(old.pair, data)
@@ -119,31 +98,9 @@ def pointwise_log_likelihood(result: Any, data: Any = None) -> Tensor:
         ValueError: The observed sites share no plate, so that rows cannot be told apart, or a
             latent site has a value per row and the rows are new.
     """
-    program = result.program if data is None else result.program.with_data(data)
+    bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(), result.state():
-        return rowwise(program, result.draws)
-
-
-def rowwise(program: Program, draws: Draws) -> Tensor:
-    """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
-    score = _scored(program, draws, "rows")
-    if score.dim() < 2:
-        observed = ", ".join(program.select("observed")) or "nothing"
-        raise ValueError(f"model: expected observed sites in a plate of rows, got {observed} outside of one")
-    return score.flatten(2).sum(-1) if score.dim() > 2 else score
-
-
-def log_joint(program: Program, draws: Draws) -> Tensor:
-    r"""Log density of draws (S, \*shape) and data, finite sites without draws summed out: (S,)."""
-    return _scored(program, draws, "joint")
-
-
-def log_likelihood_by_site(program: Program, draws: Draws) -> dict[str, Tensor]:
-    r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out."""
-    observed = program.select("observed")
-    if any(s.name not in draws for s in program.select("latent").values()):
-        return {"_and_".join(observed): _scored(program, draws, "rows")}
-    return {name: _scored(program, draws, name) for name in observed}
+        return rowwise(bound, result.draws)
 
 
 def log_weights(result: Any, draws: int = 1000, *, seed: int = 1) -> Tensor:
@@ -152,273 +109,62 @@ def log_weights(result: Any, draws: int = 1000, *, seed: int = 1) -> Tensor:
     Their mean in the exponential is the evidence; ``diagnostics.pareto_k`` reads how far to trust it.
     """
     with isolated(seed), result.state():
-        values, density = sample_guide(result.program, draws)
-        return log_joint(result.program, values) - density
+        values, density = sample_guide(result.bound, draws)
+        return log_joint(result.bound, values) - density
 
 
-def latent_functions(program: Program, draws: Draws) -> dict[str, Tensor]:
-    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
-    free = [s.name for s in program.select("latent").values() if s.finite and s.name not in draws]
-    wanted = {n: s for n, s in program.sites.items() if s.role == "deterministic" or n in free}
+def classify(result: Any, data: Any, *, label: str = "y") -> Tensor:
+    r"""Class probabilities of new rows, averaged over the posterior by Bayes' rule.
 
-    def body(chunk: Draws, count: int | None) -> dict[str, Tensor]:
-        model = lift(program, program.model, chunk, count)
-        if free:
-            dim = -program.depth - (1 if count is None else 2)
-            model = infer_discrete(config_enumerate(model), first_available_dim=dim)
-        trace = poutine.trace(model).get_trace(**program.arguments())
-        return {n: unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()}
+    .. math:: p(y \mid x, D) \propto \mathrm{E}_{\theta \mid D}[p(x, y \mid \theta)]
 
-    return run_draws(program, draws, body) if wanted else {}
+    For a generative pair this weighs each draw by how well it explains x; for a discriminative one, whose
+    model does not observe x, it is the mean of :math:`p(y \mid x, \theta)`.
 
+    Args:
+        result: What ``fit`` or ``sample`` returned.
+        data: The rows to classify: a mapping of names to tensors, or a tensor (``x``). Labels in it are ignored.
+        label: Name of the finite site to classify by.
 
-def sample_guide(program: Program, size: int) -> tuple[dict[str, Tensor], Tensor]:
-    r"""Draw the model's latent sites from the guide: values (S, \*shape), log density (S,)."""
-    wanted = {n: s for n, s in program.sites.items() if n in program.guided}
-    if not wanted:
-        return {}, torch.zeros(size)
-
-    def run(count: int | None) -> dict[str, Tensor]:
-        trace = poutine.trace(lift(program, program.guide, {}, count)).get_trace(**program.arguments())
-        density = contract(trace, sample_names(trace), [], count)
-        return {
-            "": density,
-            **{n: unstack(trace.nodes[n]["value"], s, program.depth, count) for n, s in wanted.items()},
-        }
-
-    step = max(1, BUDGET // _width(program))
-    with torch.no_grad():
-        try:
-            parts = [run(min(step, size - start)) for start in range(0, size, step)]
-        except UNLIFTED as error:
-            say_slow(program, "guide", error)
-            parts = [run(None) for _ in range(size)]
-    values = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
-    return values, values.pop("")
+    Returns:
+        Probabilities (rows, classes).
+    """
+    bound: BoundPair = result.bound.with_data(data)
+    given = {k: v for k, v in bound.data.items() if k != label}
+    rows = bound.rows
+    blank = bound.with_data({**given, label: torch.zeros(rows, dtype=torch.long)})
+    with isolated(), result.state():
+        states = _states(blank, label)
+        scores = [
+            engine.rowwise(bound.with_data({**given, label: state.expand(rows)}), result.draws) for state in states
+        ]
+    joint = torch.stack(scores, -1).logsumexp(0) - math.log(result.size)
+    return joint.softmax(-1)
 
 
-def draw_sites(program: Program, draws: Draws, count: int) -> dict[str, Tensor]:
-    """Draw the sites of a :meth:`Program.generator` that have no draws, given those that have."""
-    known = {n: v for n, v in draws.items() if n in program.sites}
-
-    def body(chunk: Draws, number: int | None) -> dict[str, Tensor]:
-        trace = poutine.trace(lift(program, program.model, chunk, number)).get_trace(**program.arguments())
-        return {n: unstack(trace.nodes[n]["value"], s, program.depth, number) for n, s in program.sites.items()}
-
-    return run_draws(program, known, body, count)
-
-
-def _scored(program: Program, draws: Draws, what: str) -> Tensor:
-    return run_draws(program, draws, lambda chunk, count: {"": _score(program, chunk, count, what)})[""]
+def _states(bound: BoundPair, label: str) -> Tensor:
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(bound.model).get_trace(**bound.arguments())
+    site = bound.sites.get(label)
+    if site is None or not site.finite:
+        finite = ", ".join(s.name for s in bound.sites.values() if s.finite) or "none"
+        raise ValueError(f"label: expected a finite site of the model ({finite}), got {label!r}")
+    distribution: Any = trace.nodes[label]["fn"]
+    return distribution.enumerate_support(expand=False).flatten()
 
 
-def _score(program: Program, draws: Draws, count: int | None, what: str) -> Tensor:
-    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or a site's (S, \*its plates)."""
-    free = [s.name for s in program.select("latent").values() if s.name not in draws]
-    unknown = [n for n in free if not program.sites[n].finite]
-    if unknown:
-        raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
-    model = lift(program, program.model, draws, count)
-    if free:
-        dim = -program.depth - (1 if count is None else 2)
-        model = poutine.enum(config_enumerate(model), first_available_dim=dim)
-    trace = poutine.trace(model).get_trace(**program.arguments())
-    if what not in ("joint", "rows"):
-        return _unstack_score(trace.nodes[what], program.sites[what], program.depth, count)
-    names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
-    return contract(trace, names, [] if what == "joint" else _common_plates(trace, names), count)
+def latent_kl(result: Any, data: Any = None, *, seed: int = 0) -> pd.DataFrame:
+    r"""What each dimension of a Result's latent sites says of the rows of data.
 
+    Args:
+        result: What ``fit`` returned, of a pair with continuous latent sites in its plate of rows.
+        data: Rows to look at, a thousand at most; those of the fit when None.
 
-def sample_names(trace: poutine.Trace) -> list[str]:
-    """Sites with a density: neither plates' own nor deterministic ones."""
-    return [
-        name
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node) and not (node["infer"] or {}).get("_deterministic")
-    ]
-
-
-def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
-    """Plates that all sites share, outermost dimension first."""
-    stacks = [{f.name: f.dim or 0 for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
-    shared = set.intersection(*map(set, stacks)) - {PLATE} if stacks else set()
-    return sorted(shared, key=lambda name: stacks[0][name])
-
-
-def contract(trace: Any, names: list[str], keep: list[str], count: int | None) -> Tensor:
-    """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
-    trace.compute_log_prob(site_filter=lambda name, _: name in names)
-    trace.symbolize_dims()
-    frames = {f.name: f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized}
-    symbol = {name: trace.plate_to_symbol[name] for name in frames}
-    plates = {symbol[name] for name in frames if name != PLATE}
-    terms: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
-    for name in names:
-        node = trace.nodes[name]
-        # [...] makes a tensor of its own: pack marks it, and a log density may be shared by two sites.
-        term: Any = pack(torch.as_tensor(node["log_prob"])[...], node["infer"]["_dim_to_symbol"])
-        terms.setdefault(frozenset(plates.intersection(term._pyro_dims)), []).append(term)
-    summed = {s for group in terms.values() for t in group for s in t._pyro_dims} - plates - {symbol.get(PLATE)}
-    sizes = {symbol[name]: frame.size for name, frame in frames.items()}
-    ring = LogRing(cache={}, dim_to_size=sizes)
-    target = [*([PLATE] if count is not None else []), *keep]
-    kept = frozenset(symbol[k] for k in keep if k in symbol)
-    total: Any = contract_to_tensor(terms, summed, target_ordinal=kept, ring=ring) if terms else torch.zeros(())
-    order = [symbol[t] for t in target if t in symbol and symbol[t] in getattr(total, "_pyro_dims", "")]
-    if order:
-        total = total.permute([total._pyro_dims.index(s) for s in order])
-    shape = [int(frames[t].size if t in frames else count or 1) for t in target]
-    present = [size if t in symbol and symbol[t] in order else 1 for t, size in zip(target, shape, strict=True)]
-    total = total.reshape(present).expand(shape)
-    return total if count is not None else total[None]
-
-
-def lift(program: Program, function: Any, draws: Draws, count: int | None) -> Callable[..., Any]:
-    """The function run once for ``count`` draws, or for a single one without a plate (count None)."""
-    if count is None:
-        return poutine.condition(function, {n: v[0] for n, v in draws.items()})
-    room = {n: (1,) * (program.depth - program.sites[n].batch) for n in draws}
-    values = {n: v.reshape(v.shape[:1] + room[n] + v.shape[1:]) for n, v in draws.items()}
-    return poutine.condition(pyro.plate(PLATE, count, dim=-program.depth - 1)(function), values)
-
-
-def unstack(value: Any, site: Site, depth: int, count: int | None) -> Tensor:
-    r"""A value as the lifted model returned it, as (S, \*shape)."""
-    if count is None:
-        return value.expand(site.shape)[None]
-    if site.role == "deterministic" and value.numel() == count * torch.Size(site.shape).numel():
-        return value.reshape(count, *site.shape)
-    room = (1,) * (depth - site.batch)
-    try:
-        return value.expand(count, *room, *site.shape).reshape(count, *site.shape)
-    except RuntimeError:
-        raise ValueError(f"{site.name}: expected {(count, *room, *site.shape)}, got {tuple(value.shape)}") from None
-
-
-def _unstack_score(node: Any, site: Site, depth: int, count: int | None) -> Tensor:
-    value = node["fn"].log_prob(node["value"])
-    value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
-    plain = Site(**{**vars(site), "shape": site.shape[: site.batch]})
-    return unstack(value, plain, depth, count)
-
-
-def run_draws(
-    program: Program,
-    draws: Draws,
-    body: Callable[[Draws, int | None], dict[str, Tensor]],
-    count: int | None = None,
-) -> dict[str, Tensor]:
-    """Run ``body`` over all draws, as many at once as the memory budget and the model allow."""
-    _check_draws(program, draws)
-    total = len(next(iter(draws.values()))) if draws else count or 1
-    step = max(1, BUDGET // max(1, _width(program)))
-    obstacle = _obstacle(program, draws)
-    with torch.no_grad():
-        if obstacle is None:
-            spans = [(start, min(total, start + step)) for start in range(0, total, step)]
-            parts = [body({n: v[a:b] for n, v in draws.items()}, b - a) for a, b in spans]
-        else:
-            found = _mapped(draws, body, total, step)
-            if found is not None:
-                return found
-            if "slow" not in program.memo:
-                program.memo["slow"] = True
-                say_slow(program, "model", obstacle)
-            parts = [body({n: v[k : k + 1] for n, v in draws.items()}, None) for k in range(total)]
-    return {n: parts[0][n] if len(parts) == 1 else torch.cat([part[n] for part in parts]) for n in parts[0]}
-
-
-def _mapped(
-    draws: Draws, body: Callable[[Draws, int | None], dict[str, Tensor]], total: int, step: int
-) -> dict[str, Tensor] | None:
-    """Run ``body`` for one draw as a graph, mapped over all draws; None where that cannot be done."""
-    names: list[str] = []
-
-    def one(_: Tensor, *values: Tensor) -> list[Tensor]:
-        found = body({n: v[None] for n, v in zip(draws, values, strict=True)}, None)
-        names[:] = found
-        return [v[0] for v in found.values()]
-
-    # Without draws there is still something to map over.
-    inputs = [torch.zeros(total), *draws.values()]
-    try:
-        graph = traced(one, *(v[0] for v in inputs))
-        many = torch.vmap(graph, randomness="different")
-        with quietly():
-            chunks = [many(*(v[start : start + step] for v in inputs)) for start in range(0, total, step)]
-        found = {n: torch.cat([chunk[k] for chunk in chunks]) for k, n in enumerate(names)}
-        return found if _is_bodys(found, draws, body) else None
-    except (Untraceable, *UNLIFTED):
-        return None
-
-
-def _is_bodys(found: dict[str, Tensor], draws: Draws, body: Callable[[Draws, int | None], dict[str, Tensor]]) -> bool:
-    """Whether the first and last of what was found are those of the body, as far as it draws nothing."""
-    with aside():
-        for k in (0, -1):
-            own = {n: v[[k]] for n, v in draws.items()}
-            once, again = body(own, None), body(own, None)
-            for name, value in once.items():
-                tolerance = 1e-3 if value.dtype == torch.float32 else 1e-8
-                fixed = torch.equal(value, again[name])
-                if fixed and not torch.allclose(
-                    found[name][[k]], value, rtol=tolerance, atol=tolerance, equal_nan=True
-                ):
-                    return False
-    return True
-
-
-def _width(program: Program) -> int:
-    """Numbers that the largest site holds for one draw, times the states summed out."""
-    largest = max([torch.Size(s.shape).numel() for s in program.sites.values()], default=1)
-    return max(largest, program.numel) * (4 if program.enumerated else 1)
-
-
-def _obstacle(program: Program, draws: Draws) -> str | None:
-    """Why the model does not give the same densities for two draws at once as one by one; None if it does."""
-    key = f"lifts {sorted(draws)}"
-    if key not in program.memo:
-        program.memo[key] = _try_lift(program, draws)
-    return program.memo[key]
-
-
-def _try_lift(program: Program, draws: Draws) -> str | None:
-    try:
-        with aside(), torch.no_grad():
-            pair = {n: v[[0, -1]] for n, v in draws.items()}
-            if any(n not in pair and not s.finite for n, s in program.select("latent").items()):
-                trace = poutine.trace(lift(program, program.model, pair, 2)).get_trace(**program.arguments())
-                names = program.select("latent")
-                pair = {n: unstack(trace.nodes[n]["value"], s, program.depth, 2) for n, s in names.items()}
-            together = _score(program, pair, 2, "joint")
-            single = [{n: v[k : k + 1] for n, v in pair.items()} for k in (0, 1)]
-            apart = torch.cat([_score(program, draw, None, "joint") for draw in single])
-    except UNLIFTED as error:
-        return str(error)
-    tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
-    if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
-        return None
-    return f"log density {together.tolist()} at once, {apart.tolist()} one by one"
-
-
-def say_slow(program: Program, half: str, reason: object) -> None:
-    """Warn that a half runs draw by draw, and why."""
-    said = " ".join(str(reason).split())[:160]
-    warnings.warn(
-        f"{program.name}: the {half} does not broadcast over draws ({said}); they run one by one", stacklevel=2
-    )
-
-
-def _check_draws(program: Program, draws: Draws) -> None:
-    for name, value in draws.items():
-        site = program.sites.get(name)
-        if site is None:
-            raise ValueError(f"draws: the model has no site {name}; it has {', '.join(program.sites)}")
-        if tuple(value.shape[1:]) != site.shape:
-            expected = ", ".join(map(str, ("draws", *site.shape)))
-            hint = (
-                " (a latent of rows that were not fitted; log_likelihood integrates it out)"
-                if "rows" in site.plates
-                else ""
-            )
-            raise ValueError(f"{name}: expected draws of shape ({expected}), got {tuple(value.shape)}{hint}")
+    Returns:
+        One row a dimension: ``kl``, its mean divergence from the prior in nats a row; ``variance`` of the guide's mean
+        over the rows; ``active``, whether that is above 0.01 (Burda et al. 2016). Empty where no site lies in a
+        plate of rows, or where the guide is a point.
+    """
+    bound = result.bound if data is None else bind(result.bound.pair, data)
+    with isolated(seed), result.state():
+        return local_latent_kl(bound)

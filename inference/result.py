@@ -14,9 +14,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from inference import predict
-from inference.diagnostics import Diagnosis
-from inference.program import Program, isolated
+from inference.core.bound import BoundPair
+from inference.core.handlers import isolated
+from inference.diagnostics.convergence import Diagnosis
+from inference.draws import engine
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Numbers that one predictive group of a Result may hold, and that its log likelihood may read."""
@@ -91,7 +92,7 @@ class Result:
     method: str
     diagnosis: Diagnosis
     draws: dict[str, Tensor]
-    program: Program = field(repr=False)
+    bound: BoundPair = field(repr=False)
     state: State = field(repr=False)
     more: Callable[[int, int], dict[str, Tensor]] = field(repr=False)
 
@@ -118,11 +119,11 @@ class Result:
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]
         made = f"{self.size} draws" if self.draws else f"{len(self.losses)} steps"
-        return f"{self.method} on {self.program.name}: {made} in {took:.1f} s. {self.diagnosis}"
+        return f"{self.method} on {self.bound.name}: {made} in {took:.1f} s. {self.diagnosis}"
 
 
 def to_idata(
-    program: Program,
+    bound: BoundPair,
     posterior: Mapping[str, Tensor],
     sample_stats: Mapping[str, np.ndarray] | None = None,
     *,
@@ -132,7 +133,7 @@ def to_idata(
     r"""Convert draws of any method to InferenceData, in the current parameter store.
 
     Args:
-        program: The pair and its data.
+        bound: The pair and its data.
         posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
         sample_stats: Statistics (chains, draws) of each transition.
         chains: Number of chains.
@@ -145,41 +146,41 @@ def to_idata(
     """
     size = len(next(iter(posterior.values()))) if posterior else 1
     groups: dict[str, Mapping[str, Tensor]] = {"posterior": posterior}
-    observed = program.select("observed")
+    observed = bound.select("observed")
     replicated = size * sum(torch.Size(s.shape).numel() for s in observed.values())
     scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed.values())
     left_out = {}
     if replicated <= STORED:
-        groups["posterior"] = {**posterior, **predict.latent_functions(program, posterior)}
-        groups["posterior_predictive"] = _replicates(program, posterior, size)
+        groups["posterior"] = {**posterior, **engine.latent_functions(bound, posterior)}
+        groups["posterior_predictive"] = _replicates(bound, posterior, size)
     elif observed:
         left_out["posterior_predictive"] = replicated, "posterior_predictive(result, data)"
     if scored <= STORED and replicated <= SCORED:
-        groups["log_likelihood"] = _likelihood(program, posterior)
+        groups["log_likelihood"] = _likelihood(bound, posterior)
     elif observed:
         left_out["log_likelihood"] = scored, "pointwise_log_likelihood(result, data)"
     if left_out:
         said = " and ".join(f"{group} ({count:,} numbers; ask {verb})" for group, (count, verb) in left_out.items())
-        warnings.warn(f"{program.name}: left out {said}, for fewer rows or draws", stacklevel=3)
-    dims = {n: _dims(program, n) for n in program.sites}
-    plates = {n: d[: program.sites[n].batch] for n, d in dims.items()}
-    data = {n: v.detach().cpu().numpy() for n, v in program.observations.items()}
+        warnings.warn(f"{bound.name}: left out {said}, for fewer rows or draws", stacklevel=3)
+    dims = {n: _dims(bound, n) for n in bound.sites}
+    plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
+    data = {n: v.detach().cpu().numpy() for n, v in bound.observations.items()}
     named = {"log_likelihood": plates}
-    datasets = {g: _dataset(program, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
+    datasets = {g: _dataset(bound, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
     if sample_stats:
         datasets["sample_stats"] = _to_dataset(dict(sample_stats))
     if data:
-        datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(program, dims), default_dims=[])
+        datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(bound, dims), default_dims=[])
     if "posterior" in datasets:
         datasets["posterior"].attrs.update(attrs or {})
     # A pair without latent sites has no posterior: ArviZ knows no empty group.
     return az.InferenceData(attrs=dict(attrs or {}), **datasets)
 
 
-def _dataset(program: Program, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:
+def _dataset(bound: BoundPair, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:
     arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
     used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
-    return _to_dataset(arrays, dims=used, coords=_coords(program, used))
+    return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
 
 
 def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> Any:
@@ -189,24 +190,24 @@ def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> Any:
         return az.dict_to_dataset(arrays, **names)
 
 
-def _replicates(program: Program, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = predict.draw_sites(program.generator(), posterior, size)
-    return {n: v for n, v in sites.items() if n in program.select("observed")}
+def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    sites = engine.draw_sites(bound.generator(), posterior, size)
+    return {n: v for n, v in sites.items() if n in bound.select("observed")}
 
 
-def _likelihood(program: Program, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not program.select("observed"):
+def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not bound.select("observed"):
         return {}
     try:
-        return predict.log_likelihood_by_site(program, posterior)
+        return engine.log_likelihood_by_site(bound, posterior)
     except ValueError as error:
-        warnings.warn(f"{program.name}: log_likelihood left out: {error}", stacklevel=4)
+        warnings.warn(f"{bound.name}: log_likelihood left out: {error}", stacklevel=4)
         return {}
 
 
-def _dims(program: Program, name: str) -> list[str]:
-    site = program.sites[name]
-    named = list(program.dims.get(name, ()))
+def _dims(bound: BoundPair, name: str) -> list[str]:
+    site = bound.sites[name]
+    named = list(bound.dims.get(name, ()))
     event = len(site.shape) - site.batch
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
@@ -215,6 +216,6 @@ def _dims(program: Program, name: str) -> list[str]:
     return [*plates, *rest]  # type: ignore[list-item]
 
 
-def _coords(program: Program, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
     used = {d for names in dims.values() for d in names}
-    return {k: list(v) for k, v in program.coords.items() if k in used}
+    return {k: list(v) for k, v in bound.coords.items() if k in used}

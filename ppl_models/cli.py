@@ -20,11 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import inference
-from inference.compare import COLUMNS, Comparison, Method
-from inference.result import Result
+from inference import COLUMNS, Comparison, Method, Result
 from ppl_models import data, ledger
-from ppl_models.data import Dataset
-from ppl_models.zoo import ZOO, Row, find
+from ppl_models.data.sets import Dataset
+from ppl_models.zoo.entries import ZOO, find
+from ppl_models.zoo.entry import Entry
 
 app = typer.Typer(
     help="A model zoo on Pyro: fit, sample and compare model/guide pairs.",
@@ -32,13 +32,26 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
 out = Console()
+
+
 err = Console(stderr=True)
 
+
 PairName = Annotated[str, typer.Argument(metavar="PAIR", help="A pair of the zoo; `ppl-models list` shows them.")]
+
+
 DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
+
+
 OutDir = Annotated[Path | None, typer.Option("--out", help="Directory of the files; default: results/PAIR-DATA.")]
+
+
 Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+
+
 Draws = Annotated[int, typer.Option(min=4, help="Posterior draws (a chain, for chains).")]
 
 
@@ -171,7 +184,7 @@ def reproduce(
         out.print(f"[dim]{out_dir / (recipe.name + '.jsonl')}[/]", highlight=False, soft_wrap=True)
 
 
-def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Row, Dataset, Path]:
+def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Entry, Dataset, Path]:
     """Find everything that a name or a path can get wrong before any work is done."""
     row = find(pair)
     if data_name is not None:
@@ -216,7 +229,7 @@ def _report(result: Result, folder: Path) -> None:
     out.print(f"[dim]{path}[/]", highlight=False)
 
 
-def _show(comparison: Comparison, row: Row, dataset: Dataset) -> None:
+def _show(comparison: Comparison, row: Entry, dataset: Dataset) -> None:
     table = comparison.table.dropna(axis=1, how="all")
     out.print(f"[bold]{row.title}[/] on {dataset.name}: {len(dataset.train['x'])} rows", highlight=False)
     # Methods side by side: the measures are too many for the width of a terminal.

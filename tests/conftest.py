@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from inference.program import isolated
-from ppl_models.denoisers import Denoiser
+from inference.core.handlers import isolated
+from ppl_models.models.diffusion.denoisers import Denoiser
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers side by side: two threads each would wait for each other at every operation.

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from inference import Joint, fit
-from inference.compiled import Compiled
+from inference.compiler.objective import Compiled
+from inference.core.handlers import isolated
 from inference.objectives import Adversarial
 from inference.objectives.adversarial import KINDS
-from inference.program import isolated
-from ppl_models.cyclegan import CycleGAN
-from ppl_models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
-from ppl_models.pair import Pair
-from ppl_models.vaegan import VAEGAN, AdversarialAutoencoder
+from ppl_models.models.cyclegan import CycleGAN
+from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
+from ppl_models.models.pair import Pair
+from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
 
 pytestmark = pytest.mark.usefixtures("alone")
 ROWS, WIDTH = 12, 3

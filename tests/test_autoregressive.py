@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from inference import fit, log_likelihood, prior_predictive
+from inference import fit, log_evidence, prior_predictive
 from ppl_models import data
-from ppl_models.autoregressive import FVSBN, MADE, NADE, Autoregressive
+from ppl_models.models.autoregressive import FVSBN, MADE, NADE, Autoregressive
 
 ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).double()
 
@@ -44,8 +44,8 @@ def test_probabilities_sum_to_one(name: str) -> None:
 @PAIRS
 def test_each_feature_reads_those_before_it_alone(name: str) -> None:
     pair = pairs()[name]
-    law = pair.law()
-    for logits, order in zip(law.logits, law.order.tolist(), strict=True):
+    distribution = pair.distribution()
+    for logits, order in zip(distribution.logits, distribution.order.tolist(), strict=True):
         slopes = torch.autograd.functional.jacobian(lambda x, f=logits: f(x[None])[0], torch.rand(6).double())
         for k, feature in enumerate(order):
             assert not slopes[feature, order[k:]].any()
@@ -130,7 +130,7 @@ def test_networks_learn_digits(make) -> None:
     torch.manual_seed(0)
     pair = make()
     result = fit(pair, digits.train["x"], steps=600, batch=100, learning_rate=0.01, draws=1, progress=False)
-    found = log_likelihood(result, digits.test["x"], "exact", progress=False)
+    found = log_evidence(result, digits.test["x"], "exact", progress=False)
     share = digits.train["x"].mean(0).clamp(1e-3, 1 - 1e-3)
     alone = torch.distributions.Bernoulli(share).log_prob(digits.test["x"]).sum(-1).mean()
     assert found.mean > float(alone) + 6

@@ -11,11 +11,12 @@ from pyro.infer.autoguide import AutoDelta
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from inference import fit, log_likelihood, pointwise_log_likelihood, posterior_predictive, prior_predictive
-from inference.predict import log_joint
-from inference.program import bind, isolated
+from inference import fit, log_evidence, pointwise_log_likelihood, posterior_predictive, prior_predictive
+from inference.core.bound import bind
+from inference.core.handlers import isolated
+from inference.draws.engine import log_joint
 from ppl_models import data
-from ppl_models.bayesian_network import BayesianNetwork
+from ppl_models.models.bayesian_network import BayesianNetwork
 
 ASIA = """
 // Lauritzen and Spiegelhalter 1988.
@@ -187,7 +188,7 @@ def test_missing_states_are_summed_out(seed: int) -> None:
     )
     with isolated(), torch.no_grad():
         assert float(log_joint(bind(gaps, x), {})) == pytest.approx(sum(expected), abs=1e-8)
-    found = log_likelihood(gaps, x, "exact", progress=False)
+    found = log_evidence(gaps, x, "exact", progress=False)
     assert found.kind == "exact" and found.values.tolist() == pytest.approx(expected, abs=1e-10)
 
 

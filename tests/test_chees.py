@@ -15,9 +15,10 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from inference import potential, sample
+from inference import sample
+from inference.compiler import potential
+from inference.core.handlers import isolated
 from inference.kernels import NUTS, ChEES, trajectory
-from inference.program import isolated
 from inference.result import Result
 
 chees = importlib.import_module("inference.kernels.chees")
@@ -345,7 +346,7 @@ def test_fused_blocks_are_the_traced_ones() -> None:
             kernels[-1].setup(20)
         traced, fused = kernels
         fused.fuse()
-        assert (traced.program, fused.program) == ("traced", "fused")
+        assert (traced.execution, fused.execution) == ("traced", "fused")
         for _ in range(2):
             moves = []
             for kernel in kernels:
@@ -364,7 +365,7 @@ def test_a_model_with_parameters_is_one_program() -> None:
         graphs = counters["stats"]["unique_graphs"]
         for _ in range(3):
             kernel.advance()
-        assert kernel.program == "fused"
+        assert kernel.execution == "fused"
         assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -451,7 +452,7 @@ def test_what_cannot_be_traced_is_run_by_nuts_with_one_line() -> None:
 def test_what_cannot_be_traced_is_run_eagerly_when_chees_is_asked_for() -> None:
     with pytest.warns(UserWarning, match="run eagerly one after another, for they cannot be traced"):
         result = run(steered, chains=8, draws=10, warmup=20)
-    assert result.idata.attrs["program"] == "eager"
+    assert result.idata.attrs["execution"] == "eager"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ppl_models.cli import app
-from ppl_models.zoo import ZOO, table
+from ppl_models.zoo.entries import ZOO, table
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -88,7 +88,7 @@ def test_bad_input_gets_one_line_and_a_non_zero_exit(run, arguments, message, tm
 
 def test_an_unwritable_directory_is_found_before_the_work(run, tmp_path, monkeypatch) -> None:
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr("ppl_models.zoo.fit", lambda *a, **k: pytest.fail("worked before looking"))
+    monkeypatch.setattr("ppl_models.zoo.entries.fit", lambda *a, **k: pytest.fail("worked before looking"))
     answer = run("compare", "naive_bayes", "--out", tmp_path / "taken")
     assert answer.exit_code == 1
     assert "out: cannot write to" in answer.stderr

@@ -24,10 +24,12 @@ from torch import Tensor
 
 import inference
 from inference import Comparison, Result
-from inference.compare import COLUMNS, calibration_error, compare
+from inference.comparison.compare import compare
+from inference.comparison.scores import calibration_error
+from inference.comparison.table import COLUMNS
 
 X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
-FRESH = torch.tensor([-1.0, 0.25, 1.5, 3.0], dtype=torch.float64)
+INDEPENDENT_FRACTION = torch.tensor([-1.0, 0.25, 1.5, 3.0], dtype=torch.float64)
 # mu ~ N(0, 1) and w ~ N(0, 1)^2 with x ~ N(mu, 1): three rows that sum to 4.
 MEAN, SD = 1.0, 0.5
 TRUTH = {
@@ -83,7 +85,7 @@ def failing(error: Exception) -> Callable[[Any, Any], Result]:
 def comparison() -> Comparison:
     """Three methods against the truth and held-out rows."""
     methods = {"exact": exactly, "MAP": at_its_mode, "NUTS": by_nuts}
-    return compare(make_pair, X, methods, truth=TRUTH, heldout=FRESH)
+    return compare(make_pair, X, methods, truth=TRUTH, heldout=INDEPENDENT_FRACTION)
 
 
 # The table
@@ -113,7 +115,9 @@ def test_errors_are_those_of_the_posterior_means_in_true_standard_deviations(com
 
 
 def test_a_point_estimate_of_one_draw_is_judged_too() -> None:
-    row = compare(make_pair, X, {"MAP": partial(at_its_mode, draws=1)}, truth=TRUTH, heldout=FRESH).table.loc["MAP"]
+    row = compare(
+        make_pair, X, {"MAP": partial(at_its_mode, draws=1)}, truth=TRUTH, heldout=INDEPENDENT_FRACTION
+    ).table.loc["MAP"]
     assert row["sd_ratio"] == 0.0
     assert np.isfinite(row[["error_max", "error_rms", "lpd", "lpd_se"]].astype(float)).all()
 
@@ -143,21 +147,23 @@ def test_the_truth_may_be_found_from_the_pair_and_the_data() -> None:
 def test_lpd_is_the_mean_over_rows_of_the_log_of_the_mean_over_draws(comparison: Comparison) -> None:
     for name, result in comparison.results.items():
         mu = result.draws["mu"].numpy()
-        densities = scipy.stats.norm(mu[:, None], 1).logpdf(FRESH.numpy())
+        densities = scipy.stats.norm(mu[:, None], 1).logpdf(INDEPENDENT_FRACTION.numpy())
         of_rows = scipy.special.logsumexp(densities, 0) - math.log(len(mu))
         assert comparison.table.loc[name, "lpd"] == pytest.approx(of_rows.mean(), rel=1e-10)
         assert comparison.table.loc[name, "lpd_se"] == pytest.approx(of_rows.std(ddof=1) / 2, rel=1e-10)
 
 
 def test_lpd_of_the_exact_posterior_is_the_closed_form_predictive() -> None:
-    found = compare(make_pair, X, {"exact": partial(exactly, draws=20_000)}, heldout=FRESH).table.loc["exact"]
-    rows = scipy.stats.norm(MEAN, math.sqrt(1 + SD**2)).logpdf(FRESH.numpy())
+    found = compare(make_pair, X, {"exact": partial(exactly, draws=20_000)}, heldout=INDEPENDENT_FRACTION).table.loc[
+        "exact"
+    ]
+    rows = scipy.stats.norm(MEAN, math.sqrt(1 + SD**2)).logpdf(INDEPENDENT_FRACTION.numpy())
     assert found["lpd"] == pytest.approx(rows.mean(), abs=0.01)
     assert found["lpd_se"] == pytest.approx(rows.std(ddof=1) / 2, abs=0.01)
 
 
 def test_one_held_out_row_has_a_density_without_an_error() -> None:
-    row = compare(make_pair, X, {"exact": exactly}, heldout=FRESH[:1]).table.loc["exact"]
+    row = compare(make_pair, X, {"exact": exactly}, heldout=INDEPENDENT_FRACTION[:1]).table.loc["exact"]
     assert np.isfinite(row["lpd"])
     assert np.isnan(row["lpd_se"])
 
@@ -271,7 +277,7 @@ ERRORS += [KeyError, IndexError, AssertionError]
 def test_a_method_that_fails_leaves_an_empty_row_and_a_warning(kind: type[Exception]) -> None:
     methods = {"broken": failing(kind("out of order")), "exact": exactly}
     with pytest.warns(UserWarning, match=r"^broken failed: '?out of order'?$"):
-        found = compare(make_pair, X, methods, truth=TRUTH, heldout=FRESH)
+        found = compare(make_pair, X, methods, truth=TRUTH, heldout=INDEPENDENT_FRACTION)
     assert list(found.table.index) == ["broken", "exact"]
     assert found.table.loc["broken"].isna().all()
     assert np.isfinite(found.table.loc["exact", "lpd"])

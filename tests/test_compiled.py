@@ -25,13 +25,19 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from inference import block, fit, tracing
-from inference.compiled import LIMIT, Compiled, Program
+from inference import fit
+from inference.compiler import block
+from inference.compiler import capture as tracing
+from inference.compiler.objective import LIMIT, Compiled
+from inference.compiler.step import TracedStep
+from inference.compiler.update import Adam
+from inference.core.bound import bind, enumerate_finite
+from inference.core.handlers import isolated
 from inference.objectives import BetaELBO
-from inference.optim import Adam, Joint
-from inference.program import bind, enumerate_finite, isolated
-from ppl_models.methods import point
-from ppl_models.zoo import ZOO, Row
+from inference.optim import Joint
+from ppl_models.zoo.entries import ZOO
+from ppl_models.zoo.entry import Entry
+from ppl_models.zoo.methods import point
 
 quiet = partial(fit, progress=False)
 # Rows whose next of kin runs at every test; compiling takes up to half a minute each.
@@ -201,7 +207,7 @@ def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
 @pytest.mark.parametrize(
     "row", [pytest.param(r, id=n, marks=SLOW if n in KIN else ()) for n, r in ZOO.items() if n not in SAMPLERS]
 )
-def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
+def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Entry) -> None:
     dataset = row.load()
     few = {k: v[:40] for k, v in dataset.train.items()}
     # A point for each site needs a continuous one.
@@ -213,7 +219,7 @@ def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Row) -> None:
         run = partial(method, steps=12, progress=False)
         runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
         eager, compiled = (torch.as_tensor(r.losses) for r in runs)
-        assert [r.idata.attrs["program"] for r in runs] == ["eager", "fused"]
+        assert [r.idata.attrs["execution"] for r in runs] == ["eager", "fused"]
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
@@ -475,7 +481,7 @@ def two_effects(x: Tensor) -> None:
 
 def same_fits(steps: int) -> None:
     eager, compiled = (quiet((two_effects, AutoNormal(two_effects)), X, steps=steps, compile=c) for c in (False, True))
-    assert compiled.idata.attrs["program"] == "fused"
+    assert compiled.idata.attrs["execution"] == "fused"
     torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-8, atol=1e-8)
     for name, value in eager.params.items():
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-7, atol=1e-7)
@@ -484,18 +490,18 @@ def same_fits(steps: int) -> None:
 @pytest.mark.parametrize("steps", [40, 60, 130])
 def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, held = [], []
-    take, hold = block.Block.__call__, Program.hold_against_eager
+    take, hold = block.Block.__call__, TracedStep.hold_against_eager
 
     def counted(self: block.Block) -> list[float]:
         blocks.append(self._program.calls)
         return take(self)
 
-    def holding(self: Program, call: Any) -> None:
+    def holding(self: TracedStep, call: Any) -> None:
         held.append(self.calls)
         hold(self, call)
 
     monkeypatch.setattr(block.Block, "__call__", counted)
-    monkeypatch.setattr(Program, "hold_against_eager", holding)
+    monkeypatch.setattr(TracedStep, "hold_against_eager", holding)
     same_fits(steps)
     # Three steps come before the first block, and one block is run to hold it against single steps.
     assert blocks == {40: [], 60: [0, 1], 130: [0, 1, 51]}[steps]
@@ -514,7 +520,7 @@ def test_a_fused_program_that_does_not_hold_gives_way_to_its_graph(monkeypatch: 
         with isolated(0):
             return [x for x, _ in descend(objective, (noisy, AutoNormal(noisy)), 15)]
 
-    monkeypatch.setattr("inference.compiled.fused", wrong)
+    monkeypatch.setattr("inference.compiler.step.fused", wrong)
     objective = Compiled(Trace_ELBO())
     torch.testing.assert_close(run(objective), run(Trace_ELBO()))
     assert objective.state == "traced"
@@ -538,7 +544,7 @@ def test_two_losses_are_compiled_too() -> None:
 
     eager, compiled = run(False), run(True)
     assert eager.losses.shape == (70, 2)
-    assert compiled.idata.attrs["program"] == "fused"
+    assert compiled.idata.attrs["execution"] == "fused"
     torch.testing.assert_close(torch.as_tensor(compiled.losses), torch.as_tensor(eager.losses), rtol=1e-6, atol=1e-6)
 
 
@@ -560,7 +566,7 @@ def test_noise_that_no_loop_can_draw_runs_step_by_step(monkeypatch: pytest.Monke
 
     result = quiet((noisy, gamma), X, steps=80, compile=True)
     assert not made
-    assert result.idata.attrs["program"] == "fused"
+    assert result.idata.attrs["execution"] == "fused"
 
 
 def test_patience_stops_a_compiled_fit_where_it_stops_the_eager_one() -> None:
@@ -589,14 +595,14 @@ def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
     quiet((noisy, AutoNormal(noisy)), X, steps=5, compile=True)
     known = len(tracing._PROGRAMS)
     again = quiet((noisy, AutoNormal(noisy)), X + 1, steps=5, compile=True, seed=3)
-    assert again.idata.attrs["program"] == "fused"
+    assert again.idata.attrs["execution"] == "fused"
     assert len(tracing._PROGRAMS) == known
 
 
 def test_auto_goes_by_the_number_of_steps() -> None:
     for steps, expected in ((100, "eager"), (1000, "traced")):
         result = quiet((noisy, AutoNormal(noisy)), X, steps=steps, draws=30)
-        assert result.idata.attrs["program"] == expected
+        assert result.idata.attrs["execution"] == expected
 
 
 @pytest.mark.parametrize("batch", [None, 2])
@@ -699,9 +705,9 @@ def test_bad_arguments_get_one_line(make: Any, error: Any, message: str) -> None
 
 
 def test_enumeration_survives_a_compiled_fit() -> None:
-    program = bind((enumerated, AutoNormal(pyro.poutine.block(enumerated, hide=["z"]))), X)
-    assert program.enumerated == ("z",)
-    assert callable(enumerate_finite(program))
-    result = quiet(program.pair, X, steps=40, compile=True)
-    assert result.idata.attrs["program"] == "fused"
+    bound = bind((enumerated, AutoNormal(pyro.poutine.block(enumerated, hide=["z"]))), X)
+    assert bound.enumerated == ("z",)
+    assert callable(enumerate_finite(bound))
+    result = quiet(bound.pair, X, steps=40, compile=True)
+    assert result.idata.attrs["execution"] == "fused"
     assert "z" in result.idata.posterior

@@ -22,7 +22,7 @@ from sklearn.naive_bayes import BernoulliNB
 from sklearn.preprocessing import StandardScaler
 
 from ppl_models import data
-from ppl_models.files import IDX, SHA256, UPSTREAM
+from ppl_models.data.files import IDX, SHA256, UPSTREAM
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
 needs_files = pytest.mark.skipif(not REAL, reason="PPL_MODELS_DATA is not set")

@@ -15,7 +15,7 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
 
 import inference
-from inference.diagnostics import Diagnosis, diagnose, pareto_k
+from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
 FEW = "below 100 a chain: run more draws, or reparameterise what is correlated."

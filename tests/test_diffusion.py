@@ -12,16 +12,17 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from inference import fit, log_likelihood, prior_predictive
+from inference import fit, log_evidence, prior_predictive
+from inference.core.handlers import isolated
+from inference.diagnostics.two_sample import energy_distance
 from inference.objectives import Compiled, Denoising
-from inference.program import isolated
-from inference.two_sample import energy_distance
-from ppl_models import flow, inverse, pictures
-from ppl_models.denoisers import ExactDenoiser, UNet
-from ppl_models.diffusion import PREDICTIONS, VARIANCES, DiffusionChain
-from ppl_models.distributions import Pixels
-from ppl_models.networks import evaluation
-from ppl_models.schedules import SCHEDULES, cosine, linear, log_snr, path
+from ppl_models.models.diffusion import flow, inverse
+from ppl_models.models.diffusion.chain import PREDICTIONS, VARIANCES, DiffusionChain
+from ppl_models.models.diffusion.denoisers import ExactDenoiser, UNet
+from ppl_models.models.diffusion.schedules import SCHEDULES, cosine, linear, log_snr, path
+from ppl_models.models.parts.distributions import Pixels
+from ppl_models.models.parts.networks import evaluation
+from ppl_models.zoo import pictures
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -288,7 +289,7 @@ def test_the_flow_has_the_exact_density() -> None:
 def test_the_flow_is_above_the_chain_and_below_the_truth() -> None:
     pair, x = exact(10), rows(200)
     chain, ode, truth = (
-        float(v.mean()) for v in (pair.bound(x, draws=20).total, flow.log_likelihood(pair, x), MIXTURE.log_prob(x))
+        float(v.mean()) for v in (pair.bound(x, draws=20).total, flow.log_evidence(pair, x), MIXTURE.log_prob(x))
     )
     assert chain < ode - 0.3 and ode == pytest.approx(truth, abs=0.1)
 
@@ -480,7 +481,7 @@ def test_a_small_unet_takes_images_steps_and_labels(wide: bool) -> None:
 
 def test_the_likelihood_is_one_call_and_tighter_with_particles() -> None:
     pair, x = exact(20), rows(50)
-    estimate = log_likelihood((pair.model, pair.guide), x, k=300, progress=False)
+    estimate = log_evidence((pair.model, pair.guide), x, k=300, progress=False)
     bound, truth = pair.bound(x, draws=50).total.double(), MIXTURE.log_prob(x).double()
     assert float(bound.mean()) + 0.05 < estimate.mean < float(truth.mean()) + 0.1
 
@@ -540,7 +541,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: small(classes=3).generate(2, y=torch.tensor([0, 3])), "y: expected labels 0 to 2, got 3"),
     (lambda: small(classes=3).generate(5, y=torch.tensor([0, 1])), r"y: expected one label a row \(5,\), got \(2,\)"),
     (lambda: small().bound(rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
-    (lambda: flow.log_likelihood(small(), rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
+    (lambda: flow.log_evidence(small(), rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
     (lambda: DiffusionChain(2, shift=torch.zeros(3)), "shift: expected finite numbers, one or 2, got"),
     (lambda: DiffusionChain(2, spread=math.inf), "spread: expected finite numbers, one or 2, got inf"),
     (lambda: fit(small(), rows(4), Denoising(9), steps=2), "steps: expected 4, those of the pair, got 9"),

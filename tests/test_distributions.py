@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_models import data, distributions
-from ppl_models.distributions import LabelledGaussians, Labels
+from ppl_models import data
+from ppl_models.models.parts import distributions
+from ppl_models.models.parts.distributions import LabelledGaussians, Labels
 
 FEATURES, CLASSES = 30, 2
 

@@ -18,9 +18,9 @@ from sklearn.linear_model import LogisticRegression as ScikitLogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ppl_models import data
-from ppl_models.methods import exact
-from ppl_models.naive_bayes import GaussianNaiveBayes
-from ppl_models.regression import LogisticRegression
+from ppl_models.models.naive_bayes import GaussianNaiveBayes
+from ppl_models.models.regression import LogisticRegression
+from ppl_models.zoo.methods import exact
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

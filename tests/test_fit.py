@@ -178,7 +178,7 @@ def test_patience_stops_a_settled_fit_and_not_a_moving_one() -> None:
 def test_settled_is_a_fall_within_its_standard_error(fall: float, settled: bool) -> None:
     # Two halves of a hundred losses, each with variance 1: a standard error of 0.1414.
     losses = [*(fall + (-1.0) ** k for k in range(100)), *((-1.0) ** k for k in range(100))]
-    assert sys.modules["inference.fit"]._settled(losses, 100) is settled
+    assert sys.modules["inference._fit"]._settled(losses, 100) is settled
 
 
 def test_a_loss_that_is_not_finite_at_the_first_step_names_step_and_sites() -> None:
@@ -351,18 +351,18 @@ def test_a_million_rows_fit_in_four_gibibytes_at_a_flat_cost_per_row() -> None:
 
 GROWTH = """
 import torch
-import inference.steps as steps
+import inference.runners.steps as steps
 from inference import fit
-from ppl_models.vae import VAE
+from ppl_models.models.vae import VAE
 
-memory, take = [], steps.Whole.__call__
+memory, take = [], steps.CompiledSteps.__call__
 
 def watched(self, rows):
     with open("/proc/self/statm") as file:
         memory.append(int(file.read().split()[1]) * 4096 / 2**20)
     return take(self, rows)
 
-steps.Whole.__call__ = watched
+steps.CompiledSteps.__call__ = watched
 x = torch.rand(1000, 200, generator=torch.Generator().manual_seed(0)).bernoulli()
 fit(VAE(200, 10), x, steps=4000, batch=100, draws=1, learning_rate=0.002, compile=True, progress=False)
 print(memory[-1] - memory[1500])

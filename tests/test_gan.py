@@ -14,18 +14,19 @@ from sklearn.metrics import confusion_matrix
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from inference import compare, fit, log_likelihood, prior_predictive
+from inference import compare, fit, log_evidence, prior_predictive
+from inference.core.handlers import isolated
+from inference.diagnostics.two_sample import energy_distance
 from inference.objectives import Adversarial
-from inference.program import isolated
-from inference.two_sample import energy_distance
-from ppl_models import data, pictures
-from ppl_models.cyclegan import CycleGAN
-from ppl_models.gan import GAN, BiGAN, ConditionalGAN
-from ppl_models.ledger import RECIPES
-from ppl_models.methods import adversaries
-from ppl_models.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
-from ppl_models.recipes import dcgan
-from ppl_models.vaegan import VAEGAN, AdversarialAutoencoder
+from ppl_models import data
+from ppl_models.ledger.entries import RECIPES
+from ppl_models.ledger.recipes.adversarial import dcgan
+from ppl_models.models.cyclegan import CycleGAN
+from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN
+from ppl_models.models.parts.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
+from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
+from ppl_models.zoo import pictures
+from ppl_models.zoo.methods import adversaries
 
 pytestmark = pytest.mark.usefixtures("alone")
 train = partial(adversaries, progress=False)
@@ -213,13 +214,13 @@ def test_generated_rows_are_scored_against_held_out_ones_in_the_table() -> None:
 def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> None:
     pair = GAN(3, 2, generator=nn.Linear(2, 3)).double()
     x = pair.generate(5, seed=1) + 0.3 * torch.randn(5, 3).double()
-    found = log_likelihood(pair.noisy(0.3), x, "annealed", temperatures=300, progress=False)
+    found = log_evidence(pair.noisy(0.3), x, "annealed", temperatures=300, progress=False)
     weight = pair.generator.weight.detach()
     covariance = weight @ weight.T + 0.09 * torch.eye(3).double()
     exact = torch.distributions.MultivariateNormal(pair.generator.bias.detach(), covariance).log_prob(x)
     assert bool(((found.values - exact).abs() < 4 * found.errors + 0.01).all())
     with pytest.raises(ValueError, match="expected observed sites in a plate of rows, got nothing"):
-        log_likelihood(pair, x, "annealed", progress=False)
+        log_evidence(pair, x, "annealed", progress=False)
     with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
         pair.noisy(0.0)
 

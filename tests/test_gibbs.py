@@ -13,11 +13,11 @@ from test_sigmoid_belief import net
 from torch import Tensor
 
 from inference import sample
+from inference.core.handlers import isolated
 from inference.kernels import ChEES, Gibbs
-from inference.program import isolated
-from ppl_models.bayesian_network import BayesianNetwork
-from ppl_models.mixture import BernoulliMixture
-from ppl_models.sigmoid_belief import SigmoidBeliefNet
+from ppl_models.models.bayesian_network import BayesianNetwork
+from ppl_models.models.mixture import BernoulliMixture
+from ppl_models.models.sigmoid_belief import SigmoidBeliefNet
 
 quiet = partial(sample, progress=False)
 
@@ -66,7 +66,7 @@ def test_data_augmentation_has_the_posterior_that_summing_out_has(compiled: bool
     mean, sd, labels = exactly(DATA.numpy())
     result = quiet(two_groups, DATA, partial(Gibbs), draws=400, warmup=200, chains=100, compile=compiled)
     assert result.method == "Gibbs"
-    assert result.idata.attrs["program"] == ("fused" if compiled else "traced")
+    assert result.idata.attrs["execution"] == ("fused" if compiled else "traced")
     table = result.diagnosis.table
     assert result.diagnosis.worst_r_hat < 1.01
     error = float(table.loc["share", "mcse_mean"])

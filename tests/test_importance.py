@@ -10,9 +10,9 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor
 
 from inference import fit
+from inference.core.handlers import isolated
 from inference.objectives import IWAE, Compiled
-from inference.program import isolated
-from ppl_models.vae import VAE
+from ppl_models.models.vae import VAE
 
 DRAWS = 1500
 X = (torch.rand(12, 6, generator=torch.Generator().manual_seed(0)) > 0.5).double()
@@ -118,7 +118,7 @@ def test_it_runs_as_a_program(doubly: bool) -> None:
         made = pair()
         result = fit(made, X, IWAE(4, doubly=doubly), steps=30, batch=5, draws=1, compile=compiled, progress=False)
         runs.append(torch.as_tensor(result.losses))
-        assert result.idata.attrs["program"] == ("fused" if compiled else "eager")
+        assert result.idata.attrs["execution"] == ("fused" if compiled else "eager")
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
 
 

@@ -16,34 +16,29 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from inference import (
-    classify,
-    fit,
-    pointwise_log_likelihood,
-    posterior_predictive,
-    prior_predictive,
-    sample,
-)
-from inference import predict as prediction
-from inference.program import bind, enumerate_finite, isolated, sites_of
-from ppl_models.pair import Pair
-from ppl_models.zoo import ZOO, Row
+from inference import classify, fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
+from inference.core.bound import bind, enumerate_finite, sites_of
+from inference.core.handlers import isolated
+from inference.draws import engine as prediction
+from ppl_models.models.pair import Pair
+from ppl_models.zoo.entries import ZOO
+from ppl_models.zoo.entry import Entry
 
-LIKELY = {name: row for name, row in ZOO.items() if name not in SAMPLERS}
-ROWS = pytest.mark.parametrize("row", LIKELY.values(), ids=list(LIKELY))
-LATENT = {name: row for name, row in LIKELY.items() if name not in WITHOUT}
-SAMPLED = pytest.mark.parametrize("row", LATENT.values(), ids=list(LATENT))
+LIKELY = {name: entry for name, entry in ZOO.items() if name not in SAMPLERS}
+ROWS = pytest.mark.parametrize("entry", LIKELY.values(), ids=list(LIKELY))
+LATENT = {name: entry for name, entry in LIKELY.items() if name not in WITHOUT}
+SAMPLED = pytest.mark.parametrize("entry", LATENT.values(), ids=list(LATENT))
 quick_fit = partial(fit, steps=5, draws=30, progress=False)
 quick_sample = partial(sample, draws=6, warmup=20, chains=2, progress=False)
 
 
-def small(row: Row, count: int = 40) -> dict[str, Tensor]:
-    return {k: v[:count] for k, v in row.load().train.items()}
+def small(entry: Entry, count: int = 40) -> dict[str, Tensor]:
+    return {k: v[:count] for k, v in entry.load().train.items()}
 
 
-def fresh(row: Row, seed: int = 0) -> Pair:
+def fresh(entry: Entry, seed: int = 0) -> Pair:
     with isolated(seed):
-        return row.pair(row.load(), **brief(row.name))
+        return entry.pair(entry.load(), **brief(entry.name))
 
 
 def stored() -> dict[str, Tensor]:
@@ -70,40 +65,40 @@ def occupied_store():
 
 
 @ROWS
-def test_model_and_guide_have_the_same_sites_under_the_same_plates(row: Row) -> None:
-    program = bind(fresh(row), small(row))
+def test_model_and_guide_have_the_same_sites_under_the_same_plates(entry: Entry) -> None:
+    bound = bind(fresh(entry), small(entry))
     with isolated(0), torch.no_grad():
-        guide = sites_of(poutine.trace(program.guide).get_trace(**program.arguments()))
-    latent = program.select("latent")
+        guide = sites_of(poutine.trace(bound.guide).get_trace(**bound.arguments()))
+    latent = bound.select("latent")
     # An autoguide of a joint normal has one auxiliary site more; it is no site of the model.
-    shared = {n: s for n, s in guide.items() if n in program.sites}
+    shared = {n: s for n, s in guide.items() if n in bound.sites}
     # What a guide leaves out is summed out.
-    assert shared.keys() == latent.keys() - set(program.enumerated)
+    assert shared.keys() == latent.keys() - set(bound.enumerated)
     for name, site in shared.items():
         assert site.shape == latent[name].shape
         assert site.plates == latent[name].plates
 
 
 @ROWS
-def test_a_gradient_reaches_every_parameter(row: Row) -> None:
-    pair, data = fresh(row), small(row)
+def test_a_gradient_reaches_every_parameter(entry: Entry) -> None:
+    pair, data = fresh(entry), small(entry)
     result = quick_fit(pair, data, steps=1)
     trained = {n: p for n, p in pair.named_parameters()}
     assert trained
     assert len(result.params) == len(trained)
-    program = bind(pair, data)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1) if program.enumerated else Trace_ELBO()
+    bound = bind(pair, data)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if bound.enumerated else Trace_ELBO()
     with isolated(0):
-        loss = elbo.loss_and_grads(enumerate_finite(program), program.guide, **data)
+        loss = elbo.loss_and_grads(enumerate_finite(bound), bound.guide, **data)
     assert np.isfinite(loss)
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
 
 @ROWS
-def test_the_same_seed_gives_the_same_result(row: Row) -> None:
-    data = small(row)
-    one, two, other = (quick_fit(fresh(row), data, seed=s) for s in (3, 3, 4))
+def test_the_same_seed_gives_the_same_result(entry: Entry) -> None:
+    data = small(entry)
+    one, two, other = (quick_fit(fresh(entry), data, seed=s) for s in (3, 3, 4))
     assert np.array_equal(one.losses, two.losses)
     # An exact guide has the same losses whatever it draws, and so has one with nothing to draw.
     assert not one.draws or one.diagnosis.pareto_k == -np.inf or not np.array_equal(one.losses, other.losses)
@@ -113,20 +108,20 @@ def test_the_same_seed_gives_the_same_result(row: Row) -> None:
 
 
 def test_rows_without_latent_sites_are_known() -> None:
-    without = {name for name, row in LIKELY.items() if not bind(fresh(row), small(row)).select("latent")}
+    without = {name for name, entry in LIKELY.items() if not bind(fresh(entry), small(entry)).select("latent")}
     assert without == set(WITHOUT)
     finite = {n for n in LATENT if all(s.units for s in bind(fresh(ZOO[n]), small(ZOO[n])).select("latent").values())}
     assert finite == set(LABELS)
-    assert {name for name, row in ZOO.items() if not bind(fresh(row), small(row)).observes} == set(SAMPLERS)
+    assert {name for name, entry in ZOO.items() if not bind(fresh(entry), small(entry)).observes} == set(SAMPLERS)
     for name in without:
         with pytest.raises(ValueError, match="model: expected a latent site to sample, got none"):
             quick_sample(fresh(ZOO[name]), small(ZOO[name]))
 
 
 @SAMPLED
-def test_chains_are_reproducible_and_differ(row: Row) -> None:
-    data = small(row)
-    one, two = (quick_sample(fresh(row), data, seed=3) for _ in range(2))
+def test_chains_are_reproducible_and_differ(entry: Entry) -> None:
+    data = small(entry)
+    one, two = (quick_sample(fresh(entry), data, seed=3) for _ in range(2))
     for name, value in one.draws.items():
         assert torch.equal(value, two.draws[name])
         first, second = value[:6], value[6:]
@@ -134,15 +129,15 @@ def test_chains_are_reproducible_and_differ(row: Row) -> None:
 
 
 @ROWS
-def test_every_public_call_leaves_the_store_and_the_random_state_alone(row: Row, occupied_store) -> None:
-    data, pair = small(row), fresh(row)
+def test_every_public_call_leaves_the_store_and_the_random_state_alone(entry: Entry, occupied_store) -> None:
+    data, pair = small(entry), fresh(entry)
     occupied_store()
     result = quick_fit(pair, data)
     occupied_store()
-    classified = [lambda: classify(result, data, label=row.label)] if row.label else []
+    classified = [lambda: classify(result, data, label=entry.label)] if entry.label else []
     for call in (
         *classified,
-        *([lambda: quick_sample(pair, data)] if row.name in LATENT else []),
+        *([lambda: quick_sample(pair, data)] if entry.name in LATENT else []),
         lambda: prior_predictive(pair, data, draws=3),
         lambda: posterior_predictive(result, data),
         lambda: pointwise_log_likelihood(result, data),
@@ -153,30 +148,30 @@ def test_every_public_call_leaves_the_store_and_the_random_state_alone(row: Row,
 
 
 @ROWS
-def test_a_verb_leaves_the_store_alone_when_it_fails(row: Row, occupied_store) -> None:
-    data = {**small(row), "x": small(row)["x"] * torch.nan}
+def test_a_verb_leaves_the_store_alone_when_it_fails(entry: Entry, occupied_store) -> None:
+    data = {**small(entry), "x": small(entry)["x"] * torch.nan}
     with pytest.raises(ValueError, match="x: expected finite"):
-        quick_fit(fresh(row), data)
+        quick_fit(fresh(entry), data)
     occupied_store()
 
 
 @ROWS
-def test_two_pairs_of_a_class_train_apart(row: Row) -> None:
-    data = small(row)
-    first = fresh(row)
-    alone = quick_fit(fresh(row), data)
+def test_two_pairs_of_a_class_train_apart(entry: Entry) -> None:
+    data = small(entry)
+    first = fresh(entry)
+    alone = quick_fit(fresh(entry), data)
     quick_fit(first, data, steps=20)
     frozen = {n: p.detach().clone() for n, p in first.named_parameters()}
-    second = quick_fit(fresh(row), data)
+    second = quick_fit(fresh(entry), data)
     assert np.array_equal(second.losses, alone.losses)
     assert all(torch.equal(p, frozen[n]) for n, p in first.named_parameters())
 
 
 @ROWS
-def test_state_dict_round_trip(row: Row) -> None:
-    data, pair = small(row), fresh(row)
+def test_state_dict_round_trip(entry: Entry) -> None:
+    data, pair = small(entry), fresh(entry)
     quick_fit(pair, data)
-    copy = fresh(row, seed=7)
+    copy = fresh(entry, seed=7)
     quick_fit(copy, data, steps=0)
     copy.load_state_dict(pair.state_dict())
     one, two = (quick_fit(p, data, steps=0) for p in (pair, copy))
@@ -185,8 +180,8 @@ def test_state_dict_round_trip(row: Row) -> None:
 
 
 @ROWS
-def test_prior_draws_have_the_shapes_of_the_sites(row: Row) -> None:
-    data, pair = small(row), fresh(row)
+def test_prior_draws_have_the_shapes_of_the_sites(entry: Entry) -> None:
+    data, pair = small(entry), fresh(entry)
     inputs = {k: v for k, v in data.items() if k not in bind(pair, data).sites}
     drawn = prior_predictive(pair, inputs, size=None if inputs else 40, draws=7)
     sites = bind(pair, data).sites
@@ -195,7 +190,7 @@ def test_prior_draws_have_the_shapes_of_the_sites(row: Row) -> None:
         assert tuple(value.shape) == (7, *sites[name].shape), name
     observed = bind(pair, data).select("observed")
     result = quick_fit(pair, data)
-    assert result.size == (30 if row.name in LATENT else 1)
+    assert result.size == (30 if entry.name in LATENT else 1)
     replicated = posterior_predictive(result)
     assert {n: tuple(v.shape) for n, v in replicated.items()} == {
         n: (result.size, *s.shape) for n, s in observed.items()
@@ -204,8 +199,8 @@ def test_prior_draws_have_the_shapes_of_the_sites(row: Row) -> None:
 
 @SAMPLED
 @pytest.mark.parametrize("verb", [quick_fit, quick_sample], ids=["fit", "sample"])
-def test_the_result_has_its_groups_and_draws_more(row: Row, verb) -> None:
-    pair, data = fresh(row), small(row)
+def test_the_result_has_its_groups_and_draws_more(entry: Entry, verb) -> None:
+    pair, data = fresh(entry), small(entry)
     result = verb(pair, data)
     groups = {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
     assert groups <= set(result.idata.groups())
@@ -223,8 +218,8 @@ def test_the_result_has_its_groups_and_draws_more(row: Row, verb) -> None:
 
 
 @ROWS
-def test_a_result_draws_from_where_it_was_made_when_its_pair_trains_on(row: Row) -> None:
-    pair, data = fresh(row), small(row)
+def test_a_result_draws_from_where_it_was_made_when_its_pair_trains_on(entry: Entry) -> None:
+    pair, data = fresh(entry), small(entry)
     first = quick_fit(pair, data)
     before = first.draw(4)
     quick_fit(pair, data, steps=50, learning_rate=0.05)
@@ -235,37 +230,37 @@ def test_a_result_draws_from_where_it_was_made_when_its_pair_trains_on(row: Row)
 
 
 @ROWS
-def test_all_draws_at_once_score_as_they_do_one_by_one(row: Row) -> None:
-    pair, data = fresh(row), small(row)
+def test_all_draws_at_once_score_as_they_do_one_by_one(entry: Entry) -> None:
+    pair, data = fresh(entry), small(entry)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = quick_fit(pair, data)
-    program = result.program
+    bound = result.bound
     with isolated(), result.state(), torch.no_grad():
-        together = prediction.log_joint(program, result.draws)
+        together = prediction.log_joint(bound, result.draws)
         single = [{n: v[k : k + 1] for n, v in result.draws.items()} for k in range(result.size)]
-        apart = torch.cat([prediction._score(program, d, None, "joint") for d in single])
+        apart = torch.cat([prediction._score(bound, d, None, "joint") for d in single])
     torch.testing.assert_close(together, apart)
 
 
 @ROWS
-def test_minibatches_estimate_the_full_loss_without_bias(row: Row) -> None:
-    pair, data = fresh(row), small(row)
+def test_minibatches_estimate_the_full_loss_without_bias(entry: Entry) -> None:
+    pair, data = fresh(entry), small(entry)
     quick_fit(pair, data, steps=0)
-    program = bind(pair, data)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1) if program.enumerated else Trace_ELBO()
+    bound = bind(pair, data)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if bound.enumerated else Trace_ELBO()
 
     def loss(rows: Tensor | None, seed: int = 5) -> float:
         with isolated(seed):
-            return elbo.loss(enumerate_finite(program), program.guide, **program.arguments(rows))
+            return elbo.loss(enumerate_finite(bound), bound.guide, **bound.arguments(rows))
 
     def bias(seed: int) -> float:
         parts = [loss(rows, seed) for rows in torch.arange(40).split(16)]
         return float(np.dot(np.array([16, 16, 8]) / 40, parts)) - loss(None, seed)
 
-    if not any("rows" in program.sites[n].plates for n in program.guided):
+    if not any("rows" in bound.sites[n].plates for n in bound.guided):
         # The noise is the same, for it has nothing to do with the rows.
-        assert abs(bias(5)) < (1e-9 if row.dtype == torch.float64 else 1e-6) * abs(loss(None))
+        assert abs(bias(5)) < (1e-9 if entry.dtype == torch.float64 else 1e-6) * abs(loss(None))
         return
     found = np.array([bias(seed) for seed in range(60)])
     assert abs(found.mean()) < 4 * found.std() / 60**0.5 + 1e-9 * abs(loss(None))
@@ -350,11 +345,11 @@ def test_autoguides_of_plain_models_work_as_pairs() -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_is_fitted_and_compared_like_any_row(name: str, occupied_store) -> None:
-    row = ZOO[name]
-    few = replace(row.load(), train=small(row), test=small(row, 30))
-    methods = {n: partial(m, steps=5, batch=20, progress=False) for n, m in row.methods.items()}
-    one, two = (row.compare(few, methods) for _ in range(2))
-    assert list(one.table.index) == list(row.methods)
+    entry = ZOO[name]
+    few = replace(entry.load(), train=small(entry), test=small(entry, 30))
+    methods = {n: partial(m, steps=5, batch=20, progress=False) for n, m in entry.methods.items()}
+    one, two = (entry.compare(few, methods) for _ in range(2))
+    assert list(one.table.index) == list(entry.methods)
     assert one.table[["energy", "energy_se", "precision", "recall"]].notna().all(axis=None)
     pd.testing.assert_frame_equal(
         one.table.drop(columns=["seconds", "seconds_total"]),
@@ -362,4 +357,4 @@ def test_a_sampler_is_fitted_and_compared_like_any_row(name: str, occupied_store
     )
     occupied_store()
     with pytest.raises(ValueError, match="needs a likelihood"):
-        quick_fit(fresh(row), small(row))
+        quick_fit(fresh(entry), small(entry))

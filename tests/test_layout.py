@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from inference.layout import rearranged
-from inference.potential import SMALL, _packed
-from inference.tracing import lifted, traced
+from inference.compiler.capture import traced
+from inference.compiler.layout import rearrange
+from inference.compiler.passes import SMALL, lift_constants, pack_constants
 
 ROWS, FEW = 40, 3
 
@@ -59,20 +59,20 @@ def test_the_numbers_stay_as_they_are(function, contiguous: bool) -> None:
     if not contiguous:
         # As what the graph is given may be laid out otherwise than what it was traced with.
         inputs = tuple(v.mT.contiguous().mT if v.dim() > 1 else v for v in inputs)
-    again = traced(rearranged(graph), *inputs)
+    again = traced(rearrange(graph), *inputs)
     torch.testing.assert_close(again(*inputs), function(*inputs))
 
 
 def test_what_repeats_is_computed_once_and_short_dimensions_do_not_stand_last() -> None:
     inputs = arguments()
     plain = traced(mixture, *inputs)
-    again = traced(rearranged(plain), *inputs)
+    again = traced(rearrange(plain), *inputs)
     assert operations(plain, "log.default") == [(5, ROWS, FEW)]
     assert operations(again, "log.default") == [(5, 1, FEW)]
     assert operations(plain, "pow") == [(5, ROWS, FEW)]
     assert operations(again, "pow") == [(5, FEW, ROWS)]
     assert operations(again, "logsumexp") == [(5, ROWS)]
-    once = traced(rearranged(traced(softmax, *inputs)), *inputs)
+    once = traced(rearrange(traced(softmax, *inputs)), *inputs)
     assert operations(once, "_log_softmax") == [(5, 1, FEW)]
 
 
@@ -85,8 +85,8 @@ def test_small_constants_go_together_by_type_and_large_ones_alone() -> None:
 
     q, given = torch.randn(6, 2).double(), torch.randn(6, 2).double()
     graph = traced(function, q, given)
-    held = lifted(graph)
-    packs, call = _packed(graph, 1, held)
+    held = lift_constants(graph)
+    packs, call = pack_constants(graph, 1, held)
     sizes = sorted((p.numel(), p.dtype) for p in packs)
     assert len(held) == 4
     assert sizes == sorted([(9, torch.float64), (3, torch.int64), (SMALL + 1, torch.float64)])

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from ppl_models import data, ledger
 from ppl_models.cli import app
-from ppl_models.ledger import GRADES, RECIPES, Recipe
+from ppl_models.ledger.entries import RECIPES
+from ppl_models.ledger.record import GRADES, Recipe
 
 README = Path(__file__).parent.parent / "README.md"
 FOUND = {0: {"figure": 1.0, "train": 0.5}, 1: {"figure": 3.0, "train": 0.25}}

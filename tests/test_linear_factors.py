@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 import inference
 from inference import Result
-from inference.program import bind
-from ppl_models.data import load
-from ppl_models.linear_factors import PPCA, Autoencoder, FactorAnalysis, FactorModel
+from inference.core.bound import bind
+from ppl_models.data.sets import load
+from ppl_models.models.linear_factors import PPCA, Autoencoder, FactorAnalysis, FactorModel
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from inference import fit, log_likelihood, prior_predictive
+from inference import fit, log_evidence, prior_predictive
 from ppl_models import data
-from ppl_models.bayesian_network import BayesianNetwork
-from ppl_models.markov_chain import MarkovChain
+from ppl_models.models.bayesian_network import BayesianNetwork
+from ppl_models.models.markov_chain import MarkovChain
 
 
 def chain(length: int = 4, symbols: int = 3, seed: int = 0) -> MarkovChain:
@@ -32,7 +32,7 @@ def test_it_is_the_bayesian_network_of_a_chain() -> None:
     tables = {"x0": pair.initial.softmax(-1), **{f"x{k}": pair.transition.softmax(-1) for k in (1, 2, 3)}}
     net = BayesianNetwork.markov_chain([f"x{k}" for k in range(4)], states=3, tables=tables)
     torch.testing.assert_close(score, net.log_evidence(every).detach())
-    torch.testing.assert_close(log_likelihood(pair, every, "exact").values, score)
+    torch.testing.assert_close(log_evidence(pair, every, "exact").values, score)
 
 
 def test_counting_is_the_maximum_of_the_likelihood() -> None:

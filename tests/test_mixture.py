@@ -19,8 +19,8 @@ from torch.distributions import biject_to
 
 from inference import classify, fit, pointwise_log_likelihood, prior_predictive, sample
 from inference.objectives import EM
-from ppl_models.distributions import Gaussians, Occurrences, SortedNormals
-from ppl_models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture
+from ppl_models.models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture
+from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
 
 X = torch.tensor(load_iris().data)
 X = (X - X.mean(0)) / X.std(0)

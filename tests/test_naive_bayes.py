@@ -22,10 +22,17 @@ from torch import Tensor
 
 import inference
 from inference import Result
-from inference.predict import rowwise
-from inference.program import bind
-from ppl_models.data import load, simulate_naive_bayes
-from ppl_models.naive_bayes import BernoulliNaiveBayes, Counts, GaussianNaiveBayes, MultinomialNaiveBayes, NaiveBayes
+from inference.core.bound import bind
+from inference.draws.engine import rowwise
+from ppl_models.data.sets import load
+from ppl_models.data.simulate import simulate_naive_bayes
+from ppl_models.models.naive_bayes import (
+    BernoulliNaiveBayes,
+    Counts,
+    GaussianNaiveBayes,
+    MultinomialNaiveBayes,
+    NaiveBayes,
+)
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
 # Neither 0, 1 nor the defaults, so that one dropped or swapped shows; exact in binary, for pairs are built in float32.
@@ -90,21 +97,21 @@ def log_evidence(family: str, x: np.ndarray, y: np.ndarray, classes: int = 3) ->
     total = scipy.special.gammaln([classes * a, *(a + counts)]).sum()
     total -= scipy.special.gammaln([classes * a + len(y), *[a] * classes]).sum()
     for k, n in enumerate(counts):
-        members = x[y == k]
+        one_hot = x[y == k]
         if n == 0:
             continue
         if family == "gaussian":
             spread = p["scale"] / p["shape"] * (np.eye(n) + 1 / p["strength"])
             law = scipy.stats.multivariate_t(np.full(n, p["mean"]), spread, df=2 * p["shape"])
-            total += sum(law.logpdf(column) for column in members.T)
+            total += sum(law.logpdf(column) for column in one_hot.T)
         elif family == "bernoulli":
-            ones, prior = members.sum(0), p["alpha"] + 1
+            ones, prior = one_hot.sum(0), p["alpha"] + 1
             total += (scipy.stats.betabinom.logpmf(ones, n, prior, prior) - log_binomial(n, ones)).sum()
         else:
-            words = members.sum(0).astype(int)
+            words = one_hot.sum(0).astype(int)
             prior = np.full(x.shape[1], p["alpha"] + 1)
             total += scipy.stats.dirichlet_multinomial.logpmf(words, prior, words.sum())
-            total += log_arrangements(members).sum() - log_arrangements(words)
+            total += log_arrangements(one_hot).sum() - log_arrangements(words)
     return float(total)
 
 
@@ -120,8 +127,8 @@ def log_arrangements(counts: np.ndarray) -> np.ndarray:
 def log_joint_of_rows(family: str, x: np.ndarray, theta: dict[str, np.ndarray]) -> np.ndarray:
     """log p(x_n, y_n = k) (rows, K) given the parameters, by scipy."""
     if family == "gaussian":
-        laws = scipy.stats.norm(theta["means"], np.sqrt(theta["variances"]))
-        scores = laws.logpdf(x[:, None]).sum(-1)
+        distributions = scipy.stats.norm(theta["means"], np.sqrt(theta["variances"]))
+        scores = distributions.logpdf(x[:, None]).sum(-1)
     elif family == "bernoulli":
         scores = scipy.stats.bernoulli(theta["probs"]).logpmf(x[:, None].astype(int)).sum(-1)
     else:
@@ -173,11 +180,11 @@ def test_maximum_likelihood_is_the_class_frequencies_means_and_variances(name: s
     x, y = train["x"], train["y"]
     pair = GaussianNaiveBayes(x.shape[1], 3, prior=False, guide=AutoDelta).double()
     found = fit_mode(pair, train, steps=600, learning_rate=0.1)
-    members = [x[y == k].numpy() for k in range(3)]
+    one_hot = [x[y == k].numpy() for k in range(3)]
     close = partial(np.testing.assert_allclose, rtol=0, atol=1e-7)
-    close(found["weights"], [len(m) / len(x) for m in members])
-    close(found["means"], [m.mean(0) for m in members])
-    close(found["variances"], [m.var(0) for m in members])
+    close(found["weights"], [len(m) / len(x) for m in one_hot])
+    close(found["means"], [m.mean(0) for m in one_hot])
+    close(found["variances"], [m.var(0) for m in one_hot])
     theirs = sk.GaussianNB(var_smoothing=0).fit(x, y)
     close(found["weights"], theirs.class_prior_)
     close(found["means"], theirs.theta_)
@@ -201,12 +208,12 @@ def test_the_mode_of_the_gaussian_pair_is_that_of_its_conjugate_posterior() -> N
     found = fit_mode(make("gaussian", guide=AutoDelta), data, steps=800, learning_rate=0.1)
     prior = PRIORS["gaussian"]
     for k in range(3):
-        members = data["x"][data["y"] == k].numpy()
-        n, average = len(members), members.mean(0)
+        one_hot = data["x"][data["y"] == k].numpy()
+        n, average = len(one_hot), one_hot.mean(0)
         strength, shape = prior["strength"] + n, prior["shape"] + n / 2
         mean = (prior["strength"] * prior["mean"] + n * average) / strength
         shift = prior["strength"] * n / strength * (average - prior["mean"]) ** 2
-        scale = prior["scale"] + (((members - average) ** 2).sum(0) + shift) / 2
+        scale = prior["scale"] + (((one_hot - average) ** 2).sum(0) + shift) / 2
         np.testing.assert_allclose(found["means"][k], mean, atol=1e-6)
         np.testing.assert_allclose(found["variances"][k], scale / (shape + 1.5), atol=1e-6)
         assert found["weights"][k] == pytest.approx((n + CONCENTRATION - 1) / (40 + 3 * (CONCENTRATION - 1)), abs=1e-7)
@@ -337,14 +344,14 @@ def test_without_rows_of_a_class_its_moments_are_the_priors(family: str) -> None
     moments = make(family).moments(**draw(family, classes=2))
     p = PRIORS[family]
     if family == "gaussian":
-        laws = {
+        distributions = {
             "variances": scipy.stats.invgamma(p["shape"], scale=p["scale"]),
             "means": scipy.stats.t(2 * p["shape"], p["mean"], np.sqrt(p["scale"] / p["shape"] / p["strength"])),
         }
     else:
         rest = 1 if family == "bernoulli" else 3
-        laws = {"probs": scipy.stats.beta(p["alpha"] + 1, rest * (p["alpha"] + 1))}
-    for name, law in laws.items():
+        distributions = {"probs": scipy.stats.beta(p["alpha"] + 1, rest * (p["alpha"] + 1))}
+    for name, law in distributions.items():
         mean, sd = (value[2].numpy() for value in moments[name])
         np.testing.assert_allclose(mean, law.mean(), rtol=1e-12)
         np.testing.assert_allclose(sd, law.std(), rtol=1e-12)
@@ -588,11 +595,11 @@ def test_the_gaussian_predictive_is_a_product_of_student_ts() -> None:
     x, y, new = data["x"].numpy(), data["y"].numpy(), np.array([0.3, -1.0, 2.0, 0.1])
     prior, by_hand = PRIORS["gaussian"], []
     for k in range(3):
-        members = x[y == k]
-        n, average = len(members), members.mean(0)
+        one_hot = x[y == k]
+        n, average = len(one_hot), one_hot.mean(0)
         strength, shape = prior["strength"] + n, prior["shape"] + n / 2
         shift = prior["strength"] * n / strength * (average - prior["mean"]) ** 2
-        scale = prior["scale"] + (((members - average) ** 2).sum(0) + shift) / 2
+        scale = prior["scale"] + (((one_hot - average) ** 2).sum(0) + shift) / 2
         mean = (prior["strength"] * prior["mean"] + n * average) / strength
         spread = np.sqrt(scale / shape * (1 + 1 / strength))
         by_hand.append(scipy.stats.t(2 * shape, mean, spread).logpdf(new).sum() + np.log(CONCENTRATION + n))
@@ -606,8 +613,8 @@ def test_bernoulli_on_xwindows_scores_murphys_accuracy() -> None:
     documents = load("xwindows", dtype=torch.float64)
     pair = BernoulliNaiveBayes(documents.features, documents.classes, alpha=1.0, guide=AutoDelta).double()
     result = inference.fit(pair, documents.train, steps=500, learning_rate=1.0, draws=1, progress=False)
-    members = [documents.train["x"][documents.train["y"] == k].numpy() for k in (0, 1)]
-    smoothed = [(m.sum(0) + 1) / (len(m) + 2) for m in members]
+    one_hot = [documents.train["x"][documents.train["y"] == k].numpy() for k in (0, 1)]
+    smoothed = [(m.sum(0) + 1) / (len(m) + 2) for m in one_hot]
     np.testing.assert_allclose(result.draws["probs"][0], smoothed, atol=1e-4)
     guess = inference.classify(result, {"x": documents.test["x"]}).argmax(-1)
     assert (guess == documents.test["y"]).double().mean().item() == pytest.approx(0.8133, abs=5e-5)

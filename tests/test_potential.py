@@ -12,11 +12,13 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
-from inference import sample, tracing
-from inference.potential import CompiledPotential, ManyChains, compile_kernel
-from inference.program import isolated
-from inference.tracing import Untraceable
-from ppl_models.zoo import ZOO, Row
+from inference import sample
+from inference.compiler import capture as tracing
+from inference.compiler.capture import Untraceable
+from inference.compiler.potential import BatchedPotential, CompiledPotential, compile_kernel
+from inference.core.handlers import isolated
+from ppl_models.zoo.entries import ZOO
+from ppl_models.zoo.entry import Entry
 
 LATENT = {name: row for name, row in ZOO.items() if name not in (*WITHOUT, *LABELS, *SAMPLERS)}
 ROWS = pytest.mark.parametrize("row", LATENT.values(), ids=list(LATENT))
@@ -65,7 +67,7 @@ def agree(model, at_once: bool = False) -> None:
 
 
 @ROWS
-def test_the_traced_potential_of_every_row_is_pyros(row: Row) -> None:
+def test_the_traced_potential_of_every_row_is_pyros(row: Entry) -> None:
     dataset = row.load()
     with isolated(0):
         pair = row.pair(dataset, **brief(row.name))
@@ -75,7 +77,7 @@ def test_the_traced_potential_of_every_row_is_pyros(row: Row) -> None:
 def agree_for_many(model) -> None:
     """Hold energies and gradients of five chains at once against Pyro's, one by one."""
     start, potential, _, _ = initialize_model(model)
-    many = ManyChains(potential, start, 5)
+    many = BatchedPotential(potential, start, 5)
     torch.manual_seed(1)
     points = {n: torch.randn(5, *v.shape).to(v) for n, v in start.items()}
     energies, gradients = many.run(many.pack(points))
@@ -88,7 +90,7 @@ def agree_for_many(model) -> None:
 
 
 @ROWS
-def test_many_chains_of_every_row_have_pyros_potential(row: Row) -> None:
+def test_many_chains_of_every_row_have_pyros_potential(row: Entry) -> None:
     dataset = row.load()
     with isolated(0):
         pair = row.pair(dataset, **brief(row.name))
@@ -108,7 +110,7 @@ def test_terms_of_the_data_are_computed_once() -> None:
     def potential(values):
         return (values["a"] - x.exp().log1p().sum()) ** 2
 
-    many = ManyChains(potential, {"a": torch.ones(()).double()}, 4)
+    many = BatchedPotential(potential, {"a": torch.ones(()).double()}, 4)
     targets = [str(n.target) for n in many.forward.__self__.graph.nodes]
     assert not any("exp." in t or "log1p" in t for t in targets)
     assert any("sub" in t for t in targets)
@@ -122,7 +124,7 @@ def test_all_chains_share_one_product_with_the_data() -> None:
         return left.sigmoid().sum() + (left @ right.T).square().sum() + (values["b"] @ values["b"].T).sum()
 
     example = {"a": torch.ones(2).double(), "b": torch.ones(3, 2).double()}
-    many = ManyChains(potential, example, 5)
+    many = BatchedPotential(potential, example, 5)
     targets = [str(n.target) for n in many.forward.__self__.graph.nodes]
     # Left are the products of a chain with itself: their forward pass and two gradients at most.
     assert any("aten.mm." in t for t in targets)
@@ -149,7 +151,7 @@ def traced_naively(potential, example):
 
 def test_a_potential_with_noise_of_its_own_is_refused() -> None:
     with pytest.raises(Untraceable, match="random operation"):
-        ManyChains(lambda v: v["a"] ** 2 * torch.rand(()), {"a": torch.ones(())}, 4)
+        BatchedPotential(lambda v: v["a"] ** 2 * torch.rand(()), {"a": torch.ones(())}, 4)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -166,7 +168,7 @@ def test_chains_of_a_compiled_potential_have_the_conjugate_posterior() -> None:
             pyro.sample("y", dist.Poisson(rate), obs=y)
 
     result = quiet(model, torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]), draws=800, warmup=300, chains=2, compile=True)
-    assert result.idata.attrs["program"] == "fused"
+    assert result.idata.attrs["execution"] == "fused"
     posterior, effective = dist.Gamma(torch.tensor(16.0), 6.0), result.diagnosis.min_ess_bulk
     assert effective > 200
     assert abs(float(result.draws["rate"].mean() - posterior.mean)) < 4 * float(posterior.stddev) / effective**0.5
@@ -178,7 +180,7 @@ def test_a_traced_chain_is_the_eager_chain_to_the_last_digit() -> None:
     model, y = PLAIN["mixture"]
     run = partial(quiet, model, y, draws=30, warmup=30, chains=2)
     eager, traced = run(compile=False), run(compile="auto")
-    assert (eager.idata.attrs["program"], traced.idata.posterior.attrs["program"]) == ("eager", "traced")
+    assert (eager.idata.attrs["execution"], traced.idata.posterior.attrs["execution"]) == ("eager", "traced")
     torch.testing.assert_close(traced.draws["mu"], eager.draws["mu"], rtol=1e-6, atol=1e-6)
 
 
@@ -200,7 +202,7 @@ def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
 
     with pytest.warns(UserWarning, match="runs eagerly, for it cannot be traced"):
         result = quiet(steered, torch.ones(3).double(), draws=20, warmup=20, chains=2, compile=True)
-    assert result.idata.attrs["program"] == "eager"
+    assert result.idata.attrs["execution"] == "eager"
 
 
 def test_a_frozen_branch_is_found_out() -> None:

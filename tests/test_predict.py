@@ -11,9 +11,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
-from inference import predict as prediction
-from inference.program import bind, isolated
-from ppl_models.pair import Pair
+from inference.core.bound import bind
+from inference.core.handlers import isolated
+from inference.draws import engine as prediction
+from ppl_models.models.pair import Pair
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64)
 DATA = {"x": X, "y": 2 * X + 0.3}
@@ -48,7 +49,7 @@ def test_the_joint_score_is_that_by_hand() -> None:
     by_hand = dist.Normal(0.0, 2.0).log_prob(slope) + dist.Exponential(1.0).log_prob(noise)
     by_hand = by_hand + dist.Normal(slope[:, None] * X, noise[:, None]).log_prob(DATA["y"]).sum(-1)
     with isolated():
-        torch.testing.assert_close(prediction.log_joint(result.program, result.draws), by_hand)
+        torch.testing.assert_close(prediction.log_joint(result.bound, result.draws), by_hand)
 
 
 def test_posterior_predictive_draws_have_the_moments_of_the_model() -> None:
@@ -98,7 +99,7 @@ def hidden_markov(y: Tensor) -> None:
 
 def test_summed_out_sites_are_those_of_brute_force() -> None:
     y = torch.tensor([[0.1, 0.4, -0.3], [2.9, 3.2, 2.5], [1.2, 0.8, 1.9], [2.2, 1.4, 1.5]]).double()
-    program = bind(hidden_markov, y)
+    bound = bind(hidden_markov, y)
     stay = torch.tensor([0.2, 0.6, 0.9]).double()
 
     def by_hand(s: Tensor) -> Tensor:
@@ -112,9 +113,9 @@ def test_summed_out_sites_are_those_of_brute_force() -> None:
 
     expected = torch.stack([by_hand(s) for s in stay])
     with isolated():
-        torch.testing.assert_close(prediction.rowwise(program, {"stay": stay}), expected)
+        torch.testing.assert_close(prediction.rowwise(bound, {"stay": stay}), expected)
         joint = expected.sum(-1) + dist.Beta(4.0, 2.0).log_prob(stay)
-        torch.testing.assert_close(prediction.log_joint(program, {"stay": stay}), joint)
+        torch.testing.assert_close(prediction.log_joint(bound, {"stay": stay}), joint)
 
 
 def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so() -> None:
@@ -192,14 +193,14 @@ def test_rows_without_a_plate_cannot_be_told_apart() -> None:
 
 
 def test_draws_of_a_wrong_shape_or_name_are_refused() -> None:
-    program = bind(regression, DATA)
+    bound = bind(regression, DATA)
     with isolated():
         with pytest.raises(ValueError, match=r"slope: expected draws of shape \(draws\), got \(5, 2\)"):
-            prediction.log_joint(program, {"slope": torch.zeros(5, 2), "noise": torch.ones(5)})
+            prediction.log_joint(bound, {"slope": torch.zeros(5, 2), "noise": torch.ones(5)})
         with pytest.raises(ValueError, match="draws: the model has no site slop"):
-            prediction.log_joint(program, {"slop": torch.zeros(5)})
+            prediction.log_joint(bound, {"slop": torch.zeros(5)})
         with pytest.raises(ValueError, match="draws: expected values of noise, got only slope"):
-            prediction.log_joint(program, {"slope": torch.zeros(5).double()})
+            prediction.log_joint(bound, {"slope": torch.zeros(5).double()})
 
 
 def test_latents_of_rows_that_were_not_fitted_are_told() -> None:
@@ -275,5 +276,5 @@ def test_new_rows_that_nothing_knows_are_refused() -> None:
         ValueError, match="data: expected the rows of the chains, which know z of no others; fit a guide"
     ):
         posterior_predictive(chains, torch.ones(3))
-    with pytest.raises(ValueError, match="log_likelihood integrates it out"):
+    with pytest.raises(ValueError, match="log_evidence integrates it out"):
         pointwise_log_likelihood(own, torch.ones(3))

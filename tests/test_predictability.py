@@ -10,9 +10,9 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from inference import Joint, fit
+from inference.core.handlers import isolated
 from inference.objectives import Predictability
-from inference.program import isolated
-from ppl_models.predictability import FactorialCode, Predictors, mutual_information
+from ppl_models.models.factorial_code import FactorialCode, Predictors, mutual_information
 
 pytestmark = pytest.mark.usefixtures("alone")
 

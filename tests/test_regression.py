@@ -19,10 +19,10 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, init_to_feas
 from torch import Tensor
 
 import inference
-from inference.predict import log_joint
-from inference.program import bind
-from ppl_models.data import load
-from ppl_models.regression import Classifier, LogisticRegression, NeuralClassifier
+from inference.core.bound import bind
+from inference.draws.engine import log_joint
+from ppl_models.data.sets import load
+from ppl_models.models.regression import Classifier, LogisticRegression, NeuralClassifier
 
 Data = dict[str, Tensor]
 PAIRS: dict[str, type[Classifier]] = {"logistic": LogisticRegression, "neural": NeuralClassifier}

@@ -16,7 +16,7 @@ from torch import Tensor
 from inference import sample
 from inference.kernels import HMC, NUTS
 
-sampling = importlib.import_module("inference.processes")
+sampling = importlib.import_module("inference.runners.processes")
 quiet = partial(sample, progress=False)
 Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
 

@@ -10,10 +10,10 @@ from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
-from inference import fit, log_likelihood, posterior_predictive, prior_predictive, sample
+from inference import fit, log_evidence, posterior_predictive, prior_predictive, sample
+from inference.core.handlers import isolated
 from inference.objectives import RWS, WakeSleep
-from inference.program import isolated
-from ppl_models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet, states
+from ppl_models.models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet, states
 
 LAYERS = ((2,), (3,), (2, 2), (4, 2), (2, 1, 2), (5, 3), (1, 4), (6,), (3, 2, 1))
 SHAPES = tuple(zip((3, 4, 3, 5, 2, 6, 4, 5, 3), LAYERS, strict=True))
@@ -70,11 +70,11 @@ def test_bound_evidence_and_posterior_are_those_of_all_states(seed: int, alone) 
         # The law of the images sums to one.
         total = pair.log_evidence(states(pair.features, pair.origin)).logsumexp(0)
         assert float(total) == pytest.approx(0, abs=1e-9)
-    estimate = log_likelihood(pair, x, k=4000, progress=False)
+    estimate = log_evidence(pair, x, k=4000, progress=False)
     # By the exact variance of a weight: that of the draws misses rare large ones.
     error = ((2 * joint - guide).logsumexp(1) - 2 * evidence).expm1().clamp_min(0).div(4000).sqrt()
     assert ((estimate.values - evidence).expm1().abs() <= 5 * error + 1e-9).all()
-    assert log_likelihood(pair, x, "exact").values == pytest.approx(evidence)
+    assert log_evidence(pair, x, "exact").values == pytest.approx(evidence)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -179,7 +179,7 @@ def test_data_that_were_dreamed_reach_the_guide_through_observations(alone) -> N
         (lambda: HelmholtzMachine(3, (2, 0)), r"layers: expected .* at least one unit, got \(2, 0\)"),
         (
             lambda: SigmoidBeliefNet(3).log_evidence(torch.zeros(2, 3)),
-            "layers: exact answers over 200 units need 1.6e.60 numbers, expected at most 6.7e.07; use log_likelihood.*"
+            "layers: exact answers over 200 units need 1.6e.60 numbers, expected at most 6.7e.07; use log_evidence.*"
             "kernel=Gibbs",
         ),
         (lambda: SigmoidBeliefNet(3, (20, 20)).log_evidence(torch.zeros(2, 3)), "layers: exact answers over 40 units"),

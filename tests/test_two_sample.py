@@ -9,8 +9,17 @@ from scipy.spatial.distance import cdist
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from inference import two_sample
-from inference.two_sample import classifier_test, coverage, energy_distance, mmd, modes, precision, recall, reverse_kl
+from inference.diagnostics import two_sample
+from inference.diagnostics.two_sample import (
+    classifier_test,
+    coverage,
+    energy_distance,
+    mmd,
+    modes,
+    precision,
+    recall,
+    reverse_kl,
+)
 
 CENTRES = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from inference import fit, prior_predictive
-from inference.predict import log_joint
-from inference.program import bind, isolated
-from ppl_models import data, pictures
-from ppl_models.networks import conv_decoder, conv_encoder
-from ppl_models.vae import LIKELIHOODS, VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
+from inference.core.bound import bind
+from inference.core.handlers import isolated
+from inference.draws.engine import log_joint
+from ppl_models import data
+from ppl_models.models.parts.networks import conv_decoder, conv_encoder
+from ppl_models.models.vae import LIKELIHOODS, VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
+from ppl_models.zoo import pictures
 
 DIGITS = data.load("digits", binarise=True)
 X = DIGITS.train["x"]
@@ -69,7 +71,7 @@ def test_it_learns_digits_and_says_which_factors_are_active() -> None:
     base = -(X * independent.log() + (1 - X) * (1 - independent).log()).sum(-1).mean()
     # Pixels one by one cost 25 nats; the guide of a VAE that has collapsed finds no more than that.
     assert bound < float(base) - 5
-    found = result.diagnosis.latents
+    found = result.diagnosis.latent_kl
     active = found["active"].to_numpy()
     assert 3 <= active.sum() <= 10
     assert found["kl"][active].min() > found["kl"][~active].max() or active.all()
@@ -120,7 +122,7 @@ def test_three_layers_learn() -> None:
     independent = X.mean(0).clamp(1e-3, 1 - 1e-3)
     base = -(X * independent.log() + (1 - X) * (1 - independent).log()).sum(-1).mean()
     assert result.losses[-100:].mean() / len(X) < float(base) - 4
-    assert result.diagnosis.latents["active"]["z_1[0]":].sum() >= 3
+    assert result.diagnosis.latent_kl["active"]["z_1[0]":].sum() >= 3
 
 
 def test_a_conditional_vae_reads_the_label_after_x_and_z() -> None:

@@ -12,10 +12,10 @@ from test_sigmoid_belief import net, scores
 from torch import Tensor
 
 from inference import fit
+from inference.core.handlers import isolated
 from inference.objectives import RWS, VIMCO, Compiled, WakeSleep
-from inference.program import isolated
-from ppl_models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet, states
-from ppl_models.vae import VAE, ConditionalVAE, SemiSupervisedVAE
+from ppl_models.models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet, states
+from ppl_models.models.vae import VAE, ConditionalVAE, SemiSupervisedVAE
 
 DRAWS = 1500
 
@@ -197,7 +197,7 @@ def test_it_runs_as_a_program(method, alone) -> None:
             pair = HelmholtzMachine(5, (4, 2)).double()
         result = fit(pair, x, method, steps=30, batch=5, draws=1, compile=compiled, progress=False)
         runs.append(torch.as_tensor(result.losses))
-        assert result.idata.attrs["program"] == ("fused" if compiled else "eager")
+        assert result.idata.attrs["execution"] == ("fused" if compiled else "eager")
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
 
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from inference.program import isolated
+from inference.core.handlers import isolated
 from ppl_models import data
-from ppl_models.ledger import RECIPES
-from ppl_models.warps import Shaken, Warp, warp
+from ppl_models.ledger.entries import RECIPES
+from ppl_models.models.parts.warps import Shaken, Warp, warp
 
 HELD = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 

@@ -1,5 +1,6 @@
-"""Kernels that ``sample`` runs: Pyro's own, and ours. Each is a subclass of ``pyro.infer.mcmc.MCMCKernel``.
+"""Kernels that ``sample`` runs: Pyro's own, and ours.
 
+Each is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``.
 ``sample`` takes a factory from the model to the kernel: ``NUTS``, or ``partial(NUTS, full_mass=True)``.
 """
 

@@ -21,22 +21,31 @@ from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
-from inference.kernels.batched import Batched
+from inference.compiler.capture import Untraceable
+from inference.compiler.fuse import has_compiler, looped, quietly
+from inference.compiler.potential import BatchedPotential
+from inference.kernels.base import Batched
 from inference.kernels.metric import DENSE, learn, spread
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
-from inference.potential import ManyChains
-from inference.tracing import Untraceable, has_compiler, looped, quietly
 
 BLOCK = 10
 """Transitions that one call of the program makes."""
+
+
 JITTER = 0.6
 """Share of a trajectory that the jitter takes off at most. The paper's is 1; short trajectories are mostly wasted where
 the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
+
+
 BEST = 8
 """One in so many chains is enough to show where the density is high, even if all others stand elsewhere."""
-HOPELESS = 6.0
+
+
+RESTART_SD = 6.0
 """Standard deviations of the energy of a normal posterior (the root of half its dimensions, at least 4) by which a
 chain's lies above that of the best eighth when it is put elsewhere during the warmup."""
+
+
 TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
@@ -132,7 +141,7 @@ class ChEES(Batched):
         """Trace the model, find starts of finite density, and lay out the warmup."""
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
-        self.program = "traced" if self._density.traced else "eager"
+        self.execution = "traced" if self._density.traced else "eager"
         self.operations = self._density.operations
         self._run: Callable[..., Any] = self._plain()
         position = self._density.pack(self._initial) if self._initial else self._random_start()
@@ -154,7 +163,7 @@ class ChEES(Batched):
 
     def fuse(self) -> None:
         """Compile the block of transitions, and run it once so that the cost is paid here."""
-        if self.program != "traced" or not has_compiler():
+        if self.execution != "traced" or not has_compiler():
             return
         if self._density.like.device.type == "cpu":
             shapes = tuple(
@@ -168,7 +177,7 @@ class ChEES(Batched):
         try:
             with quietly():
                 self._block(learning=False)
-            self.program = "fused"
+            self.execution = "fused"
         except Exception as error:
             self._run = self._plain()
             warnings.warn(f"the chains run traced, but not fused: {type(error).__name__}", stacklevel=3)
@@ -270,7 +279,7 @@ class ChEES(Batched):
     def _hold(self) -> None:
         self._ended = True
         learnt = Tuning(*self._tuning.unbind())
-        self._tuning = torch.stack(learnt._replace(step=learnt.step_mean, length=learnt.length_mean))
+        self._tuning = torch.stack(learnt._replace(step=learnt.log_step_mean, length=learnt.length_mean))
         self._window.clear()
 
     def _place(self, position: Tensor) -> None:
@@ -310,7 +319,7 @@ class ChEES(Batched):
         """
         energy = self._latest.energy.double().mean(0).nan_to_num(torch.inf, torch.inf)
         excess = energy - energy.kthvalue(max(1, len(energy) // BEST)).values
-        allowed = HOPELESS * max(self._density.dim / 2, 16.0) ** 0.5
+        allowed = RESTART_SD * max(self._density.dim / 2, 16.0) ** 0.5
         lost = excess > allowed
         if lost.any():
             # What is low may be wide, and hold as much of the mass as its volume makes up for.
@@ -355,15 +364,15 @@ class ChEES(Batched):
             self.potential_fn = _holding(self.potential_fn, held)
         return example
 
-    def _trace(self, example: dict[str, Tensor]) -> ManyChains:
+    def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
         given = tuple(self._given.values())
         try:
-            return ManyChains(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
+            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
         except Untraceable as error:
             if not self._eager:
                 raise
             warnings.warn(f"the chains run eagerly one after another, for they cannot be traced: {error}", stacklevel=4)
-            return ManyChains(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
 
     def _random_start(self) -> Tensor:
         """Uniform starts in (-2, 2), as Pyro draws them, again where density or gradient is not finite."""

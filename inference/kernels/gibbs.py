@@ -24,10 +24,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference import predict
-from inference.kernels.batched import Batched
+from inference.core.bound import bind
+from inference.draws import engine
+from inference.kernels.base import Batched
 from inference.kernels.chees import ChEES
-from inference.program import bind
 
 Turns = Generator[Tensor, Tensor, None]
 """Log weights of the states (..., K) of one unit after another; each is answered by what was drawn."""
@@ -113,17 +113,17 @@ class Gibbs(Batched):
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Read the model, start finite sites at draws of the prior, and set up the moves of the rest."""
-        self._program = bind(partial(self.model, *args, **kwargs))
-        latent = self._program.select("latent")
+        self._bound = bind(partial(self.model, *args, **kwargs))
+        latent = self._bound.select("latent")
         finite = [n for n, s in latent.items() if s.units]
         if not finite:
             got = ", ".join(latent) or "none"
             raise ValueError(f"model: Gibbs expected a finite latent site, got {got}; use ChEES or NUTS")
         with torch.no_grad():
-            trace = poutine.trace(self._program.model).get_trace()
+            trace = poutine.trace(self._bound.model).get_trace()
             self._units = {n: self._read(n, trace.nodes[n]["fn"]) for n in finite}
-            self._observed = self._program.observations
-            start = predict.draw_sites(self._program.generator(), {}, self.num_chains)
+            self._observed = self._bound.observations
+            start = engine.draw_sites(self._bound.generator(), {}, self.num_chains)
             values = {n: start[n] for n in finite} | {n: v for n, v in self.initial_params.items() if n in finite}
         self._start_rest(values, set(latent) - set(finite), warmup_steps)
         self._values = values
@@ -133,16 +133,16 @@ class Gibbs(Batched):
         self._initial = {**values, **({} if self._rest is None else self._rest.initial_params)}
 
     def _start_rest(self, values: dict[str, Tensor], continuous: set[str], warmup: int) -> None:
-        self._rest, self.program = None, "eager"
+        self._rest, self.execution = None, "eager"
         if not continuous:
             return
         settings = {"num_chains": self.num_chains, "jit_compile": self.jit_compile, **self._settings}
-        self._rest = ChEES(self._program.model, given=values, block=1, **settings)
+        self._rest = ChEES(self._bound.model, given=values, block=1, **settings)
         start = {n: v for n, v in self.initial_params.items() if n in continuous}
         if start:
             self._rest.initial_params = start
         self._rest.setup(warmup)
-        self.program, self.operations = self._rest.program, self._rest.operations
+        self.execution, self.operations = self._rest.execution, self._rest.operations
 
     @property
     def warming(self) -> bool:
@@ -164,7 +164,7 @@ class Gibbs(Batched):
         """Compile the moves of the continuous sites."""
         if self._rest is not None:
             self._rest.fuse()
-            self.program = self._rest.program
+            self.execution = self._rest.execution
 
     def advance(self) -> tuple[dict[str, Tensor], Any]:
         r"""One sweep and one trajectory: finite values (chains, \*shape); what ``ChEES`` did, or the log density."""
@@ -234,7 +234,7 @@ class Gibbs(Batched):
     def score(self, name: str, values: Mapping[str, Tensor]) -> Turns:
         """The conditional of a site's units by the model's own density: every state of one unit after another."""
         units = self._units[name]
-        latent = {n: values[n] for n in self._program.select("latent")}
+        latent = {n: values[n] for n in self._bound.select("latent")}
         current = units.split(latent[name]).movedim(units.batch + 1, 0).clone()
         many = len(units.states)
         for unit in range(units.count):
@@ -251,20 +251,20 @@ class Gibbs(Batched):
         count = len(next(iter(values.values())))
 
         def run(draws: Mapping[str, Tensor], number: int | None) -> dict[str, Tensor]:
-            lifted = predict.lift(self._program, self._program.model, draws, number)
-            trace = poutine.trace(lifted).get_trace()
-            return {"": predict.contract(trace, predict.sample_names(trace), list(keep), number)}
+            lift_constants = engine.lift(self._bound, self._bound.model, draws, number)
+            trace = poutine.trace(lift_constants).get_trace()
+            return {"": engine.contract(trace, engine.sample_names(trace), list(keep), number)}
 
-        return predict.run_draws(self._program, dict(values), run, count)[""]
+        return engine.run_draws(self._bound, dict(values), run, count)[""]
 
-    def _read(self, name: str, law: Any) -> Units:
-        site = self._program.sites[name]
+    def _read(self, name: str, distribution: Any) -> Units:
+        site = self._bound.sites[name]
         wild = [k for k, p in enumerate(site.plates) if p is None and site.shape[k] > 1]
         if wild:
             raise ValueError(f"{name}: expected a plate for each batch dimension, got none for dimension {wild[0]}")
-        while hasattr(law, "base_dist"):
-            law = law.base_dist
-        states = law.enumerate_support(expand=False).reshape(-1, *law.event_shape)
+        while hasattr(distribution, "base_dist"):
+            distribution = distribution.base_dist
+        states = distribution.enumerate_support(expand=False).reshape(-1, *distribution.event_shape)
         return Units(states, site.batch, site.units, tuple(p for p in site.plates if p))
 
     def _check(self) -> None:

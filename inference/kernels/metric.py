@@ -9,7 +9,9 @@ from inference.kernels.trajectory import Metric
 
 DENSE = 200
 """Dimensions up to which a dense metric costs little beside the gradients it saves."""
-FRESH = 1 / 3
+
+
+INDEPENDENT_FRACTION = 1 / 3
 """Independent draws that one draw of the warmup is taken for."""
 
 
@@ -24,7 +26,7 @@ def learn(draws: Tensor, old: Metric) -> tuple[Metric, float]:
     last = old.whitener.double()
     white = draws @ last.T
     width = spread(white)
-    few = (dim / (len(draws) * FRESH)) ** 2
+    few = (dim / (len(draws) * INDEPENDENT_FRACTION)) ** 2
     correlation = (torch.cov((white / width).T).reshape(dim, dim) + few * torch.eye(dim).to(white)) / (1 + few)
     root = width[:, None] * torch.linalg.cholesky(correlation)
     back = torch.linalg.solve(last, root)

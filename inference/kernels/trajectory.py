@@ -22,10 +22,16 @@ from torch._higher_order_ops.while_loop import while_loop
 
 DIVERGENCE = 1000.0
 """Energy error from which a trajectory has diverged, as in Stan and Pyro."""
+
+
 FLOOR = 0.01
 """Least acceptance that one chain adds to the harmonic mean: a chain that is stuck must not stop all others."""
+
+
 RATE, MEMORY = 0.025, 0.95
 """Learning rate and decay of Adam on the log trajectory length (without momentum, as in the paper)."""
+
+
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -55,7 +61,7 @@ class Tuning(NamedTuple):
     anchor: Tensor
     error: Tensor
     step: Tensor
-    step_mean: Tensor
+    log_step_mean: Tensor
     square: Tensor
     length: Tensor
     length_mean: Tensor
@@ -170,9 +176,9 @@ def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> T
     length = tuning.length + RATE * slope / root
     # No shorter than a step, no longer than the steps allowed.
     length = length.maximum(step).minimum(step + rules.limit.log())
-    step_mean = tuning.step_mean + weight * (step - tuning.step_mean)
+    log_step_mean = tuning.log_step_mean + weight * (step - tuning.log_step_mean)
     length_mean = tuning.length_mean + weight * (length - tuning.length_mean)
-    learnt = Tuning(taken, tuning.anchor, error, step, step_mean, square, length, length_mean)
+    learnt = Tuning(taken, tuning.anchor, error, step, log_step_mean, square, length, length_mean)
     return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
 
 

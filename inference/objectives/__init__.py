@@ -1,8 +1,8 @@
-"""Objectives that ``fit`` minimises: Pyro's own, ``Compiled``, which makes any of them one program, and ours. Each is a
-subclass of ``pyro.infer.elbo.ELBO``.
+"""Objectives that ``fit`` minimises: Pyro's own, and ours.
 
-Tables of methods should hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda), for an
-instance remembers the plate nesting of the first pair it saw.
+Each is a subclass of ``pyro.infer.elbo.ELBO``. ``Compiled`` runs any of them as one program. Tables of methods should
+hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda): an instance remembers the plate nesting of the
+first pair that it saw.
 """
 
 from pyro.infer import (
@@ -14,7 +14,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 
-from inference.compiled import Compiled
+from inference.compiler.objective import Compiled
 from inference.objectives.adversarial import Adversarial
 from inference.objectives.beta import BetaELBO
 from inference.objectives.denoising import Denoising

@@ -35,16 +35,20 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from inference.core.bound import BoundPair
+from inference.core.handlers import StopGradient
+from inference.diagnostics.two_sample import MODE_SHARE, coverage
 from inference.objectives.game import Game, Players, by_name, check_weights, takes
-from inference.objectives.importance import Still
-from inference.program import Program
-from inference.two_sample import MODE_SHARE, coverage
 
 SITE = "real"
 """The site y: whether a row is of the data."""
+
+
 WINDOWS, WON, CIRCLE = 10, 0.1, 0.5
 """Parts of the second half of a fit whose mean losses are compared; shares of the loss of a draw below which the guide
 has won, and by which its loss swings when the players circle."""
+
+
 JUDGED = 2000
 """Rows of either kind by which left-out modes are looked for."""
 
@@ -70,6 +74,8 @@ KINDS: dict[str, Kind] = {
     "wasserstein": Kind(lambda a: -a, lambda a: a, lambda a: -a),
 }
 """Least squares have the labels -1, 1 and 0 of Mao et al. 2017, which descend Pearson's chi squared."""
+
+
 EVEN = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_squares": 2.0, "hinge": 2.0}
 """The guide's loss a row where nothing tells real from generated rows; none is known where the odds have no scale."""
 
@@ -158,15 +164,15 @@ class Adversarial(Game):
         half = self._half(model, guide, by_name(model, args, kwargs), False)
         return half.drawn, half.trace
 
-    def advise(self, program: Program, losses: np.ndarray) -> tuple[str, ...]:
+    def advise(self, bound: BoundPair, losses: np.ndarray) -> tuple[str, ...]:
         """What is wrong with a fit: a player that has won, players that circle, modes that are left out.
 
         Args:
-            program: The pair and its data, its parameters those of the fit.
+            bound: The pair and its data, its parameters those of the fit.
             losses: Those of guide and model at each step (steps, 2).
         """
         guide = losses.reshape(-1, 2)[:, 0]
-        return (*self._judge_players(guide / max(program.rows, 1)), *self._judge_modes(program))
+        return (*self._judge_players(guide / max(bound.rows, 1)), *self._judge_modes(bound))
 
     def _judge_players(self, guide: np.ndarray) -> Iterator[str]:
         even = EVEN.get(self.kind)
@@ -184,10 +190,10 @@ class Adversarial(Game):
                 "the second half of the steps; lower the learning rate, let it fall, or give Adversarial r1."
             )
 
-    def _judge_modes(self, program: Program) -> Iterator[str]:
-        few = torch.randperm(program.rows)[:JUDGED] if program.takes_rows else None
-        named = program.arguments(few)
-        real, made = (self._half(program.model, program.guide, named, r, still=True).handed for r in (True, False))
+    def _judge_modes(self, bound: BoundPair) -> Iterator[str]:
+        few = torch.randperm(bound.rows)[:JUDGED] if bound.takes_rows else None
+        named = bound.arguments(few)
+        real, made = (self._half(bound.model, bound.guide, named, r, still=True).handed for r in (True, False))
         name = next(iter(real))
         rows, others = (v[:JUDGED].flatten(1) for v in (real[name], made[name]))
         if len(rows) < 10 or not others.isfinite().all():
@@ -248,9 +254,9 @@ class Adversarial(Game):
             frozen: Whether the model's part has no gradient.
             still: Whether all that the guide reads is held: the log odds depend on the discriminator alone.
         """
-        held = Still() if still else nullcontext()
+        held = StopGradient() if still else nullcontext()
         with torch.no_grad() if frozen or still else nullcontext(), held:
-            drawn: Any = poutine.trace(Known(real)(model)).get_trace(**_told(model, named, real))
+            drawn: Any = poutine.trace(ObserveReal(real)(model)).get_trace(**_told(model, named, real))
         seen_by_name = {n: s for n, s in drawn.nodes.items() if _is_handed(s) and n != SITE}
         told = {n: s for n, s in seen_by_name.items() if s["infer"].get("_deterministic")}
         handed = {n: s["value"] for n, s in (told or seen_by_name).items()}
@@ -258,8 +264,8 @@ class Adversarial(Game):
             raise ValueError("model: expected what the guide is to see as a deterministic or observed site, got none")
         if still:
             handed = {n: v.detach() for n, v in handed.items()}
-        replayed = poutine.replay(Known(real)(guide), trace=drawn)
-        with Still() if still else nullcontext():
+        replayed = poutine.replay(ObserveReal(real)(guide), trace=drawn)
+        with StopGradient() if still else nullcontext():
             seen: Any = poutine.trace(replayed).get_trace(**self._shown(guide, named, handed, real))
         if SITE not in seen.nodes or SITE not in drawn.nodes:
             where = "guide" if SITE in drawn.nodes else "model"
@@ -281,7 +287,7 @@ class Adversarial(Game):
     def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor]) -> Tensor:
         r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each row or pack."""
         given = {n: v.detach().requires_grad_() for n, v in handed.items() if v.is_floating_point()}
-        fixed = poutine.condition(Known(True)(guide), data={**handed, **given})
+        fixed = poutine.condition(ObserveReal(True)(guide), data={**handed, **given})
         own = {n: v for n, v in {**handed, **given}.items() if n in named or takes(guide, "observations")}
         trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, True))
         odds = log_odds(trace.nodes[SITE]["fn"])
@@ -325,7 +331,7 @@ class Half:
         return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
 
 
-class Known(Messenger):
+class ObserveReal(Messenger):
     """The site ``real``, known for all rows."""
 
     def __init__(self, real: bool) -> None:
@@ -339,17 +345,17 @@ class Known(Messenger):
             msg["is_observed"] = True
 
 
-def log_odds(law: Any) -> Tensor:
+def log_odds(distribution: Any) -> Tensor:
     """Log odds of a one against a zero."""
-    own = getattr(law, "logits", None)
+    own = getattr(distribution, "logits", None)
     if own is not None:
         return own
-    one = torch.ones(law.batch_shape)
-    return law.log_prob(one) - law.log_prob(0 * one)
+    one = torch.ones(distribution.batch_shape)
+    return distribution.log_prob(one) - distribution.log_prob(0 * one)
 
 
-def _like(law: Any) -> Tensor:
-    return law.logits if hasattr(law, "logits") else torch.zeros(())
+def _like(distribution: Any) -> Tensor:
+    return distribution.logits if hasattr(distribution, "logits") else torch.zeros(())
 
 
 def _between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:

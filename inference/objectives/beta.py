@@ -18,7 +18,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from inference.divergences import divergences
+from inference.draws.kl import kl_by_site
 
 
 class BetaELBO(Trace_ELBO):
@@ -39,7 +39,6 @@ class BetaELBO(Trace_ELBO):
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from inference import fit
         >>> def model(x):
         ...     with pyro.plate("rows", len(x)):
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -49,8 +48,11 @@ class BetaELBO(Trace_ELBO):
         ...     with pyro.plate("rows", len(x)):
         ...         pyro.sample("z", dist.Normal(slope * x, 0.5))
         >>> x = torch.tensor([-1.0, 0.0, 2.0])
-        >>> result = fit((model, guide), x, BetaELBO(beta=4.0, num_particles=10), steps=500, progress=False)
-        >>> print(f"{result.params['slope']:.1f}")  # a prior that counts four times: x / (1 + 4)
+        >>> pyro.set_rng_seed(0)
+        >>> objective = BetaELBO(beta=4.0, num_particles=10)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), objective)
+        >>> losses = [svi.step(x) for _ in range(300)]
+        >>> print(f"{pyro.param('slope').item():.1f}")  # a prior that counts four times: x / (1 + 4)
         0.2
     """
 
@@ -86,7 +88,7 @@ class BetaELBO(Trace_ELBO):
         observed = [s for s in model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
         fit = sum((s["log_prob_sum"] for s in observed), torch.zeros(()))
         cost = torch.zeros(())
-        for name, each in divergences(model_trace, guide_trace).items():
+        for name, each in kl_by_site(model_trace, guide_trace).items():
             site = guide_trace.nodes[name]
             if not site["fn"].has_rsample:
                 kind = type(site["fn"]).__name__

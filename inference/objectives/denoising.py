@@ -18,7 +18,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from inference.divergences import divergences
+from inference.draws.kl import kl_by_site
 from inference.objectives.game import check_weights, takes
 
 
@@ -44,13 +44,26 @@ class Denoising(Trace_ELBO):
         ValueError: The pair takes no ``step``, or an argument is out of its range.
 
     Example:
-        >>> from inference import fit
-        >>> from ppl_models.diffusion import DiffusionChain
-        >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-        >>> pair = DiffusionChain(2, steps=10, hidden=(32,))
-        >>> result = fit(pair, x, Denoising(10, simple=True), steps=200, batch=50, progress=False)
-        >>> bool(result.losses[-50:].mean() < result.losses[:50].mean())
-        True
+        A chain of two steps over standard normal rows, whose noise is predicted by a multiple of the noised row:
+
+        >>> import pyro, pyro.distributions as dist
+        >>> alpha_bar = torch.tensor([1.0, 0.36, 0.0])
+        >>> def noised(x, step):
+        ...     keep = alpha_bar[step][:, None]
+        ...     return dist.Normal(keep.sqrt() * x, (1 - keep).sqrt()).to_event(1)
+        >>> def model(x, step):
+        ...     slope, q = pyro.param("slope", torch.tensor(0.0)), noised(x, step).base_dist
+        ...     with pyro.plate("rows", len(x)):
+        ...         x_t = pyro.sample("x_t", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        ...         pyro.deterministic("residual", slope * x_t - (x_t - q.loc) / q.scale, event_dim=1)
+        >>> def guide(x, step):
+        ...     with pyro.plate("rows", len(x)):
+        ...         pyro.sample("x_t", noised(x, step))
+        >>> pyro.set_rng_seed(0)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Denoising(2, simple=True))
+        >>> losses = [svi.step(torch.randn(100, 1)) for _ in range(500)]
+        >>> print(f"{pyro.param('slope').item():.1f}")  # mean over the two steps of sqrt(1 - alpha_bar): 0.8 and 1
+        0.9
     """
 
     has_posterior = False
@@ -139,7 +152,7 @@ class Denoising(Trace_ELBO):
             self.cost.lerp_(found, rate)
             self.seen.add_((hits > 0).to(self.seen))
 
-    def advise(self, program: Any, losses: Any) -> tuple[str, ...]:
+    def advise(self, bound: Any, losses: Any) -> tuple[str, ...]:
         """What the losses of a fit say: whether they still fall."""
         size = len(losses) // 5
         if size < 20:
@@ -154,7 +167,7 @@ class Denoising(Trace_ELBO):
 
 def edges(model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
     """Minus the bound of each row (N,), neither scaled nor weighted, and its scale."""
-    found = divergences(model_trace, guide_trace)
+    found = kl_by_site(model_trace, guide_trace)
     total, scale = torch.zeros(()), torch.ones(())
     for name, each in found.items():
         batch = guide_trace.nodes[name]["fn"].batch_shape

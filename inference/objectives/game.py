@@ -19,7 +19,8 @@ from pyro.infer.util import torch_item
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
-from inference.program import aside, parameters_of, unconstrained
+from inference.core.bound import parameters_of, unconstrained
+from inference.core.handlers import preserved_rng
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Game(ELBO):
     def players(self, model: Any, guide: Any, named: Any) -> Players:
         """Whose the parameters are: found once for a model and a guide."""
         if (model, guide) not in self._players:
-            with aside(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
+            with preserved_rng(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
                 held, free = (self.verdict(model, guide, named, still=still) for still in (True, False))
             params = unconstrained(capture.trace)
             reached = _reached(held, params)

@@ -25,17 +25,10 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-
-class Still(Messenger):
-    """Draws without a gradient to what they were drawn from."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["value"] = msg["value"].detach()
+from inference.core.handlers import StopGradient
 
 
 class Weighted(Trace_ELBO):
@@ -76,7 +69,7 @@ class Weighted(Trace_ELBO):
 
     def draw(self, guide: Any, args: Any, kwargs: Any, *, still: bool = False) -> Any:
         """A trace of the guide, all particles at once; ``still``: no gradient goes through its draws."""
-        with Still() if still else nullcontext():
+        with StopGradient() if still else nullcontext():
             trace = poutine.trace(self._lift(guide)).get_trace(*args, **kwargs)
         for name, site in latent(trace).items():
             if not any(f.dim == -1 for f in site["cond_indep_stack"]):
@@ -109,7 +102,6 @@ class IWAE(Weighted):
 
     Example:
         >>> import pyro.distributions as dist
-        >>> from inference import fit
         >>> def model(x):
         ...     with pyro.plate("rows", len(x)):
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -119,8 +111,10 @@ class IWAE(Weighted):
         ...     with pyro.plate("rows", len(x)):
         ...         pyro.sample("z", dist.Normal(slope * x, 0.7))
         >>> x = torch.tensor([-1.0, 0.0, 2.0])
-        >>> result = fit((model, guide), x, IWAE(5, doubly=True), steps=500, progress=False)
-        >>> print(f"{result.params['slope']:.1f}")  # the posterior's mean is x / 2
+        >>> pyro.set_rng_seed(0)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), IWAE(5, doubly=True))
+        >>> losses = [svi.step(x) for _ in range(500)]
+        >>> print(f"{pyro.param('slope').item():.1f}")  # the posterior's mean is x / 2
         0.5
     """
 

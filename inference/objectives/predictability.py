@@ -23,8 +23,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
+from inference.core.handlers import StopGradient
 from inference.objectives.game import Game, Players, by_name, takes
-from inference.objectives.importance import Still
 
 SITE = "predicted"
 
@@ -66,7 +66,7 @@ class Predictability(Game):
     def _predicted(self, guide: Any, named: Any, *, still: bool = False) -> Any:
         if not takes(guide, "predict"):
             raise ValueError("guide: Predictability expected an argument predict, got none")
-        with Still() if still else nullcontext():
+        with StopGradient() if still else nullcontext():
             trace: Any = poutine.trace(guide).get_trace(**{**named, "predict": True})
         if SITE not in trace.nodes or not trace.nodes[SITE]["is_observed"]:
             got = ", ".join(n for n, s in trace.nodes.items() if s["type"] == "sample") or "none"

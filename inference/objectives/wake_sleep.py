@@ -26,8 +26,8 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
+from inference.core.handlers import Uncondition
 from inference.objectives.importance import Weighted, latent, scale, score
-from inference.program import Uncondition
 
 
 class RWS(Weighted):
@@ -45,7 +45,6 @@ class RWS(Weighted):
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from inference import fit
         >>> def model(x):
         ...     with pyro.plate("rows", len(x)):
         ...         z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3)))
@@ -55,9 +54,11 @@ class RWS(Weighted):
         ...     with pyro.plate("rows", len(x)):
         ...         pyro.sample("z", dist.Bernoulli(logits=level + slope * x))
         >>> x = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])
-        >>> result = fit((model, guide), x, RWS(50), steps=2000, progress=False)
-        >>> print(f"{result.params['slope']:.1f}")  # the posterior's log odds are 2 x - 2 + log(3 / 7)
-        2.0
+        >>> pyro.set_rng_seed(0)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), RWS(50))
+        >>> losses = [svi.step(x) for _ in range(500)]
+        >>> print(f"{pyro.param('slope').item():.0f}")  # the posterior's log odds are 2 x - 2 + log(3 / 7)
+        2
     """
 
     def __init__(self, particles: int = 5, *, insomnia: float = 1.0) -> None:

@@ -17,8 +17,8 @@ from torch.nn.functional import softplus
 
 from inference import Joint
 from inference.objectives import Adversarial, Compiled
-from ppl_models.data import simulate_modes
-from ppl_models.gan import GAN
+from ppl_models.data.simulate import simulate_modes
+from ppl_models.models.gan import GAN
 
 BATCH, HIDDEN, STEPS, ROUNDS = 256, (128, 128, 128), 500, 7
 X, _, _ = simulate_modes("ring", 20_000)

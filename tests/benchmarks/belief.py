@@ -14,7 +14,7 @@ from torch.nn.functional import linear, logsigmoid
 
 from inference import fit
 from inference.objectives import RWS
-from ppl_models.sigmoid_belief import HelmholtzMachine
+from ppl_models.models.sigmoid_belief import HelmholtzMachine
 
 PIXELS, LAYERS, PARTICLES, BATCH = 784, (200, 200), 10, 100
 STEPS, ROUNDS = 300, 7

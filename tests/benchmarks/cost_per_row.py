@@ -18,8 +18,8 @@ def measure(rows: int, steps: int = 15) -> tuple[float, float]:
     import torch
 
     from inference import fit
-    from ppl_models.data import simulate_naive_bayes
-    from ppl_models.naive_bayes import GaussianNaiveBayes
+    from ppl_models.data.simulate import simulate_naive_bayes
+    from ppl_models.models.naive_bayes import GaussianNaiveBayes
 
     torch.set_num_threads(1)
     data, _ = simulate_naive_bayes(rows, 30, 2)

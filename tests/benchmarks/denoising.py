@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from inference import Joint
 from inference.objectives import Compiled, Denoising
-from ppl_models.data import simulate_modes
-from ppl_models.diffusion import DiffusionChain
-from ppl_models.schedules import cosine
-from ppl_models.zoo import find
+from ppl_models.data.simulate import simulate_modes
+from ppl_models.models.diffusion.chain import DiffusionChain
+from ppl_models.models.diffusion.schedules import cosine
+from ppl_models.zoo.entries import find
 
 ROUNDS = 7
 

@@ -64,8 +64,8 @@ def our_gradient(rows: int, columns: int) -> Call:
     import torch
     from pyro.infer import NUTS
 
-    from inference.potential import CompiledPotential
-    from ppl_models.regression import LogisticRegression
+    from inference.compiler.potential import CompiledPotential
+    from ppl_models.models.regression import LogisticRegression
 
     torch.set_default_dtype(torch.float64)
     data = tensors(regression(rows, columns), torch.float64)

@@ -101,7 +101,7 @@ def _standardised(name: str) -> Arrays:
 
 
 def regression_pyro() -> Any:
-    from ppl_models.regression import LogisticRegression
+    from ppl_models.models.regression import LogisticRegression
 
     return LogisticRegression(30)
 
@@ -130,7 +130,7 @@ def regression_pymc(x: np.ndarray, y: np.ndarray) -> Any:
 
 
 def bayes_pyro() -> Any:
-    from ppl_models.naive_bayes import GaussianNaiveBayes
+    from ppl_models.models.naive_bayes import GaussianNaiveBayes
 
     return GaussianNaiveBayes(13, 3)
 

@@ -137,7 +137,7 @@ def pyro_compiled(case: Case) -> tuple[Steps, Losses]:
     from pyro.infer import Trace_ELBO
 
     try:
-        from inference.compiled import Compiled
+        from inference.compiler.objective import Compiled
     except ImportError:
         raise RuntimeError("inference has no Compiled yet") from None
     return _svi(case, Compiled(Trace_ELBO()))

@@ -1,0 +1,163 @@
+r"""Markov chains: one verb for every kernel.
+
+A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``, ``Gibbs``) holds all
+chains in one tensor; chains of another run side by side in processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from pyro.infer import NUTS
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+
+from inference.compiler.capture import Untraceable
+from inference.core.bound import BoundPair, bind
+from inference.core.handlers import isolated
+from inference.diagnostics.convergence import diagnose
+from inference.kernels.base import Batched
+from inference.kernels.chees import ChEES
+from inference.kernels.gibbs import Gibbs
+from inference.result import Result, State, to_idata
+from inference.runners.base import ChainRun, KernelFactory
+from inference.runners.batched import run_batched
+from inference.runners.processes import run_processes
+
+MIN_CHAINS = 8
+"""Chains from which the default kernel is ChEES: fewer have little to learn from each other."""
+
+
+def sample(
+    pair: Any,
+    data: Any = None,
+    kernel: KernelFactory | None = None,
+    *,
+    draws: int | None = None,
+    warmup: int | None = None,
+    chains: int | None = None,
+    seed: int = 0,
+    compile: bool | str = "auto",
+    progress: bool = True,
+) -> Result:
+    r"""Sample the posterior of a model by Markov chains.
+
+    Finite latent sites are summed out exactly, and their posterior is drawn afterwards; ``Gibbs`` draws them instead.
+    The guide, if there is one, is not used.
+
+    Args:
+        pair: A pair, a ``(model, guide)`` tuple or a bare model.
+        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
+            ``partial(NUTS, target_accept_prob=0.95)``. None: ChEES, or NUTS where fewer than eight chains are asked
+            for or the model cannot be traced (one warning says why); Gibbs where there is nothing but finite sites, or
+            where one has too many joint states to sum over.
+        draws: Draws a chain to keep. None: 250 of ChEES and Gibbs, 1000 of another kernel.
+        warmup: Draws a chain to adapt with and drop. None: 300 of ChEES and Gibbs, 1000 of another kernel.
+        chains: Number of chains. None: 64 of ChEES and Gibbs, which hold them in one tensor, 4 of another kernel, as
+            many at once as there are cores.
+        seed: Seed of all randomness; the global random state is left as it was.
+        compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
+            program. "auto": where the work ahead is worth the cost of compiling. False: as Pyro runs it (ChEES runs
+            the traced graph then).
+        progress: Show a bar a chain, or one for all chains of ChEES, with step size and acceptance (on a terminal).
+
+    Returns:
+        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp).
+
+    Raises:
+        ValueError: An argument does not fit, or a site cannot be sampled by the kernel.
+        RuntimeError: A chain failed; the message is that of the chain.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(y):
+        ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Poisson(rate), obs=y)
+        >>> y = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0])
+        >>> result = sample(model, y, draws=500, warmup=200, chains=2, progress=False)
+        >>> print(f"{result.draws['rate'].mean():.0f}", result.diagnosis.divergences)  # the exact mean is 16 / 6
+        3 0
+    """
+    bound = bind(pair, data)
+    _check(bound, kernel, compile, draws=draws, warmup=warmup, chains=chains)
+    if kernel is None and _only_drawn(bound):
+        kernel = Gibbs
+    started = perf_counter()
+    with isolated(seed):
+        if kernel is None and (chains is None or chains >= MIN_CHAINS):
+            try:
+                made = run_batched(bound, partial(ChEES, eager=False), draws, warmup, chains, compile, progress)
+                return _conclude(bound, made, perf_counter() - started)
+            except Untraceable as error:
+                warnings.warn(f"{bound.name}: NUTS in place of ChEES, for it cannot be traced: {error}", stacklevel=2)
+        factory = kernel or NUTS
+        example = factory(partial(bound.model, **bound.arguments()))
+        if not isinstance(example, Gibbs):
+            _check_summed(bound)
+        if isinstance(example, Batched):
+            made = run_batched(bound, factory, draws, warmup, chains, compile, progress)
+        else:
+            made = run_processes(bound, factory, draws, warmup, chains, seed, compile, progress)
+        return _conclude(bound, made, perf_counter() - started)
+
+
+def _check(bound: BoundPair, factory: Any, compile: Any, **lengths: int | None) -> None:
+    for name, least in (("draws", 4), ("warmup", 0), ("chains", 1)):
+        value = lengths[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
+    if factory is not None and (isinstance(factory, MCMCKernel) or not callable(factory)):
+        kind = type(factory).__name__
+        raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
+    latent = bound.select("latent").values()
+    endless = [s.name for s in latent if s.discrete and not s.units]
+    if endless:
+        raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
+    if not latent:
+        raise ValueError("model: expected a latent site to sample, got none")
+
+
+def _only_drawn(bound: BoundPair) -> bool:
+    """Whether the finite sites have to be drawn: there is nothing else, or they cannot be summed over."""
+    latent = bound.select("latent").values()
+    return all(s.units for s in latent) or any(s.units > 1 for s in latent)
+
+
+def _check_summed(bound: BoundPair) -> None:
+    latent = bound.select("latent").values()
+    for site in latent:
+        if site.units > 1:
+            raise ValueError(
+                f"{site.name}: an event of {site.units} finite units cannot be summed out; use kernel=Gibbs"
+            )
+    if all(s.units for s in latent):
+        named = ", ".join(s.name for s in latent)
+        raise ValueError(f"model: expected a continuous latent site to sample, got {named}; use kernel=Gibbs")
+
+
+def _conclude(bound: BoundPair, made: ChainRun, elapsed: float) -> Result:
+    started = perf_counter()
+    state = State(bound.modules)
+    draws = {n: made.draws[n] for n in bound.sites if n in made.draws}
+    attrs = {"method": made.method, "execution": made.execution, "restarted": made.restarted}
+    with state():
+        idata = to_idata(bound, draws, made.stats, chains=made.chains, attrs=attrs)
+    return Result(
+        idata=idata,
+        params=state.values(),
+        losses=np.zeros(0),
+        seconds={"setup": made.setup, "run": elapsed - made.setup, "draws": perf_counter() - started},
+        method=made.method,
+        diagnosis=diagnose(idata),
+        draws=draws,
+        bound=bound,
+        state=state,
+        more=made.more,
+    )

@@ -1,0 +1,96 @@
+r"""Run several methods on one pair and judge them side by side."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from inference.comparison.scores import Moments, heldout_scores, truth_scores
+from inference.comparison.table import COLUMNS, Comparison
+from inference.core.handlers import isolated
+from inference.diagnostics.convergence import R_HAT
+from inference.result import Result
+
+Method = Callable[[Any, Any], Result]
+
+
+def compare(
+    make_pair: Callable[[], Any],
+    data: Any,
+    methods: Mapping[str, Method],
+    *,
+    truth: Moments | Callable[[Any, Any], Moments] | None = None,
+    heldout: Any = None,
+    label: str = "y",
+    seed: int = 0,
+) -> Comparison:
+    r"""Run several methods on one pair and judge them side by side.
+
+    Args:
+        make_pair: Builds a fresh pair; called once a method, always from the same random state.
+        data: Data of the fit: a tensor or a mapping of names to tensors.
+        methods: Callables ``(pair, data) -> Result`` by name, mostly ``partial(fit, ...)`` or
+            ``partial(sample, ...)``.
+        truth: Mean and standard deviation (each of the site's shape) by site name, or a callable
+            ``(pair, data)`` that gives them (an ArithmeticError of it leaves the truth out, with a warning).
+        heldout: Rows that were not fitted, by name as ``data``.
+        label: Name of the labels, for accuracy and calibration, where ``heldout`` has them.
+        seed: Seed that each pair is built from.
+
+    Returns:
+        A Comparison. A method that fails has an empty row in its table, and a warning says why.
+    """
+    if not methods:
+        raise ValueError("methods: expected at least one, got none")
+
+    def build() -> Any:
+        with isolated(seed):
+            return make_pair()
+
+    moments = _moments(truth, build, data)
+    results, rows = {}, {}
+    for name, method in methods.items():
+        try:
+            results[name] = method(build(), data)
+            rows[name] = _judge(results[name], moments, heldout, label)
+        except Exception as error:
+            if len(methods) == 1:
+                raise
+            rows[name] = {}
+            warnings.warn(f"{name} failed: {error}", stacklevel=2)
+    if not results:
+        raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
+    return Comparison(table.rename_axis("method"), results, dict(moments))
+
+
+def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Callable[[], Any], data: Any) -> Moments:
+    try:
+        return dict(truth(build(), data) if callable(truth) else truth or {})
+    except ArithmeticError as error:
+        warnings.warn(f"truth left out: {error}", stacklevel=3)
+        return {}
+
+
+def _judge(result: Result, truth: Moments, heldout: Any, label: str) -> dict[str, float]:
+    run = result.seconds["run"]
+    diagnosis = result.diagnosis
+    ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat
+    row = {
+        "ess": ess,
+        "ess_per_s": ess / run if r_hat <= R_HAT else math.nan,
+        "r_hat": r_hat,
+        "divergences": _number(diagnosis.divergences),
+        "pareto_k": _number(diagnosis.pareto_k),
+        "seconds": run,
+        "seconds_total": run + result.seconds["setup"],
+    }
+    return row | truth_scores(result, truth) | heldout_scores(result, heldout, label)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

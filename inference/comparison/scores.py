@@ -1,0 +1,128 @@
+r"""Scores of a Result: against a truth, and on held-out rows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.core.bound import bind
+from inference.core.handlers import isolated
+from inference.diagnostics import two_sample
+from inference.draws.engine import draw_sites
+from inference.evidence.estimate import log_evidence
+from inference.predict import classify, pointwise_log_likelihood
+from inference.result import Result
+
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+PARTICLES = 500
+"""Particles of the guide with which a held-out row is scored whose latent sites are its own."""
+
+
+def heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]:
+    if heldout is None:
+        return {}
+    if not result.bound.observes:
+        return sample_scores(result, heldout)
+    try:
+        density = _density(result, heldout)
+    except (ValueError, RuntimeError) as error:
+        # A guide of the fitted rows alone fails in torch, by a shape.
+        said = " ".join(str(error).split())[:200]
+        warnings.warn(f"held-out rows are not scored: {said}", stacklevel=4)
+        return {}
+    spread = float(density.std()) if len(density) > 1 else math.nan
+    scores = {"lpd": float(density.mean()), "lpd_se": spread / math.sqrt(len(density))}
+    site = result.bound.sites.get(label)
+    if site is None or not site.finite or not isinstance(heldout, Mapping) or label not in heldout:
+        return scores
+    probabilities, labels = classify(result, heldout, label=label), torch.as_tensor(heldout[label]).long()
+    return scores | {
+        "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
+        "ece": calibration_error(probabilities, labels),
+    }
+
+
+def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
+    """Generated rows against as many held-out ones, of a model without a likelihood."""
+    given = heldout if isinstance(heldout, Mapping) else {next(iter(result.bound.data)): heldout}
+    made = {n for n, s in result.bound.sites.items() if s.role == "deterministic"} & set(given)
+    if not made:
+        return {}
+    name = next(iter(made))
+    rest, size = {n: v for n, v in given.items() if n not in made}, len(given[name])
+    with isolated(0), result.state():
+        drawn = draw_sites(bind(result.bound.pair, rest).generator(size), {}, 1)[name][0]
+    real = torch.as_tensor(given[name])
+    energy = two_sample.energy_distance(real, drawn)
+    return {
+        "energy": energy.value,
+        "energy_se": energy.error,
+        "precision": two_sample.precision(real, drawn).value,
+        "recall": two_sample.recall(real, drawn).value,
+    }
+
+
+def _density(result: Result, heldout: Any) -> Tensor:
+    """Log predictive density of each row; a latent of each row is integrated by particles of the guide."""
+    bound = result.bound
+    observed = {p for s in bound.select("observed").values() for p in s.plates}
+    if bound.guided and all((observed - {None}) & set(bound.sites[n].plates) for n in bound.guided):
+        return log_evidence(result, heldout, k=PARTICLES, progress=False).values
+    score = pointwise_log_likelihood(result, heldout)
+    return (score.logsumexp(0) - math.log(len(score))).double()
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
+    r"""Expected calibration error (Guo et al. 2017): mean of \|confidence - accuracy\| over confidence bins.
+
+    Args:
+        probabilities: Class probabilities (rows, classes).
+        labels: Classes (rows,).
+        bins: Number of bins of equal width.
+
+    Example:
+        >>> round(calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 2)
+        0.4
+    """
+    confidence, guess = probabilities.double().max(-1)
+    right = (guess == labels).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    zero = torch.zeros(bins, dtype=torch.double)
+    gap = zero.index_add(0, which, confidence) - zero.index_add(0, which, right)
+    return float(gap.abs().sum() / len(labels))
+
+
+def truth_scores(result: Result, truth: Moments) -> dict[str, float]:
+    errors, ratios = standardised_errors(result, truth)
+    if not len(errors):
+        return {}
+    spread = ratios[ratios > 0]
+    return {
+        "error_max": float(np.abs(errors).max()),
+        "error_rms": float(np.sqrt((errors**2).mean())),
+        "sd_ratio": float(np.exp(np.log(spread).mean())) if len(spread) else 0.0,
+    }
+
+
+def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of all posterior means in posterior standard deviations, and ratios of standard deviations."""
+    errors, ratios = [], []
+    for name, (mean, sd) in truth.items():
+        if name in result.draws:
+            drawn, mean, sd = result.draws[name].double(), mean.double(), sd.double()
+            errors.append(((drawn.mean(0) - mean) / sd).flatten())
+            ratios.append((draws_sd(drawn) / sd).flatten())
+    empty = torch.zeros(0, dtype=torch.double)
+    return torch.cat([*errors, empty]).numpy(), torch.cat([*ratios, empty]).numpy()
+
+
+def draws_sd(draws: Tensor) -> Tensor:
+    """Standard deviation over draws; zero for a single one."""
+    return draws.double().std(0) if len(draws) > 1 else torch.zeros_like(draws[0], dtype=torch.double)

@@ -1,0 +1,157 @@
+r"""The table of a comparison, its plot and its files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inference.comparison.scores import draws_sd, standardised_errors
+from inference.diagnostics.convergence import quantity
+from inference.result import Result
+
+COLUMNS = {
+    "lpd": "log predictive density of a held-out row",
+    "lpd_se": "its standard error over rows",
+    "accuracy": "share of held-out labels that are right",
+    "ece": "expected calibration error of the labels, 10 bins",
+    "error_max": "largest error of a posterior mean, in posterior standard deviations",
+    "error_rms": "root mean square of those errors",
+    "sd_ratio": "geometric mean of standard deviation over the true one",
+    "ess": "smallest bulk effective sample size",
+    "ess_per_s": "the same a second of running; none where R-hat is above 1.01",
+    "r_hat": "largest R-hat",
+    "divergences": "divergent transitions",
+    "pareto_k": "Pareto k of the guide",
+    "energy": "energy distance of generated rows from held-out ones",
+    "energy_se": "its standard error over rows",
+    "precision": "share of generated rows near held-out ones",
+    "recall": "share of held-out rows near generated ones",
+    "seconds": "seconds of running, set-up left out",
+    "seconds_total": "seconds with set-up",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Results of several methods on one pair.
+
+    Attributes:
+        table: One row a method; the columns are told in ``COLUMNS``.
+        results: The Result of each method that did not fail.
+        truth: Mean and standard deviation of each site that they are held against.
+    """
+
+    table: pd.DataFrame
+    results: dict[str, Result]
+    truth: dict[str, tuple[Tensor, Tensor]]
+
+    def plot(self, quantities: int = 12) -> Figure:
+        """Draw the methods' posteriors over one another with the truth, and all errors below."""
+        return _plot(self, quantities)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write ``table.csv`` and, of posteriors, ``posteriors.png`` and one NetCDF a method; return the paths."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "table.csv"]
+        self.table.to_csv(paths[0])
+        kept = {name: result for name, result in self.results.items() if result.idata.groups()}
+        if kept:
+            paths.append(folder / "posteriors.png")
+            self.plot().savefig(paths[1], dpi=110)
+        for name, result in kept.items():
+            stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
+            taken = [p.stem for p in paths]
+            free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
+            paths.append(folder / f"{free}.nc")
+            result.idata.to_netcdf(str(paths[-1]))
+        return paths
+
+    def __str__(self) -> str:
+        return self.table.dropna(axis=1, how="all").to_string(float_format=lambda v: f"{v:.4g}")
+
+
+def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
+    """The scalar quantities in which the methods differ most, the sites sharing alike."""
+    draws = [r.draws for r in comparison.results.values()]
+    names = list(dict.fromkeys(n for d in draws for n in d))
+    ranked = []
+    for name in names:
+        have = [d[name] for d in draws if name in d]
+        means = torch.stack([v.double().mean(0).flatten() for v in have])
+        spread = torch.stack([draws_sd(v).flatten() for v in have]).amax(0).clamp_min(1e-12)
+        apart = (means.amax(0) - means.amin(0)) / spread
+        ranked.append([(name, int(k)) for k in apart.argsort(descending=True)[:quantities]])
+    # The sites take turns, so that one with few elements leaves its room to the others.
+    turns = [pick for turn in zip_longest(*ranked) for pick in turn if pick is not None]
+    return sorted(turns[:quantities], key=lambda pick: names.index(pick[0]))
+
+
+def _plot(comparison: Comparison, quantities: int) -> Figure:
+    picks = _picks(comparison, quantities)
+    columns, errors = 4, bool(comparison.truth)
+    rows = max(-(-len(picks) // columns), 1 - errors)
+    figure = Figure(figsize=(13, 2.5 * rows + 3.2 * errors + 0.6), layout="constrained")
+    grid = figure.add_gridspec(rows + errors, columns, height_ratios=[1.0] * rows + [1.3] * errors)
+    colours = {n: f"C{k}" for k, n in enumerate(comparison.results)}
+    for k, (name, index) in enumerate(picks):
+        _plot_density(figure.add_subplot(grid[k // columns, k % columns]), comparison, name, index, colours)
+    if errors:
+        _plot_errors(figure.add_subplot(grid[rows, :]), comparison, colours)
+    seen = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    named = {label: line for label, line in seen.items() if not label.startswith("_")}
+    figure.legend(list(named.values()), list(named), loc="outside upper right", ncols=6, frameon=False)
+    bound = next(iter(comparison.results.values())).bound
+    figure.suptitle(f"{bound.name}: the quantities in which the methods differ most", x=0.01, ha="left")
+    return figure
+
+
+def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, colours: Mapping[str, str]) -> None:
+    if name in comparison.truth:
+        mean, sd = (float(v.flatten()[index]) for v in comparison.truth[name])
+        axes.axvspan(mean - sd, mean + sd, color="0.9", lw=0)
+        axes.axvline(mean, color="0.3", lw=1, ls="--", label="truth: mean, ±1 sd")
+    having = {method: result for method, result in comparison.results.items() if name in result.draws}
+    for method, result in having.items():
+        draws = result.draws[name].double().reshape(result.size, -1)[:, index].cpu().numpy()
+        if np.ptp(draws) > 0:
+            x, density = az.kde(draws)
+            axes.plot(x, density, color=colours[method], lw=1.4, label=method)
+        else:
+            axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
+    array = next(iter(having.values())).idata["posterior"][name]
+    place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
+    axes.set_title(quantity(array, place), fontsize=9)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _plot_errors(axes: Axes, comparison: Comparison, colours: Mapping[str, str]) -> None:
+    rng = np.random.default_rng(0)
+    axes.axhspan(-0.1, 0.1, color="0.92", lw=0)
+    axes.axhline(0, color="0.5", lw=0.8)
+    for k, (method, result) in enumerate(comparison.results.items()):
+        errors, _ = standardised_errors(result, comparison.truth)
+        axes.scatter(k + rng.uniform(-0.25, 0.25, len(errors)), errors, s=9, color=colours[method], alpha=0.7, lw=0)
+    axes.set_xticks(range(len(comparison.results)), list(comparison.results))
+    axes.set_ylabel("error of the mean\n(posterior sd)", fontsize=9)
+    axes.set_yscale("symlog", linthresh=0.1)
+    reach = max(0.2, *(abs(v) for v in axes.get_ylim()))
+    ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if t <= reach]
+    axes.set_yticks(
+        [*(-t for t in reversed(ticks)), 0, *ticks], [*(f"-{t}" for t in reversed(ticks)), "0", *map(str, ticks)]
+    )
+    axes.set_yticks([], minor=True)
+    axes.set_title("all quantities against the truth; the band is ±0.1", fontsize=9, loc="left")

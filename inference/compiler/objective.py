@@ -1,0 +1,121 @@
+r"""``Compiled``: an objective that runs as one program."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from pyro.infer.elbo import ELBO
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from inference.compiler.capture import Untraceable
+from inference.compiler.step import Call, TracedStep, Update, split_arguments
+
+LIMIT = 16
+"""Programs that one objective may trace before it is taken to change at every step."""
+
+
+class Compiled(ELBO):
+    r"""An objective whose loss and gradients are one compiled program.
+
+    The first call of each shape runs eagerly (it makes the parameters and validates the model), the second traces.
+
+    Args:
+        objective: Any objective: a subclass of ``pyro.infer.elbo.ELBO`` with ``loss_and_grads``.
+        fuse: Compile the graph; False runs it as traced.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> pyro.set_rng_seed(0)
+        >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), loss=Compiled(Trace_ELBO()))
+        >>> losses = [svi.step(torch.tensor([1.0, 2.0, 3.0])) for _ in range(300)]
+        >>> print(sum(losses[-100:]) < sum(losses[:100]))
+        True
+    """
+
+    def __init__(self, objective: ELBO, *, fuse: bool = True) -> None:
+        if not hasattr(objective, "loss_and_grads"):
+            kind = type(objective).__name__
+            raise TypeError(f"objective: expected an ELBO with loss_and_grads, got {kind}")
+        super().__init__()
+        self.objective = objective
+        self.fuse = fuse
+        self._programs: dict[Any, TracedStep | None] = {}
+        self._eager: str | None = None
+
+    @property
+    def state(self) -> str:
+        """How calls run: ``fused``, ``traced`` or ``eager``."""
+        if self._eager or not any(self._programs.values()):
+            return "eager"
+        return "fused" if any(p and p.fused for p in self._programs.values()) else "traced"
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss without gradients, eagerly."""
+        return self.objective.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, as a tensor (or a tuple of them); the gradients are added to those of the parameters."""
+        program, inputs = self.prepare(model, guide, args, kwargs)
+        if program is None:
+            return self.objective.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+        if am_i_wrapped():
+            program.declare()
+        losses, gradients = program(inputs)
+        for p, g in zip(inputs, gradients, strict=False):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad.add_(g)
+            elif program.turning:
+                # Zeros would move what rests on: an optimizer's momentum carries it.
+                p.grad = None
+        program.turn(self.objective)
+        return losses
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.objective._get_trace(model, guide, args, kwargs)
+
+    def prepare(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
+    ) -> tuple[TracedStep | None, list[Tensor]]:
+        """The program for these arguments and its inputs; None where this call has to run eagerly."""
+        if self._eager:
+            return None, []
+        call = Call(self.objective, model, guide, *split_arguments(args, kwargs))
+        try:
+            key = call.key()
+            hash(key)
+        except TypeError as error:
+            self.give_up(f"an argument is neither a tensor nor hashable ({error})")
+            return None, []
+        if key not in self._programs:
+            # Parameters come to be in a first eager call.
+            self._programs[key] = None
+            if len(self._programs) > LIMIT:
+                self.give_up(f"more than {LIMIT} programs: an argument or an attribute that is no tensor changes")
+            return None, []
+        program = self._programs[key]
+        try:
+            if program is None or not program.lives():
+                program = self._programs[key] = TracedStep(call, update)
+                if self.fuse:
+                    program.fuse(program.inputs(call))
+            inputs = program.inputs(call)
+            if program.due():
+                program.hold_against_eager(call)
+        except Untraceable as error:
+            self.give_up(str(error))
+            return None, []
+        return program, inputs
+
+    def give_up(self, reason: str) -> None:
+        """Run eagerly from here on, and say why."""
+        self._eager = reason
+        kind = type(self.objective).__name__
+        warnings.warn(f"{kind} runs eagerly from here on, for it cannot be compiled: {reason}", stacklevel=5)

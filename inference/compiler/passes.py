@@ -1,0 +1,209 @@
+r"""Passes over a graph: each takes a graph and returns one that computes the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+
+def lift_constants(graph: GraphModule) -> list[Tensor]:
+    """Make the tensors that a graph holds its last inputs, in place, and return them: they may change."""
+    held: dict[str, Node] = {}
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            held[name] = add_input(graph, f"held_{len(held)}")
+            held[name].meta = dict(node.meta)
+        node.replace_all_uses_with(held[name])
+        graph.graph.erase_node(node)
+    tensors = [constant_of(graph, name) for name in held]
+    graph.recompile()
+    return tensors
+
+
+def add_input(graph: GraphModule, name: str) -> Node:
+    """A further input of a graph, after those that it has."""
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    with graph.graph.inserting_after(inputs[-1]) if inputs else graph.graph.inserting_before():
+        return graph.graph.placeholder(name)
+
+
+def normalise_noise(graph: GraphModule) -> None:
+    """Write noise in the one form in which inductor draws torch's own numbers, and fastest."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.target is aten.normal_.default and len(node.args) == 1 and not node.kwargs:
+            empty = node.args[0]
+            if empty.target in (aten.empty.memory_format, aten.new_empty.default) and len(empty.users) == 1:
+                with graph.graph.inserting_before(node):
+                    noise = _call(graph, aten.randn.default, list(value.shape), dtype=value.dtype, device=value.device)
+                node.replace_all_uses_with(noise)
+                graph.graph.erase_node(node)
+                graph.graph.erase_node(empty)
+        elif node.target is aten.bernoulli.default and len(node.args) == 1 and value.device.type == "cpu":
+            chance = node.args[0]
+            with graph.graph.inserting_before(node):
+                noise = _call(graph, aten.rand.default, list(value.shape), dtype=value.dtype, device=value.device)
+                below = _call(graph, aten.lt.Tensor, noise, chance)
+                hit = _call(graph, aten._to_copy.default, below, dtype=value.dtype)
+            node.replace_all_uses_with(hit)
+            graph.graph.erase_node(node)
+
+
+def _call(graph: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:
+    return graph.graph.call_function(target, args, kwargs)
+
+
+def masks_to_indices(graph: GraphModule) -> None:
+    """Write an index by a constant mask as one by numbers: a mask's result has no shape that inductor would know."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            continue
+        places: list[Any] = []
+        for index in node.args[1]:
+            mask = _constant(index) if isinstance(index, Node) and _is_mask(index) else None
+            if mask is None:
+                places.append(index)
+                continue
+            for numbers in mask.nonzero(as_tuple=True):
+                name = f"_places_{len(list(graph.buffers()))}"
+                graph.register_buffer(name, numbers)
+                with graph.graph.inserting_before(node):
+                    places.append(graph.graph.get_attr(name))
+        node.args = (node.args[0], places, *node.args[2:])
+    graph.graph.eliminate_dead_code()
+
+
+def _is_mask(node: Node) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
+
+
+def _constant(node: Node) -> Tensor | None:
+    """Value of a node that neither inputs, held tensors nor noise reach."""
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return None
+    if node.target is torch.ops.aten.lift_fresh_copy.default:
+        return constant_of(node.graph.owning_module, str(node.args[0].target))  # type: ignore[arg-type, union-attr]
+    values = {n: _constant(n) for n in node.all_input_nodes}
+    if any(v is None for v in values.values()):
+        return None
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def constant_of(graph: GraphModule, name: str) -> Tensor:
+    value: Any = graph
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+SMALL = 1024
+"""Numbers of a constant that is packed with others."""
+
+
+def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of positions (chains, D) as one of (D, chains)."""
+
+    def call(positions: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
+        energies, gradients = forward(positions.mT, *held)
+        return energies, gradients.mT.clone(memory_format=torch.contiguous_format)
+
+    return call
+
+
+def pack_constants(
+    graph: Callable[..., Any], given: int, held: list[Tensor]
+) -> tuple[list[Tensor], Callable[..., Any]]:
+    """Small constants of a graph as one of each type, which it takes apart: every round of a loop pays for each input.
+
+    Returns:
+        The constants that are left, and the graph as a function of positions, what is given, and these.
+    """
+    held = [h.detach() for h in held]
+    small = [k for k, h in enumerate(held) if h.numel() <= SMALL]
+    kinds = {held[k].dtype: [j for j in small if held[j].dtype == held[k].dtype] for k in small}
+    whole = [k for k in range(len(held)) if k not in small]
+    packs = [torch.cat([held[k].reshape(-1) for k in chosen]) for chosen in kinds.values()]
+
+    def call(positions: Tensor, *rest: Tensor) -> Any:
+        parts: dict[int, Tensor] = dict(zip(whole, rest[given + len(packs) :], strict=True))
+        for chosen, pack in zip(kinds.values(), rest[given:], strict=False):
+            pieces = pack.split([held[k].numel() for k in chosen])
+            parts |= {k: piece.reshape(held[k].shape) for k, piece in zip(chosen, pieces, strict=True)}
+        return graph(positions, *rest[:given], *(parts[k] for k in range(len(held))))
+
+    return [*packs, *(held[k] for k in whole)], call
+
+
+def share_products(graph: GraphModule) -> GraphModule:
+    """The graph with one matrix product where vmap multiplies each chain by the same matrix, the data's mostly."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
+        # What is shared was expanded over the chains: a dimension without a stride.
+        which = [k for k in (0, 1) if node.args[k].meta["val"].stride(0) == 0]
+        if len(which) != 1:
+            continue
+        left, right = node.args
+        (b, n, m), k = left.meta["val"].shape, right.meta["val"].shape[-1]
+        call = graph.graph.call_function
+        with graph.graph.inserting_before(node):
+            matrix = call(aten.select.int, (node.args[which[0]], 0, 0))
+            if which[0] == 0:
+                rows = call(aten.reshape.default, (call(aten.transpose.int, (right, 1, 2)), [b * k, m]))
+                product = call(aten.mm.default, (rows, call(aten.t.default, (matrix,))))
+                out = call(aten.transpose.int, (call(aten.reshape.default, (product, [b, k, n])), 1, 2))
+            else:
+                product = call(aten.mm.default, (call(aten.reshape.default, (left, [b * n, m])), matrix))
+                out = call(aten.reshape.default, (product, [b, n, k]))
+            # Whatever views the product expects the layout that it had.
+            out = call(aten.clone.default, (out,), {"memory_format": torch.contiguous_format})
+        node.replace_all_uses_with(out)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def fold_constants(graph: GraphModule) -> GraphModule:
+    """The graph with everything computed that no input reaches: terms of the data alone are not worth a leapfrog."""
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(graph, str(node.target))
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    # A view stays in the graph: as a constant it would be a second name of what it views.
+    needed = {n for n in graph.graph.nodes if n not in known}
+    for node in reversed(known):
+        if is_view(node) and any(u in needed for u in node.users):
+            needed.add(node)
+    for k, (node, value) in enumerate(known.items()):
+        if node.op == "call_function" and node not in needed and any(u in needed for u in node.users):
+            graph.register_buffer(f"folded_{k}", value.contiguous())
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
+    # Checks of the data, which have been made, too: they have no users, and an effect.
+    for node in reversed(known):
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return is_view(node.all_input_nodes[0])
+    schema = getattr(node.target, "_schema", None)
+    # What writes in place returns what it wrote to, which nothing else names.
+    views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    return node.op == "get_attr" or views

@@ -1,0 +1,395 @@
+r"""An objective traced once a shape and run as one program.
+
+``Compiled(objective)`` is an objective too: it works in a user's plain ``pyro.infer.SVI``, as Pyro's own
+JitTrace_ELBO does, for any objective. The whole of ``loss_and_grads`` becomes one graph, whose inputs are the
+parameters by name, the buffers of the modules, the tensors among the arguments and those that the graph holds.
+
+What tracing would freeze is watched. Part of the key of a program: shapes, arguments that are no tensors, the plain
+attributes of the objective, whether modules train. Carried through it: buffers, and what the objective keeps in the
+parameter store. For all else the program is held against the eager objective at calls 1, 10, 100, ...: numbers and
+gradients must be the same, for both draw the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.ops.provenance import extract_provenance
+from pyro.poutine.runtime import apply_stack
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from inference.compiler.capture import LIBRARIES, Gradients, Untraceable, collect_gradients, traced
+from inference.compiler.fuse import fused
+from inference.compiler.passes import lift_constants
+from inference.core.handlers import preserved_rng
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
+
+_CHECKED = frozenset((0, *(10**k for k in range(1, 10))))
+
+
+class Update(Protocol):
+    """What a program does with the gradients, and the tensors that it keeps for it."""
+
+    names: list[str]
+    moments: list[Tensor]
+
+    @property
+    def changing(self) -> list[Tensor]: ...
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+    def __call__(self, params: list[Tensor], gradients: Gradients, loss: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an objective: what decides its program, and its tensors."""
+
+    objective: Any
+    model: Any
+    guide: Any
+    tensors: list[Tensor]
+    static: Any
+
+    def key(self) -> tuple[Any, ...]:
+        """Everything that is a constant of a program."""
+        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+        own = tuple(_plain(self.objective).items())
+        return self.model, self.guide, shapes, self.static, own, torch.get_default_dtype()
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        """Loss of the objective, its gradients left with the parameters."""
+        args, kwargs = join_arguments(tensors, self.static)
+        return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+
+    def turns(self) -> dict[str, Any]:
+        """Attributes that the objective says go round (``cycle``): each of their values has a program of its own."""
+        return {n: getattr(self.objective, n) for n in getattr(self.objective, "cycle", ())}
+
+    def held(self) -> list[Tensor]:
+        """Tensors that the objective keeps as attributes."""
+        return [v for v in vars(self.objective).values() if isinstance(v, Tensor)]
+
+
+@dataclass(eq=False)
+class TracedStep:
+    """The program of one call: loss and gradients, or with ``update`` a whole step."""
+
+    call: Call
+    update: Update | None = None
+    names: list[str] = field(init=False)
+    calls: int = field(default=0, init=False)
+    fused: bool = field(default=False, init=False)
+    _turned: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.modules = reachable(self.call.model, self.call.guide)
+        self.training = self._training()
+        self.buffers = [b for m in self.modules for b in m.buffers(recurse=False)]
+        self.names = self._parameters() if self.update is None else self.update.names
+        self._form: Any = None
+        self._held: list[Tensor] = []
+        self.graph, self._held = self._trace()
+        self._run: Callable[..., Any] = self.graph
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
+        """Loss, and the gradient of each parameter (None where the loss does not depend on it)."""
+        with torch.no_grad():
+            outputs = self._run(*inputs)
+        self.calls += 1
+        single, count, present = self._form
+        rest = iter(outputs[count:])
+        return outputs[0] if single else tuple(outputs[:count]), [next(rest) if p else None for p in present]
+
+    @property
+    def single(self) -> bool:
+        """Whether the objective returns one loss, and not a tuple of them."""
+        return bool(self._form[0])
+
+    def losses(self, inputs: list[Tensor]) -> Any:
+        """What a call gives, its gradients left aside."""
+        with torch.no_grad():
+            outputs = self._run(*inputs)
+        self.calls += 1
+        return outputs[0] if self._form[0] else tuple(outputs[: self._form[1]])
+
+    @property
+    def turning(self) -> bool:
+        """Whether the objective's players take turns."""
+        return bool(self._turned)
+
+    def turn(self, objective: Any) -> None:
+        """Leave the objective as its own call would."""
+        vars(objective).update(self._turned)
+
+    def inputs(self, call: Call) -> list[Tensor]:
+        """The tensors of a call in the program's order."""
+        store = pyro.get_param_store()._params
+        kept = self.update.tensors if self.update else ()
+        return [*(store[n] for n in self.names), *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
+
+    def fuse(self, inputs: list[Tensor]) -> None:
+        """Compile the graph."""
+        self._run = fused(self.graph, inputs)
+        self.fused = self._run is not self.graph
+
+    def moving(self, inputs: list[Tensor]) -> list[int]:
+        """Places of the inputs that a step with an update changes; buffers are taken to stay."""
+        kept = {id(t) for t in self.update.changing} if self.update else set()
+        return [k for k, t in enumerate(inputs) if k < len(self.names) or id(t) in kept]
+
+    def lives(self) -> bool:
+        """Whether the program is still that of its modules."""
+        store = pyro.get_param_store()._params
+        return all(n in store for n in self.names) and self.training == self._training()
+
+    def declare(self) -> None:
+        """Issue the ``pyro.param`` statements that a user's handlers wait for."""
+        store = pyro.get_param_store()
+        for name in self.names:
+            with torch.no_grad():
+                value = store[name]
+            apply_stack(_message(name, value))
+
+    def due(self, ahead: int = 1) -> bool:
+        """Whether it is time to hold the program against the eager objective: at calls 1, 11, 101, ..."""
+        return self.calls in _CHECKED if ahead == 1 else any(self.calls <= c < self.calls + ahead for c in _CHECKED)
+
+    def hold_against_eager(self, call: Call) -> None:
+        """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise.
+
+        A fused program that does not hold gives way to its graph: inductor may exchange draws of noise of which
+        neither depends on the other.
+        """
+        try:
+            self._compare(call)
+        except Untraceable:
+            if not self.fused:
+                raise
+            self._run, self.fused = self.graph, False
+            self._compare(call)
+
+    def _compare(self, call: Call) -> None:
+        inputs, count = self.inputs(call), self.calls
+        with preserved_rng(), self.untouched(call):
+            losses, gradients = self._eagerly(inputs, call)
+            expected = self._outcome(losses, gradients)
+        with preserved_rng(), self.untouched(call):
+            got = self._outcome(*self(inputs))
+        self.calls = count
+        if not close(got[:1], expected[:1]) or not close(got[1:], expected[1:]):
+            raise Untraceable(
+                f"at call {count + 1} its loss is {sum(numbers(losses)):.7g}, that of its program {float(got[0]):.7g}, "
+                "or their gradients differ: what changes from step to step must be a tensor, an argument, or an "
+                "attribute of the objective"
+            )
+
+    def _eagerly(self, inputs: Sequence[Tensor], call: Call) -> tuple[Any, Gradients]:
+        params = list(inputs[: len(self.names)])
+        last = len(inputs) - len(self._held)
+        with collect_gradients(params) as gradients, _kept_in_store(params, self.names):
+            returned = call.run(list(inputs[last - len(call.tensors) : last]))
+            found = gradients()
+        # TraceGraph_ELBO's tensors carry where they come from, out of sight of tracing.
+        single = not isinstance(returned, tuple)
+        losses = tuple(
+            torch.as_tensor(extract_provenance(x)[0]).detach() for x in ((returned,) if single else returned)
+        )
+        if self.update is not None:
+            with torch.no_grad():
+                self.update(params, found, torch.stack(losses).sum())
+            return losses[0] if single else losses, [None] * len(params)
+        return losses[0] if single else losses, found
+
+    def _outcome(self, losses: Any, gradients: Gradients) -> list[Tensor]:
+        """What two runs of one step are compared by: the loss, and gradients or their moments."""
+        kept = [t.clone() for t in self.update.moments] if self.update else []
+        return [torch.tensor(numbers(losses)).sum(), *(g for g in gradients if g is not None), *kept]
+
+    def _parameters(self) -> list[str]:
+        """Names of the parameters, by one eager run of the objective that leaves nothing behind."""
+        with preserved_rng(), self.untouched(self.call), poutine.trace(param_only=True) as capture:
+            self.call.run(self.call.tensors)
+        return list(capture.trace.nodes)
+
+    def _training(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.modules)
+
+    def _trace(self) -> tuple[GraphModule, list[Tensor]]:
+        call = self.call
+        before = _plain(call.objective)
+        with self.untouched(call):
+            graph = traced(self._whole, *self.inputs(call))
+            self._turned = call.turns()
+        changed = [k for k, v in _plain(call.objective).items() if before.get(k) != v]
+        vars(call.objective).update(before)
+        if changed:
+            raise Untraceable(f"the objective changes its attribute {changed[0]} at every step; keep it in a tensor")
+        return graph, lift_constants(graph)
+
+    def _whole(self, *given: Tensor) -> list[Tensor]:
+        """The computation that is traced: losses, then gradients, or with an update losses alone."""
+        losses, found = self._eagerly(given, self.call)
+        single = isinstance(losses, Tensor)
+        losses = (losses,) if single else losses
+        self._form = single, len(losses), [g is not None for g in found]
+        return [*losses, *(g for g in found if g is not None)]
+
+    @contextmanager
+    def untouched(self, call: Call | None = None) -> Iterator[None]:
+        """Leave parameters, buffers, gradients and the store's entries as they were."""
+        call = call or self.call
+        store = pyro.get_param_store()
+        entries = dict(store._params)
+        kept = self.update.tensors if self.update else []
+        tensors = [*entries.values(), *self.buffers, *kept, *call.held()]
+        values = [t.detach().clone() for t in tensors]
+        turns = call.turns()
+        gradients = [(p, p.grad) for p in entries.values()]
+        for p, _ in gradients:
+            p.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, v in zip(tensors, values, strict=True):
+                    t.copy_(v)
+            vars(call.objective).update(turns)
+            for p, g in gradients:
+                p.grad = g
+            for name, p in entries.items():
+                _restore(name, p)
+
+
+def reachable(*functions: Any) -> list[torch.nn.Module]:
+    """Modules that functions hold: themselves, their owners, what they close over, and the globals that they name."""
+    found: dict[int, Any] = {}
+    waiting = list(functions)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in found or not (isinstance(item, torch.nn.Module) or callable(item)):
+            continue
+        found[id(item)] = item
+        if isinstance(item, torch.nn.Module):
+            waiting += item.children()
+            continue
+        waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
+        waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
+        if isinstance(item, FunctionType) and not (item.__module__ or "").startswith(LIBRARIES):
+            waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
+            waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
+    return [m for m in found.values() if isinstance(m, torch.nn.Module)]
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _kept_in_store(params: list[Tensor], names: list[str]) -> Iterator[None]:
+    """Write what an objective puts into the parameter store into the tensors that are there."""
+    yield
+    with torch.no_grad():
+        for name, p in zip(names, params, strict=True):
+            now = pyro.get_param_store()._params[name]
+            if now is not p:
+                p.copy_(now.detach())
+                _restore(name, p)
+
+
+def _restore(name: str, param: Tensor) -> None:
+    store = pyro.get_param_store()
+    if store._params.get(name) is not param:
+        store._params[name] = param
+        store._param_to_name[param] = name
+
+
+def _message(name: str, value: Tensor) -> Any:
+    return {
+        "type": "param",
+        "name": name,
+        "fn": lambda *_, **__: value,
+        "is_observed": False,
+        "args": (),
+        "kwargs": {},
+        "value": value,
+        "scale": 1.0,
+        "mask": None,
+        "cond_indep_stack": (),
+        "done": True,
+        "stop": False,
+        "continuation": None,
+        "infer": None,
+    }
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How arguments were nested; equal when they read the same."""
+
+    spec: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Form) and repr(self.spec) == repr(other.spec)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.spec))
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """Arguments as their tensors and the rest."""
+    leaves: Any = (*args, *kwargs.values())
+    form: Any = len(args), tuple(kwargs)
+    if any(isinstance(v, list | tuple | dict) for v in leaves):
+        leaves, spec = tree_flatten((args, kwargs))
+        form = _Form(spec)
+    which = tuple(isinstance(v, Tensor) for v in leaves)
+    return [v for v in leaves if isinstance(v, Tensor)], (
+        tuple(v for v in leaves if not isinstance(v, Tensor)),
+        which,
+        form,
+    )
+
+
+def join_arguments(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    fixed, which, form = static
+    given, rest = iter(tensors), iter(fixed)
+    leaves = [next(given) if w else next(rest) for w in which]
+    if isinstance(form, _Form):
+        return tree_unflatten(leaves, form.spec)
+    count, names = form
+    return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
+
+
+def _plain(objective: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(objective).items() if v is None or isinstance(v, int | float | str)}
+
+
+def numbers(losses: Any) -> list[float]:
+    """A loss, or each of several, as numbers."""
+    return [float(x) for x in (losses if isinstance(losses, tuple) else (losses,))]
+
+
+def close(got: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether tensors agree to float error, relative to the largest of their numbers."""
+    largest = max((float(t.nan_to_num(0, 0, 0).abs().max()) for t in expected if t.numel()), default=0.0)
+    pairs = zip(got, expected, strict=True)
+    return all(
+        torch.allclose(a, b.to(a), rtol=TOLERANCE[a.dtype], atol=TOLERANCE[a.dtype] * largest, equal_nan=True)
+        for a, b in pairs
+    )

@@ -1,0 +1,321 @@
+r"""What the verbs accept as a pair, its data by name, and the isolation every verb runs in.
+
+A pair is anything with ``.model`` and ``.guide``, a ``(model, guide)`` tuple of plain Pyro
+functions, or, where no guide is needed, a bare model. :func:`bind` turns any of them and its
+data into one :class:`BoundPair`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from inference.core.handlers import Uncondition, isolated
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample site as one run of the model shows it.
+
+    Attributes:
+        role: ``latent``, ``observed`` or ``deterministic``.
+        shape: Shape of one value, batch and event dimensions.
+        batch: Number of batch dimensions of the value.
+        plates: Name of the plate of each batch dimension, left to right; None where there is none.
+        finite: Whether the site can be enumerated.
+        discrete: Whether its values are discrete.
+        units: Parts of its event with finitely many states each: 0 where these are not finite, 1 where the site can be
+            enumerated.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    batch: int
+    plates: tuple[str | None, ...]
+    finite: bool
+    discrete: bool
+    units: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class BoundPair:
+    """A model, a guide and named data, ready to be run by any verb."""
+
+    pair: Any
+    name: str
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    data: dict[str, Any]
+    takes_rows: bool
+    coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows: the common first dimension of the data; 0 without data."""
+        return next((len(v) for v in self.data.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+    @property
+    def numel(self) -> int:
+        """Number of numbers in the data."""
+        return sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """Modules that the pair is, or whose methods its halves are."""
+        halves = (self.pair, *(self.pair if isinstance(self.pair, tuple) else ()))
+        owners = [getattr(h, "__self__", h) for h in halves]
+        return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
+
+    def arguments(self, rows: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
+        if rows is None:
+            return dict(self.data)
+        batch = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in self.data.items()}
+        return {**batch, "size": self.rows, "rows": rows}
+
+    def generator(self, size: int | None = None) -> BoundPair:
+        """The same program with nothing observed: every run draws all its sites."""
+        data = self.data if size is None else {**self.data, "size": size}
+        return replace(self, model=Uncondition()(self.model), guide=None, data=data, memo={})
+
+    def with_data(self, data: Any) -> BoundPair:
+        """The model with other data, to predict or score them: the guide, which may read its data, is left out."""
+        return replace(bind(self.pair, data), guide=None)
+
+    @cached_property
+    def _structure(self) -> tuple[dict[str, Site], int, bool, dict[str, Any]]:
+        with isolated(), torch.no_grad(), poutine.block():
+            trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
+        sites = sites_of(trace)
+        nodes: list[Any] = [n for n in trace.nodes.values() if n["type"] == "sample"]
+        dims = [-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized]
+        batch = [s.batch for s in sites.values()]
+        observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
+        values: dict[str, Any] = {n: trace.nodes[n]["value"] for n, s in sites.items() if s.role == "observed"}
+        return sites, max(dims + batch, default=0), observes, values
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The model's sites, in order, as one run on the data shows them."""
+        return self._structure[0]
+
+    @property
+    def depth(self) -> int:
+        """Number of dimensions that plates use, from the right (Pyro's ``max_plate_nesting``)."""
+        return self._structure[1]
+
+    @property
+    def observes(self) -> bool:
+        """Whether the model observes anything: data at a site, or a factor."""
+        return self._structure[2]
+
+    @property
+    def observations(self) -> dict[str, Tensor]:
+        """What the model observes at each site."""
+        return self._structure[3]
+
+    @cached_property
+    def _guide_structure(self) -> tuple[frozenset[str], bool]:
+        if self.guide is None:
+            return frozenset(), False
+        with isolated(), torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.guide).get_trace(**self.arguments())
+        latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
+        nodes: list[Any] = list(trace.nodes.values())
+        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes)
+        return latent & set(self.sites), marked
+
+    @property
+    def guided(self) -> frozenset[str]:
+        """Names of the latent sites that the guide samples."""
+        return self._guide_structure[0]
+
+    @property
+    def summed(self) -> bool:
+        """Whether a finite site is to be summed out: one that the guide leaves out, or marks for enumeration."""
+        return self._guide_structure[1] or bool(self.enumerated)
+
+    @cached_property
+    def enumerated(self) -> tuple[str, ...]:
+        """Finite latent sites that the guide leaves out: they are summed out exactly."""
+        return tuple(n for n, s in self.select("latent").items() if s.finite and n not in self.guided)
+
+    def select(self, role: str) -> dict[str, Site]:
+        """The sites of one role."""
+        return {s.name: s for s in self.sites.values() if s.role == role}
+
+
+def sites_of(trace: poutine.Trace) -> dict[str, Site]:
+    """The visible sites of a trace, without plates' and factors' own."""
+    found = {}
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or site_is_factor(node):
+            continue
+        deterministic = bool(node["infer"].get("_deterministic"))
+        value, fn = node["value"], node["fn"]
+        batch = 0 if deterministic else len(fn.batch_shape)
+        frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        role = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+        found[name] = Site(
+            name=name,
+            role=role,
+            shape=tuple(value.shape),
+            batch=batch,
+            plates=tuple(frames.get(d - batch) for d in range(batch)),
+            finite=not deterministic and bool(fn.has_enumerate_support),
+            discrete=not deterministic and fn.support.is_discrete,
+            units=0 if deterministic else _units(fn),
+        )
+    return found
+
+
+def _units(fn: Any) -> int:
+    """Number of finite parts that ``to_event`` has made one event."""
+    count = 1
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, Independent):
+            dims = fn.reinterpreted_batch_ndims
+            count *= fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - dims :].numel()
+        fn = fn.base_dist
+    return count if fn.has_enumerate_support else 0
+
+
+def bind(pair: Any, data: Any = None) -> BoundPair:
+    """Read a pair and its data into a :class:`BoundPair`.
+
+    Args:
+        pair: Anything with ``.model`` (and ``.guide``), a ``(model, guide)`` tuple, or a model.
+        data: A tensor or array (the model's first argument, ``x`` of a pair), a mapping of names
+            to tensors, or None for a model that needs no argument.
+
+    Raises:
+        TypeError: The pair is none of these.
+        ValueError: The data do not fit the model's arguments or the pair's own checks.
+    """
+    model, guide = _halves(pair)
+    accepted, free = _parameters(model)
+    named = _named(data, accepted)
+    unknown = [] if free else sorted(set(named) - set(accepted))
+    if unknown:
+        raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
+    missing = [k for k, required in accepted.items() if required and k not in named]
+    if missing:
+        raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
+    owner = pair if not isinstance(pair, tuple) else getattr(model, "__self__", model)
+    if hasattr(owner, "check"):
+        _same_length(named)
+        owner.check(**named)
+    return BoundPair(
+        pair=pair,
+        name=_name(pair),
+        model=model if free else _only(model, accepted),
+        guide=None if guide is None else _fitted(guide),
+        data=named,
+        takes_rows={"size", "rows"} <= set(accepted),
+        coords=getattr(owner, "coords", {}),
+        dims=getattr(owner, "dims", {}),
+    )
+
+
+def enumerate_finite(bound: BoundPair) -> Callable[..., Any]:
+    """The model with the finite sites that the guide leaves out marked for parallel enumeration."""
+    if not bound.enumerated:
+        return bound.model
+    return config_enumerate(bound.model, default="parallel")
+
+
+def _halves(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
+        return pair
+    if callable(getattr(pair, "model", None)) and not isinstance(pair, type):
+        guide = getattr(pair, "guide", None)
+        return pair.model, guide if callable(guide) else None
+    if callable(pair):
+        return pair, None
+    raise TypeError(
+        f"pair: expected an object with .model and .guide, a (model, guide) tuple or a model, got {type(pair).__name__}"
+    )
+
+
+def _name(pair: Any) -> str:
+    if isinstance(pair, tuple):
+        return _name(pair[0])
+    pair = getattr(pair, "func", pair)
+    owner = getattr(pair, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__name__
+    return getattr(pair, "__name__", None) or type(pair).__name__
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The named parameters of a function, or of a module's ``forward``."""
+    target = function.forward if isinstance(function, torch.nn.Module) else function
+    return inspect.signature(target).parameters
+
+
+def unconstrained(trace: Any) -> dict[str, Tensor]:
+    """The parameters that a run met, by name, as they are optimised."""
+    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
+    """Named parameters of a function (True: required) and whether any keyword is taken."""
+    parameters = parameters_of(function).values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
+    free = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return named, free
+
+
+def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(**arguments: Any) -> Any:
+        return function(**{k: v for k, v in arguments.items() if k in names})
+
+    return call
+
+
+def _fitted(guide: Callable[..., Any]) -> Callable[..., Any]:
+    if any(p.kind is p.VAR_KEYWORD for p in parameters_of(guide).values()):
+        return guide
+    return _only(guide, _parameters(guide)[0])
+
+
+def _named(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if isinstance(data, Mapping):
+        return {str(k): _tensor(v, k) for k, v in data.items() if v is not None}
+    return {next(iter(accepted), "x"): _tensor(data, "data")}
+
+
+def _tensor(value: Any, name: str) -> Any:
+    if isinstance(value, Tensor | str | bool | int | float):
+        return value
+    if hasattr(value, "to_numpy"):
+        value = value.to_numpy()
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected numbers, got {type(value).__name__} ({error})") from None
+
+
+def _same_length(named: Mapping[str, Any]) -> None:
+    lengths = {k: len(v) for k, v in named.items() if isinstance(v, Tensor) and v.dim()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in lengths.items())
+        raise ValueError(f"data: expected the same number of rows in each, got {said}")

@@ -1,0 +1,1 @@
+"""Judgement of chains, guides and generated rows."""

@@ -1,0 +1,1 @@
+"""A model or guide run for many posterior draws."""

@@ -1,0 +1,61 @@
+r"""KL divergence of a guide from the prior, site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+
+def kl_by_site(model_trace: Any, guide_trace: Any, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    r"""Divergence of each of the guide's latent sites from the model's, (\*plates, \*event), masked but not scaled.
+
+    In closed form where torch knows one and where no site that the model draws before it is drawn after it by the
+    guide; else the difference of log densities at the draw, whose mean is the divergence. Dimensions are told apart
+    where both distributions are products over them; else the event is one number.
+
+    Args:
+        model_trace: A trace of the model, replayed against the guide's.
+        guide_trace: A trace of the guide.
+        names: Sites to look at; None: all that the guide draws.
+    """
+    drawn = [n for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
+    found: dict[str, Tensor] = {}
+    before: set[str] = set()
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+            continue
+        if name in (drawn if names is None else names):
+            ancestral = before <= set(drawn[: drawn.index(name)])
+            found[name] = _divergence(guide_trace.nodes[name], site, ancestral)
+        before.add(name)
+    return found
+
+
+def _divergence(guide: Any, model: Any, ancestral: bool) -> Tensor:
+    q, p = guide["fn"], model["fn"]
+    batch, value = q.batch_shape, guide["value"]
+    while isinstance(q, Independent) and isinstance(p, Independent):
+        shared = min(q.reinterpreted_batch_ndims, p.reinterpreted_batch_ndims)
+        q, p = _strip(q, shared), _strip(p, shared)
+    found: Any = None
+    if ancestral:
+        with suppress(NotImplementedError):
+            found = kl_divergence(q, p)
+    found = torch.as_tensor(q.log_prob(value) - p.log_prob(value) if found is None else found)
+    found = found.expand(torch.broadcast_shapes(found.shape, batch)) if found.dim() <= len(batch) else found
+    mask = guide["mask"]
+    if isinstance(mask, Tensor):
+        mask = mask.expand(batch).reshape(*batch, *[1] * (found.dim() - len(batch)))
+    return scale_and_mask(found, mask=mask)
+
+
+def _strip(fn: Any, dims: int) -> Any:
+    left = fn.reinterpreted_batch_ndims - dims
+    return fn.base_dist.to_event(left) if left else fn.base_dist

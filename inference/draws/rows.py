@@ -1,0 +1,220 @@
+r"""Rows of data that have latent sites of their own, and a pair run for many draws of these at once.
+
+A latent site is local where it lies in the plate of rows: then the rows are independent, a density is one number per
+row and draw, and a minibatch is as good as any other. Draws stand on the left, as in :mod:`inference.predict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.infer import config_enumerate
+from torch import Tensor
+
+from inference.core.bound import BoundPair
+from inference.draws import engine
+from inference.draws.engine import Draws
+
+
+@dataclass(frozen=True, eq=False)
+class LocalLatents:
+    """Rows of a program, each with latent sites of its own, and its halves run for many draws of these.
+
+    Attributes:
+        bound: A program whose data are these rows.
+        plate: Name of the plate of rows.
+        drawn: Latent sites that are drawn; the others are summed out.
+        lifts: Whether the halves run for all draws at once.
+        splits: Whether they run on a minibatch.
+        width: Numbers that the largest site holds for one row and one draw.
+    """
+
+    bound: BoundPair
+    plate: str
+    drawn: tuple[str, ...]
+    lifts: bool
+    splits: bool
+    width: int = 1
+
+    def take(self, rows: Tensor) -> LocalLatents:
+        """These rows of them."""
+        return replace(self, bound=_minibatch(self.bound, rows)) if len(rows) < self.bound.rows else self
+
+    def axis(self, name: str) -> int:
+        """Dimension of a site's value that its rows are."""
+        return self.bound.sites[name].plates.index(self.plate)
+
+    def guide(self, draws: Draws, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Sites that the guide draws, (count, \*shape), but for those given; their log density (count, rows)."""
+        names = [n for n in self.bound.sites if n in self.bound.guided]
+
+        def read(trace: Any, number: int | None) -> dict[str, Tensor]:
+            return {"": self._density(trace, engine.sample_names(trace), number), **self._values(trace, names, number)}
+
+        found = self._run(self.bound.guide, draws, count, read)
+        return found, found.pop("")
+
+    def prior(self, count: int) -> dict[str, Tensor]:
+        r"""The drawn sites, (count, \*shape), from the model."""
+        return self._run(self.bound.model, {}, count, lambda t, number: self._values(t, self.drawn, number))
+
+    def model(self, draws: Draws, count: int) -> tuple[Tensor, Tensor]:
+        """Log density (count, rows) of draws and data, and of draws alone.
+
+        Drawn sites that have no draws come from the prior, which is then left out of the density.
+        """
+        latent = self.bound.select("latent")
+
+        def read(trace: Any, number: int | None) -> dict[str, Tensor]:
+            names = [n for n in engine.sample_names(trace) if n in draws or n not in self.drawn]
+            prior = [n for n in names if n in latent]
+            return {"joint": self._density(trace, names, number), "prior": self._density(trace, prior, number)}
+
+        found = self._run(self.bound.model, draws, count, read, summed=True)
+        return found["joint"], found["prior"]
+
+    def trace(self, half: Any, draws: Draws, count: int | None, *, summed: bool = False) -> Any:
+        """Run a half for so many draws at once, or for one without a plate of draws (count None)."""
+        function = engine.lift(self.bound, half, draws, count)
+        if summed:
+            dim = -self.bound.depth - (1 if count is None else 2)
+            function = poutine.enum(config_enumerate(function), first_available_dim=dim)
+        trace = poutine.trace(function).get_trace(**self.bound.arguments())
+        for node in trace.nodes.values():
+            if node["type"] == "sample":
+                # The plate of a minibatch scales its densities up to those of all rows.
+                node["scale"] = 1.0
+        return trace
+
+    def _run(
+        self,
+        half: Any,
+        draws: Draws,
+        count: int,
+        read: Callable[[Any, int | None], dict[str, Tensor]],
+        *,
+        summed: bool = False,
+    ) -> dict[str, Tensor]:
+        if self.lifts:
+            return read(self.trace(half, draws, count, summed=summed), count)
+        each = ({n: v[i : i + 1] for n, v in draws.items()} for i in range(count))
+        runs = [read(self.trace(half, draw, None, summed=summed), None) for draw in each]
+        return {n: torch.cat([run[n] for run in runs]) for n in runs[0]}
+
+    def _values(self, trace: Any, names: Sequence[str], count: int | None) -> dict[str, Tensor]:
+        sites, depth = self.bound.sites, self.bound.depth
+        return {n: engine.unstack(trace.nodes[n]["value"], sites[n], depth, count) for n in names}
+
+    def _density(self, trace: Any, names: list[str], count: int | None) -> Tensor:
+        if not names:
+            return torch.zeros(count or 1, self.bound.rows, device=device_of(self.bound))
+        return engine.contract(trace, names, [self.plate], count)
+
+
+def probe(bound: BoundPair, guided: bool) -> LocalLatents:
+    """Run the halves on two rows: each site must have a value per row; how they run, and how much a row holds."""
+    # An autoguide takes its shapes from its first run: on all rows.
+    by_guide = bound.guided if guided else frozenset()
+    drawn = tuple(n for n, s in bound.select("latent").items() if n in by_guide or not s.finite)
+    start = torch.arange(min(2, bound.rows), device=device_of(bound))
+    part = _minibatch(bound, start) if bound.takes_rows else bound
+    rows = LocalLatents(part, "", drawn, lifts=False, splits=bound.takes_rows)
+    trace = rows.trace(part.model, rows.prior(1), None, summed=True)
+    nodes = {n: trace.nodes[n] for n in engine.sample_names(trace)}
+    numbers = max(math.prod((*node["fn"].batch_shape, *node["fn"].event_shape)) for node in nodes.values())
+    rows = replace(rows, plate=_plate(nodes, bound), width=-(-numbers // part.rows))
+    if guided:
+        rows = _with_guide(rows, bound)
+    return replace(rows, bound=bound, lifts=_broadcasts(rows, guided))
+
+
+def _plate(nodes: dict[str, Any], bound: BoundPair) -> str:
+    """Name of the plate of rows."""
+    latent = bound.select("latent")
+    within = {n: {p: f.dim for p, f in _frames(v).items() if f.full_size == bound.rows} for n, v in nodes.items()}
+    observed = [n for n in nodes if n not in latent]
+    shared = set.intersection(*(set(within[n]) for n in observed)) if observed else set()
+    if not shared:
+        got = ", ".join(n for n in observed if not within[n]) or "nothing"
+        raise ValueError(f"model: expected observed sites in a plate of rows, got {got} outside of one")
+    plate = "rows" if "rows" in shared else min(shared, key=within[observed[0]].__getitem__)
+    for name in latent:
+        if plate not in within[name]:
+            raise ValueError(f"{name}: expected a latent site in the plate {plate}, got a global one outside of it")
+    return plate
+
+
+def _with_guide(rows: LocalLatents, bound: BoundPair) -> LocalLatents:
+    """The rows, all together where the guide has no value for each row of a minibatch; its sites must fit."""
+    whole = replace(rows, bound=bound, splits=False)
+    try:
+        sites = guide_sites(rows)
+    except engine.UNLIFTED:
+        # A guide with a value for each row of the data may meet two rows with an error.
+        if not rows.splits:
+            raise
+        return _with_guide(whole, bound)
+    for name, node in sites.items():
+        _check_guided(name, node, rows, any(n["infer"].get("is_auxiliary") for n in sites.values()))
+    return rows if all(_frames(n)[rows.plate].size == rows.bound.rows for n in sites.values()) else whole
+
+
+def _check_guided(name: str, node: Any, rows: LocalLatents, auxiliary: bool) -> None:
+    site = rows.bound.select("latent").get(name)
+    if rows.plate not in _frames(node):
+        raise ValueError(f"{name}: expected a site of the guide in the plate {rows.plate}, got one outside of it")
+    if site is None and not node["infer"].get("is_auxiliary"):
+        raise ValueError(f"{name}: expected a latent site of the model, got one of the guide alone")
+    if site is not None and not site.discrete and not auxiliary and is_point(node["fn"]):
+        raise ValueError(f"{name}: expected a guide with a density to weigh by, got a point mass (Delta)")
+
+
+def _frames(node: Any) -> dict[str, Any]:
+    return {f.name: f for f in node["cond_indep_stack"] if f.vectorized}
+
+
+def guide_sites(rows: LocalLatents) -> dict[str, Any]:
+    """Nodes of the guide's sites."""
+    trace = rows.trace(rows.bound.guide, {}, None)
+    return {n: trace.nodes[n] for n in engine.sample_names(trace)}
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a Delta, however it is wrapped."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def _broadcasts(rows: LocalLatents, guided: bool) -> bool:
+    """Whether two draws run at once give what they give one by one; if not, a warning says why."""
+    many, half = replace(rows, lifts=True), "model"
+    try:
+        draws = many.prior(2)
+        together, apart = many.model(draws, 2)[0], rows.model(draws, 2)[0]
+        tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
+        if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+            half = "guide"
+            if guided:
+                many.guide({}, 2)
+            return True
+        reason: Any = f"log density {together.tolist()} at once, {apart.tolist()} one by one"
+    except engine.UNLIFTED as error:
+        reason = error
+    engine.say_slow(rows.bound, half, reason)
+    return False
+
+
+def _minibatch(bound: BoundPair, rows: Tensor) -> BoundPair:
+    return replace(bound, data=bound.arguments(rows), memo={})
+
+
+def device_of(bound: BoundPair) -> torch.device:
+    """Where the data are."""
+    return next(v.device for v in bound.data.values() if isinstance(v, Tensor) and v.dim())

@@ -1,0 +1,210 @@
+"""Files of data sets: found, downloaded, held against their known SHA-256, and read.
+
+Each file is looked for in the directory ``PPL_MODELS_DATA`` (an environment variable), then in the cache
+``pooch.os_cache("ppl-models")``, then at the URL ``PPL_MODELS_MIRROR``, then upstream. Directory, cache and mirror
+share one layout.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pooch
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+# In the form of `sha256sum`, by the path in the layout. Upstream's own files stand beside those that were
+# made of them. The bytes of the two `.mat` files are on no record: their line is the hash of the numbers.
+_TABLE = """\
+440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609  mnist/train-images-idx3-ubyte.gz
+3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c  mnist/train-labels-idx1-ubyte.gz
+8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6  mnist/t10k-images-idx3-ubyte.gz
+f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6  mnist/t10k-labels-idx1-ubyte.gz
+3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84  fashion_mnist/train-images-idx3-ubyte.gz
+a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845  fashion_mnist/train-labels-idx1-ubyte.gz
+346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073  fashion_mnist/t10k-images-idx3-ubyte.gz
+67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5  fashion_mnist/t10k-labels-idx1-ubyte.gz
+50de2c8299a5a297789293ab2c30f6fc3cb8c359a15e5e88d5501aa18ebb8fa5  binarized_mnist/binarized_mnist.npz
+ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d  binarized_mnist/binarized_mnist_train.amat
+1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2  binarized_mnist/binarized_mnist_valid.amat
+e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c  binarized_mnist/binarized_mnist_test.amat
+2fe18524c0a251017c43a4a790ad8b3b199fe61fa2d06cb0b34dfa87dcef117e  omniglot/omniglot_28x28.npz
+a2d76b394a84df0205cfa21c784cb66407d34cd09fbd8b272a15078bcdc00904  text/xwindows.npz
+d935d55b143dc6a5cb9c17f75299ac4e1d163d1e9ed215942ad0829a70b51142  text/XwindowsDocData.mat
+342dec7cfde24c2332006f52d199d8a22f8c752a5428c95066cf96c74e6c7378  text/news20_w100.npz
+693cd8a86fe77ebd01f4b61d1d1ae1be88e59293b21c0e5546068a1b4fd47478  text/20news_w100.mat
+8fd20918904042e5104c4d5d22642f1332b0bc670c55df3a8688a1ea7b2e9e8d  text/SMSSpamCollection.gz
+7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d  text/SMSSpamCollection
+"""
+
+
+SHA256 = {path: sha256 for sha256, path in map(str.split, _TABLE.splitlines())}
+
+
+_GITHUB = "https://raw.githubusercontent.com"
+
+
+_MNIST = f"{_GITHUB}/fgnt/mnist/ae608a02b796c9ee908c082585a5f006fe05258e"
+
+
+_FASHION = f"{_GITHUB}/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion"
+
+
+_AMAT = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/binarized_mnist"
+
+
+_MAT = f"{_GITHUB}/probml/probml-data/f74e6f00ef1570f5b3843c49818d0bfa6b473069/data"
+
+
+_SMS = (
+    f"{_GITHUB}/learn-co-students/dsc-document-classification-with-naive-bayes-lab-online-ds-pt-051319"
+    "/2f98ca443ecd26e1088b369260f1e9782e2e36fc/SMSSpamCollection"
+)
+
+
+IDX = tuple(f"{f}-ubyte.gz" for f in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"))
+
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    **{f"mnist/{file}": (f"{_MNIST}/{file}",) for file in IDX},
+    **{f"fashion_mnist/{file}": (f"{_FASHION}/{file}",) for file in IDX},
+    "binarized_mnist/binarized_mnist.npz": tuple(f"{_AMAT}_{s}.amat" for s in ("train", "valid", "test")),
+    "omniglot/omniglot_28x28.npz": (),
+    "text/xwindows.npz": (f"{_MAT}/XwindowsDocData.mat",),
+    "text/news20_w100.npz": (f"{_MAT}/20news_w100.mat",),
+    "text/SMSSpamCollection.gz": (_SMS,),
+}
+
+
+def obtain(file: str) -> tuple[Path, ...]:
+    """The file at a path of the layout, or else the files upstream that it was made of."""
+    root = os.environ.get("PPL_MODELS_DATA", "")
+    local = Path(root).expanduser() / file
+    if root and local.is_file():
+        if (got := _digest(local)) != SHA256[file]:
+            raise ValueError(f"{local}: expected a file with sha256 {SHA256[file]}, got {got}")
+        return (local,)
+    kept = Path(pooch.os_cache("ppl-models"))
+    if (kept / file).is_file() and _digest(kept / file) == SHA256[file]:
+        return (kept / file,)
+    mirror = os.environ.get("PPL_MODELS_MIRROR", "").rstrip("/")
+    failures = []
+    for urls in ((f"{mirror}/{file}",) if mirror else (), UPSTREAM[file]):
+        paths: list[Path] = []
+        try:
+            for url in urls:
+                paths.append(_download(url, kept, file.partition("/")[0]))
+        except (OSError, ValueError) as error:
+            failures.append(f"{url}: {type(error).__name__}: {textwrap.shorten(str(error), 300)}")
+        else:
+            if paths:
+                return tuple(paths)
+    raise FileNotFoundError(
+        f"{file}: not in PPL_MODELS_DATA ({root or 'not set'}), not in the cache ({kept}) and not "
+        f"downloaded ({'; '.join(failures) or 'no URL is known for it'}): set PPL_MODELS_DATA to a directory "
+        "that holds it, or PPL_MODELS_MIRROR to a URL that serves it"
+    )
+
+
+def _download(url: str, kept: Path, folder: str) -> Path:
+    file = f"{folder}/{url.rpartition('/')[2]}"
+    path = kept / file
+    if path.is_file() and _digest(path) == SHA256[file]:
+        return path
+    path.unlink(missing_ok=True)
+    sha256 = None if path.suffix == ".mat" else SHA256[file]
+    with _quiet_pooch():
+        pooch.retrieve(url, sha256, path.name, path.parent, progressbar=sys.stderr.isatty())
+    if (got := _digest(path)) != SHA256[file]:
+        path.unlink()
+        raise ValueError(f"expected numbers with sha256 {SHA256[file]}, got {got}")
+    return path
+
+
+@contextmanager
+def _quiet_pooch() -> Iterator[None]:
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _digest(path: Path) -> str:
+    """What the table says of a file, once in a process for every state of the file."""
+    state = path.stat()
+    return _digest_once(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest_once(path: Path, size: int, modified: int) -> str:
+    if path.suffix != ".mat":
+        return str(pooch.file_hash(str(path)))
+    try:
+        arrays = _matlab(path)
+    except Exception as error:  # a broken file fails in any way that the parser happens to take
+        return f"{type(error).__name__}: {error}"
+    numbers = [arrays[key].tobytes() for key in sorted(arrays) if arrays[key].dtype == np.uint8]
+    return hashlib.sha256(b"".join(numbers)).hexdigest()
+
+
+def read_arrays(file: str) -> Arrays:
+    """The arrays of an ``.npz`` file, from the file itself or from its origin."""
+    paths = obtain(file)
+    if paths[0].suffix == ".npz":
+        with np.load(paths[0]) as arrays:
+            return dict(arrays)
+    if paths[0].suffix == ".mat":
+        return _matlab(paths[0])
+    # Every line of the text is 784 digits, each with a space or the line's end after it.
+    bits = (np.fromfile(path, np.uint8).reshape(-1, 2 * 784)[:, ::2] - ord("0") for path in paths)
+    return dict(zip(("train", "valid", "test"), (np.packbits(split, axis=1) for split in bits), strict=True))
+
+
+def _matlab(path: Path) -> Arrays:
+    """A ``.mat`` file in the form of the ``.npz`` file made of it: packed bits, labels from 0."""
+    from scipy.io import loadmat
+
+    raw = loadmat(path)
+    if "documents" in raw:
+        x, y, words = {"x": raw["documents"].T}, {"y": raw["newsgroups"]}, {"words": raw["wordlist"]}
+        words["groups"] = raw["groupnames"]
+    else:
+        x, y = ({f"{kind}{split}": raw[f"{kind}{split}"] for split in ("train", "test")} for kind in "xy")
+        words = {"vocab": raw["vocab"]}
+    packed = {key: np.packbits(bits.toarray() > 0, axis=1) for key, bits in x.items()}
+    labels = {key: (codes.ravel() - 1).astype(np.uint8) for key, codes in y.items()}
+    strings = {key: np.array([_text(cell) for cell in cells.ravel()]) for key, cells in words.items()}
+    return packed | labels | strings
+
+
+def _text(cell: Any) -> str:
+    # A cell holds an array of one string, or one more cell.
+    while not isinstance(cell, str):
+        cell = cell.item()
+    return cell
+
+
+def read_idx(path: Path) -> np.ndarray[Any, Any]:
+    """An idx file: its fourth byte counts the dimensions, whose sizes follow, then come the values."""
+    content = read_bytes(path)
+    shape = np.frombuffer(content, ">i4", content[3], 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def read_bytes(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content

@@ -1,0 +1,263 @@
+r"""Real data sets by name, and simulated ones with the truth that made them.
+
+:func:`load` returns a :class:`Dataset`: rows to fit and rows to hold out. A set without a split of its
+own is split once and for all (30 % held out, stratified by label, seed 0), so that two figures on one
+set can be compared. From scikit-learn come ``breast_cancer``, ``wine``, ``iris`` and ``digits``; from files:
+
+- ``mnist`` (LeCun et al. 1998) and ``fashion_mnist`` (Xiao et al. 2017), with their own splits;
+- ``binarized_mnist``, the static binarization of Larochelle and Murray (2011), in three splits without
+  labels. The test images are MNIST's sorted by digit: they are not shuffled;
+- ``omniglot`` (Lake et al. 2015) averaged down to 28 x 28: background is train, evaluation is test. This
+  is *not* the 28 x 28 file of Burda et al. (2016), so likelihoods cannot be held against that literature.
+  No character is in both splits, so there are no labels;
+- ``xwindows`` (Murphy 2012), documents on X-windows or MS-windows as occurrences of 600 words;
+- ``news20_w100`` (Roweis), newsgroup postings as occurrences of 100 words;
+- ``sms_spam`` (Almeida et al. 2011), messages as counts of the words that at least two of the messages
+  in the training split contain.
+
+Where files are looked for says :mod:`ppl_models.files`: first in the directory ``PPL_MODELS_DATA``, last upstream. Each
+is held against a known SHA-256.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_models.data import files
+from ppl_models.data.files import Arrays
+
+_ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'()&/-"
+
+
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to fit and rows to hold out.
+
+    Attributes:
+        name: The name that :func:`load` knows it by.
+        train: ``x``, a floating point tensor of shape (rows, features), and where there are labels ``y``,
+            int64 of shape (rows,), an index into ``classes``.
+        test: The same names.
+        features: A name for every column of ``x``.
+        classes: A name for every label, ``()`` without labels.
+        valid: The same names, where the set has a third split.
+        symbols: Of a set of texts, what each code in ``x`` stands for.
+    """
+
+    name: str
+    train: dict[str, Tensor]
+    test: dict[str, Tensor]
+    features: tuple[str, ...]
+    classes: tuple[str, ...]
+    valid: dict[str, Tensor] | None = None
+    symbols: tuple[str, ...] = ()
+
+
+def names() -> tuple[str, ...]:
+    """The names that :func:`load` knows."""
+    return tuple(_LOADERS)
+
+
+def load(
+    name: str,
+    *,
+    standardise: bool = False,
+    binarise: bool = False,
+    unit: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Dataset:
+    r"""A data set by name, downloaded where it is not at hand.
+
+    Args:
+        name: One of :func:`names`.
+        standardise: Subtract the mean of every column and divide by its standard deviation (that of the
+            population), both of the training split alone. A column that is constant there is centred only.
+        binarise: 1 where x lies above a threshold, else 0. The threshold is half of the full scale for
+            images (0.5; 8 for ``digits``), 0 for counts, and else, column by column, halfway between the
+            smallest and the largest value in the training split. Binary sets stay as they are.
+        unit: Pixels in [0, 1], those of ``digits`` too, which else go to 16.
+        dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], but for those of ``digits``.
+
+    Raises:
+        ValueError: For an unknown name, for two transformations at once, for ``unit`` of data that are no
+            images, for an integer ``dtype``, and for a file in ``PPL_MODELS_DATA`` that has not the SHA-256
+            that it should have.
+        FileNotFoundError: For a file that is nowhere to be had.
+
+    Example:
+        >>> wine = load("wine", standardise=True)
+        >>> wine.train["x"].shape, wine.test["x"].shape, wine.classes
+        (torch.Size([124, 13]), torch.Size([54, 13]), ('class_0', 'class_1', 'class_2'))
+    """
+    if name not in _LOADERS:
+        near = ", ".join(difflib.get_close_matches(str(name), _LOADERS, cutoff=0.4)) or "none"
+        raise ValueError(f"name: expected one of {', '.join(_LOADERS)}, got {name!r} (nearest: {near})")
+    if standardise + binarise + unit > 1:
+        given = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
+        raise ValueError(
+            f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(given)}"
+        )
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating point type, got {dtype}")
+    raw = _LOADERS[name]()
+    wide = torch.promote_types(dtype, torch.float32)
+    if unit and not raw.threshold:
+        raise ValueError(f"unit: expected images, got {name}")
+    scale = raw.scale * (2 * raw.threshold if unit and raw.threshold else 1)
+    x = {split: torch.tensor(values, dtype=wide).div_(scale) for split, values in raw.x.items()}
+    if standardise:
+        x = _standardised(x)
+    elif binarise:
+        threshold = (x["train"].amin(0) + x["train"].amax(0)) / 2 if raw.threshold is None else raw.threshold
+        x = {split: values > threshold for split, values in x.items()}
+    splits = {split: {"x": values.to(dtype)} for split, values in x.items()}
+    for split, labels in raw.y.items():
+        splits[split]["y"] = torch.tensor(labels, dtype=torch.int64)
+    return Dataset(name, splits["train"], splits["test"], raw.features, raw.classes, splits.get("valid"), raw.symbols)
+
+
+def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    scale, centre = torch.std_mean(x["train"], 0, correction=0)
+    # By its range: rounding gives a constant column a standard deviation that is small but not 0.
+    low = x["train"].amin(0)
+    constant = low == x["train"].amax(0)
+    scale, centre = torch.where(constant, 1.0, scale), torch.where(constant, low, centre)
+    return {split: values.sub(centre).div_(scale) for split, values in x.items()}
+
+
+class _Raw(NamedTuple):
+    """A data set as it was read: ``x``, still to be divided by ``scale``, and ``y``, both by split."""
+
+    x: Arrays
+    y: Arrays
+    features: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    scale: float = 1.0
+    threshold: float | None = None
+    symbols: tuple[str, ...] = ()
+
+
+def _split(x: Any, y: Any) -> tuple[dict[str, Any], Arrays]:
+    from sklearn.model_selection import train_test_split
+
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.3, stratify=y, random_state=0)
+    return {"train": x_train, "test": x_test}, {"train": y_train, "test": y_test}
+
+
+def _from_sklearn(name: str, threshold: float | None = None) -> _Raw:
+    import sklearn.datasets
+
+    bunch = getattr(sklearn.datasets, f"load_{name}")()
+    classes = tuple(map(str, bunch.target_names))
+    return _Raw(*_split(bunch.data, bunch.target), tuple(map(str, bunch.feature_names)), classes, threshold=threshold)
+
+
+def _images(splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), scale: float = 255) -> _Raw:
+    flat = {split: images.reshape(len(images), -1) for split, images in splits.items()}
+    features = tuple(f"row_{row}_column_{column}" for row in range(28) for column in range(28))
+    return _Raw(flat, labels or {}, features, classes, scale, threshold=0.5)
+
+
+def _from_idx(name: str, classes: tuple[str, ...]) -> _Raw:
+    x_train, y_train, x_test, y_test = (files.read_idx(files.obtain(f"{name}/{file}")[0]) for file in files.IDX)
+    return _images({"train": x_train, "test": x_test}, {"train": y_train, "test": y_test}, classes)
+
+
+def _binarized_mnist() -> _Raw:
+    packed = files.read_arrays("binarized_mnist/binarized_mnist.npz")
+    return _images({split: np.unpackbits(packed[split], axis=1) for split in ("train", "test", "valid")}, scale=1)
+
+
+def _omniglot() -> _Raw:
+    arrays = files.read_arrays("omniglot/omniglot_28x28.npz")
+    return _images({"train": arrays["background"], "test": arrays["evaluation"]})
+
+
+def _xwindows() -> _Raw:
+    arrays = files.read_arrays("text/xwindows.npz")
+    words = tuple(map(str, arrays["vocab"]))
+    x = {split: np.unpackbits(arrays[f"x{split}"], axis=1, count=len(words)) for split in ("train", "test")}
+    y = {split: arrays[f"y{split}"] for split in ("train", "test")}
+    return _Raw(x, y, words, ("X-windows", "MS-windows"), threshold=0.5)
+
+
+def _news20_w100() -> _Raw:
+    arrays = files.read_arrays("text/news20_w100.npz")
+    words = tuple(map(str, arrays["words"]))
+    x, y = _split(np.unpackbits(arrays["x"], axis=1, count=len(words)), arrays["y"])
+    return _Raw(x, y, words, tuple(map(str, arrays["groups"])), threshold=0.5)
+
+
+def _messages() -> tuple[dict[str, Any], Arrays]:
+    lines = files.read_bytes(files.obtain("text/SMSSpamCollection.gz")[0]).decode("utf8").split("\n")
+    labels, messages = zip(*(line.split("\t", 1) for line in lines if line), strict=True)
+    return _split(messages, np.array(labels) == "spam")
+
+
+def _sms_spam() -> _Raw:
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    texts, y = _messages()
+    words = CountVectorizer(min_df=2).fit(texts["train"])
+    x = {split: words.transform(part).toarray() for split, part in texts.items()}
+    return _Raw(x, y, tuple(words.get_feature_names_out()), ("ham", "spam"), threshold=0.0)
+
+
+def _sms_text() -> _Raw:
+    texts, y = _messages()
+    return _characters(texts, 160)._replace(y=y, classes=("ham", "spam"))
+
+
+def _descriptions() -> _Raw:
+    """The prose that comes with scikit-learn's data sets, line by line."""
+    import sklearn.datasets
+    from sklearn.model_selection import train_test_split
+
+    sets = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
+    text = "\n".join(getattr(sklearn.datasets, f"load_{name}")().DESCR for name in sets)
+    lines = [line.strip() for line in text.split("\n") if sum(c.isalpha() for c in line) > 20]
+    train, test = train_test_split(lines, test_size=0.3, random_state=0)
+    return _characters({"train": train, "test": test}, 80)
+
+
+def _characters(texts: dict[str, Any], length: int) -> _Raw:
+    """Texts as codes of their characters, in lower case, cut or filled up to one length with a symbol for the end."""
+    code = {c: k for k, c in enumerate(_ALPHABET)}
+    other, end = len(code), len(code) + 1
+    x = {}
+    for split, part in texts.items():
+        rows = np.full((len(part), length), end)
+        for row, line in zip(rows, part, strict=True):
+            kept = [code.get(c, other) for c in line.lower()[:length]]
+            row[: len(kept)] = kept
+        x[split] = rows
+    places = tuple(f"place_{k}" for k in range(length))
+    return _Raw(x, {}, places, symbols=(*_ALPHABET, "other", "end"))
+
+
+_LOADERS: dict[str, Callable[[], _Raw]] = {
+    "breast_cancer": partial(_from_sklearn, "breast_cancer"),
+    "wine": partial(_from_sklearn, "wine"),
+    "iris": partial(_from_sklearn, "iris"),
+    "digits": partial(_from_sklearn, "digits", threshold=8.0),
+    "mnist": partial(_from_idx, "mnist", tuple("0123456789")),
+    "fashion_mnist": partial(_from_idx, "fashion_mnist", tuple(_CLOTHES.split(","))),
+    "binarized_mnist": _binarized_mnist,
+    "omniglot": _omniglot,
+    "xwindows": _xwindows,
+    "news20_w100": _news20_w100,
+    "sms_spam": _sms_spam,
+    "sms_text": _sms_text,
+    "descriptions": _descriptions,
+}

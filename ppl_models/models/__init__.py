@@ -1,0 +1,1 @@
+"""The pairs, one file each. They use Pyro and torch alone."""

@@ -1,0 +1,264 @@
+r"""Autoregressive pairs over binary features: every feature given those before it.
+
+.. math:: p(x) = \prod_{d=1}^D \mathrm{Bernoulli}(x_d \mid \sigma(f_d(x_1, \dots, x_{d-1})))
+
+The fully visible sigmoid belief net has linear f, NADE shares one hidden layer among all of them, MADE is a network
+whose weights are masked. There are no latent sites: the guide is empty and the ELBO is the exact log likelihood.
+
+References: Frey, Hinton and Dayan 1996; Larochelle and Murray 2011, "The Neural Autoregressive Distribution
+Estimator"; Germain et al. 2015, "MADE: Masked Autoencoder for Distribution Estimation"
+(https://arxiv.org/abs/1502.03509).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, logsigmoid
+
+from ppl_models.models.checks import check_binary, check_matrix
+from ppl_models.models.pair import Visible
+from ppl_models.models.parts.distributions import Rowwise
+
+
+class Conditionals(Rowwise):
+    r"""Binary features of which each depends on those before it in an order.
+
+    Several sets of conditionals are a mixture of as many densities, each with its own order.
+
+    Args:
+        logits: From features (..., D) to the log odds of each (..., D), given those before it.
+        order: For each set the features in the order in which they are drawn (sets, D).
+        like: A tensor of the type and device of the draws.
+    """
+
+    arg_constraints: ClassVar = {}
+    support = dist.constraints.independent(dist.constraints.boolean, 1)
+
+    def __init__(self, logits: Sequence[Callable[[Tensor], Tensor]], order: Tensor, like: Tensor) -> None:
+        self.logits, self.order, self.like = logits, order, like
+        super().__init__(torch.Size(), order.shape[-1:], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        sign = 2 * value - 1
+        scores = torch.stack([logsigmoid(sign * logits(value)).sum(-1) for logits in self.logits])
+        # Densities are averaged, and not log odds, whose mean over several orders is that of no density.
+        return self._repeat(scores.logsumexp(0) - math.log(len(scores)))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        rows = max(shape.numel(), 1)
+        which = torch.randint(len(self.logits), (rows,), device=self.like.device)
+        x = torch.full((rows, *self.event_shape), torch.nan, dtype=self.like.dtype, device=self.like.device)
+        drawn = torch.empty_like(x)
+        for k in which.unique().tolist():
+            drawn[which == k], _ = self.complete(x[which == k], k)
+        return drawn.reshape(*shape, *self.event_shape)
+
+    def complete(self, x: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
+        """Draw the features that are nan, in the order of set k: rows (N, D), and log weights (N,).
+
+        The weight is the probability of the known features given those before: what a draw that did not look ahead
+        owes to them.
+        """
+        filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        for d in self.order[k].tolist():
+            logits: Any = self.logits[k]
+            # All features are many times the work of one, where one can be had alone.
+            logit = logits.one(filled, d) if hasattr(logits, "one") else logits(filled)[:, d]
+            missing = x[:, d].isnan()
+            filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
+            weight = weight + torch.where(missing, 0.0, logsigmoid((2 * filled[:, d] - 1) * logit))
+        return filled, weight
+
+
+class Autoregressive(Visible):
+    r"""What the three share: binary rows, and an order of the features.
+
+    Args:
+        features: Number of features D, or their names.
+
+    Data: x (N, D), zeros and ones. Sites: x (D,) of every row.
+
+    A subclass gives its conditionals as one function, or as several that are averaged, and their orders.
+    """
+
+    conditionals: Callable[[], list[Callable[[Tensor], Tensor]]]
+    """Reads all parameters when it is called: those that a density read later Pyro would not see."""
+
+    def __init__(self, features: int | Sequence[str]) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        self.register_buffer("order", torch.arange(self.features)[None])
+        self.register_buffer("origin", torch.zeros(()))
+        self.dims = {"x": ("features",)}
+
+    def distribution(self) -> Conditionals:
+        """p(x), an event (D,)."""
+        return Conditionals(self.conditionals(), self.order, self.origin)
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, draws: int = 1, *, particles: int = 100) -> Tensor:
+        """Draw the missing features (nan) of rows (N, D) given the known ones, whichever they are: (draws, N, D).
+
+        Where nothing known comes after what is missing the draws are exact. Else they are chosen among particles by
+        what these make of the known features (sampling importance resampling): exact as their number grows.
+        """
+        if particles < 1 or draws < 1:
+            raise ValueError(f"particles, draws: expected positive numbers, got {particles}, {draws}")
+        check_matrix("x", x.nan_to_num(), self.features)
+        check_binary("x", x.nan_to_num())
+        distribution, kept = self.distribution(), []
+        each = -(-particles // len(distribution.logits))
+        for row in x:
+            sets = [distribution.complete(row.expand(each, -1), k) for k in range(len(distribution.logits))]
+            filled, weight = map(torch.cat, zip(*sets, strict=True))
+            kept.append(filled[dist.Categorical(logits=weight).sample((draws,))])
+        return torch.stack(kept, 1)
+
+    def check(self, x: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a binary (rows, D)."""
+        if x is not None:
+            check_matrix("x", x, self.features)
+            check_binary("x", x)
+
+
+class FVSBN(Autoregressive):
+    r"""Fully visible sigmoid belief net: :math:`f_d(x) = b_d + \sum_{j<d} w_{dj} x_j`.
+
+    Args, data and sites are those of :class:`Autoregressive`.
+
+    Example:
+        >>> pair = FVSBN(3)
+        >>> pair.log_evidence(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]])).exp().detach()
+        tensor([0.1250, 0.1250])
+    """
+
+    def __init__(self, features: int | Sequence[str]) -> None:
+        super().__init__(features)
+        self.weight = nn.Parameter(torch.zeros(self.features, self.features))
+        self.bias = nn.Parameter(torch.zeros(self.features))
+
+    def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
+        """The linear map of each feature from those before it."""
+        return [partial(linear, weight=self.weight.tril(-1), bias=self.bias)]
+
+
+class NADE(Autoregressive):
+    r"""Neural autoregressive distribution estimator.
+
+    .. math:: h_d = \sigma(c + \sum_{j<d} x_j w_j), \qquad f_d(x) = b_d + v_d \cdot h_d
+
+    Args:
+        hidden: Width H of the hidden layer.
+
+    The rest are those of :class:`Autoregressive`. One pass holds rows x D x H numbers.
+    """
+
+    def __init__(self, features: int | Sequence[str], *, hidden: int = 500) -> None:
+        super().__init__(features)
+        if hidden < 1:
+            raise ValueError(f"hidden: expected at least 1, got {hidden}")
+        self.inward = nn.Parameter(torch.randn(self.features, hidden) / self.features**0.5)
+        self.outward = nn.Parameter(torch.randn(self.features, hidden) / hidden**0.5)
+        self.threshold = nn.Parameter(torch.zeros(hidden))
+        self.bias = nn.Parameter(torch.zeros(self.features))
+
+    def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each feature from the hidden layer of those before it."""
+        return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Log odds of NADE: of all features, or of one."""
+
+    inward: Tensor
+    outward: Tensor
+    threshold: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        steps = x[..., None] * self.inward
+        before = steps.cumsum(-2) - steps
+        return ((before + self.threshold).sigmoid() * self.outward).sum(-1) + self.bias
+
+    def one(self, x: Tensor, d: int) -> Tensor:
+        hidden = (x[:, :d] @ self.inward[:d] + self.threshold).sigmoid()
+        return hidden @ self.outward[d] + self.bias[d]
+
+
+class MADE(Autoregressive):
+    r"""Masked autoencoder for distribution estimation: each output sees the inputs before it in an order.
+
+    Each hidden unit has a degree m, drawn from 1 to D - 1; it reads units of no larger degree, and feature number d
+    in the order reads units of degree below d.
+
+    Args:
+        hidden: Widths of the hidden layers.
+        orders: Number of orders and sets of masks on the same weights, whose densities are averaged. The first is the
+            features' own order.
+        seed: Of the masks and orders.
+
+    The rest are those of :class:`Autoregressive`.
+    """
+
+    def __init__(
+        self, features: int | Sequence[str], *, hidden: Sequence[int] = (500,), orders: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__(features)
+        if self.features < 2:
+            raise ValueError(f"features: expected at least two, got {self.features}")
+        if orders < 1:
+            raise ValueError(f"orders: expected at least 1, got {orders}")
+        widths = (self.features, *hidden, self.features)
+        self.weights = nn.ParameterList(nn.Linear(a, b).weight for a, b in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(b) for b in widths[1:])
+        random = torch.Generator().manual_seed(seed)
+        order = [
+            torch.randperm(self.features, generator=random) if k else torch.arange(self.features) for k in range(orders)
+        ]
+        self.order = torch.stack(order)
+        for k in range(orders):
+            for depth, mask in enumerate(_masks(self.order[k], hidden, random)):
+                self.register_buffer(f"mask_{k}_{depth}", mask)
+
+    def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
+        """The masked network of each order."""
+        weights, biases = list(self.weights), list(self.biases)
+        found: list[Callable[[Tensor], Tensor]] = []
+        for k in range(len(self.order)):
+            masked = [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)]
+            found.append(partial(_masked, masked, biases))
+        return found
+
+
+def _masked(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:
+    for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = linear(x.relu() if depth else x, weight, bias)
+    return x
+
+
+def _masks(order: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:
+    """Which inputs each unit of each layer reads, (outputs, inputs) of zeros and ones."""
+    count = len(order)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(1, count + 1)
+    degrees, masks = place, []
+    for width in hidden:
+        # A degree below all of the layer before would be a unit that reads nothing.
+        low = int(degrees.min())
+        degrees_next = torch.randint(min(low, count - 1), count, (width,), generator=random)
+        masks.append((degrees_next[:, None] >= degrees).float())
+        degrees = degrees_next
+    masks.append((place[:, None] > degrees).float())
+    return masks

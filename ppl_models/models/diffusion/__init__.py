@@ -1,0 +1,1 @@
+"""The diffusion chain and what can be done with a trained one."""

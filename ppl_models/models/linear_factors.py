@@ -1,0 +1,234 @@
+r"""Linear factors: rows that are a few hidden causes, mixed linearly, and noise.
+
+.. math:: z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid z_n \sim \mathrm{N}(W z_n + \mu, \Psi)
+
+With diagonal :math:`\Psi` it is factor analysis, with :math:`\Psi = \sigma^2 I` probabilistic PCA. The guide is the
+exact posterior of z, so that the ELBO is the log evidence. The autoencoder beside them has a flat prior of z and a
+Delta as its guide; with linear networks it spans the subspace of PCA.
+
+Reference: Tipping and Bishop 1999, "Probabilistic Principal Component Analysis"; Bourlard and Kamp 1988,
+"Auto-association by multilayer perceptrons and singular value decomposition".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroParam
+from torch import Tensor, nn
+
+from ppl_models.models.checks import check_matrix
+from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.parts.networks import check_network
+
+
+class FactorModel(Pair):
+    """What the three share: factors, or a code, of every row.
+
+    Args:
+        features: Number of features D, or their names.
+        factors: Number of factors L, or their names.
+
+    Data: x (N, D). Sites: z (L,) and x (D,) of every row.
+
+    A subclass gives p(x | z), and its guide p(z | x), as distributions of an event of one dimension.
+    """
+
+    likelihood: Callable[[Tensor], dist.TorchDistribution]
+    posterior: Callable[[Tensor], dist.TorchDistribution]
+
+    def __init__(self, features: int | Sequence[str], factors: int | Sequence[str]) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        self.factors = self.name_dimension("factors", factors)
+        self.register_buffer("origin", torch.zeros(self.factors))
+        self.dims = {"z": ("factors",), "x": ("features",)}
+
+    def model(
+        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Draw or score factors and rows; return x."""
+        with rows_plate(x, size, rows):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """The factors of each row."""
+        with rows_plate(x, size, rows):
+            pyro.sample("z", self.posterior(x))
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z): N(0, I), an event (L,)."""
+        return dist.Normal(self.origin, 1.0).to_event(1)
+
+    def check(self, x: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D)."""
+        if x is not None:
+            check_matrix("x", x, self.features)
+
+
+class FactorAnalysis(FactorModel):
+    r"""Factor analysis: a noise variance for every feature.
+
+    .. math:: p(x) = \mathrm{N}(\mu, W W^\top + \Psi), \qquad \Psi = \mathrm{diag}(\psi)
+
+    Args and sites are those of :class:`FactorModel`, with at most as many factors as features. A rotation of the
+    factors leaves p(x) as it is. The guide is exact and has no parameters of its own.
+
+    Attributes:
+        loadings: W (D, L), in units of x; starts at independent draws from N(0, 1 / L).
+        mean: :math:`\mu` (D,), in units of x; starts at 0.
+        noise: :math:`\psi` (D,), variances in squared units of x; starts at 1.
+
+    They are parameters of the model, set by assigning a tensor, and start where standardised data lie.
+    """
+
+    def __init__(self, features: int | Sequence[str], factors: int | Sequence[str]) -> None:
+        super().__init__(features, factors)
+        if self.factors > self.features:
+            raise ValueError(f"factors: expected at most {self.features} (the features), got {self.factors}")
+        self.loadings: Any = PyroParam(torch.randn(self.features, self.factors) / self.factors**0.5)
+        self.mean: Any = PyroParam(torch.zeros(self.features))
+        self.noise: Any = PyroParam(torch.ones(self.features), constraint=constraints.positive)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of factors (..., L), an event (D,)."""
+        return dist.Normal(z @ self.loadings.mT + self.mean, self.noise.sqrt()).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        r"""p(z | x) of rows (..., D): :math:`\mathrm{N}(M^{-1} W^\top \Psi^{-1} (x - \mu), M^{-1})`, an event (L,).
+
+        Its precision :math:`M = I + W^\top \Psi^{-1} W` is an L x L matrix, the same for all rows.
+        """
+        weighted = self.loadings.mT / self.noise
+        precision = torch.eye(self.factors, dtype=weighted.dtype, device=weighted.device) + weighted @ self.loadings
+        gain = torch.cholesky_solve(weighted, torch.linalg.cholesky(precision))
+        return dist.MultivariateNormal((x - self.mean) @ gain.mT, precision_matrix=precision)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        r"""Exact log p(x) of rows (..., D): (...).
+
+        By Bayes' rule :math:`p(x) = p(x \mid z) \, p(z) / p(z \mid x)` at any z, here at the posterior's mean: the
+        matrix inversion and determinant lemmas in one. No D x D matrix is built, and no difference of large numbers.
+        """
+        posterior = self.posterior(x)
+        z = posterior.mean
+        return self.likelihood(z).log_prob(x) + self.prior().log_prob(z) - posterior.log_prob(z)
+
+
+class PPCA(FactorAnalysis):
+    r"""Probabilistic PCA: one noise variance for all features.
+
+    .. math:: p(x) = \mathrm{N}(\mu, W W^\top + \sigma^2 I)
+
+    Args and sites are those of :class:`FactorAnalysis`, and so are the parameters but for ``noise``, which is
+    :math:`\sigma^2` () and starts at 1.
+
+    Example:
+        >>> x = torch.tensor([[3.0, 3.0], [-3.0, -3.0], [1.0, -1.0], [-1.0, 1.0]])
+        >>> pair = PPCA(features=2, factors=1).closed_form(x)
+        >>> print(f"{pair.noise.item():.3f}")  # the variance along (1, -1), and along (1, 1) it is 9
+        1.000
+        >>> (pair.loadings @ pair.loadings.mT).detach().round(decimals=3)  # 9 - 1, on each feature half
+        tensor([[4., 4.],
+                [4., 4.]])
+    """
+
+    def __init__(self, features: int | Sequence[str], factors: int | Sequence[str]) -> None:
+        super().__init__(features, factors)
+        self.noise = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+
+    def closed_form(self, x: Tensor) -> Self:
+        r"""Set the parameters, in place, to those of maximum likelihood.
+
+        With eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D` and eigenvectors :math:`u_j` of the covariance of x,
+
+        .. math::
+
+            \sigma^2 = \frac{1}{D - L} \sum_{j > L} \lambda_j, \qquad
+            W = [u_1 \sqrt{\lambda_1 - \sigma^2}, \dots, u_L \sqrt{\lambda_L - \sigma^2}]
+
+        The covariance is that of maximum likelihood, divided by the number of rows N. Scikit-learn's PCA divides by
+        N - 1, also where it scores: its covariance of x is this one times N / (N - 1).
+
+        Args:
+            x: Rows (N, D).
+
+        Returns:
+            The pair itself.
+
+        Raises:
+            ValueError: There are as many factors as features, or x does not vary outside of L directions:
+                :math:`\sigma^2` would be 0.
+        """
+        self.check(x=x)
+        left = self.features - self.factors
+        if left == 0:
+            raise ValueError(f"factors: expected fewer than {self.features} (the features), got {self.factors}")
+        values, vectors = torch.linalg.eigh(torch.cov(x.mT, correction=0))
+        noise = values[:left].mean()
+        if not noise > self.features * torch.finfo(x.dtype).eps * values[-1]:
+            raise ValueError(f"x: expected rows that vary in more than {self.factors} directions, got no other")
+        loadings = vectors[:, left:] * (values[left:] - noise).clamp_min(0).sqrt()
+        self.loadings = loadings.flip(-1).to(self.loadings)
+        self.mean = x.mean(0).to(self.mean)
+        self.noise = noise.to(self.noise)
+        return self
+
+
+class Autoencoder(FactorModel):
+    r"""A deterministic autoencoder: the pair whose guide is a Delta at the encoder.
+
+    .. math::
+
+        p(z_n) \propto 1, \qquad x_n \mid z_n \sim \mathrm{N}(g(z_n), I), \qquad
+        q(z_n \mid x_n) = \delta(z_n - f(x_n))
+
+    The ELBO is :math:`-\tfrac12 \sum_n \lVert x_n - g(f(x_n)) \rVert^2` and a constant. The flat prior is
+    N(0, I) under a mask: it adds nothing to the ELBO, and without data z is drawn from N(0, I).
+
+    Args:
+        encoder: f, from rows (..., D) to (..., L). Default: ``nn.Linear``.
+        decoder: g, from codes (..., L) to (..., D). Default: ``nn.Linear``.
+
+    The rest are those of :class:`FactorModel`, and so are the sites.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__(features, factors)
+        self.encoder = nn.Linear(self.features, self.factors) if encoder is None else encoder
+        self.decoder = nn.Linear(self.factors, self.features) if decoder is None else decoder
+        check_network("encoder", self.encoder, self.features, self.factors)
+        check_network("decoder", self.decoder, self.factors, self.features)
+
+    def prior(self) -> dist.TorchDistribution:
+        """Flat, and where it is drawn from N(0, I); an event (L,)."""
+        return super().prior().mask(False)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of codes (..., L), an event (D,)."""
+        return dist.Normal(self.decode(z), 1.0).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """The code of each row (..., D), with certainty; an event (L,)."""
+        return dist.Delta(self.encode(x), event_dim=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (..., L) of rows (..., D)."""
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rows (..., D) of codes (..., L)."""
+        return self.decoder(z)

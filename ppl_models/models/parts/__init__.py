@@ -1,0 +1,1 @@
+"""Distributions and networks that pairs are built from."""

@@ -1,0 +1,240 @@
+r"""Discriminative classifiers: Bayesian logistic regression and a small Bayesian neural network.
+
+.. math:: w \sim \mathrm{N}(0, s^2), \qquad y_n \mid x_n \sim \mathrm{Categorical}(\mathrm{softmax}(f_w(x_n)))
+
+The twins of naive Bayes (Ng and Jordan 2002, "On Discriminative vs. Generative Classifiers"): they model y
+given x, and x is an input, not a site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from ppl_models.models.checks import check_labels, check_matrix
+from ppl_models.models.pair import Pair, rows_plate
+
+Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Classifier(Pair):
+    """What the two share: the labels of rows given scores of their classes.
+
+    Args:
+        features: Number of features D, or their names.
+        classes: Number of classes K, or their names.
+        guide: From the model to a guide: AutoNormal (the default), AutoDelta, AutoMultivariateNormal, ...
+
+    Data: x (N, D), y (N,) integers.
+
+    A subclass samples its weights and gives the scores of the classes (..., N, K), or for two classes
+    their log odds (..., N, 1).
+    """
+
+    scores: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, guide: Guide = AutoNormal
+    ) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        self.classes = self.name_dimension("classes", classes)
+        if self.classes < 2:
+            raise ValueError(f"classes: expected at least two, got {self.classes}")
+        self.guide = guide(self.model)
+
+    def model(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score the weights and the labels; return the labels."""
+        logits = self.scores(x)
+        with rows_plate(x, size, rows):
+            if self.classes > 2:
+                return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+            return pyro.sample("y", dist.Bernoulli(logits=logits[..., 0]), obs=None if y is None else y.to(x.dtype))
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D) and y its labels."""
+        check_matrix("x", x, self.features)
+        if y is not None:
+            check_labels("y", y, len(x), self.classes, missing=False)
+
+
+class LogisticRegression(Classifier):
+    r"""Bayesian logistic regression, binary or multiclass.
+
+    .. math::
+
+        w \sim \mathrm{N}(0, s^2), \qquad b \sim \mathrm{N}(0, t^2), \qquad
+        y_n \sim \mathrm{Categorical}(\mathrm{softmax}(W x_n + b))
+
+    For two classes the softmax is the logistic function of one score. The posterior's mode equals
+    scikit-learn's LogisticRegression(C=s**2) as t grows (it does not penalise the intercept).
+
+    Args:
+        scale: s, prior standard deviation of a weight, per unit of x.
+        intercept_scale: t, prior standard deviation of an intercept.
+
+    The rest are those of :class:`Classifier`. Sites: weights (D,) or (K, D), intercept () or (K,), y.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        classes: int | Sequence[str] = 2,
+        *,
+        scale: float = 1.0,
+        intercept_scale: float = 10.0,
+        guide: Guide = AutoNormal,
+    ) -> None:
+        super().__init__(features, classes, guide=guide)
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("intercept_scale", torch.tensor(float(intercept_scale)))
+        self.dims = {"weights": ("classes", "features")[self.classes == 2 :], "intercept": ("classes",)}
+
+    def scores(self, x: Tensor) -> Tensor:
+        outputs = () if self.classes == 2 else (self.classes,)
+        weights = normal("weights", self.scale, (*outputs, self.features))
+        intercept = normal("intercept", self.intercept_scale, outputs)
+        if self.classes == 2:
+            weights, intercept = weights.unsqueeze(-2), intercept.unsqueeze(-1)
+        return affine(x, weights, intercept)
+
+    def moments(self, x: Tensor, y: Tensor, *, draws: int = 200_000) -> dict[str, tuple[Tensor, Tensor]]:
+        """Posterior mean and standard deviation of each site by importance sampling.
+
+        The proposal is a multivariate t around the mode; the result is independent of any guide or chain.
+
+        Raises:
+            ArithmeticError: Fewer than 5,000 effective draws: the posterior is too far from a t.
+        """
+        outputs = 1 if self.classes == 2 else self.classes
+        inputs = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        scales = torch.cat([self.scale.expand(self.features), self.intercept_scale.expand(1)]).to(x.dtype)
+
+        def density(theta: Tensor) -> Tensor:
+            theta = theta.unflatten(-1, (outputs, -1))
+            logits = inputs @ theta.mT
+            logits = torch.cat([torch.zeros_like(logits), logits], -1) if outputs == 1 else logits
+            fit = logits.log_softmax(-1).gather(-1, y.long().expand(logits.shape[:-1])[..., None]).sum((-1, -2))
+            return fit - (theta**2 / (2 * scales**2)).sum((-1, -2))
+
+        mean, sd = _importance_moments(density, outputs * len(scales), draws, x)
+        mean, sd = mean.view(outputs, -1), sd.view(outputs, -1)
+        take = (lambda v: v[0]) if self.classes == 2 else (lambda v: v)
+        return {
+            "weights": (take(mean)[..., :-1], take(sd)[..., :-1]),
+            "intercept": (take(mean)[..., -1], take(sd)[..., -1]),
+        }
+
+
+class NeuralClassifier(Classifier):
+    r"""A Bayesian neural network with one hidden layer of tanh units.
+
+    .. math::
+
+        f_w(x) = V \tanh(U x + a) + b, \qquad
+        U, V \sim \mathrm{N}(0, s^2 / \text{inputs}), \qquad a, b \sim \mathrm{N}(0, s^2)
+
+    Args:
+        hidden: Number of hidden units H.
+        scale: s, prior standard deviation of a unit's input.
+
+    The rest are those of :class:`Classifier`. Sites: hidden_weights (H, D), hidden_bias (H,),
+    output_weights (K, H), output_bias (K,), y; with two classes K is 1 there. The posterior has a mode for
+    every permutation and sign of the hidden units: compare predictions, not weights.
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        classes: int | Sequence[str] = 2,
+        *,
+        hidden: int = 10,
+        scale: float = 1.0,
+        guide: Guide = AutoNormal,
+    ) -> None:
+        super().__init__(features, classes, guide=guide)
+        self.hidden = self.name_dimension("units", hidden)
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.dims = {
+            "hidden_weights": ("units", "features"),
+            "hidden_bias": ("units",),
+            "output_weights": ("outputs", "units"),
+            "output_bias": ("outputs",),
+        }
+
+    def scores(self, x: Tensor) -> Tensor:
+        outputs = 1 if self.classes == 2 else self.classes
+        u = normal("hidden_weights", self.scale / math.sqrt(self.features), (self.hidden, self.features))
+        a = normal("hidden_bias", self.scale, (self.hidden,))
+        v = normal("output_weights", self.scale / math.sqrt(self.hidden), (outputs, self.hidden))
+        b = normal("output_bias", self.scale, (outputs,))
+        return affine(affine(x, u, a).tanh(), v, b)
+
+
+def normal(name: str, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sample weights N(0, scale^2) of a shape, all of it one event."""
+    return pyro.sample(name, dist.Normal(torch.zeros_like(scale), scale).expand(shape).to_event(len(shape)))
+
+
+def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """x (..., N, inputs) times weights (..., outputs, inputs), plus bias (..., outputs): (..., N, outputs).
+
+    Weights of S draws come as (S, 1, outputs, inputs), the 1 standing for the rows: the product puts them there.
+    """
+    if weights.dim() > 2:
+        weights = weights.squeeze(-3)
+    return x @ weights.mT + bias
+
+
+def _importance_moments(
+    density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: float = 30.0
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a log-concave density by importance sampling from a t at its mode."""
+    mode = torch.zeros(size, dtype=like.dtype, requires_grad=True)
+    optimiser = torch.optim.LBFGS([mode], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -density(mode)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # The mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
+        rounds = [draws // 4] * 5 + [draws]
+        while rounds:
+            count = rounds.pop(0)
+            scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
+            proposal = dist.MultivariateStudentT(torch.tensor(freedom, dtype=like.dtype), mean, scale)
+            theta = proposal.sample(torch.Size([count]))
+            parts = theta.split(max(1, 2_000_000 // len(like)))
+            weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)
+            mean = weights @ theta
+            covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
+            effective = float(1 / (weights**2).sum())
+            if effective > count / 5:
+                # Near enough: what remains is the last round, with all draws.
+                rounds = rounds[-1:] if count < draws else []
+    if effective < 5000:
+        raise ArithmeticError(
+            f"importance sampling: {effective:.0f} effective draws of {count}, expected at least 5000"
+        )
+    return mean, covariance.diagonal().sqrt()

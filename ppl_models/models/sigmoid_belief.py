@@ -1,0 +1,277 @@
+r"""Sigmoid belief nets: layers of binary causes, each drawn given the layer above it.
+
+.. math::
+
+    z_{nL} \sim \mathrm{Bernoulli}(\sigma(b_L)), \qquad
+    z_{nk} \mid z_{n,k+1} \sim \mathrm{Bernoulli}(\sigma(W_k z_{n,k+1} + b_k)), \qquad
+    x_n \mid z_{n1} \sim \mathrm{Bernoulli}(\sigma(W_0 z_{n1} + b_0))
+
+The **sigmoid belief net** (Neal 1992) has a free mean-field guide: probabilities of its own for every row. The
+**Helmholtz machine** (Dayan et al. 1995) is the same model with a recognition network as guide, which reads any row.
+
+References: Neal 1992, "Connectionist learning of belief networks"; Saul, Jaakkola and Jordan 1996 for the mean field;
+Dayan, Hinton, Neal and Zemel 1995, "The Helmholtz machine"; Hinton, Dayan, Frey and Neal 1995, "The wake-sleep
+algorithm for unsupervised neural networks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+from ppl_models.models.checks import check_binary, check_matrix
+from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.parts.networks import mlp
+
+LARGEST = 2**26
+"""Numbers that a table of an exact answer may hold."""
+
+
+class SigmoidBeliefNet(Pair):
+    r"""A sigmoid belief net with a free mean-field guide.
+
+    The guide's log odds come to be, one for each row and unit, when it first sees data: :math:`q(z_n) = \prod_{ku}
+    \mathrm{Bernoulli}(\sigma(\lambda_{nku}))`.
+
+    Args:
+        features: Number of features D, or their names.
+        layers: Units of each layer of causes, from x upwards.
+
+    Data: x (N, D), zeros and ones. Sites: z_1 (units,), ..., z_L and x (D,) of every row, 0 or 1.
+
+    Raises:
+        ValueError: A layer has no units; x is not binary; or the guide meets another number of rows.
+
+    Example:
+        >>> pair = SigmoidBeliefNet(4, layers=(2,))
+        >>> x = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+        >>> pair.model(size=3).shape, pair.log_evidence(x).shape, pair.posterior(x).shape
+        (torch.Size([3, 4]), torch.Size([1]), torch.Size([1, 4]))
+    """
+
+    def __init__(self, features: int | Sequence[str], layers: Sequence[int] = (200, 200)) -> None:
+        super().__init__()
+        self.features = self.name_dimension("features", features)
+        if not layers or min(layers) < 1:
+            raise ValueError(f"layers: expected at least one layer of at least one unit, got {tuple(layers)}")
+        self.layers = tuple(layers)
+        self.sites = tuple(f"z_{k}" for k, _ in enumerate(layers, 1))
+        widths = (self.features, *layers)
+        self.weights = nn.ParameterList(nn.init.xavier_uniform_(torch.empty(a, b)) for a, b in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(units) for units in widths)
+        self.dims = {"x": ("features",)}
+        self.dims |= {name: (f"units_{k}",) for k, name in enumerate(self.sites, 1)}
+
+    def model(
+        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Draw or score layers, from the top, and rows; return x."""
+        with rows_plate(x, size, rows):
+            logits = self.biases[-1]
+            for k in range(len(self.layers), 0, -1):
+                logits = self._below(k, pyro.sample(f"z_{k}", binary(logits)))
+            return pyro.sample("x", binary(logits), obs=x)
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """Every unit of every row with a probability of its own."""
+        count = len(x) if size is None else size
+        with rows_plate(x, size, rows):
+            for name, units in zip(self.sites, self.layers, strict=True):
+                logits = self._own(f"{name}_logits", count, units)
+                pyro.sample(name, binary(logits if rows is None else logits[rows.long()]))
+
+    def conditional(self, site: str, values: Mapping[str, Tensor]) -> Generator[Tensor, Tensor, None]:
+        r"""Log weights (..., rows, 2) of the states of one unit after another, given all else.
+
+        .. math:: \mathrm{logit}\, p(z_u = 1 \mid \cdot) = a_u + \sum_i \big( y_i W_{iu}
+            - \mathrm{softplus}(c_i + W_{iu}) + \mathrm{softplus}(c_i) \big)
+
+        with y the layer below, a what the layer above sends, and c what the other units of the layer send down. For
+        ``Gibbs``, which sends each unit's new state back.
+        """
+        k = self.sites.index(site) + 1
+        z, below = values[site], values["x" if k == 1 else f"z_{k - 1}"]
+        prior = self.biases[k] if k == len(self.layers) else self._below(k + 1, values[f"z_{k + 1}"])
+        weight = self.weights[k - 1]
+        drive = self._below(k, z)
+        # The linear part of all units at once; only the rest changes as units are drawn.
+        odds = prior + below @ weight
+        for u, column in enumerate(weight.mT):
+            off = drive - z[..., u, None] * column
+            on = off + column
+            weights = odds[..., u] - (softplus(on) - softplus(off)).sum(-1)
+            state = yield torch.stack([torch.zeros_like(weights), weights], -1)
+            drive = off + state[..., None] * column
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Exact log p(x) of rows (N, D), all states of all layers summed out: (N,).
+
+        Raises:
+            ValueError: The layers have too many states.
+        """
+        prior, emission = self._enumerated(x)
+        return torch.logsumexp(emission + prior, -1)
+
+    def posterior(self, x: Tensor) -> Tensor:
+        r"""Exact p(z | x) of rows (N, D): (N, 2^units of z_1, ..., 2^units of z_L), in the order of :func:`states`.
+
+        Raises:
+            ValueError: The layers have too many states.
+        """
+        self._check_size(len(x) * 2 ** sum(self.layers), sum(self.layers))
+        joint = self._emission(x)
+        for k, (below, above) in enumerate(pairwise(self.layers), 2):
+            table = self._scores(k, states(below, self.origin), states(above, self.origin))
+            joint = joint[..., None] + table
+        top = states(self.layers[-1], self.origin)
+        joint = joint + binary(self.biases[-1]).log_prob(top)
+        return joint.flatten(1).softmax(-1).reshape(joint.shape)
+
+    def marginals(self, x: Tensor) -> dict[str, Tensor]:
+        """Exact probability of each unit (N, units) given rows (N, D), by site.
+
+        Raises:
+            ValueError: The layers have too many states.
+        """
+        posterior, found = self.posterior(x), {}
+        for k, (name, units) in enumerate(zip(self.sites, self.layers, strict=True), 1):
+            alone = posterior.movedim(k, 1).reshape(len(x), 2**units, -1).sum(-1)
+            found[name] = alone @ states(units, self.origin)
+        return found
+
+    @torch.no_grad()
+    def centre(self, x: Tensor) -> None:
+        """Start the biases of x from the log odds of its features' means over rows (N, D)."""
+        self.biases[0].copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
+
+    @torch.no_grad()
+    def fantasies(self, size: int) -> Tensor:
+        """Means of x (size, D) given causes drawn from the model."""
+        logits = self.biases[-1].expand(size, -1)
+        for k in range(len(self.layers), 0, -1):
+            logits = self._below(k, logits.sigmoid().bernoulli())
+        return logits.sigmoid()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Means of the rows (..., D) of the top layer (..., units), through the means of those below."""
+        for k in range(len(self.layers), 0, -1):
+            z = self._below(k, z).sigmoid()
+        return z
+
+    @property
+    def origin(self) -> Tensor:
+        """A tensor of the type and device of the parameters."""
+        return self.biases[0]
+
+    def check(self, x: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a binary (rows, D)."""
+        if x is not None:
+            check_matrix("x", x, self.features)
+            check_binary("x", x)
+
+    def _below(self, k: int, z: Tensor) -> Tensor:
+        """Log odds that layer k (..., units) sends to the one below it."""
+        return linear(z, self.weights[k - 1], self.biases[k - 1])
+
+    def _own(self, name: str, count: int, units: int) -> Tensor:
+        """A parameter for each row and unit."""
+        if name not in self._parameters:
+            setattr(self, name, nn.Parameter(torch.zeros_like(self.origin).new_zeros(count, units)))
+        value: Tensor = getattr(self, name)
+        if len(value) != count:
+            raise ValueError(f"x: expected the {len(value)} rows that the guide knows, got {count}")
+        return value
+
+    def _emission(self, x: Tensor) -> Tensor:
+        """log p(x | z_1) of rows (N, D), (N, 2^units)."""
+        return self._scores(1, x, states(self.layers[0], self.origin))
+
+    def _scores(self, k: int, below: Tensor, above: Tensor) -> Tensor:
+        """Log probability of states of the layer below layer k, (B, units), given states of k, (A, units): (B, A)."""
+        logits = self._below(k, above)
+        return below @ logits.mT - softplus(logits).sum(-1)
+
+    def _enumerated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(z_1), (2^units,), and log p(x | z_1), (N, 2^units)."""
+        for below, above in ((0, self.layers[0]), *pairwise(self.layers)):
+            self._check_size(2 ** (below + above), below + above)
+        self._check_size(len(x) * 2 ** self.layers[0], self.layers[0])
+        prior = binary(self.biases[-1]).log_prob(states(self.layers[-1], self.origin))
+        for k in range(len(self.layers), 1, -1):
+            scores = self._scores(k, *(states(self.layers[j], self.origin) for j in (k - 2, k - 1)))
+            prior = torch.logsumexp(scores + prior, -1)
+        return prior, self._emission(x)
+
+    def _check_size(self, numbers: int, units: int) -> None:
+        if numbers > LARGEST:
+            raise ValueError(
+                f"layers: exact answers over {units} units need {float(numbers):.1e} numbers, expected at most "
+                f"{float(LARGEST):.1e}; use log_evidence, whose samples need no table, or sample with kernel=Gibbs"
+            )
+
+
+class HelmholtzMachine(SigmoidBeliefNet):
+    r"""A sigmoid belief net with a recognition network as guide, whose layers run the other way.
+
+    .. math:: q(z \mid x) = \prod_k \mathrm{Bernoulli}(z_k \mid \sigma(R_k z_{k-1} + c_k)), \qquad z_0 = x
+
+    Args:
+        baseline: Width of the hidden layer of a network that predicts the learning signal of each layer from x, for
+            ``TraceGraph_ELBO`` (Mnih and Gregor 2014, NVIL); 0: none.
+
+    The rest are those of :class:`SigmoidBeliefNet`.
+    """
+
+    def __init__(self, features: int | Sequence[str], layers: Sequence[int] = (200, 200), *, baseline: int = 0) -> None:
+        super().__init__(features, layers)
+        widths = (self.features, *layers)
+        self.recognition = nn.ParameterList(nn.init.xavier_uniform_(torch.empty(b, a)) for a, b in pairwise(widths))
+        self.thresholds = nn.ParameterList(torch.zeros(units) for units in layers)
+        self.baselines = nn.ModuleList(mlp(self.features, baseline, 1) for _ in layers) if baseline else None
+
+    def guide(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        observations: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """The layers of each row, from the bottom."""
+        below = x if observations is None else observations["x"]
+        with rows_plate(x, size, rows):
+            for k, name in enumerate(self.sites):
+                distribution = binary(linear(below, self.recognition[k], self.thresholds[k]))
+                below = pyro.sample(name, distribution, infer=self._baseline(k, x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means of the top layer (..., units) of rows (..., D), through the means of those below."""
+        for weight, threshold in zip(self.recognition, self.thresholds, strict=True):
+            x = linear(x, weight, threshold).sigmoid()
+        return x
+
+    def _baseline(self, k: int, x: Tensor) -> Any:
+        if self.baselines is None:
+            return {}
+        network = self.baselines[k]
+        return {"baseline": {"nn_baseline": lambda rows: network(rows)[..., 0], "nn_baseline_input": x}}
+
+
+def binary(logits: Tensor) -> dist.TorchDistribution:
+    """Independent units of zeros and ones with log odds (..., units), as an event."""
+    # The check of x has seen that it is binary; torch's own reads every draw back.
+    return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+
+
+def states(units: int, like: Tensor) -> Tensor:
+    """All states of so many binary units, (2^units, units), counting in binary, the first unit slowest."""
+    count = torch.arange(2**units, device=like.device)
+    return (count[:, None] >> torch.arange(units - 1, -1, -1, device=like.device) & 1).to(like.dtype)

@@ -1,0 +1,346 @@
+r"""Variational autoencoders: a few hidden causes of every row, decoded and encoded by networks.
+
+.. math:: z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid z_n \sim p(x \mid g(z_n)), \qquad
+    q(z_n \mid x_n) = \mathrm{N}(f_\mu(x_n), \mathrm{diag}(f_\sigma(x_n))^2)
+
+Reference: Kingma and Welling 2014, "Auto-Encoding Variational Bayes" (https://arxiv.org/abs/1312.6114).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroParam
+from torch import Tensor, nn
+
+from ppl_models.models.checks import check_known_labels, check_labels, count_of, known_labels
+from ppl_models.models.linear_factors import FactorModel
+from ppl_models.models.pair import rows_plate
+from ppl_models.models.parts.labels import one_hot
+from ppl_models.models.parts.networks import check_network, mlp
+
+LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "gaussian")
+
+
+class VAE(FactorModel):
+    r"""A variational autoencoder.
+
+    Args:
+        features: Number of features D, or their names.
+        factors: Number of factors L, or their names.
+        likelihood: ``bernoulli``: x in [0, 1], a density only for zeros and ones; ``continuous_bernoulli``: x in
+            [0, 1] (Loaiza-Ganem and Cunningham 2019); ``gaussian``: any x, with one noise variance that is learnt.
+        hidden: Widths of the hidden layers of both networks, from x to z.
+        encoder: From rows (..., D) to means and log standard deviations (..., 2 L) of the guide. Default: tanh layers.
+        decoder: From factors (..., L) to logits, or means, of the rows (..., D). Default: tanh layers.
+        extra: Further inputs of both networks, which a subclass appends to x and to z.
+
+    Data: x (N, D). Sites: z (L,) and x (D,) of every row.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> pair = VAE(features=6, factors=2, hidden=(4,))
+        >>> pair.model(size=3).shape, pair.encode(torch.zeros(3, 6)).shape, pair.decode(torch.zeros(2)).shape
+        (torch.Size([3, 6]), torch.Size([3, 2]), torch.Size([6]))
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        *,
+        likelihood: str = "bernoulli",
+        hidden: Sequence[int] = (200, 200),
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        extra: int = 0,
+    ) -> None:
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+        super().__init__(features, factors)
+        widths = self.features, *hidden
+        read, coded = self.features + extra, self.factors + extra
+        self.encoder = mlp(read, *hidden, 2 * self.factors) if encoder is None else encoder
+        self.decoder = mlp(coded, *reversed(widths)) if decoder is None else decoder
+        check_network("encoder", self.encoder, read, 2 * self.factors)
+        check_network("decoder", self.decoder, coded, self.features)
+        self.kind = likelihood
+        if likelihood == "gaussian":
+            self.noise: Any = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of factors (..., L), an event (D,)."""
+        out = self.decoder(z)
+        if self.kind == "gaussian":
+            return dist.Normal(out, self.noise.sqrt()).to_event(1)
+        if self.kind == "continuous_bernoulli":
+            return dist.ContinuousBernoulli(logits=out).to_event(1)
+        # Grey pixels are taken, as everybody takes them: the check of x has seen that they lie in [0, 1].
+        return dist.Bernoulli(logits=out, validate_args=False).to_event(1)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) of rows (..., D), an event (L,)."""
+        return normal(self.encoder(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means of the factors (..., L) of rows (..., D)."""
+        return self.encoder(x).chunk(2, -1)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Means of the rows (..., D) of factors (..., L)."""
+        return self.likelihood(z).mean
+
+    def active(self, x: Tensor, *, least: float = 0.01) -> Tensor:
+        r"""Active factors (L,): :math:`\mathrm{Var}_n(\mathrm{E}_q[z \mid x_n]) > 0.01` (Burda et al. 2016)."""
+        return self.encode(x).var(0) > least
+
+    def check(self, x: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D), of pixels in [0, 1] unless the likelihood is Gaussian."""
+        super().check(x)
+        if x is not None and self.kind != "gaussian" and bool(((x < 0) | (x > 1)).any()):
+            wrong = x[(x < 0) | (x > 1)][0].item()
+            raise ValueError(f"x: expected pixels in [0, 1] for a {self.kind} likelihood, got {wrong:g}")
+
+
+class SemiSupervisedVAE(VAE):
+    r"""M2: a VAE with a label beside its factors, for data of which few rows are labelled.
+
+    .. math::
+
+        y_n \sim \mathrm{Categorical}(1/K), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
+        q(y_n, z_n \mid x_n) = q(y_n \mid x_n) \, \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
+
+    The guide enumerates missing labels, for ``TraceEnum_ELBO``; at a known label it is certain. A known label also
+    teaches the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
+
+    Args:
+        classes: Number of classes K, or their names.
+        auxiliary: :math:`\alpha`, the weight of that term for each labelled row.
+        classifier: From rows (..., D) to logits (..., K). Default: tanh layers.
+
+    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+
+    Data: x (N, D); y (N,), floats with nan where the label is missing. Sites: y, z (L,), x (D,) of every row.
+
+    Reference: Kingma, Rezende, Mohamed and Welling 2014, "Semi-Supervised Learning with Deep Generative Models"
+    (https://arxiv.org/abs/1406.5298).
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        classes: int | Sequence[str],
+        *,
+        hidden: Sequence[int] = (500,),
+        auxiliary: float = 50.0,
+        classifier: nn.Module | None = None,
+        **shared: Any,
+    ) -> None:
+        count = count_of(classes)
+        if count < 2:
+            raise ValueError(f"classes: expected at least two, got {count}")
+        if not auxiliary >= 0:
+            raise ValueError(f"auxiliary: expected zero or a positive number, got {auxiliary}")
+        super().__init__(features, factors, hidden=hidden, extra=count, **shared)
+        self.classes = self.name_dimension("classes", classes)
+        self.auxiliary = auxiliary
+        self.classifier = mlp(self.features, *hidden, self.classes) if classifier is None else classifier
+        check_network("classifier", self.classifier, self.features, self.classes)
+        self.register_buffer("even", torch.zeros(self.classes))
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score labels, factors and rows; return x."""
+        with rows_plate(x, size, rows):
+            label = pyro.sample("y", dist.Categorical(logits=self.even))
+            z = pyro.sample("z", self.prior())
+            if y is not None:
+                # A wrong label is impossible: chains and likelihoods sum over the right one alone.
+                agrees = y.isnan() | (label == y)
+                pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(self.even))
+            if x is not None and y is not None and self.auxiliary:
+                self._teach(x, y)
+            return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> None:
+        """The label of each row, certain where it is known, and its factors."""
+        with rows_plate(x, size, rows):
+            logits = self.classifier(x)
+            if y is not None:
+                certain = one_hot(y, self.classes, logits.dtype).log()
+                logits = torch.where(y.isnan()[..., None], logits, certain)
+            label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("z", self.posterior(beside(x, label, self.classes)))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """q(y | x) of rows (..., D): probabilities of the classes (..., K)."""
+        return self.classifier(x).softmax(-1)
+
+    def _teach(self, x: Tensor, y: Tensor) -> None:
+        known = ~y.isnan()
+        score = dist.Categorical(logits=self.classifier(x)).log_prob(y.nan_to_num().long())
+        pyro.factor("taught", self.auxiliary * torch.where(known, score, 0.0))
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x fits the likelihood and y, if given, its rows, as floats."""
+        super().check(x)
+        if y is not None:
+            check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=True)
+            if not y.is_floating_point():
+                raise ValueError("y: expected floats, with nan where the label is missing, got integers")
+
+
+class ConditionalVAE(VAE):
+    r"""A VAE of x given a label, which both networks read: the factors hold what the label leaves open.
+
+    .. math::
+
+        z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
+        q(z_n \mid x_n, y_n) = \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
+
+    Args:
+        classes: Number of classes K, or their names.
+
+    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+
+    Data: x (N, D) and y (N,), integers; to draw rows of given labels, y alone. Sites: z (L,), x (D,) of every row.
+
+    Reference: Sohn, Lee and Yan 2015, "Learning Structured Output Representation using Deep Conditional Generative
+    Models".
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: int | Sequence[str],
+        classes: int | Sequence[str],
+        **shared: Any,
+    ) -> None:
+        count = count_of(classes)
+        super().__init__(features, factors, extra=count, **shared)
+        self.classes = self.name_dimension("classes", classes)
+
+    def model(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        size: int | None = None,
+        rows: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Draw or score factors and rows of the labels; return x."""
+        y = known_labels(y)
+        with rows_plate(y, size, rows):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(beside(z, y, self.classes)), obs=x)
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> None:
+        """The factors of each row, given its label."""
+        with rows_plate(x, size, rows):
+            pyro.sample("z", self.posterior(beside(x, known_labels(y), self.classes)))
+
+    def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x fits the likelihood and y has a class for every row."""
+        super().check(x)
+        check_known_labels(x, y, self.classes)
+
+
+class HierarchicalVAE(VAE):
+    r"""A VAE with a chain of stochastic layers: causes of causes.
+
+    .. math::
+
+        z_{K} \sim \mathrm{N}(0, I), \qquad z_{k} \mid z_{k+1} \sim \mathrm{N}(g_k(z_{k+1})), \qquad
+        x \mid z_1 \sim p(x \mid g(z_1)), \qquad
+        q(z \mid x) = q(z_1 \mid x) \prod_k q(z_{k+1} \mid z_k)
+
+    Args:
+        factors: Number of factors of each layer, from x upwards: at least two layers.
+        between: Widths of the hidden layers of the networks between two stochastic layers.
+
+    The rest are those of :class:`VAE`. Sites: z_1 (L_1,), ..., z_K (L_K,) and x (D,) of every row. ``encode`` and
+    ``decode`` go from x to the top layer and back by the means of the layers between.
+
+    Reference: Burda, Grosse and Salakhutdinov 2016, whose two layers are (100, 50), between them (100, 100).
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[str],
+        factors: Sequence[int] = (100, 50),
+        *,
+        between: Sequence[int] = (100, 100),
+        **shared: Any,
+    ) -> None:
+        if len(factors) < 2 or min(factors) < 1:
+            raise ValueError(f"factors: expected at least two layers of at least one factor, got {tuple(factors)}")
+        super().__init__(features, factors[0], **shared)
+        layers = {f"z_{k}": (f"factors_{k}",) for k, _ in enumerate(factors, 1)}
+        self.dims = {"x": ("features",), **layers}
+        self.factors = factors[-1]
+        self.origin = torch.zeros(self.factors)
+        self.rising = nn.ModuleList(mlp(a, *between, 2 * b) for a, b in pairwise(factors))
+        self.falling = nn.ModuleList(mlp(b, *reversed(between), 2 * a) for a, b in pairwise(factors))
+
+    def model(
+        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """Draw or score layers, from the top, and rows; return x."""
+        with rows_plate(x, size, rows):
+            z = pyro.sample(f"z_{len(self.falling) + 1}", self.prior())
+            for k in range(len(self.falling), 0, -1):
+                z = pyro.sample(f"z_{k}", normal(self.falling[k - 1](z)))
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+        """The layers of each row, from the bottom."""
+        with rows_plate(x, size, rows):
+            z = pyro.sample("z_1", self.posterior(x))
+            for k, network in enumerate(self.rising, 2):
+                z = pyro.sample(f"z_{k}", normal(network(z)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Means of the top layer (..., L_K) of rows (..., D), through the means of those below."""
+        z = super().encode(x)
+        for network in self.rising:
+            z = network(z).chunk(2, -1)[0]
+        return z
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Means of the rows (..., D) of the top layer (..., L_K), through the means of those below."""
+        for network in reversed(self.falling):
+            z = network(z).chunk(2, -1)[0]
+        return super().decode(z)
+
+
+def normal(out: Tensor) -> dist.TorchDistribution:
+    """A network's output (..., 2 L), means and log standard deviations, as a normal event (L,)."""
+    loc, log_scale = out.chunk(2, -1)
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+def beside(left: Tensor, label: Tensor, classes: int) -> Tensor:
+    """Rows (..., W) with their labels (...) in one-hot form after them, (..., W + K)."""
+    code = one_hot(label, classes, left.dtype)
+    shape = torch.broadcast_shapes(left.shape[:-1], code.shape[:-1])
+    return torch.cat([left.expand(*shape, -1), code.expand(*shape, -1)], -1)
