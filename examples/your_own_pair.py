@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference import Comparison, compare, fit, sample
 from ppl_models import load
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 
 
 class RobustRegression(Pair):
@@ -35,7 +35,7 @@ class RobustRegression(Pair):
         nu = pyro.sample("nu", dist.Gamma(x.new_tensor(2.0), 0.1))
         s = pyro.sample("s", dist.HalfNormal(x.new_tensor(1.0)))
         w = pyro.sample("w", dist.Normal(torch.zeros_like(x[0]), 1.0).to_event(1))
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             pyro.sample("y", dist.StudentT(nu, (x * w).sum(-1), s), obs=y)
 
     def guide(self, x: Tensor, **_: Tensor) -> None:

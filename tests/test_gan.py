@@ -231,7 +231,7 @@ def test_the_surface_is_what_the_discriminator_says() -> None:
     shown = pictures.odds(axes, pair, x)
     # The ends of the line of one half, which is straight here.
     line = shown.get_paths()[10].vertices
-    held = pair.judge(torch.as_tensor(line).float()).probs.detach()
+    held = pair.discriminate(torch.as_tensor(line).float()).probs.detach()
     assert float((held - 0.5).abs().min()) < 0.01 and float(held.min()) > 0.49 and float(held.max()) < 0.56
     with pytest.raises(ValueError, match="pair: expected 2 features and no packs, got 2 and packs of 3"):
         pictures.odds(axes, GAN(2, 2, pack=3), x)

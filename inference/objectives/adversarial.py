@@ -206,7 +206,7 @@ class Adversarial(Game):
                 "are left out, or the rows are poor; try a pack of several rows, a penalty or r1, or more steps."
             )
 
-    def verdict(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
+    def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
         """The log odds of all rows; free, those of real ones, for the model's parameters always reach the others."""
         halves = (False, True) if still else (True,)
         return sum((self._half(model, guide, named, real, still=still).odds.sum() for real in halves), torch.zeros(()))

@@ -59,7 +59,7 @@ class Game(ELBO):
         self._players: dict[tuple[Any, Any], Players] = {}
 
     @abstractmethod
-    def verdict(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
+    def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
         """What depends on the guide's parameters, and on those alone where all that it reads is held (``still``)."""
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Game(ELBO):
         """Whose the parameters are: found once for a model and a guide."""
         if (model, guide) not in self._players:
             with preserved_rng(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
-                held, free = (self.verdict(model, guide, named, still=still) for still in (True, False))
+                held, free = (self.guide_score(model, guide, named, still=still) for still in (True, False))
             params = unconstrained(capture.trace)
             reached = _reached(held, params)
             if not reached:

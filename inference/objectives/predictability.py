@@ -52,7 +52,7 @@ class Predictability(Game):
     ) -> None:
         super().__init__(bound, weight, turns)
 
-    def verdict(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
+    def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
         """Log density of the units, each given the others."""
         trace = self._predicted(guide, named, still=still)
         site = trace.nodes[SITE]
@@ -60,7 +60,7 @@ class Predictability(Game):
 
     def losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], players: Players) -> list[Tensor]:
         """Losses of the predictors and of the model."""
-        found = self.verdict(model, guide, named, still=False)
+        found = self.guide_score(model, guide, named, still=False)
         return [-found, self.weight * found]
 
     def _predicted(self, guide: Any, named: Any, *, still: bool = False) -> Any:

@@ -32,7 +32,7 @@ from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
 from ppl_models.models.checks import check_matrix
-from ppl_models.models.pair import Pair, continuous, nothing, rows_plate
+from ppl_models.models.pair import Pair, continuous, nothing
 from ppl_models.models.parts.bif import read_bif
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -157,13 +157,11 @@ class BayesianNetwork(Pair):
         """Free parameters: of each row of a table, its states less one."""
         return sum(self._rows(n) * (len(self.states[n]) - 1) for n in self.names)
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None) -> Tensor:
         """Draw or score tables and rows; return x."""
         with poutine.mask(mask=self.prior):
             tables = {name: self._table(name) for name in self.order}
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             values: dict[str, Tensor] = {}
             for name in self.order:
                 probs = rows_by_label(tables[name], self._configuration(name, values))

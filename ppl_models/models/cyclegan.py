@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import check_matrix
 from ppl_models.models.gan import Leaky
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 from ppl_models.models.parts.networks import Residual, check_network, evaluation, mlp
 
 
@@ -72,13 +72,10 @@ class CycleGAN(Pair):
         a: Tensor,
         b: Tensor,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         real: bool | None = None,
-        **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """Rows of both domains: the data, or each made of the other and led back; return them."""
-        with rows_plate(a, size, rows):
+        with self.rows(a):
             with pyro.plate("domains", 2, dim=-2):
                 y = pyro.sample("real", dist.Bernoulli(torch.full((), 0.5).to(a)))
             made = (a, b) if real else (self.back(b), self.there(a))
@@ -91,9 +88,9 @@ class CycleGAN(Pair):
                 pyro.sample("cycle_b", dist.Laplace(self.there(made[0]), self.scale).to_event(1), obs=b)
         return made
 
-    def guide(self, a: Tensor, b: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, a: Tensor, b: Tensor) -> None:
         """Whether each row of each domain is real."""
-        with rows_plate(a, size, rows), pyro.plate("domains", 2, dim=-2):
+        with self.rows(a), pyro.plate("domains", 2, dim=-2):
             pyro.sample("real", dist.Bernoulli(logits=torch.stack([self.of_a(a)[..., 0], self.of_b(b)[..., 0]])))
 
     @torch.no_grad()

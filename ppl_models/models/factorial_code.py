@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import count_of
 from ppl_models.models.linear_factors import Autoencoder
-from ppl_models.models.pair import rows_plate
 from ppl_models.models.parts.networks import mlp
 
 
@@ -90,13 +88,10 @@ class FactorialCode(Autoencoder):
         self,
         x: Tensor,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         predict: bool = False,
-        **_: Any,
     ) -> None:
         """The code of each row; if asked, each unit of it as the others predict it."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             z = pyro.sample("z", self.posterior(x))
             if predict:
                 pyro.sample("predicted", dist.Normal(self.predictors(z), 1.0).to_event(1), obs=z)

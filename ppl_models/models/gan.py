@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.models.checks import check_count, check_known_labels, check_matrix, count_of, known_labels
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 from ppl_models.models.parts.networks import check_network, evaluation, mlp
 from ppl_models.models.vae import beside, normal
 
@@ -37,7 +37,7 @@ class Leaky(nn.LeakyReLU):
         super().__init__(0.2)
 
 
-class Judged(Pair):
+class AdversarialPair(Pair):
     """What adversarial pairs share: the site ``real``, and a discriminator of rows or of packs of them.
 
     In either half ``real`` is known to model and guide, as an argument, so that neither computes the other half.
@@ -53,9 +53,9 @@ class Judged(Pair):
         self.discriminator = mlp(pack * reads, *hidden, 1, activation=Leaky) if given is None else given
         check_network("discriminator", self.discriminator, pack * reads, 1)
 
-    def _count(self, x: Tensor | None, size: int | None) -> int:
+    def _count(self, x: Tensor | None) -> int:
         """Rows at hand: whole packs."""
-        at_hand = size if x is None else len(x)
+        at_hand = self.minibatch.size if x is None else len(x)
         if at_hand is None:
             raise ValueError("size: expected the number of rows to draw when x is not given, got None")
         self._check_packs(at_hand)
@@ -65,22 +65,20 @@ class Judged(Pair):
         if rows < self.pack:
             raise ValueError(f"x: expected at least {self.pack} rows at a time (pack), got {rows}")
 
-    def _plates(self, x: Tensor | None, size: int | None, rows: Tensor | None) -> tuple[Any, Any]:
+    def _plates(self, x: Tensor | None) -> tuple[Any, Any]:
         """The plate of ``real``, and that of rows."""
-        count = self._count(x, size)
+        count, (size, rows) = self._count(x), self.minibatch
         if self.pack == 1:
-            each = rows_plate(x, size, rows)
+            each = self.rows(x)
             return each, each
         whole = count if rows is None else (size or count)
         packs = torch.arange(count // self.pack, device=None if x is None else x.device)
         several = pyro.plate("packs", whole // self.pack, subsample=packs, dim=-1)
         return several, pyro.plate("rows", whole, subsample=None if rows is None else rows[:count].long(), dim=-1)
 
-    def _rows(
+    def _real_or_generated(
         self,
         x: Tensor | None,
-        size: int | None,
-        rows: Tensor | None,
         real: bool | None,
         draw: Callable[[int], Tensor],
         *,
@@ -88,8 +86,8 @@ class Judged(Pair):
     ) -> Tensor:
         """Where rows come from, and the rows: of the data, or drawn within their plate; without data all are drawn."""
         given = x if like is None else like
-        packs, each = self._plates(given, size, rows)
-        count = self._count(given, size)
+        packs, each = self._plates(given)
+        count = self._count(given)
         with packs:
             y = None if x is None else pyro.sample("real", dist.Bernoulli(torch.full((), 0.5).to(x)))
         with each:
@@ -101,21 +99,19 @@ class Judged(Pair):
                 made = torch.where(y.repeat_interleave(self.pack, -1)[..., None] == 1, x[:count], draw(count))
             return pyro.deterministic("x", made, event_dim=1)
 
-    def _verdict(
+    def _discriminate(
         self,
         x: Tensor,
-        size: int | None,
-        rows: Tensor | None,
         read: Callable[[Tensor], Sequence[Tensor]] = lambda x: (x,),
     ) -> None:
         """Whether each row, or pack of rows, is real, by what is read of it within the plate of rows."""
-        packs, each = self._plates(x, size, rows)
+        packs, each = self._plates(x)
         with each:
-            seen = read(x[: self._count(x, size)])
+            seen = read(x[: self._count(x)])
         with packs:
-            pyro.sample("real", self.judge(*seen))
+            pyro.sample("real", self.discriminate(*seen))
 
-    def judge(self, *read: Tensor) -> dist.TorchDistribution:
+    def discriminate(self, *read: Tensor) -> dist.TorchDistribution:
         """q(real) of what is read of rows, each (N, width)."""
         seen = torch.cat(read, -1)
         if self.pack > 1:
@@ -123,7 +119,7 @@ class Judged(Pair):
         return dist.Bernoulli(logits=self.discriminator(seen)[..., 0])
 
 
-class GAN(Judged):
+class GAN(AdversarialPair):
     r"""A generator and a discriminator.
 
     Args:
@@ -169,17 +165,14 @@ class GAN(Judged):
         self,
         x: Tensor | None = None,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         real: bool | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw where rows come from, and those that do not come from the data, which are all without them; return x."""
-        return self._rows(x, size, rows, real, self.draw)
+        return self._real_or_generated(x, real, self.draw)
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """Whether each row, or pack of rows, is real."""
-        self._verdict(x, size, rows)
+        self._discriminate(x)
 
     def draw(self, count: int) -> Tensor:
         """Draw noise and generate rows (count, D) of it, within the plate of rows."""
@@ -205,7 +198,7 @@ class GAN(Judged):
             raise ValueError(f"scale: expected a positive number, got {scale}")
 
         def model(x: Tensor, *, size: int | None = None, rows: Tensor | None = None) -> None:
-            with rows_plate(x, size, rows):
+            with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
                 z = pyro.sample("z", self.prior())
                 pyro.sample("x", dist.Normal(self.generator(z), scale).to_event(1), obs=x)
 
@@ -241,10 +234,7 @@ class ConditionalGAN(GAN):
         x: Tensor | None = None,
         y: Tensor | None = None,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         real: bool | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw where rows come from, and those that do not come from the data, each of its label; return x."""
         labels = known_labels(y)
@@ -252,14 +242,12 @@ class ConditionalGAN(GAN):
         def draw(count: int) -> Tensor:
             return self.generator(beside(pyro.sample("z", self.prior()), labels[:count], self.classes))
 
-        return self._rows(x, size, rows, real, draw, like=labels)
+        return self._real_or_generated(x, real, draw, like=labels)
 
-    def guide(
-        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> None:
+    def guide(self, x: Tensor, y: Tensor | None = None) -> None:
         """Whether each row, or pack of rows, is a real one of its label."""
         labels = known_labels(y)
-        self._verdict(x, size, rows, lambda x: (beside(x, labels[: len(x)], self.classes),))
+        self._discriminate(x, lambda x: (beside(x, labels[: len(x)], self.classes),))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, y: Tensor | None = None) -> Tensor:
@@ -315,7 +303,7 @@ class InfoGAN(GAN):
         c = pyro.sample("c", dist.Categorical(logits=torch.zeros(self.codes).to(self.origin)))
         return self.generator(beside(pyro.sample("z", self.prior()), c, self.codes))
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """The code of each row, and whether it, or its pack, is real."""
 
         def read(x: Tensor) -> Sequence[Tensor]:
@@ -323,7 +311,7 @@ class InfoGAN(GAN):
             pyro.sample("c", dist.Categorical(logits=self.reader(seen)), infer={"is_auxiliary": True})
             return (seen,)
 
-        self._verdict(x, size, rows, read)
+        self._discriminate(x, read)
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, c: Tensor | None = None) -> Tensor:
@@ -363,9 +351,9 @@ class BiGAN(GAN):
         self.encoder = mlp(self.features, *hidden, 2 * noise, activation=Leaky) if encoder is None else encoder
         check_network("encoder", self.encoder, self.features, 2 * noise)
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """The noise of each row, and whether row and noise, or a pack of them, are real."""
-        self._verdict(x, size, rows, lambda x: (x, pyro.sample("z", normal(self.encoder(x)))))
+        self._discriminate(x, lambda x: (x, pyro.sample("z", normal(self.encoder(x)))))
 
     def encode(self, x: Tensor) -> Tensor:
         """Means of the noise (..., L) of rows (..., D)."""

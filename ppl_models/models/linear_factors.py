@@ -23,7 +23,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from ppl_models.models.checks import check_matrix
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 from ppl_models.models.parts.networks import check_network
 
 
@@ -49,17 +49,15 @@ class FactorModel(Pair):
         self.register_buffer("origin", torch.zeros(self.factors))
         self.dims = {"z": ("factors",), "x": ("features",)}
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None) -> Tensor:
         """Draw or score factors and rows; return x."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z), obs=x)
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """The factors of each row."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             pyro.sample("z", self.posterior(x))
 
     def prior(self) -> dist.TorchDistribution:

@@ -29,7 +29,7 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from ppl_models.models.checks import check_binary, check_labels, check_matrix
-from ppl_models.models.pair import Pair, continuous, rows_plate
+from ppl_models.models.pair import Pair, continuous
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -91,16 +91,12 @@ class Mixture(Pair):
         self,
         x: Tensor | None = None,
         z: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""
         with poutine.mask(mask=self.prior):
             weights = pyro.sample("weights", dist.Dirichlet(self.concentration))
             parameters = self.draw_parameters()
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             z = pyro.sample("z", dist.Categorical(logits=weights.clamp_min(1e-30).log()), obs=z)
             return pyro.sample("x", self.likelihood(*(rows_by_label(p, z) for p in parameters)), obs=x)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
 from ppl_models.models.checks import check_binary, check_labels, check_matrix
-from ppl_models.models.pair import Pair, continuous, rows_plate
+from ppl_models.models.pair import Pair, continuous
 from ppl_models.models.parts.distributions import Counts, LabelledGaussians, Labels, Occurrences
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -78,17 +78,13 @@ class NaiveBayes(Pair):
         self,
         x: Tensor | None = None,
         y: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score weights, class parameters, labels and rows; return x."""
         with poutine.mask(mask=self.prior):
             weights = pyro.sample("weights", dist.Dirichlet(self.concentration))
             with pyro.plate("classes", self.classes, dim=-1):
                 parameters = self.draw_parameters()
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             y = draw_labels(weights, y)
             return pyro.sample("x", self.likelihood(*parameters, labels=y, x=x), obs=x)
 

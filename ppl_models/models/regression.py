@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from ppl_models.models.checks import check_labels, check_matrix
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -54,14 +54,10 @@ class Classifier(Pair):
         self,
         x: Tensor,
         y: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score the weights and the labels; return the labels."""
         logits = self.scores(x)
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             if self.classes > 2:
                 return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
             return pyro.sample("y", dist.Bernoulli(logits=logits[..., 0]), obs=None if y is None else y.to(x.dtype))

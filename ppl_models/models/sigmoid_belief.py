@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from ppl_models.models.checks import check_binary, check_matrix
-from ppl_models.models.pair import Pair, rows_plate
+from ppl_models.models.pair import Pair
 from ppl_models.models.parts.networks import mlp
 
 LARGEST = 2**26
@@ -69,23 +69,20 @@ class SigmoidBeliefNet(Pair):
         self.dims = {"x": ("features",)}
         self.dims |= {name: (f"units_{k}",) for k, name in enumerate(self.sites, 1)}
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None) -> Tensor:
         """Draw or score layers, from the top, and rows; return x."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             logits = self.biases[-1]
             for k in range(len(self.layers), 0, -1):
                 logits = self._below(k, pyro.sample(f"z_{k}", binary(logits)))
             return pyro.sample("x", binary(logits), obs=x)
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """Every unit of every row with a probability of its own."""
-        count = len(x) if size is None else size
-        with rows_plate(x, size, rows):
+        count = self.minibatch.size or len(x)
+        with self.rows(x) as rows:
             for name, units in zip(self.sites, self.layers, strict=True):
-                logits = self._own(f"{name}_logits", count, units)
-                pyro.sample(name, binary(logits if rows is None else logits[rows.long()]))
+                pyro.sample(name, binary(self._own(f"{name}_logits", count, units)[rows]))
 
     def conditional(self, site: str, values: Mapping[str, Tensor]) -> Generator[Tensor, Tensor, None]:
         r"""Log weights (..., rows, 2) of the states of one unit after another, given all else.
@@ -240,14 +237,11 @@ class HelmholtzMachine(SigmoidBeliefNet):
         self,
         x: Tensor,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         observations: Mapping[str, Tensor] | None = None,
-        **_: Any,
     ) -> None:
         """The layers of each row, from the bottom."""
         below = x if observations is None else observations["x"]
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             for k, name in enumerate(self.sites):
                 distribution = binary(linear(below, self.recognition[k], self.thresholds[k]))
                 below = pyro.sample(name, distribution, infer=self._baseline(k, x))

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import check_known_labels, check_labels, count_of, known_labels
 from ppl_models.models.linear_factors import FactorModel
-from ppl_models.models.pair import rows_plate
 from ppl_models.models.parts.labels import one_hot
 from ppl_models.models.parts.networks import check_network, mlp
 
@@ -160,13 +159,9 @@ class SemiSupervisedVAE(VAE):
         self,
         x: Tensor | None = None,
         y: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score labels, factors and rows; return x."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             label = pyro.sample("y", dist.Categorical(logits=self.even))
             z = pyro.sample("z", self.prior())
             if y is not None:
@@ -177,11 +172,9 @@ class SemiSupervisedVAE(VAE):
                 self._teach(x, y)
             return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)
 
-    def guide(
-        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> None:
+    def guide(self, x: Tensor, y: Tensor | None = None) -> None:
         """The label of each row, certain where it is known, and its factors."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             logits = self.classifier(x)
             if y is not None:
                 certain = one_hot(y, self.classes, logits.dtype).log()
@@ -241,22 +234,16 @@ class ConditionalVAE(VAE):
         self,
         x: Tensor | None = None,
         y: Tensor | None = None,
-        *,
-        size: int | None = None,
-        rows: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score factors and rows of the labels; return x."""
         y = known_labels(y)
-        with rows_plate(y, size, rows):
+        with self.rows(y):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(beside(z, y, self.classes)), obs=x)
 
-    def guide(
-        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> None:
+    def guide(self, x: Tensor, y: Tensor | None = None) -> None:
         """The factors of each row, given its label."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             pyro.sample("z", self.posterior(beside(x, known_labels(y), self.classes)))
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
@@ -302,19 +289,17 @@ class HierarchicalVAE(VAE):
         self.rising = nn.ModuleList(mlp(a, *between, 2 * b) for a, b in pairwise(factors))
         self.falling = nn.ModuleList(mlp(b, *reversed(between), 2 * a) for a, b in pairwise(factors))
 
-    def model(
-        self, x: Tensor | None = None, *, size: int | None = None, rows: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None) -> Tensor:
         """Draw or score layers, from the top, and rows; return x."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             z = pyro.sample(f"z_{len(self.falling) + 1}", self.prior())
             for k in range(len(self.falling), 0, -1):
                 z = pyro.sample(f"z_{k}", normal(self.falling[k - 1](z)))
             return pyro.sample("x", self.likelihood(z), obs=x)
 
-    def guide(self, x: Tensor, *, size: int | None = None, rows: Tensor | None = None, **_: Any) -> None:
+    def guide(self, x: Tensor) -> None:
         """The layers of each row, from the bottom."""
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             z = pyro.sample("z_1", self.posterior(x))
             for k, network in enumerate(self.rising, 2):
                 z = pyro.sample(f"z_{k}", normal(network(z)))

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ppl_models.models.checks import count_of
-from ppl_models.models.gan import Judged, normal_noise
+from ppl_models.models.gan import AdversarialPair, normal_noise
 from ppl_models.models.linear_factors import Autoencoder
 from ppl_models.models.parts.networks import evaluation, mlp
 from ppl_models.models.vae import VAE
 
 
-class WithLikelihood(Judged):
+class WithLikelihood(AdversarialPair):
     """What both share: run without ``real`` the pair is that of the class after this one; in a half it is judged.
 
     A subclass says what the model makes in the generated half, ``forge``, and what the guide reads of a row, ``read``.
@@ -33,29 +33,23 @@ class WithLikelihood(Judged):
         self,
         x: Tensor | None = None,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         real: bool | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score rows; in a half, hand over rows of the data, or what passes for them. Return x."""
         if real is None or x is None:
-            return super().model(x, size=size, rows=rows)
-        return self._rows(x, size, rows, real, lambda count: self.forge(x[:count]))
+            return super().model(x)
+        return self._real_or_generated(x, real, lambda count: self.forge(x[:count]))
 
     def guide(
         self,
         x: Tensor,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         real: bool | None = None,
-        **_: Any,
     ) -> None:
         """The latent sites of each row; in a half, whether it is real."""
         if real is None:
-            return super().guide(x, size=size, rows=rows)
-        return self._verdict(x, size, rows, self.read)
+            return super().guide(x)
+        return self._discriminate(x, self.read)
 
     def read(self, x: Tensor) -> Sequence[Tensor]:
         """What the discriminator sees of rows (N, D)."""

@@ -115,7 +115,7 @@ def odds(axes: Axes, pair: Any, x: Tensor, *, count: int = 500, seed: int = 0) -
     margin = 0.3 * (high - low)
     sides = [torch.linspace(float(a), float(b), 120) for a, b in zip(low - margin, high + margin, strict=True)]
     with torch.no_grad():
-        judged = pair.judge(torch.cartesian_prod(*sides).to(pair.origin)).probs.cpu().reshape(120, 120).T
+        judged = pair.discriminate(torch.cartesian_prod(*sides).to(pair.origin)).probs.cpu().reshape(120, 120).T
     filled = axes.contourf(*(s.numpy() for s in sides), judged.numpy(), levels=np.linspace(0, 1, 21), cmap="PuOr")
     for rows, colour, label in ((real, "black", "data"), (made, "tab:green", "generated")):
         axes.scatter(rows[:, 0].numpy(), rows[:, 1].numpy(), s=4, color=colour, label=label)

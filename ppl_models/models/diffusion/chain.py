@@ -32,7 +32,6 @@ from ppl_models.models.checks import check_count, check_known_labels, check_labe
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import path, signal_of
-from ppl_models.models.pair import rows_plate
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.networks import check_network, evaluation
 
@@ -171,14 +170,11 @@ class DiffusionChain(Noising):
         x: Tensor | None = None,
         y: Tensor | None = None,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         step: int | Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """Draw or score the chain from noise to rows, or one edge of it; return x."""
         y = self._labels(y)
-        with rows_plate(x if y is None else y, size, rows):
+        with self.rows(x if y is None else y):
             if step is not None:
                 return self._edge(x, y, step)
             z = pyro.sample(f"x_{self.steps}", self.prior())
@@ -191,14 +187,11 @@ class DiffusionChain(Noising):
         x: Tensor,
         y: Tensor | None = None,
         *,
-        size: int | None = None,
-        rows: Tensor | None = None,
         step: int | Tensor | None = None,
-        **_: Any,
     ) -> None:
         """Add noise, step by step; of one edge at once."""
         clean = self.scaled(x)
-        with rows_plate(x, size, rows):
+        with self.rows(x):
             if step is None:
                 z = clean
                 for t in range(1, self.steps + 1):
