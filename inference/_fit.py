@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import arviz as az
 import numpy as np
-import pandas as pd
 import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
@@ -28,12 +26,13 @@ from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
 from inference.compiler.step import numbers
 from inference.core.bound import BoundPair, bind, enumerate_finite
+from inference.core.checks import check_count, check_one_of, check_positive
+from inference.core.contracts import Objective
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
+from inference.diagnostics.convergence import pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws import engine
-from inference.objectives.adversarial import SITE
-from inference.result import STORED, Result, State, to_idata
+from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.steps import WINDOW, CompiledSteps, EagerSteps, Failure, by_adam
 
 TRACE_FROM, FUSE_FROM = 1000, 5000
@@ -112,7 +111,8 @@ def fit(
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
-    bound = replace(whole, data={**whole.data, **getattr(objective, "arguments", {})}, memo={})
+    probe = {} if objective is None else Objective.of(objective).probe
+    bound = replace(whole, data={**whole.data, **probe}, memo={})
     _check(
         bound,
         steps=steps,
@@ -126,7 +126,7 @@ def fit(
     started = perf_counter()
     with isolated(seed):
         chosen = _objective(bound, objective)
-        _check_likelihood(bound, chosen)
+        Objective.of(chosen).check(bound)
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         with subnormals_flushed():
@@ -227,7 +227,7 @@ def _plan(
     """How to take the steps: whole ones inside a program for the default optimizer, else the objective alone."""
     worth = "fused" if steps >= FUSE_FROM else "traced" if steps >= TRACE_FROM else "eager"
     mode = worth if compile == "auto" else "fused" if compile else "eager"
-    model = enumerate_finite(bound) if isinstance(objective, TraceEnum_ELBO) else bound.model
+    model = enumerate_finite(bound) if Objective.of(objective).sums_out else bound.model
     if optimizer is None:
         return by_adam(bound, model, objective, learning_rate, steps, mode, single=patience is not None)
     chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
@@ -242,8 +242,7 @@ def _objective(bound: BoundPair, chosen: ELBO | None) -> ELBO:
         return TraceGraph_ELBO() if discrete else Trace_ELBO()
     if not isinstance(chosen, ELBO):
         raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
-    summed = isinstance(chosen, TraceEnum_ELBO) or getattr(chosen, "likelihood_free", False)
-    if bound.enumerated and not summed:
+    if bound.enumerated and bound.observes and not Objective.of(chosen).sums_out:
         named, kind = ", ".join(bound.enumerated), type(chosen).__name__
         raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
     return chosen
@@ -260,20 +259,14 @@ def _check(
     learning_rate: float,
     compile: Any,
 ) -> None:
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
+    check_positive("learning_rate", learning_rate)
+    check_one_of("compile", compile, (True, False, "auto"))
     for name, value, least in (("steps", steps, 0), ("draws", draws, 1), ("patience", patience or 2, 2)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        check_count(name, value, least)
     if bound.guide is None:
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
-    if not bound.observes and SITE not in bound.sites:
-        given = ", ".join(bound.data) or "no data"
-        raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
     if batch is None:
         return
     if not bound.takes_rows:
@@ -282,51 +275,25 @@ def _check(
         raise ValueError(f"batch: expected 1 to {bound.rows} (the rows of the data), got {batch!r}")
 
 
-def _check_likelihood(bound: BoundPair, objective: ELBO) -> None:
-    if bound.observes or getattr(objective, "likelihood_free", False):
-        return
-    raise ValueError(
-        f"objective: {type(objective).__name__} needs a likelihood, and the model observes nothing: its number would "
-        "mean nothing; use Adversarial()"
-    )
-
-
 def _conclude(
-    bound: BoundPair, objective: ELBO, how: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
+    bound: BoundPair, objective: ELBO, execution: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
-    started, state = perf_counter(), State(bound.modules)
-    kind, bare = type(objective).__name__, not getattr(objective, "has_posterior", True)
-    method = kind if bare else f"SVI ({kind})"
-    attrs = {"method": method, "execution": how}
-    with state():
-        if bare:
-            posterior: dict[str, Tensor] = {}
-            idata = az.InferenceData(attrs=attrs)
-            diagnosis = Diagnosis(pd.DataFrame(), None, None, objective.advise(bound, losses))  # type: ignore[attr-defined]
-        else:
-            posterior, density = engine.sample_guide(bound, _affordable(bound, draws))
-            k = _pareto_k(bound, posterior, density)
-            found = local_latent_kl(bound)
-            idata = to_idata(bound, posterior, attrs=attrs)
-            diagnosis = diagnose(idata, k, found)
+    kind, asked = type(objective).__name__, Objective.of(objective)
+
+    def make() -> Posterior | Sequence[str]:
+        if not asked.has_posterior:
+            return asked.advise(bound, losses)
+        values, density = engine.sample_guide(bound, _affordable(bound, draws))
+        k = _pareto_k(bound, values, density)
+        return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
-        if bare:
+        if not asked.has_posterior:
             raise ValueError(f"draw: {kind} learns a model and no posterior; use prior_predictive, or the pair itself")
         return engine.sample_guide(bound, size)[0]
 
-    return Result(
-        idata=idata,
-        params=state.values(),
-        losses=losses,
-        seconds={**seconds, "draws": perf_counter() - started},
-        method=method,
-        diagnosis=diagnosis,
-        draws=posterior,
-        bound=bound,
-        state=state,
-        more=more,
-    )
+    method = f"SVI ({kind})" if asked.has_posterior else kind
+    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:

@@ -11,18 +11,17 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from pyro.infer import NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind
+from inference.core.checks import check_count, check_one_of
+from inference.core.contracts import Kernel
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import diagnose
-from inference.kernels.base import Batched
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
-from inference.result import Result, State, to_idata
+from inference.result import Posterior, Result, conclude
 from inference.runners.base import ChainRun, KernelFactory
 from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
@@ -97,9 +96,9 @@ def sample(
                 warnings.warn(f"{bound.name}: NUTS in place of ChEES, for it cannot be traced: {error}", stacklevel=2)
         factory = kernel or NUTS
         example = factory(partial(bound.model, **bound.arguments()))
-        if not isinstance(example, Gibbs):
+        if not Kernel.of(example).draws_finite:
             _check_summed(bound)
-        if isinstance(example, Batched):
+        if Kernel.of(example).batched:
             made = run_batched(bound, factory, draws, warmup, chains, compile, progress)
         else:
             made = run_processes(bound, factory, draws, warmup, chains, seed, compile, progress)
@@ -108,11 +107,9 @@ def sample(
 
 def _check(bound: BoundPair, factory: Any, compile: Any, **lengths: int | None) -> None:
     for name, least in (("draws", 4), ("warmup", 0), ("chains", 1)):
-        value = lengths[name]
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile: expected True, False or "auto", got {compile!r}')
+        if lengths[name] is not None:
+            check_count(name, lengths[name], least)
+    check_one_of("compile", compile, (True, False, "auto"))
     if factory is not None and (isinstance(factory, MCMCKernel) or not callable(factory)):
         kind = type(factory).__name__
         raise TypeError(f"kernel: expected a factory such as NUTS or partial(NUTS, ...), got an instance of {kind}")
@@ -142,22 +139,8 @@ def _check_summed(bound: BoundPair) -> None:
         raise ValueError(f"model: expected a continuous latent site to sample, got {named}; use kernel=Gibbs")
 
 
-def _conclude(bound: BoundPair, made: ChainRun, elapsed: float) -> Result:
-    started = perf_counter()
-    state = State(bound.modules)
-    draws = {n: made.draws[n] for n in bound.sites if n in made.draws}
-    attrs = {"method": made.method, "execution": made.execution, "restarted": made.restarted}
-    with state():
-        idata = to_idata(bound, draws, made.stats, chains=made.chains, attrs=attrs)
-    return Result(
-        idata=idata,
-        params=state.values(),
-        losses=np.zeros(0),
-        seconds={"setup": made.setup, "run": elapsed - made.setup, "draws": perf_counter() - started},
-        method=made.method,
-        diagnosis=diagnose(idata),
-        draws=draws,
-        bound=bound,
-        state=state,
-        more=made.more,
-    )
+def _conclude(bound: BoundPair, run: ChainRun, elapsed: float) -> Result:
+    draws = {n: run.draws[n] for n in bound.sites if n in run.draws}
+    posterior = Posterior(draws, run.chains, run.stats, attrs={"restarted": run.restarted})
+    seconds = {"setup": run.setup, "run": elapsed - run.setup}
+    return conclude(bound, lambda: posterior, run.more, seconds, method=run.method, execution=run.execution)

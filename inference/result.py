@@ -3,20 +3,22 @@ r"""What every method returns, and the one converter to ArviZ."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import arviz as az
 import numpy as np
+import pandas as pd
 import pyro
 import torch
 from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import Diagnosis
+from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.draws import engine
 
 STORED, SCORED = 20_000_000, 500_000_000
@@ -122,6 +124,72 @@ class Result:
         return f"{self.method} on {self.bound.name}: {made} in {took:.1f} s. {self.diagnosis}"
 
 
+@dataclass(frozen=True)
+class Posterior:
+    r"""Posterior draws and what they are judged by.
+
+    Attributes:
+        draws: Draws of the latent sites (chains * draws, \*shape), chains one after another.
+        chains: Number of chains.
+        stats: Statistics (chains, draws) of each transition; None without chains.
+        pareto_k: Pareto k of a guide against its model; None without a guide.
+        latent_kl: KL from the prior of each dimension of the latent sites in the plate of rows.
+        attrs: Further attributes of the InferenceData.
+    """
+
+    draws: dict[str, Tensor]
+    chains: int = 1
+    stats: Mapping[str, np.ndarray] | None = None
+    pareto_k: float | None = None
+    latent_kl: pd.DataFrame | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def conclude(
+    bound: BoundPair,
+    make: Callable[[], Posterior | Sequence[str]],
+    more: Callable[[int, int], dict[str, Tensor]],
+    seconds: Mapping[str, float],
+    *,
+    method: str,
+    execution: str,
+    losses: np.ndarray | None = None,
+) -> Result:
+    """Turn what a fit or chains have left in the parameter store into a Result.
+
+    Args:
+        bound: The pair and its data.
+        make: Makes the posterior from the parameters as they are now; a method without a posterior gives its advice.
+        more: From a number of draws and a seed to further draws.
+        seconds: ``setup`` and ``run``.
+        method: Name of the method, for tables.
+        execution: How it ran: ``eager``, ``traced`` or ``fused``.
+        losses: Loss of each step; None for chains.
+    """
+    started, state = perf_counter(), State(bound.modules)
+    attrs = {"method": method, "execution": execution}
+    with state():
+        made = make()
+        if isinstance(made, Posterior):
+            idata = to_idata(bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs})
+            diagnosis = diagnose(idata, made.pareto_k, made.latent_kl)
+        else:
+            idata = az.InferenceData(attrs=attrs)
+            diagnosis = Diagnosis(pd.DataFrame(), None, None, tuple(made))
+    return Result(
+        idata=idata,
+        params=state.values(),
+        losses=np.zeros(0) if losses is None else losses,
+        seconds={**seconds, "draws": perf_counter() - started},
+        method=method,
+        diagnosis=diagnosis,
+        draws=made.draws if isinstance(made, Posterior) else {},
+        bound=bound,
+        state=state,
+        more=more,
+    )
+
+
 def to_idata(
     bound: BoundPair,
     posterior: Mapping[str, Tensor],
@@ -207,7 +275,7 @@ def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, 
 
 def _dims(bound: BoundPair, name: str) -> list[str]:
     site = bound.sites[name]
-    named = list(bound.dims.get(name, ()))
+    named = list(bound.asked.dims.get(name, ()))
     event = len(site.shape) - site.batch
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
@@ -218,4 +286,4 @@ def _dims(bound: BoundPair, name: str) -> list[str]:
 
 def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
     used = {d for names in dims.values() for d in names}
-    return {k: list(v) for k, v in bound.coords.items() if k in used}
+    return {k: list(v) for k, v in bound.asked.coords.items() if k in used}

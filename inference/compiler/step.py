@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from inference.compiler.capture import LIBRARIES, Gradients, Untraceable, collect_gradients, traced
 from inference.compiler.fuse import fused
 from inference.compiler.passes import lift_constants
+from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -66,7 +67,7 @@ class Call:
     def key(self) -> tuple[Any, ...]:
         """Everything that is a constant of a program."""
         shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
-        own = tuple(_plain(self.objective).items())
+        own = tuple(Objective.of(self.objective).constants().items())
         return self.model, self.guide, shapes, self.static, own, torch.get_default_dtype()
 
     def run(self, tensors: list[Tensor]) -> Any:
@@ -76,11 +77,11 @@ class Call:
 
     def turns(self) -> dict[str, Any]:
         """Attributes that the objective says go round (``cycle``): each of their values has a program of its own."""
-        return {n: getattr(self.objective, n) for n in getattr(self.objective, "cycle", ())}
+        return {n: getattr(self.objective, n) for n in Objective.of(self.objective).cycle}
 
     def held(self) -> list[Tensor]:
         """Tensors that the objective keeps as attributes."""
-        return [v for v in vars(self.objective).values() if isinstance(v, Tensor)]
+        return Objective.of(self.objective).tensors()
 
 
 @dataclass(eq=False)
@@ -229,11 +230,11 @@ class TracedStep:
 
     def _trace(self) -> tuple[GraphModule, list[Tensor]]:
         call = self.call
-        before = _plain(call.objective)
+        before = Objective.of(call.objective).constants()
         with self.untouched(call):
             graph = traced(self._whole, *self.inputs(call))
             self._turned = call.turns()
-        changed = [k for k, v in _plain(call.objective).items() if before.get(k) != v]
+        changed = [k for k, v in Objective.of(call.objective).constants().items() if before.get(k) != v]
         vars(call.objective).update(before)
         if changed:
             raise Untraceable(f"the objective changes its attribute {changed[0]} at every step; keep it in a tensor")
@@ -374,10 +375,6 @@ def join_arguments(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...],
         return tree_unflatten(leaves, form.spec)
     count, names = form
     return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
-
-
-def _plain(objective: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(objective).items() if v is None or isinstance(v, int | float | str)}
 
 
 def numbers(losses: Any) -> list[float]:

@@ -8,7 +8,7 @@ data into one :class:`BoundPair`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import Any
@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from inference.core.contracts import Pair
 from inference.core.handlers import Uncondition, isolated
 
 
@@ -58,14 +59,18 @@ class BoundPair:
     guide: Callable[..., Any] | None
     data: dict[str, Any]
     takes_rows: bool
-    coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    asked: Pair
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> int:
         """Number of rows: the common first dimension of the data; 0 without data."""
         return next((len(v) for v in self.data.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Deterministic sites that bear the name of data: what a model without a likelihood generates."""
+        return tuple(n for n in self.select("deterministic") if n in self.data)
 
     @property
     def numel(self) -> int:
@@ -209,25 +214,25 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
     model, guide = _halves(pair)
     accepted, free = _parameters(model)
     named = _named(data, accepted)
-    unknown = [] if free else sorted(set(named) - set(accepted))
-    if unknown:
+    unknown = sorted(set(named) - set(accepted))
+    if unknown and not free:
         raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
     missing = [k for k, required in accepted.items() if required and k not in named]
     if missing:
         raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
     owner = pair if not isinstance(pair, tuple) else getattr(model, "__self__", model)
-    if hasattr(owner, "check"):
+    asked = Pair.of(owner)
+    if asked.rowwise:
         _same_length(named)
-        owner.check(**named)
+    asked.check(**named)
     return BoundPair(
         pair=pair,
         name=_name(pair),
-        model=model if free else _only(model, accepted),
+        model=_fitted(model),
         guide=None if guide is None else _fitted(guide),
         data=named,
         takes_rows={"size", "rows"} <= set(accepted),
-        coords=getattr(owner, "coords", {}),
-        dims=getattr(owner, "dims", {}),
+        asked=asked,
     )
 
 
@@ -277,8 +282,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
     parameters = parameters_of(function).values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
-    free = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return named, free
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[..., Any]:
@@ -289,10 +293,10 @@ def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[.
     return call
 
 
-def _fitted(guide: Callable[..., Any]) -> Callable[..., Any]:
-    if any(p.kind is p.VAR_KEYWORD for p in parameters_of(guide).values()):
-        return guide
-    return _only(guide, _parameters(guide)[0])
+def _fitted(half: Callable[..., Any]) -> Callable[..., Any]:
+    """The half, called by name with what it takes of the data."""
+    named, free = _parameters(half)
+    return half if free else _only(half, named)
 
 
 def _named(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from inference.core.bound import BoundPair, bind
+from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import isolated
 from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
@@ -165,12 +166,12 @@ def log_evidence(
     """
     bound = _bind(pair, data)
     _check(bound, estimator, start, reverse, latents, step_size)
-    _check_counts(
-        k=k, chains=chains, temperatures=temperatures, leapfrogs=leapfrogs, batch=1 if batch is None else batch
-    )
+    counts = {"k": k, "chains": chains, "temperatures": temperatures, "leapfrogs": leapfrogs, "batch": batch or 1}
+    for name, value in counts.items():
+        check_count(name, value)
     with isolated(seed), _state(pair, bound)():
-        if estimator == "exact" and hasattr(bound.pair, "log_evidence"):
-            values = bound.pair.log_evidence(**bound.data).double()
+        if estimator == "exact" and bound.asked.log_evidence is not None:
+            values = bound.asked.log_evidence(**bound.data).double()
             return Evidence(values, torch.zeros_like(values), "exact")
         if estimator == "importance":
             return _over(probe(bound, True), partial(_importance, k=k), "lower", min(k, WIDE), k, batch, progress)
@@ -298,10 +299,8 @@ def _state(pair: Any, bound: BoundPair) -> State:
 def _check(
     bound: BoundPair, estimator: str, start: str, reverse: bool, latents: Draws | None, step_size: float
 ) -> None:
-    if estimator not in ("exact", "importance", "annealed"):
-        raise ValueError(f'estimator: expected "exact", "importance" or "annealed", got {estimator!r}')
-    if start not in ("prior", "guide"):
-        raise ValueError(f'start: expected "prior" or "guide", got {start!r}')
+    check_one_of("estimator", estimator, ("exact", "importance", "annealed"))
+    check_one_of("start", start, ("prior", "guide"))
     if not bound.rows:
         raise ValueError("data: expected at least one row, got none")
     if bound.guide is None and (estimator == "importance" or (estimator, start) == ("annealed", "guide")):
@@ -309,14 +308,7 @@ def _check(
     if reverse != (latents is not None) or (reverse and estimator != "annealed"):
         got = f"reverse={reverse}, {'no latents' if latents is None else 'latents'} and {estimator}"
         raise ValueError(f"reverse: expected annealed with the latents that the data were simulated from, got {got}")
-    if not step_size > 0:
-        raise ValueError(f"step_size: expected a positive number, got {step_size!r}")
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    check_positive("step_size", step_size)
 
 
 def _check_finite(rows: LocalLatents) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
-from inference.kernels.base import Batched
+from inference.core.contracts import BatchedKernel
 from inference.kernels.metric import DENSE, learn, spread
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
@@ -50,7 +50,7 @@ TRIES = 100
 """Redraws of starts whose density is not finite, as many as Pyro makes."""
 
 
-class ChEES(Batched):
+class ChEES(BatchedKernel):
     r"""Hamiltonian Monte Carlo of many chains at once, tuned across them.
 
     In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second

@@ -25,8 +25,8 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import bind
+from inference.core.contracts import BatchedKernel, Pair
 from inference.draws import engine
-from inference.kernels.base import Batched
 from inference.kernels.chees import ChEES
 
 Turns = Generator[Tensor, Tensor, None]
@@ -54,7 +54,7 @@ class Units:
         return value.reshape(*value.shape[: self.batch + 1], self.count, *self.states.shape[1:])
 
 
-class Gibbs(Batched):
+class Gibbs(BatchedKernel):
     r"""Gibbs sampling of every finite latent site; ChEES-HMC moves the continuous ones given these.
 
     A transition is one sweep over the finite sites and one Hamiltonian trajectory. Finite sites are drawn, and not
@@ -89,6 +89,7 @@ class Gibbs(Batched):
     """
 
     block = 1
+    draws_finite = True
 
     def __init__(
         self,
@@ -105,6 +106,11 @@ class Gibbs(Batched):
         self.jit_compile, self._settings = jit_compile, settings
         self._rest: ChEES | None = None
         super().__init__()
+
+    def adopt(self, pair: Pair) -> None:
+        """Take the exact conditionals of a pair that has them, unless others were given."""
+        if self.conditional is None:
+            self.conditional = pair.conditional
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -251,8 +257,8 @@ class Gibbs(Batched):
         count = len(next(iter(values.values())))
 
         def run(draws: Mapping[str, Tensor], number: int | None) -> dict[str, Tensor]:
-            lift_constants = engine.lift(self._bound, self._bound.model, draws, number)
-            trace = poutine.trace(lift_constants).get_trace()
+            function = engine.lift(self._bound, self._bound.model, draws, number)
+            trace = poutine.trace(function).get_trace()
             return {"": engine.contract(trace, engine.sample_names(trace), list(keep), number)}
 
         return engine.run_draws(self._bound, dict(values), run, count)[""]

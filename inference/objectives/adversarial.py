@@ -36,9 +36,10 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from inference.core.bound import BoundPair
+from inference.core.checks import check_not_negative
 from inference.core.handlers import StopGradient
 from inference.diagnostics.two_sample import MODE_SHARE, coverage
-from inference.objectives.game import Game, Players, by_name, check_weights, takes
+from inference.objectives.game import Game, Players, by_name, takes
 
 SITE = "real"
 """The site y: whether a row is of the data."""
@@ -153,7 +154,7 @@ class Adversarial(Game):
             raise ValueError("activated: expected a bound, into which generated rows are taken, got none")
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        check_weights(penalty=penalty, r1=r1, information_weight=information_weight)
+        check_not_negative(penalty=penalty, r1=r1, information_weight=information_weight)
         if isinstance(information, str):
             raise ValueError(f"information: expected names of sites, such as ({information!r},), got {information!r}")
         super().__init__(bound, weight, turns)

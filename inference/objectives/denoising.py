@@ -11,6 +11,7 @@ References: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239), the sim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
+from inference.core.bound import BoundPair
+from inference.core.checks import check_not_negative
+from inference.core.contracts import Objective
 from inference.draws.kl import kl_by_site
-from inference.objectives.game import check_weights, takes
+from inference.objectives.game import takes
 
 
-class Denoising(Trace_ELBO):
+class Denoising(Trace_ELBO, Objective):
     r"""Minus the bound of a chain, or its simple loss, at a random edge of each row.
 
     .. math::
@@ -68,6 +72,8 @@ class Denoising(Trace_ELBO):
 
     has_posterior = False
     """The guide is a noise without parameters: there is no posterior to show."""
+    probe: Mapping[str, Any] = {"step": 1}
+    """The whole chain may be too long to run on all rows."""
 
     def __init__(
         self, steps: int, *, simple: bool = False, bound: float | None = None, importance: bool = False
@@ -75,15 +81,13 @@ class Denoising(Trace_ELBO):
         if not isinstance(steps, int) or steps < 2:
             raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
         bound = (0.0 if simple else 1.0) if bound is None else bound
-        check_weights(bound=bound)
+        check_not_negative(bound=bound)
         if not (simple or bound):
             raise ValueError("bound: expected a positive weight where there is no simple loss, got 0")
         if importance and simple:
             raise ValueError("importance: expected the bound, got simple, whose steps are uniform")
         super().__init__()
         self.steps, self.simple, self.weight, self.importance = steps, simple, bound, importance
-        self.arguments = {"step": 1}
-        """What a model is looked at with: its whole chain may be too long to run on all rows."""
         self.cost, self.seen = torch.ones(steps + 2), torch.zeros(steps + 2)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -104,7 +108,6 @@ class Denoising(Trace_ELBO):
         if not takes(model, "step"):
             raise ValueError("model: Denoising expected an argument step of model and guide, got none")
         like = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-        self._check_steps(model)
         step, weight = self.draw(len(like), like.device)
         traces = next(self._get_traces(model, guide, args, {**kwargs, "step": step}))
         loss, cost = torch.zeros(()), torch.zeros(())
@@ -116,13 +119,12 @@ class Denoising(Trace_ELBO):
             loss = loss + self.weight * (scale * weight * cost).sum()
         return loss, step, cost.detach()
 
-    def _check_steps(self, model: Any) -> None:
-        """Raise if the model is that of a pair with another number of steps."""
-        while model is not None:
-            own = getattr(getattr(model, "__self__", None), "steps", self.steps)
-            if own != self.steps:
-                raise ValueError(f"steps: expected {own}, those of the pair, got {self.steps}")
-            model = getattr(model, "__wrapped__", None)
+    def check(self, bound: BoundPair) -> None:
+        """Raise a ValueError unless the pair has the number of steps of this objective."""
+        super().check(bound)
+        steps = getattr(bound.pair, "steps", self.steps)
+        if steps != self.steps:
+            raise ValueError(f"steps: expected {steps}, those of the pair, got {self.steps}")
 
     def draw(self, rows: int, device: Any = None) -> tuple[Tensor, Tensor]:
         """Steps of rows (N,), and their weights beside T + 1: one for uniform steps."""

@@ -19,7 +19,9 @@ from pyro.infer.util import torch_item
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
-from inference.core.bound import parameters_of, unconstrained
+from inference.core.bound import BoundPair, parameters_of, unconstrained
+from inference.core.checks import check_not_negative
+from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 
 
@@ -31,7 +33,7 @@ class Players:
     encodes: bool
 
 
-class Game(ELBO):
+class Game(Objective):
     """What objectives of two players share.
 
     Args:
@@ -46,17 +48,21 @@ class Game(ELBO):
         weight: float = 1.0,
         turns: tuple[int, int] | None = None,
     ) -> None:
-        check_weights(weight=weight)
+        check_not_negative(weight=weight)
         if turns is not None and (len(turns) != 2 or any(not isinstance(t, int) or t < 1 for t in turns)):
             raise ValueError(f"turns: expected steps of the guide and of the model, each at least 1, got {turns!r}")
         super().__init__()
         self.bound = bound() if callable(bound) and not isinstance(bound, ELBO) else bound
-        self.likelihood_free = self.bound is None
-        self.has_posterior = not self.likelihood_free
+        self.has_posterior = self.bound is not None
         self.weight, self.turns, self.turn = weight, turns, 0
         self.cycle = ("turn",) if turns else ()
         self.latest = torch.zeros(0)
         self._players: dict[tuple[Any, Any], Players] = {}
+
+    def check(self, bound: BoundPair) -> None:
+        """Raise a ValueError when a bound is to be descended and the model observes nothing."""
+        if self.bound is not None:
+            super().check(bound)
 
     @abstractmethod
     def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
@@ -150,13 +156,6 @@ def _reached(value: Tensor, params: Mapping[str, Tensor]) -> frozenset[str]:
         return frozenset()
     found = torch.autograd.grad(value, list(params.values()), allow_unused=True, retain_graph=True)
     return frozenset(n for n, g in zip(params, found, strict=True) if g is not None)
-
-
-def check_weights(**weights: float) -> None:
-    """Raise unless all are zero or positive."""
-    for name, value in weights.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
 
 
 def takes(function: Any, name: str) -> bool:

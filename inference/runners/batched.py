@@ -14,7 +14,6 @@ from torch import Tensor
 
 from inference.compiler.potential import worth_fusing
 from inference.core.bound import BoundPair
-from inference.kernels.gibbs import Gibbs
 from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
 
 LEAPFROGS = 4
@@ -38,8 +37,7 @@ def run_batched(
     """Run a ``Batched`` kernel."""
     started = perf_counter()
     kernel: Any = factory(partial(bound.model, **bound.arguments()))
-    if isinstance(kernel, Gibbs) and kernel.conditional is None:
-        kernel.conditional = getattr(bound.pair, "conditional", None)
+    kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     threads = 1 if chains * bound.numel < SMALL else torch.get_num_threads()

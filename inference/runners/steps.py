@@ -23,6 +23,7 @@ from inference.compiler.capture import Untraceable
 from inference.compiler.objective import Compiled
 from inference.compiler.update import Adam
 from inference.core.bound import BoundPair, unconstrained
+from inference.core.contracts import Objective
 from inference.optim import Joint
 from inference.result import dotted
 
@@ -218,7 +219,7 @@ def by_adam(
     bound: BoundPair, model: Any, objective: ELBO, rate: float, steps: int, mode: str, single: bool = False
 ) -> EagerSteps | CompiledSteps:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it on a half cosine."""
-    if mode == "fused" and not getattr(objective, "cycle", ()):
+    if mode == "fused" and not Objective.of(objective).cycle:
         return CompiledSteps(bound, model, Compiled(objective, fuse=False), rate, steps, single)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR
     optimizer = Joint(

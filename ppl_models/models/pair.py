@@ -59,6 +59,7 @@ class Pair(PyroModule):
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
+    rowwise = True
 
     def __init__(self) -> None:
         super().__init__()

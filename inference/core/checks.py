@@ -1,0 +1,33 @@
+"""Checks of arguments: one form of error, ``name: expected ..., got ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a ValueError unless the value is an integer and at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ValueError unless the value is a number above zero."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_not_negative(**values: Any) -> None:
+    """Raise a ValueError unless all values are numbers from zero."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
+
+
+def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise a ValueError unless the value is one of those known."""
+    known = list(known)
+    if not any(value is k or (value == k and type(value) is type(k)) for k in known):
+        shown = [f'"{k}"' if isinstance(k, str) else str(k) for k in known]
+        raise ValueError(f"{name}: expected {', '.join(shown[:-1])} or {shown[-1]}, got {value!r}")
