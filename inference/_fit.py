@@ -31,7 +31,7 @@ from inference.core.contracts import Objective
 from inference.core.handlers import isolated
 from inference.diagnostics.convergence import pareto_k
 from inference.diagnostics.latents import local_latent_kl
-from inference.draws import engine
+from inference.draws import scoring
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.steps import WINDOW, CompiledSteps, EagerSteps, Failure, by_adam
 
@@ -283,14 +283,14 @@ def _conclude(
     def make() -> Posterior | Sequence[str]:
         if not asked.has_posterior:
             return asked.advise(bound, losses)
-        values, density = engine.sample_guide(bound, _affordable(bound, draws))
+        values, density = scoring.sample_guide(bound, _affordable(bound, draws))
         k = _pareto_k(bound, values, density)
         return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         if not asked.has_posterior:
             raise ValueError(f"draw: {kind} learns a model and no posterior; use prior_predictive, or the pair itself")
-        return engine.sample_guide(bound, size)[0]
+        return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
     return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
@@ -320,7 +320,7 @@ def _pareto_k(bound: BoundPair, posterior: dict[str, Tensor], density: Tensor) -
         return None
     judged = {n: v[:affordable] for n, v in posterior.items()}
     try:
-        return pareto_k(engine.log_joint(bound, judged) - density[:affordable])
+        return pareto_k(scoring.log_joint(bound, judged) - density[:affordable])
     except ValueError as error:
         warnings.warn(f"{bound.name}: Pareto k left out: {error}", stacklevel=5)
         return None

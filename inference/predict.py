@@ -13,8 +13,8 @@ from torch import Tensor
 from inference.core.bound import BoundPair, bind
 from inference.core.handlers import isolated
 from inference.diagnostics.latents import local_latent_kl
-from inference.draws import engine
-from inference.draws.engine import UNLIFTED, Draws, draw_sites, log_joint, rowwise, sample_guide
+from inference.draws.engine import REFUSALS, Draws
+from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
 
 
 def prior_predictive(
@@ -78,7 +78,7 @@ def _draws_at(result: Any, data: Any) -> Draws:
     try:
         # One run says whether the guide takes other rows.
         new.guided  # noqa: B018
-    except UNLIFTED:
+    except REFUSALS:
         asked = f"expected the {old.rows} rows of the fit, for its guide has {named} of no others, got {new.rows}"
         raise ValueError(f"data: {asked}") from None
     return sample_guide(new, result.size)[0]
@@ -135,9 +135,7 @@ def classify(result: Any, data: Any, *, label: str = "y") -> Tensor:
     blank = bound.with_data({**given, label: torch.zeros(rows, dtype=torch.long)})
     with isolated(), result.state():
         states = _states(blank, label)
-        scores = [
-            engine.rowwise(bound.with_data({**given, label: state.expand(rows)}), result.draws) for state in states
-        ]
+        scores = [rowwise(bound.with_data({**given, label: state.expand(rows)}), result.draws) for state in states]
     joint = torch.stack(scores, -1).logsumexp(0) - math.log(result.size)
     return joint.softmax(-1)
 

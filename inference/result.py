@@ -19,7 +19,7 @@ from torch import Tensor
 from inference.core.bound import BoundPair
 from inference.core.handlers import isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose
-from inference.draws import engine
+from inference.draws import scoring
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Numbers that one predictive group of a Result may hold, and that its log likelihood may read."""
@@ -219,7 +219,7 @@ def to_idata(
     scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed.values())
     left_out = {}
     if replicated <= STORED:
-        groups["posterior"] = {**posterior, **engine.latent_functions(bound, posterior)}
+        groups["posterior"] = {**posterior, **scoring.latent_functions(bound, posterior)}
         groups["posterior_predictive"] = _replicates(bound, posterior, size)
     elif observed:
         left_out["posterior_predictive"] = replicated, "posterior_predictive(result, data)"
@@ -259,7 +259,7 @@ def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> Any:
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = engine.draw_sites(bound.generator(), posterior, size)
+    sites = scoring.draw_sites(bound.generator(), posterior, size)
     return {n: v for n, v in sites.items() if n in bound.select("observed")}
 
 
@@ -267,7 +267,7 @@ def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, 
     if not bound.select("observed"):
         return {}
     try:
-        return engine.log_likelihood_by_site(bound, posterior)
+        return scoring.log_likelihood_by_site(bound, posterior)
     except ValueError as error:
         warnings.warn(f"{bound.name}: log_likelihood left out: {error}", stacklevel=4)
         return {}

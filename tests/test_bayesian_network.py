@@ -14,7 +14,7 @@ from torch import Tensor
 from inference import fit, log_evidence, pointwise_log_likelihood, posterior_predictive, prior_predictive
 from inference.core.bound import bind
 from inference.core.handlers import isolated
-from inference.draws.engine import log_joint
+from inference.draws.scoring import log_joint
 from ppl_models import data
 from ppl_models.models.bayesian_network import BayesianNetwork
 

@@ -302,13 +302,13 @@ def passes(monkeypatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(likelihood, "BUDGET", 600)
     monkeypatch.setattr(likelihood, "WIDE", 16)
-    original = likelihood.Rows.model
+    original = likelihood.LocalLatents.model
 
     def recorded(self: Any, draws: Any, count: int) -> Any:
         shapes.extend(tuple(v.shape) for v in draws.values())
         return original(self, draws, count)
 
-    monkeypatch.setattr(likelihood.Rows, "model", recorded)
+    monkeypatch.setattr(likelihood.LocalLatents, "model", recorded)
     return shapes
 
 
@@ -338,8 +338,10 @@ def test_a_budget_smaller_than_a_row_still_runs(monkeypatch) -> None:
 def test_states_that_are_summed_out_count_as_memory(monkeypatch) -> None:
     monkeypatch.setattr(likelihood, "BUDGET", 60)
     lengths: list[int] = []
-    original = likelihood.Rows.take
-    monkeypatch.setattr(likelihood.Rows, "take", lambda self, rows: lengths.append(len(rows)) or original(self, rows))
+    original = likelihood.LocalLatents.take
+    monkeypatch.setattr(
+        likelihood.LocalLatents, "take", lambda self, rows: lengths.append(len(rows)) or original(self, rows)
+    )
     log_evidence(mixture, torch.linspace(-4, 5, 50).double(), "exact", **QUIET)
     assert lengths == [20, 20, 10]
 

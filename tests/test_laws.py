@@ -19,7 +19,7 @@ from torch import Tensor
 from inference import classify, fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
 from inference.core.bound import bind, enumerate_finite, sites_of
 from inference.core.handlers import isolated
-from inference.draws import engine as prediction
+from inference.draws import scoring as prediction
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.entries import ZOO
 from ppl_models.zoo.entry import Entry
@@ -239,7 +239,7 @@ def test_all_draws_at_once_score_as_they_do_one_by_one(entry: Entry) -> None:
     with isolated(), result.state(), torch.no_grad():
         together = prediction.log_joint(bound, result.draws)
         single = [{n: v[k : k + 1] for n, v in result.draws.items()} for k in range(result.size)]
-        apart = torch.cat([prediction._score(bound, d, None, "joint") for d in single])
+        apart = torch.cat([prediction.score(bound, d, "joint", at_once=False) for d in single])
     torch.testing.assert_close(together, apart)
 
 

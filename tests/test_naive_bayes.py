@@ -23,7 +23,7 @@ from torch import Tensor
 import inference
 from inference import Result
 from inference.core.bound import bind
-from inference.draws.engine import rowwise
+from inference.draws.scoring import rowwise
 from ppl_models.data.sets import load
 from ppl_models.data.simulate import simulate_naive_bayes
 from ppl_models.models.naive_bayes import (

@@ -13,7 +13,8 @@ from torch import Tensor
 from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
 from inference.core.bound import bind
 from inference.core.handlers import isolated
-from inference.draws import engine as prediction
+from inference.draws import engine
+from inference.draws import scoring as prediction
 from ppl_models.models.pair import Pair
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64)
@@ -82,7 +83,7 @@ def test_prior_draws_of_one_run_are_independent() -> None:
 def test_chunks_of_any_size_score_alike(monkeypatch, budget: int) -> None:
     result = fitted()
     whole = pointwise_log_likelihood(result)
-    monkeypatch.setattr(prediction, "BUDGET", budget)
+    monkeypatch.setattr(engine, "BUDGET", budget)
     torch.testing.assert_close(pointwise_log_likelihood(result), whole)
     assert posterior_predictive(result)["y"].shape == (60, 12)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import inference
 from inference.core.bound import bind
-from inference.draws.engine import log_joint
+from inference.draws.scoring import log_joint
 from ppl_models.data.sets import load
 from ppl_models.models.regression import Classifier, LogisticRegression, NeuralClassifier
 

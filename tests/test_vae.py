@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from inference import fit, prior_predictive
 from inference.core.bound import bind
 from inference.core.handlers import isolated
-from inference.draws.engine import log_joint
+from inference.draws.scoring import log_joint
 from ppl_models import data
 from ppl_models.models.parts.networks import conv_decoder, conv_encoder
 from ppl_models.models.vae import LIKELIHOODS, VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE

@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.diagnostics import two_sample
-from inference.draws.engine import draw_sites
+from inference.draws.scoring import draw_sites
 from inference.evidence.estimate import log_evidence
 from inference.predict import classify, pointwise_log_likelihood
 from inference.result import Result

@@ -7,14 +7,12 @@ row and draw, and a minibatch is as good as any other. Draws stand on the left, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
-from pyro.infer import config_enumerate
 from torch import Tensor
 
 from inference.core.bound import BoundPair
@@ -79,33 +77,12 @@ class LocalLatents:
         found = self._run(self.bound.model, draws, count, read, summed=True)
         return found["joint"], found["prior"]
 
-    def trace(self, half: Any, draws: Draws, count: int | None, *, summed: bool = False) -> Any:
-        """Run a half for so many draws at once, or for one without a plate of draws (count None)."""
-        function = engine.lift(self.bound, half, draws, count)
-        if summed:
-            dim = -self.bound.depth - (1 if count is None else 2)
-            function = poutine.enum(config_enumerate(function), first_available_dim=dim)
-        trace = poutine.trace(function).get_trace(**self.bound.arguments())
-        for node in trace.nodes.values():
-            if node["type"] == "sample":
-                # The plate of a minibatch scales its densities up to those of all rows.
-                node["scale"] = 1.0
-        return trace
-
     def _run(
-        self,
-        half: Any,
-        draws: Draws,
-        count: int,
-        read: Callable[[Any, int | None], dict[str, Tensor]],
-        *,
-        summed: bool = False,
+        self, half: Any, draws: Draws, count: int, read: engine.Read, *, summed: bool = False
     ) -> dict[str, Tensor]:
-        if self.lifts:
-            return read(self.trace(half, draws, count, summed=summed), count)
-        each = ({n: v[i : i + 1] for n, v in draws.items()} for i in range(count))
-        runs = [read(self.trace(half, draw, None, summed=summed), None) for draw in each]
-        return {n: torch.cat([run[n] for run in runs]) for n in runs[0]}
+        wrap = engine.enumerated if summed else None
+        unscaled: engine.Read = lambda trace, number: read(_unscaled(trace), number)  # noqa: E731
+        return engine.run(self.bound, half, draws, count, unscaled, wrap=wrap, at_once=self.lifts)
 
     def _values(self, trace: Any, names: Sequence[str], count: int | None) -> dict[str, Tensor]:
         sites, depth = self.bound.sites, self.bound.depth
@@ -125,7 +102,7 @@ def probe(bound: BoundPair, guided: bool) -> LocalLatents:
     start = torch.arange(min(2, bound.rows), device=device_of(bound))
     part = _minibatch(bound, start) if bound.takes_rows else bound
     rows = LocalLatents(part, "", drawn, lifts=False, splits=bound.takes_rows)
-    trace = rows.trace(part.model, rows.prior(1), None, summed=True)
+    trace = engine.trace(part, part.model, rows.prior(1), None, engine.enumerated)
     nodes = {n: trace.nodes[n] for n in engine.sample_names(trace)}
     numbers = max(math.prod((*node["fn"].batch_shape, *node["fn"].event_shape)) for node in nodes.values())
     rows = replace(rows, plate=_plate(nodes, bound), width=-(-numbers // part.rows))
@@ -155,7 +132,7 @@ def _with_guide(rows: LocalLatents, bound: BoundPair) -> LocalLatents:
     whole = replace(rows, bound=bound, splits=False)
     try:
         sites = guide_sites(rows)
-    except engine.UNLIFTED:
+    except engine.REFUSALS:
         # A guide with a value for each row of the data may meet two rows with an error.
         if not rows.splits:
             raise
@@ -181,7 +158,7 @@ def _frames(node: Any) -> dict[str, Any]:
 
 def guide_sites(rows: LocalLatents) -> dict[str, Any]:
     """Nodes of the guide's sites."""
-    trace = rows.trace(rows.bound.guide, {}, None)
+    trace = engine.trace(rows.bound, rows.bound.guide, {}, None)
     return {n: trace.nodes[n] for n in engine.sample_names(trace)}
 
 
@@ -198,17 +175,24 @@ def _broadcasts(rows: LocalLatents, guided: bool) -> bool:
     try:
         draws = many.prior(2)
         together, apart = many.model(draws, 2)[0], rows.model(draws, 2)[0]
-        tolerance = 1e-3 if together.dtype == torch.float32 else 1e-8
-        if torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
+        if engine.agree(together, apart):
             half = "guide"
             if guided:
                 many.guide({}, 2)
             return True
         reason: Any = f"log density {together.tolist()} at once, {apart.tolist()} one by one"
-    except engine.UNLIFTED as error:
+    except engine.REFUSALS as error:
         reason = error
-    engine.say_slow(rows.bound, half, reason)
+    engine.warn_slow(rows.bound, half, reason)
     return False
+
+
+def _unscaled(trace: Any) -> Any:
+    """A trace without the factor by which the plate of a minibatch scales its densities up to those of all rows."""
+    for node in trace.nodes.values():
+        if node["type"] == "sample":
+            node["scale"] = 1.0
+    return trace
 
 
 def _minibatch(bound: BoundPair, rows: Tensor) -> BoundPair:

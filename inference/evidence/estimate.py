@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import isolated
+from inference.draws import engine
 from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
 from inference.evidence.annealed import anneal, schedule, tune
@@ -166,7 +167,13 @@ def log_evidence(
     """
     bound = _bind(pair, data)
     _check(bound, estimator, start, reverse, latents, step_size)
-    counts = {"k": k, "chains": chains, "temperatures": temperatures, "leapfrogs": leapfrogs, "batch": batch or 1}
+    counts = {
+        "k": k,
+        "chains": chains,
+        "temperatures": temperatures,
+        "leapfrogs": leapfrogs,
+        "batch": 1 if batch is None else batch,
+    }
     for name, value in counts.items():
         check_count(name, value)
     with isolated(seed), _state(pair, bound)():
@@ -324,7 +331,7 @@ def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> di
         raise ValueError(
             "model: expected a continuous latent site to anneal, got none; estimator exact sums finite ones"
         )
-    trace = rows.trace(rows.bound.model, {}, None)
+    trace = engine.trace(rows.bound, rows.bound.model, {}, None)
     for name in rows.drawn:
         support = trace.nodes[name]["fn"].support
         while isinstance(support, constraints.independent):

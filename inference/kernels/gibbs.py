@@ -27,6 +27,7 @@ from torch import Tensor
 from inference.core.bound import bind
 from inference.core.contracts import BatchedKernel, Pair
 from inference.draws import engine
+from inference.draws.scoring import draw_sites
 from inference.kernels.chees import ChEES
 
 Turns = Generator[Tensor, Tensor, None]
@@ -129,7 +130,7 @@ class Gibbs(BatchedKernel):
             trace = poutine.trace(self._bound.model).get_trace()
             self._units = {n: self._read(n, trace.nodes[n]["fn"]) for n in finite}
             self._observed = self._bound.observations
-            start = engine.draw_sites(self._bound.generator(), {}, self.num_chains)
+            start = draw_sites(self._bound.generator(), {}, self.num_chains)
             values = {n: start[n] for n in finite} | {n: v for n, v in self.initial_params.items() if n in finite}
         self._start_rest(values, set(latent) - set(finite), warmup_steps)
         self._values = values
@@ -254,14 +255,11 @@ class Gibbs(BatchedKernel):
 
     def _joint(self, values: Mapping[str, Tensor], keep: tuple[str, ...]) -> Tensor:
         r"""Log joint density of each draw and each element of the plates that are kept, (draws, \*plates)."""
-        count = len(next(iter(values.values())))
 
-        def run(draws: Mapping[str, Tensor], number: int | None) -> dict[str, Tensor]:
-            function = engine.lift(self._bound, self._bound.model, draws, number)
-            trace = poutine.trace(function).get_trace()
-            return {"": engine.contract(trace, engine.sample_names(trace), list(keep), number)}
+        def read(trace: Any, count: int | None) -> dict[str, Tensor]:
+            return {"": engine.contract(trace, engine.sample_names(trace), list(keep), count)}
 
-        return engine.run_draws(self._bound, dict(values), run, count)[""]
+        return engine.run(self._bound, self._bound.model, values, None, read)[""]
 
     def _read(self, name: str, distribution: Any) -> Units:
         site = self._bound.sites[name]

@@ -1,0 +1,121 @@
+r"""What draws say: log densities, and the values of sites given them.
+
+Finite sites without draws are summed out exactly,
+
+.. math:: \log p(x_n \mid \theta_s) = \log \sum_y p(x_n, y \mid \theta_s).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate, infer_discrete
+from torch import Tensor
+
+from inference.core.bound import BoundPair, Site
+from inference.draws.engine import PLATE, Draws, check_draws, contract, enumerated, run, sample_names, unstack
+
+
+def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
+    """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
+    density = score(bound, draws, "rows")
+    if density.dim() < 2:
+        observed = ", ".join(bound.select("observed")) or "nothing"
+        raise ValueError(f"model: expected observed sites in a plate of rows, got {observed} outside of one")
+    return density.flatten(2).sum(-1) if density.dim() > 2 else density
+
+
+def log_joint(bound: BoundPair, draws: Draws) -> Tensor:
+    r"""Log density of draws (S, \*shape) and data, finite sites without draws summed out: (S,)."""
+    return score(bound, draws, "joint")
+
+
+def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
+    r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out."""
+    observed = bound.select("observed")
+    if any(s.name not in draws for s in bound.select("latent").values()):
+        return {"_and_".join(observed): score(bound, draws, "rows")}
+    return {name: score(bound, draws, name) for name in observed}
+
+
+@torch.no_grad()
+def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
+    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
+    free = [s.name for s in bound.select("latent").values() if s.finite and s.name not in draws]
+    wanted = {n: s for n, s in bound.sites.items() if s.role == "deterministic" or n in free}
+
+    def drawn(function: Any, dim: int) -> Any:
+        return infer_discrete(config_enumerate(function), first_available_dim=dim)
+
+    if not wanted:
+        return {}
+    return run(bound, bound.model, draws, None, _values(bound, wanted), wrap=drawn if free else None)
+
+
+@torch.no_grad()
+def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    r"""Draw the model's latent sites from the guide: values (S, \*shape), log density (S,)."""
+    wanted = {n: s for n, s in bound.sites.items() if n in bound.guided}
+    if not wanted:
+        return {}, torch.zeros(size)
+
+    def read(drawn: Any, count: int | None) -> dict[str, Tensor]:
+        return {"": contract(drawn, sample_names(drawn), [], count), **_values(bound, wanted)(drawn, count)}
+
+    values = run(bound, bound.guide, {}, size, read)
+    return values, values.pop("")
+
+
+@torch.no_grad()
+def draw_sites(bound: BoundPair, draws: Draws, count: int) -> dict[str, Tensor]:
+    """Draw the sites of a :meth:`BoundPair.generator` that have no draws, given those that have."""
+    known = {n: v for n, v in draws.items() if n in bound.sites}
+    return run(bound, bound.model, known, count, _values(bound, bound.sites))
+
+
+def _values(bound: BoundPair, sites: dict[str, Site]) -> Any:
+    """Reads the values of sites off a trace."""
+
+    def read(drawn: Any, count: int | None) -> dict[str, Tensor]:
+        return {n: unstack(drawn.nodes[n]["value"], s, bound.depth, count) for n, s in sites.items()}
+
+    return read
+
+
+@torch.no_grad()
+def score(bound: BoundPair, draws: Draws, what: str, *, at_once: bool | None = None) -> Tensor:
+    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or that of a site (S, \*its plates).
+
+    Args:
+        at_once: As :func:`inference.draws.engine.run` takes it.
+    """
+    check_draws(bound, draws)
+    free = [s.name for s in bound.select("latent").values() if s.name not in draws]
+    unknown = [n for n in free if not bound.sites[n].finite]
+    if unknown:
+        raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
+
+    def read(scored: Any, count: int | None) -> dict[str, Tensor]:
+        if what not in ("joint", "rows"):
+            return {"": _score_of_site(scored.nodes[what], bound.sites[what], bound.depth, count)}
+        names = [n for n in sample_names(scored) if what == "joint" or n not in draws]
+        return {"": contract(scored, names, [] if what == "joint" else _common_plates(scored, names), count)}
+
+    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None, at_once=at_once)[""]
+
+
+def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
+    """Plates that all sites share, outermost dimension first."""
+    stacks = [{f.name: f.dim or 0 for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
+    shared = set.intersection(*map(set, stacks)) - {PLATE} if stacks else set()
+    return sorted(shared, key=lambda name: stacks[0][name])
+
+
+def _score_of_site(node: Any, site: Site, depth: int, count: int | None) -> Tensor:
+    value = node["fn"].log_prob(node["value"])
+    value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
+    plain = Site(**{**vars(site), "shape": site.shape[: site.batch]})
+    return unstack(value, plain, depth, count)
