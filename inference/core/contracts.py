@@ -201,8 +201,8 @@ class BatchedKernel(Kernel):
     r"""A kernel that holds all its chains in one tensor.
 
     In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): chains are the second dimension of the draws.
-    ``sample`` reads them as chains. It calls ``setup``, then ``advance`` block by block, through the warmup to the last
-    draw, then ``collect`` once.
+    ``sample`` reads them as chains. It calls ``setup``, which starts the chains and sets ``initial_params``, then
+    ``advance`` block by block, through the warmup to the last draw, then ``collect`` once.
 
     Attributes:
         num_chains: Number of chains C, set before ``setup``.
