@@ -1,7 +1,7 @@
-r"""Optimisation: one loop for every objective.
+r"""``fit``: stochastic gradient steps on any objective.
 
-An objective is a subclass of ``pyro.infer.elbo.ELBO``: ``loss_and_grads(model, guide, *args, **kwargs)``
-returns the loss and leaves the gradients; the loop moves the parameters.
+An objective is a subclass of ``pyro.infer.elbo.ELBO``: ``loss_and_grads(model, guide, *args, **kwargs)`` returns the
+loss and leaves the gradients, by which the optimizer moves the parameters.
 """
 
 from __future__ import annotations
@@ -59,41 +59,39 @@ def fit(
     compile: bool | str = "auto",
     progress: bool = True,
 ) -> Result:
-    r"""Fit a guide (and the parameters of a model) by stochastic gradient steps on an objective.
+    r"""Fit a guide, and the parameters of a model, by stochastic gradient steps on an objective.
 
-    Subnormal numbers (below 1e-38 in float32) count as zero meanwhile, as XLA has it.
-
-    Modules are trained in place, as torch trains them: fitting the same pair again goes on from where
-    it stands. The global parameter store is left as it was.
+    Modules are trained in place: fitting the same pair again continues from its present parameters. The global
+    parameter store is left as it was. During the fit subnormal numbers (below 1e-38 in float32) count as zero.
 
     Args:
         pair: A pair, or a ``(model, guide)`` tuple of Pyro functions.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
-        objective: An ELBO or a factory of one. Default: Trace_ELBO, or TraceEnum_ELBO where finite sites are summed
-            out (the guide leaves them out, or marks them for enumeration), or TraceGraph_ELBO where the guide draws
-            discrete sites.
+        objective: An ELBO or a factory of one. Default: Trace_ELBO; TraceEnum_ELBO where finite sites are summed out
+            (the guide leaves them out, or marks them for enumeration); TraceGraph_ELBO where the guide draws discrete
+            sites.
         steps: Number of steps; 0 takes the guide as it is.
-        batch: Rows a minibatch, drawn without replacement in every pass over the data (the last batch of a
-            pass may be short). None: all rows at every step.
-        optimizer: A Pyro optimizer (``optim.Joint`` holds one torch optimizer over all parameters); one with a
-            schedule is moved on at each step. Default: Adam whose learning rate falls from ``learning_rate`` to a
+        batch: Minibatch size. Rows are drawn without replacement in each epoch; the last minibatch of an epoch may be
+            smaller. Default: all rows.
+        optimizer: A Pyro optimizer (``Joint`` holds one torch optimizer over all parameters); its schedule, if it has
+            one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.
-        learning_rate: Start of the default schedule, in units of the unconstrained parameters.
-        patience: Stop when the mean loss of the last ``patience`` steps is not below that of the
-            ``patience`` steps before by more than its standard error. None: never.
-        draws: Draws of the posterior to keep.
-        seed: Seed of all randomness; the global random state is left as it was.
-        compile: True: run each step as one compiled program. "auto": trace it, or compile it too, where that many
-            steps are worth it; ``idata.attrs["execution"]`` says what was chosen. False: as Pyro runs it.
-        progress: Show a progress bar with the running loss (on a terminal).
+        learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters.
+        patience: Stop when the mean loss of the last ``patience`` steps is not below that of the ``patience`` steps
+            before by more than its standard error. Default: never.
+        draws: Number of posterior draws to keep.
+        seed: Seed of all randomness. The global random state is left as it was.
+        compile: True: run each step as one compiled program. "auto": trace it, or compile it too, where the number of
+            steps is worth the cost; ``idata.attrs["execution"]`` says what was chosen. False: run as Pyro does.
+        progress: Show a progress bar with the running loss on a terminal.
 
     Returns:
-        A Result. Interrupting the fit (Ctrl-C), or a loss or gradient that is not finite, ends it early
-        with the last good parameters and a warning.
+        A Result. An interrupt (Ctrl-C), or a loss or gradient that is not finite, ends the fit early with the last good
+        parameters and a warning.
 
     Raises:
         ValueError: An argument does not fit the pair or the data.
-        FloatingPointError: The loss is not finite at the first step: nothing was learned.
+        FloatingPointError: The loss is not finite at the first step.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

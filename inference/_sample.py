@@ -1,7 +1,7 @@
-r"""Markov chains: one verb for every kernel.
+r"""``sample``: Markov chains by any kernel.
 
 A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``, ``Gibbs``) holds all
-chains in one tensor; chains of another run side by side in processes.
+chains in one tensor. Chains of another kernel run side by side in processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
 
 MIN_CHAINS = 8
-"""Chains from which the default kernel is ChEES: fewer have little to learn from each other."""
+"""Number of chains from which the default kernel is ChEES, which adapts across chains."""
 
 
 def sample(
@@ -44,31 +44,31 @@ def sample(
 ) -> Result:
     r"""Sample the posterior of a model by Markov chains.
 
-    Finite latent sites are summed out exactly, and their posterior is drawn afterwards; ``Gibbs`` draws them instead.
-    The guide, if there is one, is not used.
+    Finite latent sites are summed out exactly, and drawn from their posterior afterwards; ``Gibbs`` draws them in the
+    chains. The guide, if there is one, is not used.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
         kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
-            ``partial(NUTS, target_accept_prob=0.95)``. None: ChEES, or NUTS where fewer than eight chains are asked
-            for or the model cannot be traced (one warning says why); Gibbs where there is nothing but finite sites, or
-            where one has too many joint states to sum over.
-        draws: Draws a chain to keep. None: 250 of ChEES and Gibbs, 1000 of another kernel.
-        warmup: Draws a chain to adapt with and drop. None: 300 of ChEES and Gibbs, 1000 of another kernel.
-        chains: Number of chains. None: 64 of ChEES and Gibbs, which hold them in one tensor, 4 of another kernel, as
-            many at once as there are cores.
-        seed: Seed of all randomness; the global random state is left as it was.
+            ``partial(NUTS, target_accept_prob=0.95)``. Default: ChEES; NUTS for fewer than eight chains, or where the
+            model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one has too many
+            joint states to sum over.
+        draws: Draws to keep per chain. Default: 250 for batched kernels, 1000 for others.
+        warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for batched kernels, 1000 for others.
+        chains: Number of chains. Default: 64 for batched kernels, 4 for others, of which as many run at once as there
+            are cores.
+        seed: Seed of all randomness. The global random state is left as it was.
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
-            program. "auto": where the work ahead is worth the cost of compiling. False: as Pyro runs it (ChEES runs
-            the traced graph then).
-        progress: Show a bar a chain, or one for all chains of ChEES, with step size and acceptance (on a terminal).
+            program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does (ChEES
+            runs the traced graph).
+        progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
         A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp).
 
     Raises:
-        ValueError: An argument does not fit, or a site cannot be sampled by the kernel.
+        ValueError: An argument is out of its range, or the kernel cannot sample a site.
         RuntimeError: A chain failed; the message is that of the chain.
 
     Example:

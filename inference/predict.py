@@ -1,4 +1,4 @@
-r"""Ask a fitted pair."""
+r"""Predictions from a pair or a Result: prior and posterior predictive draws, log likelihoods, classes, latent KL."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import BoundPair, bind
+from inference.core.checks import check_count
 from inference.core.handlers import isolated
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.engine import REFUSALS, Draws
 from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
+from inference.result import Result
 
 
 def prior_predictive(
@@ -24,37 +26,39 @@ def prior_predictive(
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a model.
-        data: The model's inputs; what the model observes is drawn afresh.
+        data: Inputs of the model. Observed sites are drawn anew.
         size: Number of rows, for a model that draws its rows without data.
         draws: Number of draws S.
 
     Returns:
         A tensor (S, \*shape of the site) for each site.
     """
-    for name, value in (("size", size), ("draws", draws)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+    check_count("draws", draws)
+    if size is not None:
+        check_count("size", size)
     with isolated(seed):
         return draw_sites(bind(pair, data).generator(size), {}, draws)
 
 
-def posterior_predictive(result: Any, data: Any = None, *, size: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+def posterior_predictive(
+    result: Result, data: Any = None, *, size: int | None = None, seed: int = 0
+) -> dict[str, Tensor]:
     r"""Sample the observed sites for each posterior draw of a Result.
 
-    Latent sites of a row are drawn from the guide at other data, if these hold all that the fit observed (a replicate,
-    or reconstruction, of each row), and else from the prior.
+    Latent sites with a value per row are drawn from the guide at the new data if these hold all that the fit observed
+    (a reconstruction of each row), and from the prior otherwise.
 
     Args:
-        result: What ``fit`` or ``sample`` returned.
-        data: Other inputs; the data of the fit when None. What the model observes is drawn afresh.
+        result: A Result of ``fit`` or ``sample``.
+        data: Other inputs. Default: the data of the fit. Observed sites are drawn anew.
         size: Number of rows, for a model that draws its rows without data (``data={}``).
 
     Returns:
         A tensor (S, \*shape of the site) for each site that the fit observed.
 
     Raises:
-        ValueError: The data are rows of their own and the Result is of chains, or its guide has a value for each row
-            of the fit.
+        ValueError: The data are new rows, and the chains, or a guide with a parameter per row, know the latent sites of
+            the fitted rows only.
     """
     bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(seed), result.state():
@@ -64,78 +68,79 @@ def posterior_predictive(result: Any, data: Any = None, *, size: int | None = No
     return {k: v for k, v in sites.items() if k in observed}
 
 
-def _draws_at(result: Any, data: Any) -> Draws:
-    """The posterior draws for other data: a Result's own, but for latent sites of a row."""
+def _draws_at(result: Result, data: Any) -> Draws:
+    """The posterior draws for other data: those of the Result, without the latent sites that have a value per row."""
     old = result.bound
     rows = {p for s in old.select("observed").values() for p in s.plates if p}
     local = {n for n, s in old.select("latent").items() if n in result.draws and rows & set(s.plates)}
     new = bind(old.pair, data)
     if not local or not set(old.select("observed")) <= set(new.data):
         return {n: v for n, v in result.draws.items() if n not in local}
-    named = ", ".join(sorted(local))
+    names = ", ".join(sorted(local))
     if "sample_stats" in result.idata.groups():
-        raise ValueError(f"data: expected the rows of the chains, which know {named} of no others; fit a guide")
+        raise ValueError(f"data: expected the rows of the chains, which have no {names} of other rows; fit a guide")
     try:
-        # One run says whether the guide takes other rows.
+        # One run shows whether the guide takes other rows.
         new.guided  # noqa: B018
     except REFUSALS:
-        asked = f"expected the {old.rows} rows of the fit, for its guide has {named} of no others, got {new.rows}"
-        raise ValueError(f"data: {asked}") from None
+        raise ValueError(
+            f"data: expected the {old.rows} rows of the fit, whose guide has no {names} of other rows, got {new.rows}"
+        ) from None
     return sample_guide(new, result.size)[0]
 
 
-def pointwise_log_likelihood(result: Any, data: Any = None) -> Tensor:
+def pointwise_log_likelihood(result: Result, data: Any = None) -> Tensor:
     """Log density of each row under each posterior draw, all observed sites together.
 
     Args:
-        result: What ``fit`` or ``sample`` returned.
-        data: Other rows; the data of the fit when None.
+        result: A Result of ``fit`` or ``sample``.
+        data: Other rows. Default: the data of the fit.
 
     Returns:
         A tensor (S, rows).
 
     Raises:
-        ValueError: The observed sites share no plate, so that rows cannot be told apart, or a
-            latent site has a value per row and the rows are new.
+        ValueError: The observed sites share no plate of rows, or the rows are new and a latent site has a value for
+            each row.
     """
     bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(), result.state():
         return rowwise(bound, result.draws)
 
 
-def log_weights(result: Any, draws: int = 1000, *, seed: int = 1) -> Tensor:
-    """Log importance weights of fresh draws of a fitted guide against its model: (draws,).
+def log_weights(result: Result, draws: int = 1000, *, seed: int = 1) -> Tensor:
+    r"""Log importance weights :math:`\log p(x, z_s) - \log q(z_s)` of new draws of a fitted guide: (draws,).
 
-    Their mean in the exponential is the evidence; ``diagnostics.pareto_k`` reads how far to trust it.
+    The mean of their exponentials estimates the evidence p(x). ``pareto_k`` of them tells whether to trust it.
     """
     with isolated(seed), result.state():
         values, density = sample_guide(result.bound, draws)
         return log_joint(result.bound, values) - density
 
 
-def classify(result: Any, data: Any, *, label: str = "y") -> Tensor:
+def classify(result: Result, data: Any, *, label: str = "y") -> Tensor:
     r"""Class probabilities of new rows, averaged over the posterior by Bayes' rule.
 
     .. math:: p(y \mid x, D) \propto \mathrm{E}_{\theta \mid D}[p(x, y \mid \theta)]
 
-    For a generative pair this weighs each draw by how well it explains x; for a discriminative one, whose
-    model does not observe x, it is the mean of :math:`p(y \mid x, \theta)`.
+    For a generative pair each draw is weighted by the likelihood of x. For a discriminative pair, whose model does not
+    observe x, this is the mean of :math:`p(y \mid x, \theta)`.
 
     Args:
-        result: What ``fit`` or ``sample`` returned.
-        data: The rows to classify: a mapping of names to tensors, or a tensor (``x``). Labels in it are ignored.
+        result: A Result of ``fit`` or ``sample``.
+        data: Rows to classify: a mapping of names to tensors, or a tensor (``x``). Labels in it are ignored.
         label: Name of the finite site to classify by.
 
     Returns:
         Probabilities (rows, classes).
     """
-    bound: BoundPair = result.bound.with_data(data)
-    given = {k: v for k, v in bound.data.items() if k != label}
-    rows = bound.rows
-    blank = bound.with_data({**given, label: torch.zeros(rows, dtype=torch.long)})
+    bound = result.bound.with_data(data)
+    inputs = {k: v for k, v in bound.data.items() if k != label}
+    blank = bound.with_data({**inputs, label: torch.zeros(bound.rows, dtype=torch.long)})
     with isolated(), result.state():
         states = _states(blank, label)
-        scores = [rowwise(bound.with_data({**given, label: state.expand(rows)}), result.draws) for state in states]
+        labelled = (bound.with_data({**inputs, label: state.expand(bound.rows)}) for state in states)
+        scores = [rowwise(rows, result.draws) for rows in labelled]
     joint = torch.stack(scores, -1).logsumexp(0) - math.log(result.size)
     return joint.softmax(-1)
 
@@ -151,17 +156,17 @@ def _states(bound: BoundPair, label: str) -> Tensor:
     return distribution.enumerate_support(expand=False).flatten()
 
 
-def latent_kl(result: Any, data: Any = None, *, seed: int = 0) -> pd.DataFrame:
-    r"""What each dimension of a Result's latent sites says of the rows of data.
+def latent_kl(result: Result, data: Any = None, *, seed: int = 0) -> pd.DataFrame:
+    r"""KL divergence from the prior of each dimension of the latent sites that have a value per row.
 
     Args:
-        result: What ``fit`` returned, of a pair with continuous latent sites in its plate of rows.
-        data: Rows to look at, a thousand at most; those of the fit when None.
+        result: A Result of ``fit``.
+        data: Rows, of which at most a thousand are used. Default: the data of the fit.
 
     Returns:
-        One row a dimension: ``kl``, its mean divergence from the prior in nats a row; ``variance`` of the guide's mean
-        over the rows; ``active``, whether that is above 0.01 (Burda et al. 2016). Empty where no site lies in a
-        plate of rows, or where the guide is a point.
+        A table with one line per dimension: ``kl``, the mean over rows in nats; ``variance``, that of the guide's mean
+        over rows; ``active``, whether the variance is above 0.01 (Burda et al. 2016). Empty where no continuous site
+        lies in the plate of rows, or where the guide is a point.
     """
     bound = result.bound if data is None else bind(result.bound.pair, data)
     with isolated(seed), result.state():

@@ -1,4 +1,4 @@
-r"""What every method returns, and the one converter to ArviZ."""
+r"""``Result``, which every method returns, and its conversion to ArviZ."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from inference.core.bound import BoundPair
+from inference.core.checks import check_count
 from inference.core.handlers import isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.draws import scoring
 
 STORED, SCORED = 20_000_000, 500_000_000
-"""Numbers that one predictive group of a Result may hold, and that its log likelihood may read."""
+"""Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
 
 
 class State:
     """Parameters and buffers of a pair as a fit left them.
 
-    Calling it enters them: the parameter store holds them, and modules that have been trained on since
-    carry them, until the block is left.
+    ``with state():`` restores them, in the parameter store and in modules that have been trained since, for the length
+    of the block.
     """
 
     def __init__(self, modules: tuple[torch.nn.Module, ...] = ()) -> None:
@@ -41,7 +42,7 @@ class State:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Enter the parameters in a store scope of their own, modules in evaluation mode."""
+        """Restore the parameters in a scope of the store, with modules in evaluation mode and without gradients."""
         now = [t.detach().clone() for t, _ in self._tensors]
         training = [m for module in self._modules for m in module.modules() if m.training]
         try:
@@ -67,7 +68,7 @@ class State:
 
 
 def dotted(name: str) -> str:
-    """Name of a parameter as torch writes it: ``decoder.0.weight``, not ``decoder$$$0.weight``."""
+    """Name of a parameter as torch writes it: ``decoder.0.weight`` for ``decoder$$$0.weight``."""
     return name.replace("$$$", ".")
 
 
@@ -76,15 +77,18 @@ class Result:
     r"""A fitted posterior.
 
     Attributes:
-        idata: ArviZ InferenceData: ``posterior``, ``sample_stats``, ``posterior_predictive``,
-            ``log_likelihood`` and ``observed_data``, as far as the method and the memory have them.
+        idata: ArviZ InferenceData with the groups ``posterior``, ``sample_stats``, ``posterior_predictive``,
+            ``log_likelihood`` and ``observed_data``, as far as the method has them and memory allows.
         params: Constrained parameters by dotted name; empty for chains without parameters.
-        losses: Loss of each step (steps,), or (steps, 2) for an objective with two; empty for chains.
-        seconds: ``setup`` (until the first step or transition is done), ``run`` (the rest of them) and
+        losses: Loss of each step (steps,), or (steps, 2) for an objective with two losses; empty for chains.
+        seconds: ``setup`` (until the first step or transition is done), ``run`` (the other steps or transitions) and
             ``draws`` (posterior draws, predictions and diagnostics).
-        method: What made it, for tables: ``SVI (Trace_ELBO)``, ``NUTS``.
-        diagnosis: R-hat, effective sample sizes, divergences, Pareto k, each with what to do.
+        method: Name of the method, for tables: ``SVI (Trace_ELBO)``, ``NUTS``.
+        diagnosis: R-hat, effective sample sizes, divergences, Pareto k, each with advice.
         draws: Posterior draws of the latent sites, (S, \*shape), chains one after another.
+        bound: The pair and its data.
+        state: Parameters and buffers as the method left them.
+        more: From a number of draws and a seed to further draws.
     """
 
     idata: az.InferenceData
@@ -104,24 +108,23 @@ class Result:
         return len(next(iter(self.draws.values()))) if self.draws else 1
 
     def draw(self, size: int = 1000, *, seed: int = 1) -> dict[str, Tensor]:
-        r"""Draw afresh from the posterior: from the guide, or by running the chains on.
+        r"""Draw more from the posterior: from the guide, or by continuing the chains.
 
         Returns:
             A tensor (size, \*shape) for each latent site.
         """
-        if size < 1:
-            raise ValueError(f"size: expected a positive number of draws, got {size}")
+        check_count("size", size)
         with isolated(seed), self.state():
             return self.more(size, seed)
 
     def summary(self) -> Any:
-        """Table of the posterior: mean, sd and, for chains, Monte Carlo error, effective sizes, R-hat."""
+        """Table of the posterior: mean and sd; for chains also Monte Carlo error, effective sample sizes and R-hat."""
         return self.diagnosis.table
 
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]
-        made = f"{self.size} draws" if self.draws else f"{len(self.losses)} steps"
-        return f"{self.method} on {self.bound.name}: {made} in {took:.1f} s. {self.diagnosis}"
+        count = f"{self.size} draws" if self.draws else f"{len(self.losses)} steps"
+        return f"{self.method} on {self.bound.name}: {count} in {took:.1f} s. {self.diagnosis}"
 
 
 @dataclass(frozen=True)
@@ -198,19 +201,18 @@ def to_idata(
     chains: int = 1,
     attrs: Mapping[str, Any] | None = None,
 ) -> az.InferenceData:
-    r"""Convert draws of any method to InferenceData, in the current parameter store.
+    r"""Convert draws of any method to InferenceData, with the parameters that are in the store.
 
     Args:
         bound: The pair and its data.
         posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
         sample_stats: Statistics (chains, draws) of each transition.
         chains: Number of chains.
-        attrs: Attributes of the whole and of the posterior group.
+        attrs: Attributes of the InferenceData and of its posterior group.
 
-    Dimensions are named by the plates (``rows``) and by the pair's ``dims``; coordinates are the
-    pair's ``coords``. Deterministic sites and the posterior of summed-out sites are added. Predictive
-    groups are left out, each by itself and with a warning, when they would hold more than ``STORED`` numbers; the log
-    likelihood also when it would have to read more than ``SCORED``.
+    Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``.
+    Deterministic sites and posterior draws of summed-out sites are added. A predictive group of more than ``STORED``
+    numbers is left out with a warning, and so is a log likelihood that would read more than ``SCORED``.
     """
     size = len(next(iter(posterior.values()))) if posterior else 1
     groups: dict[str, Mapping[str, Tensor]] = {"posterior": posterior}

@@ -269,12 +269,12 @@ def test_latents_of_new_rows_come_from_the_guide_and_without_rows_from_the_prior
 def test_new_rows_that_nothing_knows_are_refused() -> None:
     own = fit(Coded(5), torch.zeros(5), steps=0, draws=30, progress=False)
     with pytest.raises(
-        ValueError, match="data: expected the 5 rows of the fit, for its guide has z of no others, got 3"
+        ValueError, match="data: expected the 5 rows of the fit, whose guide has no z of other rows, got 3"
     ):
         posterior_predictive(own, torch.ones(3))
     chains = sample(Coded(), torch.zeros(5), draws=20, warmup=20, chains=2, progress=False)
     with pytest.raises(
-        ValueError, match="data: expected the rows of the chains, which know z of no others; fit a guide"
+        ValueError, match="data: expected the rows of the chains, which have no z of other rows; fit a guide"
     ):
         posterior_predictive(chains, torch.ones(3))
     with pytest.raises(ValueError, match="log_evidence integrates it out"):

@@ -1,8 +1,7 @@
-r"""What the verbs accept as a pair, its data by name, and the isolation every verb runs in.
+r"""A pair bound to its data.
 
-A pair is anything with ``.model`` and ``.guide``, a ``(model, guide)`` tuple of plain Pyro
-functions, or, where no guide is needed, a bare model. :func:`bind` turns any of them and its
-data into one :class:`BoundPair`.
+A pair is an object with ``model`` and ``guide``, a ``(model, guide)`` tuple of plain Pyro functions, or, where no guide
+is needed, a model alone. :func:`bind` turns any of them and its data into a :class:`BoundPair`, which all verbs use.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from inference.core.handlers import Uncondition, isolated
 
 @dataclass(frozen=True)
 class Site:
-    """A sample site as one run of the model shows it.
+    """A sample site, as seen in one run of the model.
 
     Attributes:
         role: ``latent``, ``observed`` or ``deterministic``.
         shape: Shape of one value, batch and event dimensions.
         batch: Number of batch dimensions of the value.
-        plates: Name of the plate of each batch dimension, left to right; None where there is none.
+        plates: Name of the plate of each batch dimension, from left to right; None where there is no plate.
         finite: Whether the site can be enumerated.
         discrete: Whether its values are discrete.
-        units: Parts of its event with finitely many states each: 0 where these are not finite, 1 where the site can be
-            enumerated.
+        units: Number of parts of its event that have finitely many states each: 0 where the states are not finite, 1
+            where the site can be enumerated.
     """
 
     name: str
@@ -51,7 +50,18 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class BoundPair:
-    """A model, a guide and named data, ready to be run by any verb."""
+    """A model, a guide and data by name.
+
+    Attributes:
+        pair: The pair as it was given.
+        name: Its name, for messages.
+        model: The model, called by name with those data that it takes.
+        guide: The guide likewise; None where there is none.
+        data: Data by name.
+        takes_rows: Whether the model has the arguments ``size`` and ``rows``.
+        asked: The pair as its contract sees it.
+        memo: What has been found out about the pair and these data.
+    """
 
     pair: Any
     name: str
@@ -79,7 +89,7 @@ class BoundPair:
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        """Modules that the pair is, or whose methods its halves are."""
+        """The torch modules behind the pair."""
         halves = (self.pair, *(self.pair if isinstance(self.pair, tuple) else ()))
         owners = [getattr(h, "__self__", h) for h in halves]
         return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
@@ -92,12 +102,12 @@ class BoundPair:
         return {**batch, "size": self.rows, "rows": rows}
 
     def generator(self, size: int | None = None) -> BoundPair:
-        """The same program with nothing observed: every run draws all its sites."""
+        """The pair with nothing observed: a run of its model draws all sites."""
         data = self.data if size is None else {**self.data, "size": size}
         return replace(self, model=Uncondition()(self.model), guide=None, data=data, memo={})
 
     def with_data(self, data: Any) -> BoundPair:
-        """The model with other data, to predict or score them: the guide, which may read its data, is left out."""
+        """The model with other data, to predict or score them. The guide, which may read its data, is left out."""
         return replace(bind(self.pair, data), guide=None)
 
     @cached_property
@@ -114,7 +124,7 @@ class BoundPair:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The model's sites, in order, as one run on the data shows them."""
+        """Sites of the model in the order of a run on the data."""
         return self._structure[0]
 
     @property
@@ -124,12 +134,12 @@ class BoundPair:
 
     @property
     def observes(self) -> bool:
-        """Whether the model observes anything: data at a site, or a factor."""
+        """Whether the model observes anything: a site with data, or a factor."""
         return self._structure[2]
 
     @property
     def observations(self) -> dict[str, Tensor]:
-        """What the model observes at each site."""
+        """Values of the observed sites."""
         return self._structure[3]
 
     @cached_property
@@ -145,17 +155,17 @@ class BoundPair:
 
     @property
     def guided(self) -> frozenset[str]:
-        """Names of the latent sites that the guide samples."""
+        """Names of the latent sites that the guide draws."""
         return self._guide_structure[0]
 
     @property
     def summed(self) -> bool:
-        """Whether a finite site is to be summed out: one that the guide leaves out, or marks for enumeration."""
+        """Whether a finite site is summed out: the guide leaves it out, or marks it for enumeration."""
         return self._guide_structure[1] or bool(self.enumerated)
 
     @cached_property
     def enumerated(self) -> tuple[str, ...]:
-        """Finite latent sites that the guide leaves out: they are summed out exactly."""
+        """Finite latent sites that the guide leaves out; they are summed out exactly."""
         return tuple(n for n, s in self.select("latent").items() if s.finite and n not in self.guided)
 
     def select(self, role: str) -> dict[str, Site]:
@@ -164,7 +174,7 @@ class BoundPair:
 
 
 def sites_of(trace: poutine.Trace) -> dict[str, Site]:
-    """The visible sites of a trace, without plates' and factors' own."""
+    """The sites of a trace, without those of plates and factors."""
     found = {}
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, node in nodes.items():
@@ -189,7 +199,7 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
 
 
 def _units(fn: Any) -> int:
-    """Number of finite parts that ``to_event`` has made one event."""
+    """Number of finite parts that ``to_event`` has joined to one event."""
     count = 1
     while hasattr(fn, "base_dist"):
         if isinstance(fn, Independent):

@@ -14,16 +14,16 @@ from torch.distributions import Independent, kl_divergence
 
 
 def kl_by_site(model_trace: Any, guide_trace: Any, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    r"""Divergence of each of the guide's latent sites from the model's, (\*plates, \*event), masked but not scaled.
+    r"""KL divergence of the guide from the model for each latent site, (\*plates, \*event), masked but not scaled.
 
-    In closed form where torch knows one and where no site that the model draws before it is drawn after it by the
-    guide; else the difference of log densities at the draw, whose mean is the divergence. Dimensions are told apart
-    where both distributions are products over them; else the event is one number.
+    The closed form is used where torch has one and the guide draws no site later that the model draws before this one.
+    Otherwise it is the difference of log densities at the draw, whose mean is the divergence. Where both distributions
+    are products over the dimensions of the event, each has a divergence of its own; otherwise the event has one.
 
     Args:
-        model_trace: A trace of the model, replayed against the guide's.
+        model_trace: A trace of the model, replayed against that of the guide.
         guide_trace: A trace of the guide.
-        names: Sites to look at; None: all that the guide draws.
+        names: Names of sites. Default: all that the guide draws.
     """
     drawn = [n for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
     found: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-r"""Rows of data that have latent sites of their own, and a pair run for many draws of these at once.
+r"""Latent sites with a value per row, and a pair run for many draws of them.
 
-A latent site is local where it lies in the plate of rows: then the rows are independent, a density is one number per
-row and draw, and a minibatch is as good as any other. Draws stand on the left, as in :mod:`inference.predict`.
+Where all latent sites lie in the plate of rows, the rows are independent: a log density is one number per draw and row,
+and any minibatch can be run alone. Draws are the leftmost dimension, as in :mod:`inference.draws.engine`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from inference.draws.engine import Draws
 
 @dataclass(frozen=True, eq=False)
 class LocalLatents:
-    """Rows of a program, each with latent sites of its own, and its halves run for many draws of these.
+    """A pair whose latent sites have a value per row, and its halves run for many draws of them.
 
     Attributes:
-        bound: A program whose data are these rows.
+        bound: The pair, bound to these rows.
         plate: Name of the plate of rows.
         drawn: Latent sites that are drawn; the others are summed out.
-        lifts: Whether the halves run for all draws at once.
-        splits: Whether they run on a minibatch.
-        width: Numbers that the largest site holds for one row and one draw.
+        lifts: Whether model and guide run for all draws at once.
+        splits: Whether they can be run on a minibatch.
+        width: Size of the largest site for one row and one draw, in numbers.
     """
 
     bound: BoundPair
@@ -41,22 +41,22 @@ class LocalLatents:
     width: int = 1
 
     def take(self, rows: Tensor) -> LocalLatents:
-        """These rows of them."""
+        """The same for a part of the rows."""
         return replace(self, bound=_minibatch(self.bound, rows)) if len(rows) < self.bound.rows else self
 
     def axis(self, name: str) -> int:
-        """Dimension of a site's value that its rows are."""
+        """Dimension of the rows in a site's value."""
         return self.bound.sites[name].plates.index(self.plate)
 
     def guide(self, draws: Draws, count: int) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Sites that the guide draws, (count, \*shape), but for those given; their log density (count, rows)."""
+        r"""Sites that the guide draws, (count, \*shape), and their log density, (count, rows); ``draws`` are given."""
         names = [n for n in self.bound.sites if n in self.bound.guided]
 
         def read(trace: Any, number: int | None) -> dict[str, Tensor]:
             return {"": self._density(trace, engine.sample_names(trace), number), **self._values(trace, names, number)}
 
-        found = self._run(self.bound.guide, draws, count, read)
-        return found, found.pop("")
+        values = self._run(self.bound.guide, draws, count, read)
+        return values, values.pop("")
 
     def prior(self, count: int) -> dict[str, Tensor]:
         r"""The drawn sites, (count, \*shape), from the model."""
@@ -65,7 +65,7 @@ class LocalLatents:
     def model(self, draws: Draws, count: int) -> tuple[Tensor, Tensor]:
         """Log density (count, rows) of draws and data, and of draws alone.
 
-        Drawn sites that have no draws come from the prior, which is then left out of the density.
+        Drawn sites without values are drawn from the prior, and their density is left out.
         """
         latent = self.bound.select("latent")
 
@@ -74,8 +74,8 @@ class LocalLatents:
             prior = [n for n in names if n in latent]
             return {"joint": self._density(trace, names, number), "prior": self._density(trace, prior, number)}
 
-        found = self._run(self.bound.model, draws, count, read, summed=True)
-        return found["joint"], found["prior"]
+        density = self._run(self.bound.model, draws, count, read, summed=True)
+        return density["joint"], density["prior"]
 
     def _run(
         self, half: Any, draws: Draws, count: int, read: engine.Read, *, summed: bool = False
@@ -95,8 +95,8 @@ class LocalLatents:
 
 
 def probe(bound: BoundPair, guided: bool) -> LocalLatents:
-    """Run the halves on two rows: each site must have a value per row; how they run, and how much a row holds."""
-    # An autoguide takes its shapes from its first run: on all rows.
+    """Run model and guide on two rows, to check that each site has a value per row and to see how they can be run."""
+    # An autoguide takes its shapes from its first run, which must see all rows.
     by_guide = bound.guided if guided else frozenset()
     drawn = tuple(n for n, s in bound.select("latent").items() if n in by_guide or not s.finite)
     start = torch.arange(min(2, bound.rows), device=device_of(bound))
@@ -128,12 +128,12 @@ def _plate(nodes: dict[str, Any], bound: BoundPair) -> str:
 
 
 def _with_guide(rows: LocalLatents, bound: BoundPair) -> LocalLatents:
-    """The rows, all together where the guide has no value for each row of a minibatch; its sites must fit."""
+    """Check the sites of the guide; a guide that cannot be run on a minibatch is run on all rows."""
     whole = replace(rows, bound=bound, splits=False)
     try:
         sites = guide_sites(rows)
     except engine.REFUSALS:
-        # A guide with a value for each row of the data may meet two rows with an error.
+        # A guide with a parameter per row of the data may fail on two rows.
         if not rows.splits:
             raise
         return _with_guide(whole, bound)
