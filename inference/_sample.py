@@ -55,7 +55,8 @@ def sample(
             model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one has too many
             joint states to sum over.
         draws: Draws to keep per chain. Default: 250 for batched kernels, 1000 for others.
-        warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for batched kernels, 1000 for others.
+        warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for batched kernels, 1000 for
+            others.
         chains: Number of chains. Default: 64 for batched kernels, 4 for others, of which as many run at once as there
             are cores.
         seed: Seed of all randomness. The global random state is left as it was.
