@@ -32,7 +32,7 @@ from inference.core.handlers import isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws import engine
-from inference.objectives.adversarial import SITE
+from inference.objectives.adversarial import REAL_SITE
 from inference.result import STORED, Result, State, to_idata
 from inference.runners.steps import WINDOW, CompiledSteps, EagerSteps, Failure, by_adam
 
@@ -271,7 +271,7 @@ def _check(
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
-    if not bound.observes and SITE not in bound.sites:
+    if not bound.observes and REAL_SITE not in bound.sites:
         given = ", ".join(bound.data) or "no data"
         raise ValueError(f"data: the model observes nothing, so there is nothing to fit; got {given}")
     if batch is None:

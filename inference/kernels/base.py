@@ -1,4 +1,4 @@
-"""What a kernel that holds all its chains in one tensor offers to ``sample``."""
+"""Interface of kernels that hold all their chains in one tensor."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class Batched(MCMCKernel):
-    r"""A kernel of many chains at once.
+    r"""MCMC kernel that advances many chains at once.
 
-    In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second dimension.
-    ``inference.sample`` reads them as chains, and runs the kernel block by block.
+    ``inference.sample`` runs the kernel in blocks of transitions and returns its chains as chains. Under plain
+    ``pyro.infer.MCMC`` a draw of a site has shape (chains, \*shape), so chains are the second dimension of its draws.
 
     Attributes:
-        num_chains: Chains, which may be set before ``setup``.
-        jit_compile: Whether ``setup`` compiles; may be set before it.
-        block: Transitions that one call of ``advance`` makes.
+        num_chains: Number of chains; can be changed before ``setup``.
+        jit_compile: Whether ``setup`` compiles; can be changed before ``setup``.
+        block: Transitions per call of ``advance``.
         execution: How the kernel runs: ``eager``, ``traced`` or ``fused``.
-        restarted: Chains that the warmup put elsewhere.
-        gradients: Gradients of each chain so far.
-        operations: What one gradient of all chains costs before it is fused (``potential.count_operations``).
-        state: Where the chains stand, to go on from there again.
+        restarted: Number of chains that the warmup moved to the position of another chain.
+        gradients: Gradient evaluations per chain so far.
+        operations: Cost of one gradient of all chains before fusing (``potential.count_operations``).
+        state: State of the chains and of the adaptation; assign it to resume from there.
     """
 
     num_chains: int
@@ -39,7 +39,7 @@ class Batched(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        r"""Values by name, (chains, \*shape), that the chains start from: finite, and unconstrained continuous ones."""
+        r"""Starting values by site, (chains, \*shape); those of continuous sites are unconstrained."""
         return {} if self._initial is None else self._initial
 
     @initial_params.setter
@@ -53,16 +53,16 @@ class Batched(MCMCKernel):
     @property
     @abstractmethod
     def warming(self) -> bool:
-        """Whether the next block is one of the warmup."""
+        """Whether the next block belongs to the warmup."""
 
     @abstractmethod
     def fuse(self) -> None:
-        """Compile what is worth it, and run it once so that the cost is paid here."""
+        """Compile the kernel, and run it once so that compilation happens here."""
 
     @abstractmethod
     def advance(self) -> Any:
-        """Run a block of transitions: the warmup's until it is over, then draws."""
+        """Run one block of transitions: of the warmup until it is over, of draws after that."""
 
     @abstractmethod
     def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""
+        r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
