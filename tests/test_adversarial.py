@@ -433,10 +433,10 @@ def test_a_guide_that_has_won_is_told(rate: float) -> None:
 
 def test_players_that_circle_are_told() -> None:
     swing = 2 * math.log(2) * ROWS * (1 + 0.9 * np.sin(np.arange(1000) / 80))
-    advice = list(Adversarial()._judge_players(swing / ROWS))
-    assert len(advice) == 1 and advice[0].startswith("The players circle")
+    advice = list(Adversarial()._check_players(swing / ROWS))
+    assert len(advice) == 1 and advice[0].startswith("The players cycle")
     still = np.full(1000, 2 * math.log(2)) + 0.1 * np.random.default_rng(0).standard_normal(1000)
-    assert not list(Adversarial()._judge_players(still))
+    assert not list(Adversarial()._check_players(still))
 
 
 def nameless(x: Tensor) -> None:
@@ -470,13 +470,16 @@ REFUSED = [
     (lambda: Adversarial("softer"), "kind: expected one of non_saturating, .*, got 'softer'"),
     (lambda: Adversarial(r1=-1.0), "r1: expected zero or a positive number, got -1.0"),
     (lambda: Adversarial(penalty=math.nan), "penalty: expected zero or a positive number, got nan"),
-    (lambda: Adversarial(activated=True), "activated: expected a bound, into which generated rows are taken, got none"),
+    (lambda: Adversarial(activated=True), "activated: expected a bound that generated rows enter, got none"),
     (lambda: Adversarial(turns=(0, 1)), r"turns: expected steps of the guide and of the model, .*, got \(0, 1\)"),
     (lambda: Adversarial(information="c"), r"information: expected names of sites, such as \('c',\), got 'c'"),
     (lambda: quiet(gan(), X, Trace_ELBO, steps=2), "objective: Trace_ELBO needs a likelihood, .*; use Adversarial"),
     (lambda: quiet(gan(), X, steps=2), "objective: TraceGraph_ELBO needs a likelihood, .*; use Adversarial"),
-    (lambda: quiet((nameless, judging), X, Adversarial, steps=2), "model: expected what the guide is to see"),
-    (lambda: quiet((elsewhere, judging), X, Adversarial, steps=2), "guide: expected image among its named arguments"),
+    (
+        lambda: quiet((nameless, judging), X, Adversarial, steps=2),
+        "model: expected a deterministic or observed site for the guide",
+    ),
+    (lambda: quiet((elsewhere, judging), X, Adversarial, steps=2), "guide: expected arguments named image"),
     (lambda: quiet((plain, unasked), X, Adversarial, steps=2), "guide: Adversarial expected a site real, got fake"),
     (lambda: quiet(gan(), X, Adversarial(information=("c",)), steps=2), "information: expected a site of the guide"),
     (lambda: gan(pack=0), "pack: expected an integer of at least 1, got 0"),

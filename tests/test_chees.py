@@ -450,7 +450,7 @@ def test_what_cannot_be_traced_is_run_by_nuts_with_one_line() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
 def test_what_cannot_be_traced_is_run_eagerly_when_chees_is_asked_for() -> None:
-    with pytest.warns(UserWarning, match="run eagerly one after another, for they cannot be traced"):
+    with pytest.warns(UserWarning, match="run eagerly, one after another, because they cannot be traced"):
         result = run(steered, chains=8, draws=10, warmup=20)
     assert result.idata.attrs["execution"] == "eager"
 

@@ -177,7 +177,7 @@ def unplated() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: quiet(dependent, {}), "z: expected elements of rows that are independent given all else, got"),
+        (lambda: quiet(dependent, {}), "z: expected conditionally independent elements of rows, got"),
         (lambda: quiet(unplated, {}), "z: expected a plate for each batch dimension, got none for dimension 0"),
         (
             lambda: Gibbs(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).setup(0),

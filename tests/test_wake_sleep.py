@@ -152,7 +152,7 @@ def test_reparameterised_guides_learn_too_and_through_their_draws_goes_nothing(a
     pair = VAE(6, 2, hidden=(4,)).double()
     x = (torch.rand(12, 6) > 0.5).double()
     objective = RWS(4, insomnia=0.5)
-    trace = objective.draw(pair.guide, (x,), {}, still=True)
+    trace = objective.draw(pair.guide, (x,), {}, detach=True)
     assert not trace.nodes["z"]["value"].requires_grad
     assert trace.nodes["z"]["fn"].base_dist.loc.requires_grad
     before = [p.clone() for p in pair.parameters()]
@@ -253,15 +253,15 @@ def alone_in_the_guide(x: Tensor) -> None:
     ("call", "said"),
     [
         (lambda: RWS(0), "particles: expected an integer of at least 1, got 0"),
-        (lambda: RWS(5, insomnia=1.5), "insomnia: expected a share between 0 and 1, got 1.5"),
-        (lambda: VIMCO(1), "particles: VIMCO expected at least 2, one to replace by the others, got 1"),
+        (lambda: RWS(5, insomnia=1.5), "insomnia: expected a number between 0 and 1, got 1.5"),
+        (lambda: VIMCO(1), "particles: VIMCO expected at least 2, got 1"),
         (
             lambda: RWS(3).loss_and_grads(outside, lambda x: outside(x), torch.zeros(4)),
-            "guide: RWS expected z in the plate of rows, got it outside; use Trace_ELBO",
+            "guide: RWS expected z in the plate of rows, got a global site; use Trace_ELBO",
         ),
         (
             lambda: WakeSleep().loss_and_grads(local, deaf, torch.zeros(4)),
-            "guide: the sleep phase expected x among its named arguments, or an argument observations",
+            "guide: the sleep phase expected arguments named x, or an argument observations, got neither",
         ),
         (
             lambda: WakeSleep().loss_and_grads(local, alone_in_the_guide, x=torch.zeros(4)),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sklearn.base import ClassifierMixin
 
 
-MODE_SHARE = 0.5
+MIN_COVERAGE = 0.5
 """Coverage below which generated rows are said to leave out modes."""
 
 

@@ -1,7 +1,7 @@
-"""Kernels that ``sample`` runs: Pyro's own, and ours.
+"""MCMC kernels for ``sample``: Pyro's and ours.
 
-Each is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``.
-``sample`` takes a factory from the model to the kernel: ``NUTS``, or ``partial(NUTS, full_mass=True)``.
+A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. ``sample`` takes a function that builds the kernel
+from the model: ``NUTS``, or ``partial(NUTS, full_mass=True)``.
 """
 
 from pyro.infer import HMC, NUTS

@@ -1,9 +1,9 @@
-r"""ChEES-HMC: all chains in one tensor, and what one chain learns all use.
+r"""ChEES-HMC: Hamiltonian Monte Carlo of many chains in one tensor, adapted across chains.
 
-Hamiltonian Monte Carlo whose step size, trajectory length and metric are learnt across chains: the step by dual
-averaging on the harmonic mean of the chains' acceptance, the length by ascending the ChEES criterion (the change in
-the squared distance from the mean that a trajectory makes), the metric from the covariance of all chains' draws in
-windows that grow. Trajectories are jittered by a Halton sequence.
+The step size is adapted by dual averaging on the harmonic mean of the chains' acceptance probabilities, the trajectory
+length by gradient ascent on the ChEES criterion (the change in the squared distance from the mean over a trajectory),
+and the metric by the covariance of the draws of all chains in growing windows. Trajectory lengths are jittered by a
+Halton sequence.
 
 Reference: Hoffman, Radul and Sountsov 2021 (https://proceedings.mlr.press/v130/hoffman21a.html).
 """
@@ -25,57 +25,64 @@ from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.core.contracts import BatchedKernel
-from inference.kernels.metric import DENSE, learn, spread
+from inference.kernels.metric import MAX_DENSE_DIM, learn, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
 BLOCK = 10
-"""Transitions that one call of the program makes."""
+"""Transitions per call of the program."""
 
 
-JITTER = 0.6
-"""Share of a trajectory that the jitter takes off at most. The paper's is 1; short trajectories are mostly wasted where
-the metric is good (on a normal posterior 0.6 gives twice the effective draws at 1.3 times the gradients)."""
+TRAJECTORY_JITTER = 0.6
+"""Maximum fraction by which jitter shortens a trajectory. The paper uses 1; short trajectories are mostly wasted where
+the metric is good (on a normal posterior 0.6 gives twice the effective draws for 1.3 times the gradients)."""
 
 
-BEST = 8
-"""One in so many chains is enough to show where the density is high, even if all others stand elsewhere."""
+BEST_FRACTION = 1 / 8
+"""Fraction of chains with the lowest energy that a chain is compared with before it is restarted."""
 
 
 RESTART_SD = 6.0
-"""Standard deviations of the energy of a normal posterior (the root of half its dimensions, at least 4) by which a
-chain's lies above that of the best eighth when it is put elsewhere during the warmup."""
+"""Excess energy from which a chain is restarted during the warmup, in standard deviations of the energy of a normal
+posterior (the root of half its dimensions, at least 4)."""
 
 
-TRIES = 100
-"""Redraws of starts whose density is not finite, as many as Pyro makes."""
+MAX_START_DRAWS = 100
+"""Maximum number of times that random starts are drawn until their density is finite, as in Pyro."""
 
 
 class ChEES(BatchedKernel):
-    r"""Hamiltonian Monte Carlo of many chains at once, tuned across them.
+    r"""ChEES-HMC: Hamiltonian Monte Carlo of many chains at once, adapted across chains.
 
-    In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): its draws have chains as their second
-    dimension. ``inference.sample`` reads them as chains.
+    Under plain ``pyro.infer.MCMC`` a draw of a site has shape (chains, \*shape), so chains are the second dimension of
+    its draws; ``inference.sample`` returns them as chains.
 
-    In the warmup a chain whose density is hopelessly below that of the others is put where another stands; attribute
-    ``restarted`` counts them.
+    During the warmup a chain whose energy is far above that of the others restarts at the position of another chain;
+    the attribute ``restarted`` counts these chains.
 
     Args:
         model: A Pyro model; finite sites are summed out.
-        potential_fn: Instead of a model, a function from unconstrained values by name of one chain to minus the log
-            density; ``initial_params`` (chains, \*shape) then have to be set.
-        num_chains: Chains C; what is learnt across them is good from about 16 on.
-        step_size: Step size to start from.
-        trajectory_length: Longest trajectory to start from, in units of the metric.
-        target_accept_prob: Harmonic mean of the acceptance probabilities that the step size aims at.
-        full_mass: Whether the metric is dense; None: if the posterior has at most 200 dimensions.
-        max_steps: Most leapfrogs of a trajectory.
-        jit_compile: Whether blocks of transitions run as one compiled program; False runs the traced graph.
-        eager: Whether a model that cannot be traced runs one chain after another, with a warning; False: an error.
-        transforms: Transforms from constrained to unconstrained values by site; None: Pyro's.
-        max_plate_nesting: Dimensions that plates use; None: found by running the model.
-        given: Values of further sites of the model, (chains, \*shape), that are held while the chains move; attribute
-            ``given`` takes others of the same shapes.
-        block: Transitions that one call of the program makes.
+        potential_fn: In place of a model, a function from the unconstrained values of one chain, by name, to minus the
+            log density. ``initial_params`` (chains, \*shape) must then be set.
+        num_chains: Number of chains; adaptation across chains works well from about 16.
+        step_size: Initial step size.
+        trajectory_length: Initial maximum trajectory length, in units of the metric.
+        target_accept_prob: Target of the harmonic mean of the acceptance probabilities.
+        full_mass: Whether the metric is dense. Default: dense up to 200 dimensions.
+        max_steps: Maximum number of leapfrog steps per trajectory.
+        jit_compile: Whether to compile blocks of transitions into one program; otherwise the traced graph runs.
+        eager: Whether to run a model that cannot be traced eagerly, one chain after another, with a warning; if False,
+            such a model raises ``Untraceable``.
+        transforms: Transforms from constrained to unconstrained values by site. Default: Pyro's.
+        max_plate_nesting: Number of dimensions used by plates. Default: found by running the model.
+        given: Values of further sites of the model, (chains, \*shape), that stay fixed while the chains move. Assign
+            the attribute ``given`` to replace them by others of the same shapes.
+        block: Transitions per call of the program.
+
+    Raises:
+        ValueError: An argument is out of range, ``setup`` finds no start of finite density, or ``initial_params`` are
+            missing.
+
+    Reference: Hoffman, Radul and Sountsov 2021 (https://proceedings.mlr.press/v130/hoffman21a.html).
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -128,7 +135,7 @@ class ChEES(BatchedKernel):
 
     @property
     def given(self) -> dict[str, Tensor]:
-        r"""Values of the sites that are held, (chains, \*shape)."""
+        r"""Values of the fixed sites, (chains, \*shape)."""
         return dict(self._given)
 
     @given.setter
@@ -138,7 +145,7 @@ class ChEES(BatchedKernel):
         self._place(self._chains.position.mT)
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Trace the model, find starts of finite density, and lay out the warmup."""
+        """Trace the model, draw starts of finite density, and plan the warmup."""
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
         self.execution = "traced" if self._density.traced else "eager"
@@ -148,7 +155,7 @@ class ChEES(BatchedKernel):
         self._place(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
-        dense = dim <= DENSE if self.full_mass is None else self.full_mass
+        dense = dim <= MAX_DENSE_DIM if self.full_mass is None else self.full_mass
         self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in Metric._fields))
         self._tuning = fresh_tuning(*self._start, like)
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
@@ -162,7 +169,7 @@ class ChEES(BatchedKernel):
             self.fuse()
 
     def fuse(self) -> None:
-        """Compile the block of transitions, and run it once so that the cost is paid here."""
+        """Compile the block of transitions, and run it once so that compilation happens here."""
         if self.execution != "traced" or not has_compiler():
             return
         if self._density.like.device.type == "cpu":
@@ -171,7 +178,7 @@ class ChEES(BatchedKernel):
             )
             self._run = looped(self._plain(), ("chees", self._density.code, shapes))
         else:
-            # There a loop inside the program would wait for the device at every leapfrog.
+            # A loop inside the program would wait for the device at every leapfrog step.
             self._density.forward = torch.compile(self._density.forward, dynamic=False)
         state = torch.get_rng_state()
         try:
@@ -185,7 +192,7 @@ class ChEES(BatchedKernel):
             torch.set_rng_state(state)
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        r"""One transition of all chains, of a block that has been run ahead: values by name (chains, \*shape)."""
+        r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""
         if params is not self._last:
             self._place(self._density.pack(params))
         if self._handed == self._warmup:
@@ -198,7 +205,7 @@ class ChEES(BatchedKernel):
         return self._last
 
     def advance(self) -> Moves:
-        """Run a block of transitions: the warmup's until it is over, then draws."""
+        """Run one block of transitions: of the warmup until it is over, of draws after that."""
         learning = self.warming
         self._chains, self._tuning, moves = self._block(learning)
         self._latest = moves._replace(position=moves.position.mT)
@@ -216,12 +223,12 @@ class ChEES(BatchedKernel):
 
     @property
     def warming(self) -> bool:
-        """Whether the next block is one of the warmup."""
+        """Whether the next block belongs to the warmup."""
         return not self._ended
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Where the chains stand, to go on from there again."""
+        """State of the chains and of the adaptation; assign it to resume from there."""
         return self._chains, self._tuning, self._metric, self._taken
 
     @state.setter
@@ -230,7 +237,7 @@ class ChEES(BatchedKernel):
         self._queue.clear()
 
     def collect(self, blocks: list[Moves]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""
+        r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
         moves = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
         stats = {
             "n_steps": moves.leapfrogs[:, None].expand_as(moves.energy).long(),
@@ -242,11 +249,11 @@ class ChEES(BatchedKernel):
         return self.constrain(moves.position), stats
 
     def constrained(self) -> dict[str, Tensor]:
-        r"""Where the chains stand: values by site (chains, \*shape)."""
+        r"""Current constrained values by site, (chains, \*shape)."""
         return self.constrain(self._chains.position.mT)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
-        r"""Unconstrained values by site (..., \*shape) of positions (..., D)."""
+        r"""Unconstrained values by site, (..., \*shape), of positions (..., D)."""
         return self._density.unpack(positions)
 
     def constrain(self, positions: Tensor) -> dict[str, Tensor]:
@@ -255,21 +262,22 @@ class ChEES(BatchedKernel):
         return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
 
     def end_warmup(self) -> None:
-        """Hold the metric, and the running means of step and length, from now on."""
+        """Stop adapting: fix the metric, and step size and trajectory length at their running means."""
         if self._handed <= self._warmup:
-            # What is left of the last block of the warmup is no draw.
+            # The rest of the last block of the warmup holds no draws.
             self._queue.clear()
         if self.warming:
             self._hold()
 
     def logging(self) -> OrderedDict[str, str]:
-        """Step size, longest trajectory in steps and acceptance, for a progress bar."""
-        learnt = Tuning(*self._tuning.exp().tolist())
-        shown = {"step size": f"{learnt.step:.2e}", "steps": f"{learnt.length / learnt.step:.0f}"}
-        return OrderedDict(shown | {"acc. prob": f"{float(self._latest.acceptance.mean()):.3f}"})
+        """Step size, maximum number of leapfrog steps and acceptance probability, for a progress bar."""
+        learnt = Tuning(*self._tuning.tolist())
+        step, steps = math.exp(learnt.log_step), math.exp(learnt.log_length - learnt.log_step)
+        acceptance = float(self._latest.acceptance.mean())
+        return OrderedDict({"step size": f"{step:.2e}", "steps": f"{steps:.0f}", "acc. prob": f"{acceptance:.3f}"})
 
     def diagnostics(self) -> dict[str, Any]:
-        """Divergent draws by chain, after the warmup."""
+        """Indices of the divergent draws after the warmup, by chain."""
         if not self._diverging:
             return {"divergences": {}}
         diverging = torch.cat(self._diverging).cpu()
@@ -279,24 +287,24 @@ class ChEES(BatchedKernel):
     def _hold(self) -> None:
         self._ended = True
         learnt = Tuning(*self._tuning.unbind())
-        self._tuning = torch.stack(learnt._replace(step=learnt.log_step_mean, length=learnt.length_mean))
+        self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
         self._window.clear()
 
     def _place(self, position: Tensor) -> None:
         energy, gradient = self._density.run(position)
-        own = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
-        self._chains = Chains(*own)
+        copies = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
+        self._chains = Chains(*copies)
         self._queue: deque[dict[str, Tensor]] = deque()
 
     def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
         like, shape = self._density.like, (self.block, *self._chains.position.shape)
-        # A start far away may need few long steps or many short ones: until the metric is known, few.
+        # Before the metric is known, trajectories from remote starts are kept short.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
         rules = like.new_tensor([self._target, limit, learning])
-        jitter = like.new_tensor([1 - JITTER * _halton(self._taken + t + 1) for t in range(self.block)])
+        jitter = like.new_tensor([1 - TRAJECTORY_JITTER * _halton(self._taken + t + 1) for t in range(self.block)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand((self.block, shape[-1]), dtype=like.dtype, device=like.device).log()
-        # A tensor laid out otherwise would be another program.
+        # Other strides would compile another program.
         chains = Chains(*(v.contiguous() for v in self._chains))
         with torch.no_grad():
             noise = Noise(normal, uniform, jitter)
@@ -312,35 +320,39 @@ class ChEES(BatchedKernel):
         return block
 
     def _restart(self) -> Tensor:
-        """Put chains whose density is hopelessly low where others stand: they would hold back what all learn.
+        """Move chains of far too high energy to the positions of others, so that they do not spoil the adaptation.
 
         Returns:
-            Which chains were left where they are, (chains,).
+            Mask (chains,) of the chains that did not move.
         """
         energy = self._latest.energy.double().mean(0).nan_to_num(torch.inf, torch.inf)
-        excess = energy - energy.kthvalue(max(1, len(energy) // BEST)).values
+        excess = energy - energy.kthvalue(max(1, int(len(energy) * BEST_FRACTION))).values
         allowed = RESTART_SD * max(self._density.dim / 2, 16.0) ** 0.5
         lost = excess > allowed
         if lost.any():
-            # What is low may be wide, and hold as much of the mass as its volume makes up for.
-            wide, narrow = (spread(self._latest.position[:, c].flatten(0, 1)).log().sum() for c in (lost, ~lost))
+            # A mode of low density may be wide: its volume makes up for part of the difference.
+            wide, narrow = (positive_sd(self._latest.position[:, c].flatten(0, 1)).log().sum() for c in (lost, ~lost))
             lost = excess > allowed + (wide - narrow).clamp(min=0)
-        found = (energy <= energy[~lost].median()).nonzero().flatten()
+        targets = (energy <= energy[~lost].median()).nonzero().flatten()
         count = int(lost.sum())
         if count:
             self.restarted += count
-            others = found[torch.randint(len(found), (count,), device=found.device)]
+            others = targets[torch.randint(len(targets), (count,), device=targets.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
             for value in self._chains:
                 value[..., lost] = value[..., others]
         return ~lost
 
-    def _renew(self, left: Tensor | None = None) -> None:
-        """Take the metric from the second half of the window, and learn step and length anew in it."""
+    def _renew(self, keep: Tensor | None = None) -> None:
+        """Estimate the metric from the second half of the window, and restart the adaptation of step and length.
+
+        Args:
+            keep: Mask (chains,) of the chains to use; None: all.
+        """
         blocks = self._window[len(self._window) // 2 :]
         self._window.clear()
-        if left is not None and left.any():
-            blocks = [b[:, left] for b in blocks]
+        if keep is not None and keep.any():
+            blocks = [b[:, keep] for b in blocks]
         draws = torch.cat([b.flatten(0, 1) for b in blocks]).double()
         draws = draws[draws.isfinite().all(-1)]
         self._metric, slowest = learn(draws, self._metric)
@@ -350,12 +362,12 @@ class ChEES(BatchedKernel):
     def _one_chain(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
         if self.model is None:
             if self._initial is None:
-                raise ValueError("initial_params: expected unconstrained values of all chains beside a potential_fn")
+                raise ValueError("initial_params: expected unconstrained values of all chains, got none")
             return {n: v[0] for n, v in self._initial.items()}
         held = {n: v[0] for n, v in self._given.items()}
         model = poutine.condition(self.model, data=held) if held else self.model
         with warnings.catch_warnings():
-            # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
+            # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
             example, self.potential_fn, self.transforms, _ = initialize_model(
                 model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
@@ -371,14 +383,15 @@ class ChEES(BatchedKernel):
         except Untraceable as error:
             if not self._eager:
                 raise
-            warnings.warn(f"the chains run eagerly one after another, for they cannot be traced: {error}", stacklevel=4)
+            said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
+            warnings.warn(said, stacklevel=4)
             return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
 
     def _random_start(self) -> Tensor:
-        """Uniform starts in (-2, 2), as Pyro draws them, again where density or gradient is not finite."""
+        """Uniform starts in (-2, 2), as in Pyro, redrawn while density or gradient is not finite."""
         like, shape = self._density.like, (self.num_chains, self._density.dim)
         position = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-2, 2)
-        for _ in range(TRIES):
+        for _ in range(MAX_START_DRAWS):
             energy, gradient = self._density.run(position)
             bad = ~(energy.isfinite() & gradient.isfinite().all(-1))
             if not bad.any():
@@ -388,7 +401,7 @@ class ChEES(BatchedKernel):
 
 
 def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """A potential of a model that is conditioned on ``held``, as a function of these values too."""
+    """The potential of a model conditioned on ``held``, as a function of these values as well."""
 
     def call(values: dict[str, Tensor], *given: Tensor) -> Tensor:
         held.update(zip(held, given, strict=True))
@@ -398,7 +411,7 @@ def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Calla
 
 
 def _renewals(warmup: int) -> set[int]:
-    """Transitions after which the metric is renewed: in windows that grow by half, the last at four fifths."""
+    """Transitions after which the metric is renewed: windows grow by half and end at four fifths of the warmup."""
     last = 4 * warmup // 5 // BLOCK * BLOCK
     times, window = {last} - {0}, float(BLOCK)
     while window + BLOCK <= last:

@@ -1,15 +1,15 @@
-r"""Gibbs sampling of finite sites, all rows and chains in parallel, with Hamiltonian moves of the continuous rest.
+r"""Gibbs sampling of finite sites, parallel over rows and chains, with Hamiltonian moves of the continuous sites.
 
 .. math::
 
     z_{nu} \sim p(z_{nu} \mid z_{n, -u}, x_n, \theta) \text{ for every unit } u, \qquad
     \theta \sim p(\theta \mid z, x)
 
-A site in plates has one value for each of their elements, which are independent given all else: they are drawn at once.
-The units of an event (those of a layer of a belief net) depend on one another, and are drawn in turn.
+Elements of a plate are conditionally independent given all other sites, and are drawn at once. The units of an event
+(for instance those of a layer of a belief net) depend on each other, and are drawn one after another.
 
-References: Geman and Geman 1984; Neal 1992, "Connectionist learning of belief networks"; Tanner and Wong 1987 for data
-augmentation.
+References: Geman and Geman 1984; Neal 1992, "Connectionist learning of belief networks"; Tanner and Wong 1987 (data
+augmentation).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from inference.draws.scoring import draw_sites
 from inference.kernels.chees import ChEES
 
 Turns = Generator[Tensor, Tensor, None]
-"""Log weights of the states (..., K) of one unit after another; each is answered by what was drawn."""
+"""Generator over the units of a site: yields log weights of the states (..., K), and is sent the state drawn."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Units:
     r"""The units of a finite site.
 
     Attributes:
-        states: The values that one unit can take, (K, \*shape of a unit).
-        batch: Dimensions of the site's value that are plates.
-        count: Units of an element of the plates.
+        states: Values that a unit can take, (K, \*shape of a unit).
+        batch: Number of plate dimensions of the site's value.
+        count: Units per element of the plates.
         keep: Names of the plates.
     """
 
@@ -51,29 +51,30 @@ class Units:
     keep: tuple[str, ...]
 
     def split(self, value: Tensor) -> Tensor:
-        r"""A value (chains, \*plates, \*event) as (chains, \*plates, units, \*shape of a unit)."""
+        r"""Reshape a value (chains, \*plates, \*event) to (chains, \*plates, units, \*shape of a unit)."""
         return value.reshape(*value.shape[: self.batch + 1], self.count, *self.states.shape[1:])
 
 
 class Gibbs(BatchedKernel):
-    r"""Gibbs sampling of every finite latent site; ChEES-HMC moves the continuous ones given these.
+    r"""Gibbs sampling of all finite latent sites, with ChEES-HMC for the continuous sites.
 
-    A transition is one sweep over the finite sites and one Hamiltonian trajectory. Finite sites are drawn, and not
-    summed out: for what has too many joint states to enumerate.
+    A transition is one sweep over the finite sites and one Hamiltonian trajectory given their values. Finite sites are
+    drawn, not summed out, so models with too many joint states to enumerate can be sampled.
 
     Args:
         model: A Pyro model.
-        num_chains: Chains C.
-        conditional: From a site's name and the values of all sites, (chains, \*shape) or without chains where they are
-            observed, to a generator: it yields log weights (chains, \*plates, K) of the states of one unit after
-            another and is sent what was drawn, (chains, \*plates). None: each state is scored by the model (and
-            ``sample`` takes the method of that name of a pair that has one).
-        jit_compile: Whether the Hamiltonian moves run as one compiled program.
-        settings: Those of ``ChEES``, for the continuous sites.
+        num_chains: Number of chains.
+        conditional: The conditional distributions: a function from the name of a site and the values of all sites
+            (chains, \*shape), observed ones without the dimension of chains, to a generator. It yields log weights
+            (chains, \*plates, K) of the states of one unit after another, and is sent the states drawn,
+            (chains, \*plates). Default: each state is scored by the model (``sample`` passes the pair's method
+            ``conditional`` if it has one).
+        jit_compile: Whether to compile the Hamiltonian moves into one program.
+        settings: Further arguments of ``ChEES``, for the continuous sites.
 
     Raises:
-        ValueError: The model has no finite latent site; a batch dimension of one is no plate; or its elements along a
-            plate are not independent given all else.
+        ValueError: The model has no finite latent site, a batch dimension of a finite site is not a plate, or its
+            elements along a plate are not conditionally independent.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -115,11 +116,11 @@ class Gibbs(BatchedKernel):
 
     @property
     def transforms(self) -> dict[str, Any]:
-        """Transforms from constrained to unconstrained values, of the continuous sites."""
+        """Transforms from constrained to unconstrained values of the continuous sites."""
         return {} if self._rest is None else self._rest.transforms
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Read the model, start finite sites at draws of the prior, and set up the moves of the rest."""
+        """Inspect the model, start finite sites at prior draws, and set up ChEES for the continuous sites."""
         self._bound = bind(partial(self.model, *args, **kwargs))
         latent = self._bound.select("latent")
         finite = [n for n, s in latent.items() if s.units]
@@ -153,12 +154,12 @@ class Gibbs(BatchedKernel):
 
     @property
     def warming(self) -> bool:
-        """Whether the next transition is one of the warmup."""
+        """Whether the next transition belongs to the warmup."""
         return self._taken < self._warmup
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Where the chains stand, to go on from there again."""
+        """State of the chains and of the adaptation; assign it to resume from there."""
         return dict(self._values), self._taken, None if self._rest is None else self._rest.state
 
     @state.setter
@@ -174,48 +175,53 @@ class Gibbs(BatchedKernel):
             self.execution = self._rest.execution
 
     def advance(self) -> tuple[dict[str, Tensor], Any]:
-        r"""One sweep and one trajectory: finite values (chains, \*shape); what ``ChEES`` did, or the log density."""
+        r"""Run one transition: a sweep and a trajectory.
+
+        Returns:
+            Values of the finite sites, (chains, \*shape), and the block of ``ChEES`` (without continuous sites, the log
+            joint density (chains,)).
+        """
         with torch.no_grad():
-            given = self._constrained()
+            continuous = self._constrained()
             for name in self._units:
-                self._values[name] = self._redraw(name, {**self._observed, **given, **self._values})
+                self._values[name] = self._redraw(name, {**self._observed, **continuous, **self._values})
             if self._rest is None:
-                made: Any = self._joint(self._values, ())
+                block: Any = self._joint(self._values, ())
             else:
                 self._rest.given = self._values
-                made = self._rest.advance()
+                block = self._rest.advance()
                 self.gradients = self._rest.gradients
         self._taken += 1
-        return dict(self._values), made
+        return dict(self._values), block
 
     def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        r"""Blocks as values by site, (draws, chains, \*shape), and statistics, (draws, chains)."""
+        r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
         values = {n: torch.stack([b[0][n] for b in blocks]) for n in self._units}
-        made = [b[1] for b in blocks]
+        moves = [b[1] for b in blocks]
         if self._rest is None:
-            density = torch.stack(made)
+            density = torch.stack(moves)
             return values, {"lp": density, "diverging": torch.zeros_like(density, dtype=torch.bool)}
-        rest, stats = self._rest.collect(made)
+        rest, stats = self._rest.collect(moves)
         return {**values, **rest}, stats
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        r"""One transition of all chains: values by name (chains, \*shape)."""
+        r"""Run one transition of all chains; return values by site, (chains, \*shape)."""
         for name in self._units:
             self._values[name] = params[name].to(self._values[name])
-        values, made = self.advance()
-        return values if self._rest is None else {**values, **self._rest.unpack(made.position[-1])}
+        values, block = self.advance()
+        return values if self._rest is None else {**values, **self._rest.unpack(block.position[-1])}
 
     def end_warmup(self) -> None:
-        """Hold what the continuous sites' moves have learnt."""
+        """Stop adapting the moves of the continuous sites."""
         if self._rest is not None:
             self._rest.end_warmup()
 
     def logging(self) -> OrderedDict[str, str]:
-        """What the moves of the continuous sites say, for a progress bar."""
+        """Step size and acceptance of the moves of the continuous sites, for a progress bar."""
         return OrderedDict() if self._rest is None else self._rest.logging()
 
     def diagnostics(self) -> dict[str, Any]:
-        """Divergent draws by chain, of the continuous sites."""
+        """Indices of the divergent draws, by chain."""
         return {"divergences": {}} if self._rest is None else self._rest.diagnostics()
 
     def _constrained(self) -> dict[str, Tensor]:
@@ -228,7 +234,7 @@ class Gibbs(BatchedKernel):
         drawn: list[Tensor] = []
         weights = next(turns)
         for _ in range(units.count):
-            # A start of probability 0 leaves a unit no state: any is as good, and the sweep goes on.
+            # A start of probability zero gives a unit no possible state: any will do, and the sweep goes on.
             weights = torch.where((weights > -torch.inf).any(-1, keepdim=True), weights, 0.0)
             chosen = torch.distributions.Categorical(logits=weights, validate_args=False).sample()
             drawn.append(units.states[chosen])
@@ -239,7 +245,7 @@ class Gibbs(BatchedKernel):
         return torch.stack(drawn, units.batch + 1).reshape(values[name].shape)
 
     def score(self, name: str, values: Mapping[str, Tensor]) -> Turns:
-        """The conditional of a site's units by the model's own density: every state of one unit after another."""
+        """Conditional of a site's units, from the model's density at every state of one unit after another."""
         units = self._units[name]
         latent = {n: values[n] for n in self._bound.select("latent")}
         current = units.split(latent[name]).movedim(units.batch + 1, 0).clone()
@@ -254,7 +260,7 @@ class Gibbs(BatchedKernel):
             current[unit] = yield weights
 
     def _joint(self, values: Mapping[str, Tensor], keep: tuple[str, ...]) -> Tensor:
-        r"""Log joint density of each draw and each element of the plates that are kept, (draws, \*plates)."""
+        r"""Log joint density of each draw, per element of the plates in ``keep``: (draws, \*plates)."""
 
         def read(trace: Any, count: int | None) -> dict[str, Tensor]:
             return {"": engine.contract(trace, engine.sample_names(trace), list(keep), count)}
@@ -263,33 +269,34 @@ class Gibbs(BatchedKernel):
 
     def _read(self, name: str, distribution: Any) -> Units:
         site = self._bound.sites[name]
-        wild = [k for k, p in enumerate(site.plates) if p is None and site.shape[k] > 1]
-        if wild:
-            raise ValueError(f"{name}: expected a plate for each batch dimension, got none for dimension {wild[0]}")
+        bare = [k for k, p in enumerate(site.plates) if p is None and site.shape[k] > 1]
+        if bare:
+            raise ValueError(f"{name}: expected a plate for each batch dimension, got none for dimension {bare[0]}")
         while hasattr(distribution, "base_dist"):
             distribution = distribution.base_dist
         states = distribution.enumerate_support(expand=False).reshape(-1, *distribution.event_shape)
         return Units(states, site.batch, site.units, tuple(p for p in site.plates if p))
 
     def _check(self) -> None:
-        """Elements of a plate must be independent given all else: the changes of each make up that of all."""
+        """Raise unless plate elements are conditionally independent: their changes of the log density must add up."""
         with torch.no_grad():
             values = {**self._constrained(), **self._values}
-            few = {n: v[:1] for n, v in values.items()}
-            before = self._joint(few, ())
+            first = {n: v[:1] for n, v in values.items()}
+            before = self._joint(first, ())
             for name, units in self._units.items():
                 if not units.keep:
                     continue
-                pick = torch.randint(len(units.states), (1, *units.split(few[name]).shape[1 : units.batch + 2]))
-                moved = {**few, name: units.states[pick].reshape(few[name].shape)}
-                apart = self._joint(moved, units.keep) - self._joint(few, units.keep)
-                together = self._joint(moved, ()) - before
-                if not bool(torch.isfinite(together) & apart.isfinite().all()):
+                picks = torch.randint(len(units.states), (1, *units.split(first[name]).shape[1 : units.batch + 2]))
+                moved = {**first, name: units.states[picks].reshape(first[name].shape)}
+                changes = self._joint(moved, units.keep) - self._joint(first, units.keep)
+                change = self._joint(moved, ()) - before
+                if not bool(torch.isfinite(change) & changes.isfinite().all()):
                     continue
-                loose = 1e-3 if together.dtype == torch.float32 else 1e-7
-                if not torch.allclose(apart.sum(), together[0], rtol=loose, atol=loose * float(before.abs() + 1)):
+                tolerance = 1e-3 if change.dtype == torch.float32 else 1e-7
+                atol = tolerance * float(before.abs() + 1)
+                if not torch.allclose(changes.sum(), change[0], rtol=tolerance, atol=atol):
                     plates = ", ".join(units.keep)
                     raise ValueError(
-                        f"{name}: expected elements of {plates} that are independent given all else, got a density "
-                        f"that changes by {float(apart.sum()):.6g} element by element and {float(together):.6g} at once"
+                        f"{name}: expected conditionally independent elements of {plates}, got a log density that "
+                        f"changes by {float(changes.sum()):.6g} element by element and by {float(change):.6g} at once"
                     )

@@ -1,4 +1,4 @@
-"""The metric of Hamiltonian chains, learnt from their draws: dense or diagonal."""
+"""Estimate the metric of Hamiltonian Monte Carlo from draws, dense or diagonal."""
 
 from __future__ import annotations
 
@@ -7,39 +7,50 @@ from torch import Tensor
 
 from inference.kernels.trajectory import Metric
 
-DENSE = 200
-"""Dimensions up to which a dense metric costs little beside the gradients it saves."""
+MAX_DENSE_DIM = 200
+"""Dimensions up to which a dense metric costs little compared with the gradients it saves."""
 
 
 INDEPENDENT_FRACTION = 1 / 3
-"""Independent draws that one draw of the warmup is taken for."""
+"""Number of independent draws that one draw of the warmup counts for."""
 
 
 def learn(draws: Tensor, old: Metric) -> tuple[Metric, float]:
-    """Metric of draws (S, D), as far as they are enough to tell it from the last, and the largest sd that it leaves."""
+    """Estimate the metric from draws.
+
+    A dense estimate is shrunk towards the previous metric where there are few draws.
+
+    Args:
+        draws: Draws (S, D).
+        old: The previous metric; the new one is dense or diagonal as it is.
+
+    Returns:
+        The metric, and the largest standard deviation of the whitened draws over all directions (1 if dense).
+    """
     like, dim = old.covariance, draws.shape[-1]
     if like.dim() == 1:
-        width = spread(draws)
-        slowest = _largest(draws / width) if dim <= DENSE else 1.0
-        return Metric(width.square().to(like), *((1 / width).to(like).clone() for _ in range(2))), slowest
-    # In the coordinates of the last metric, what few draws cannot tell stays as it was.
-    last = old.whitener.double()
-    white = draws @ last.T
-    width = spread(white)
-    few = (dim / (len(draws) * INDEPENDENT_FRACTION)) ** 2
-    correlation = (torch.cov((white / width).T).reshape(dim, dim) + few * torch.eye(dim).to(white)) / (1 + few)
-    root = width[:, None] * torch.linalg.cholesky(correlation)
-    back = torch.linalg.solve(last, root)
-    whitener = torch.linalg.solve_triangular(root, last, upper=False)
-    return Metric((back @ back.T).to(like), whitener.contiguous().to(like), whitener.T.contiguous().to(like)), 1.0
+        sd = positive_sd(draws)
+        slowest = _largest_sd(draws / sd) if dim <= MAX_DENSE_DIM else 1.0
+        return Metric(sd.square().to(like), *((1 / sd).to(like).clone() for _ in range(2))), slowest
+    # In the coordinates of the previous metric shrinkage to the identity keeps what few draws cannot determine.
+    previous = old.whitener.double()
+    white = draws @ previous.T
+    sd = positive_sd(white)
+    shrinkage = (dim / (len(draws) * INDEPENDENT_FRACTION)) ** 2
+    covariance = torch.cov((white / sd).T).reshape(dim, dim)
+    correlation = (covariance + shrinkage * torch.eye(dim).to(white)) / (1 + shrinkage)
+    root = sd[:, None] * torch.linalg.cholesky(correlation)
+    factor = torch.linalg.solve(previous, root)
+    whitener = torch.linalg.solve_triangular(root, previous, upper=False)
+    return Metric((factor @ factor.T).to(like), whitener.contiguous().to(like), whitener.T.contiguous().to(like)), 1.0
 
 
-def spread(draws: Tensor) -> Tensor:
-    """Standard deviation of each dimension of draws (S, D); 1 where it is none."""
-    width = draws.std(0)
-    return torch.where((width > 0) & width.isfinite(), width, 1.0)
+def positive_sd(draws: Tensor) -> Tensor:
+    """Standard deviation of each dimension of draws (S, D), with 1 in place of zero or non-finite values."""
+    sd = draws.std(0)
+    return torch.where((sd > 0) & sd.isfinite(), sd, 1.0)
 
 
-def _largest(standard: Tensor) -> float:
-    """Standard deviation of the widest direction of draws (S, D)."""
-    return float(torch.linalg.matrix_norm(standard - standard.mean(0), 2)) / len(standard) ** 0.5
+def _largest_sd(draws: Tensor) -> float:
+    """Largest standard deviation of draws (S, D) over all directions."""
+    return float(torch.linalg.matrix_norm(draws - draws.mean(0), 2)) / len(draws) ** 0.5

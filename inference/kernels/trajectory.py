@@ -1,9 +1,9 @@
-r"""A block of Hamiltonian transitions of many chains, and what they teach about step and length, as tensors alone.
+r"""Blocks of Hamiltonian transitions of many chains, with adaptation of step size and trajectory length.
 
-Positions :math:`q` (D, chains) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrogs of step
-:math:`\epsilon`; every chain takes the same number, so that all of them are one tensor. Chains are neighbours in
-memory, for then a loop over them is vectorised. Nothing here reads a value back but the number of leapfrogs: the same
-functions run as they stand and inside one compiled program, where a loop costs no Python.
+Positions :math:`q` (D, chains) move under :math:`H(q, p) = U(q) + \tfrac12 p^\top \Sigma p` by leapfrog steps of size
+:math:`\epsilon`. All chains take the same number of steps, so they form one tensor; chains are the last dimension, so
+loops over them are vectorised. The functions run eagerly or inside one compiled program: they use tensors only, and
+read nothing back to Python but the number of leapfrog steps.
 
 Reference: Hoffman, Radul and Sountsov 2021, "An Adaptive-MCMC Scheme for Setting Trajectory Lengths in Hamiltonian
 Monte Carlo" (https://proceedings.mlr.press/v130/hoffman21a.html).
@@ -20,15 +20,15 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
-DIVERGENCE = 1000.0
-"""Energy error from which a trajectory has diverged, as in Stan and Pyro."""
+MAX_ENERGY_ERROR = 1000.0
+"""Energy error above which a trajectory has diverged, as in Stan and Pyro."""
 
 
-FLOOR = 0.01
-"""Least acceptance that one chain adds to the harmonic mean: a chain that is stuck must not stop all others."""
+ACCEPTANCE_FLOOR = 0.01
+"""Smallest acceptance that a chain contributes to the harmonic mean, so that one stuck chain does not stop the rest."""
 
 
-RATE, MEMORY = 0.025, 0.95
+LENGTH_RATE, LENGTH_DECAY = 0.025, 0.95
 """Learning rate and decay of Adam on the log trajectory length (without momentum, as in the paper)."""
 
 
@@ -36,7 +36,7 @@ Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Chains(NamedTuple):
-    """Where the chains stand: positions (D, chains), energies (chains,), their gradients (D, chains)."""
+    """State of the chains: positions (D, chains), energies (chains,) and their gradients (D, chains)."""
 
     position: Tensor
     energy: Tensor
@@ -44,9 +44,10 @@ class Chains(NamedTuple):
 
 
 class Metric(NamedTuple):
-    r"""Covariance :math:`\Sigma`, whitener :math:`W^\top W = \Sigma^{-1}`, its transpose: (D,) if diagonal, or (D, D).
+    r"""Covariance :math:`\Sigma`, whitener :math:`W` with :math:`W^\top W = \Sigma^{-1}`, and root :math:`W^\top`.
 
-    The transpose draws momenta, and stands here because a compiled loop takes no view of an input.
+    Each is (D,) if diagonal and (D, D) if dense. Momenta are drawn with the root, which is stored because a compiled
+    loop accepts no view of an input.
     """
 
     covariance: Tensor
@@ -55,20 +56,31 @@ class Metric(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Logarithms of step and length, their running means, and the state of both optimisers; scalars."""
+    """Log step size and log trajectory length, their running means, and the state of both optimizers; scalars.
+
+    Attributes:
+        taken: Transitions so far.
+        anchor: Log step size towards which dual averaging shrinks.
+        error: Running mean of target less actual acceptance.
+        log_step: Logarithm of the step size.
+        log_step_mean: Running mean of ``log_step``, used after the warmup.
+        square: Running mean of the squared slope of the criterion (Adam's second moment).
+        log_length: Logarithm of the trajectory length.
+        log_length_mean: Running mean of ``log_length``, used after the warmup.
+    """
 
     taken: Tensor
     anchor: Tensor
     error: Tensor
-    step: Tensor
+    log_step: Tensor
     log_step_mean: Tensor
     square: Tensor
-    length: Tensor
-    length_mean: Tensor
+    log_length: Tensor
+    log_length_mean: Tensor
 
 
 class Rules(NamedTuple):
-    """What holds during a block: acceptance aimed at, most leapfrogs, and whether to learn (1 or 0); scalars."""
+    """Settings of a block: target acceptance, maximum number of leapfrog steps, whether to adapt (1 or 0); scalars."""
 
     target: Tensor
     limit: Tensor
@@ -76,7 +88,13 @@ class Rules(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Randomness of a block of T transitions: (T, D, chains) normal, (T, chains) log uniform, (T,) in (0, 1]."""
+    """Random numbers of a block of T transitions.
+
+    Attributes:
+        momentum: Standard normal, (T, D, chains).
+        log_uniform: Logarithms of uniform numbers, (T, chains).
+        jitter: Factors of the trajectory length in (0, 1], (T,).
+    """
 
     momentum: Tensor
     log_uniform: Tensor
@@ -84,7 +102,7 @@ class Noise(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """What a block did: positions (T, D, chains); statistics (T, chains); leapfrogs and step sizes (T,)."""
+    """Draws of a block: positions (T, D, chains), statistics (T, chains), leapfrog steps and step sizes (T,)."""
 
     position: Tensor
     energy: Tensor
@@ -97,7 +115,19 @@ class Moves(NamedTuple):
 def run_block(
     density: Density, chains: Chains, tuning: Tensor, metric: Metric, rules: Tensor, noise: Noise
 ) -> tuple[Chains, Tensor, Moves]:
-    """Run a block of transitions, each learning from the last; ``Tuning`` and ``Rules`` go as one vector each."""
+    """Run a block of transitions that adapt step size and trajectory length.
+
+    Args:
+        density: Maps positions (D, chains) to energies (chains,) and their gradients (D, chains).
+        chains: State of the chains.
+        tuning: The fields of ``Tuning`` as one vector.
+        metric: The metric.
+        rules: The fields of ``Rules`` as one vector.
+        noise: Random numbers of the block.
+
+    Returns:
+        The new state of the chains, the new tuning as one vector, and the draws.
+    """
 
     def step(carry: Any, now: Any) -> Any:
         chains, learnt, moves = _transition(
@@ -110,16 +140,22 @@ def run_block(
 
 
 def fresh_tuning(step: float, length: float, like: Tensor) -> Tensor:
-    """Start to learn from a step size and a trajectory length."""
-    step, length = math.log(step), math.log(length)
-    values = {"anchor": step, "step": step, "step_mean": step, "length": length, "length_mean": length}
-    return like.new_tensor([values.get(name, 0.0) for name in Tuning._fields])
+    """Initial ``Tuning``, as one vector, for a step size and a trajectory length."""
+    log_step, log_length = math.log(step), math.log(length)
+    start = {
+        "anchor": log_step,
+        "log_step": log_step,
+        "log_step_mean": log_step,
+        "log_length": log_length,
+        "log_length_mean": log_length,
+    }
+    return like.new_tensor([start.get(name, 0.0) for name in Tuning._fields])
 
 
 def _transition(
     density: Density, chains: Chains, tuning: Tuning, metric: Metric, rules: Rules, noise: Noise
 ) -> tuple[Chains, Tuning, Moves]:
-    step, length = tuning.step.exp(), tuning.length.exp() * noise.jitter
+    step, length = tuning.log_step.exp(), tuning.log_length.exp() * noise.jitter
     count = (length / step).ceil().clamp(min=1).minimum(rules.limit)
     momentum = _times(noise.momentum, metric.root)
     end, out = _integrate(density, chains, momentum, metric.covariance, step, count)
@@ -130,30 +166,32 @@ def _transition(
     slope = _slope(metric, chains.position, end.position, out, acceptance) * length
     accept = noise.log_uniform < gain
     kept = Chains(*(torch.where(accept, b, a) for a, b in zip(chains, end, strict=True)))
-    moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, gain < -DIVERGENCE, count, step)
+    moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, gain < -MAX_ENERGY_ERROR, count, step)
     return kept, _learn(tuning, rules, acceptance, slope), moves
 
 
 def _integrate(
     density: Density, chains: Chains, momentum: Tensor, covariance: Tensor, step: Tensor, count: Tensor
 ) -> tuple[Chains, Tensor]:
-    """Leapfrogs from ``chains``: where they end, and with what momentum."""
+    """Run ``count`` leapfrog steps from ``chains``; return the end state and its momentum."""
 
     def leap(k: Tensor, q: Tensor, energy: Tensor, gradient: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         q = q + step * _times(p, covariance)
         energy, gradient = density(q)
         return k + 1, q, energy, gradient, p - step * gradient
 
-    # The two half kicks between leapfrogs are one whole kick: half a kick too much is taken back at the end.
+    # Half steps of the momentum between leapfrog steps are merged; the surplus half step is undone at the end.
     p = momentum - 0.5 * step * chains.gradient
     _, q, energy, gradient, p = _repeat(count, leap, (torch.zeros_like(count), *chains, p))
     return Chains(q, energy, gradient), p + 0.5 * step * gradient
 
 
 def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acceptance: Tensor) -> Tensor:
-    r"""Slope of the ChEES criterion in time, over chains weighted by acceptance, in whitened coordinates.
+    r"""Derivative of the ChEES criterion with respect to the trajectory length.
 
     .. math:: \tfrac14 \mathrm{E}\big[(\|q' - \mu'\|^2 - \|q - \mu\|^2)^2\big]
+
+    The expectation is over chains weighted by acceptance, in whitened coordinates.
     """
     valid = acceptance > 0
     weight = acceptance / acceptance.sum().clamp(min=1e-20)
@@ -165,20 +203,20 @@ def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acce
 
 
 def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tuning:
-    """Dual averaging of the log step on the harmonic mean acceptance; Adam of the log length on the slope."""
+    """Dual averaging of the log step size on the harmonic mean acceptance; Adam on the log length by its slope."""
     taken = tuning.taken + 1
     weight = taken**-0.75
-    harmonic = 1 / (1 / acceptance.clamp(min=FLOOR)).mean()
+    harmonic = 1 / (1 / acceptance.clamp(min=ACCEPTANCE_FLOOR)).mean()
     error = tuning.error + (rules.target - harmonic - tuning.error) / (taken + 10)
-    step = tuning.anchor - taken.sqrt() / 0.05 * error
-    square = MEMORY * tuning.square + (1 - MEMORY) * slope.square()
-    root = (square / (1 - MEMORY**taken)).sqrt().clamp(min=1e-20)
-    length = tuning.length + RATE * slope / root
-    # No shorter than a step, no longer than the steps allowed.
-    length = length.maximum(step).minimum(step + rules.limit.log())
-    log_step_mean = tuning.log_step_mean + weight * (step - tuning.log_step_mean)
-    length_mean = tuning.length_mean + weight * (length - tuning.length_mean)
-    learnt = Tuning(taken, tuning.anchor, error, step, log_step_mean, square, length, length_mean)
+    log_step = tuning.anchor - taken.sqrt() / 0.05 * error
+    square = LENGTH_DECAY * tuning.square + (1 - LENGTH_DECAY) * slope.square()
+    root = (square / (1 - LENGTH_DECAY**taken)).sqrt().clamp(min=1e-20)
+    log_length = tuning.log_length + LENGTH_RATE * slope / root
+    # At least one step, at most the maximum number of steps.
+    log_length = log_length.maximum(log_step).minimum(log_step + rules.limit.log())
+    log_step_mean = tuning.log_step_mean + weight * (log_step - tuning.log_step_mean)
+    log_length_mean = tuning.log_length_mean + weight * (log_length - tuning.log_length_mean)
+    learnt = Tuning(taken, tuning.anchor, error, log_step, log_step_mean, square, log_length, log_length_mean)
     return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
 
 
@@ -187,10 +225,10 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _repeat(count: Tensor, body: Callable[..., Any], carried: Any) -> Any:
-    """Run the body, whose first value counts, ``count`` times."""
+    """Run the body ``count`` times; the first carried value is the loop counter."""
     if torch.compiler.is_compiling():
         return while_loop(lambda k, *_: k < count, body, carried)
-    # One read a trajectory, none a leapfrog: an accelerator runs ahead of Python.
+    # The count is read once per trajectory, so an accelerator runs ahead of Python.
     for _ in range(int(count)):
         carried = body(*carried)
     return carried

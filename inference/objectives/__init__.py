@@ -1,8 +1,8 @@
-"""Objectives that ``fit`` minimises: Pyro's own, and ours.
+"""Objectives for ``fit``: Pyro's and ours.
 
-Each is a subclass of ``pyro.infer.elbo.ELBO``. ``Compiled`` runs any of them as one program. Tables of methods should
-hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda): an instance remembers the plate nesting of the
-first pair that it saw.
+An objective is a subclass of ``pyro.infer.elbo.ELBO``. ``Compiled`` runs any of them as one program. Tables of methods
+should hold factories (``partial(fit, objective=Trace_ELBO)`` or a lambda), because an instance keeps the plate nesting
+of the first pair it runs on.
 """
 
 from pyro.infer import (

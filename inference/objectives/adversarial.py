@@ -1,16 +1,16 @@
-r"""Adversarial training: the discriminator is the guide :math:`q(y \mid x)` of where a row comes from.
+r"""Adversarial training: the discriminator is the guide :math:`q(y \mid x)` of whether a row is real.
 
-A generative adversarial pair draws y, ``real``: one where a row is of the data, zero where the model generates it. Its
-guide says which of the two it was. y is summed out exactly: every step sees both halves. What makes it adversarial is
-that guide and model have a loss each,
+The model of a generative adversarial pair draws y, the site ``real``: x is a row of the data if y = 1, and generated
+if y = 0. The guide is the discriminator. y is summed out exactly, as every step runs both halves. Guide and model have
+a loss each,
 
 .. math::
 
     L_\phi = -\mathrm{E}_{p(x, y)}[\log q_\phi(y \mid x)], \qquad
     L_\theta = -\mathrm{E}_{p_\theta(x, y)}[\log q_\phi(1 - y \mid x)],
 
-variational EM with two objectives in place of one. :math:`L_\theta` is the non-saturating loss; the others replace
-:math:`\log q` by functions of the log odds :math:`a(x) = \log q(1 \mid x) / q(0 \mid x)`.
+so training is variational EM with two objectives in place of one. :math:`L_\theta` is the non-saturating loss; the
+other kinds replace :math:`\log q` by functions of the log odds :math:`a(x) = \log q(1 \mid x) / q(0 \mid x)`.
 
 References: Goodfellow et al. 2014 (https://arxiv.org/abs/1406.2661); Hu, Yang, Salakhutdinov and Xing 2018, "On
 Unifying Deep Generative Models" (https://arxiv.org/abs/1706.00550); Mao et al. 2017 (least squares); Lim and Ye 2017
@@ -38,28 +38,37 @@ from torch.nn.functional import relu, softplus
 from inference.core.bound import BoundPair
 from inference.core.checks import check_not_negative
 from inference.core.handlers import StopGradient
-from inference.diagnostics.two_sample import MODE_SHARE, coverage
+from inference.diagnostics.two_sample import MIN_COVERAGE, coverage
 from inference.objectives.game import Game, Players, by_name, takes
 
-SITE = "real"
-"""The site y: whether a row is of the data."""
+REAL_SITE = "real"
+"""Name of the site y: whether a row is real."""
 
 
-WINDOWS, WON, CIRCLE = 10, 0.1, 0.5
-"""Parts of the second half of a fit whose mean losses are compared; shares of the loss of a draw below which the guide
-has won, and by which its loss swings when the players circle."""
+LOSS_WINDOWS = 10
+"""Windows of the second half of a fit whose mean losses are compared."""
 
 
-JUDGED = 2000
-"""Rows of either kind by which left-out modes are looked for."""
+WON_FRACTION, CYCLING_FRACTION = 0.1, 0.5
+"""Fractions of the guide's loss at equilibrium: below the first the guide has won; a range of the windows' mean losses
+above the second means that the players cycle."""
+
+
+MODE_CHECK_ROWS = 2000
+"""Real rows, and generated rows, used to look for missing modes."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Losses of one row by its log odds a: the guide's on real and generated rows, the model's on generated ones.
+    """Loss per row as a function of the log odds a.
 
-    The model's loss on real rows, which those parameters of it see that stand in the guide, is that on generated ones
-    with the sign of a changed.
+    The model's loss on real rows, which concerns only those of its parameters that the guide uses (an encoder), is its
+    loss on generated rows at -a.
+
+    Attributes:
+        real: The guide's loss on real rows.
+        generated: The guide's loss on generated rows.
+        model: The model's loss on generated rows.
     """
 
     real: Callable[[Tensor], Tensor]
@@ -74,46 +83,46 @@ KINDS: dict[str, Kind] = {
     "hinge": Kind(lambda a: relu(1 - a), lambda a: relu(1 + a), lambda a: -a),
     "wasserstein": Kind(lambda a: -a, lambda a: a, lambda a: -a),
 }
-"""Least squares have the labels -1, 1 and 0 of Mao et al. 2017, which descend Pearson's chi squared."""
+"""Losses by name. Least squares has the labels -1, 1, 0 of Mao et al. 2017, which minimise Pearson's chi squared."""
 
 
-EVEN = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_squares": 2.0, "hinge": 2.0}
-"""The guide's loss a row where nothing tells real from generated rows; none is known where the odds have no scale."""
+EQUILIBRIUM_LOSS = {"non_saturating": 2 * math.log(2), "minimax": 2 * math.log(2), "least_squares": 2.0, "hinge": 2.0}
+"""The guide's loss per row where real and generated rows cannot be told apart (Wasserstein odds have no scale)."""
 
 
 class Adversarial(Game):
-    r"""Adversarial training of a pair whose guide tells its model's rows from the data.
+    r"""Adversarial training of a pair whose guide is a discriminator.
 
-    The model draws ``real``, Bernoulli, in a plate, and names what it hands to the guide by ``pyro.deterministic`` (or
-    observes it, if nothing is deterministic): data where it is one, generated where it is zero. What it observes beside
-    that in the generated half, a cycle back to the data, say, it makes likely. The guide samples ``real`` too; it takes
-    the generated rows under the names of its arguments, or through its argument ``observations``, and latent sites that
-    it shares with the model (a code, an encoder's factors) are those of the model in the generated half and its own in
-    the real half. If both take an argument ``real``, they are told which half it is and need not compute the other.
+    The model samples the Bernoulli site ``real`` in a plate. It names what the guide receives, data where ``real`` is
+    one and generated rows where it is zero, by ``pyro.deterministic``, or observes it if no site is deterministic.
+    Other observed sites of the generated half (for instance a cycle back to the data) add their log density to the
+    model's loss. The guide samples ``real`` as well. It receives generated rows under the names of its arguments, or
+    through its argument ``observations``. Latent sites that both have (a code, an encoder's factors) are drawn by the
+    model in the generated half and by the guide in the real half. If model and guide take an argument ``real``, it
+    tells them which half is run, so that they need not compute the other.
 
-    Which player a parameter belongs to is found, not named: the guide's are those that :math:`\log q(y \mid \cdot)`
-    reaches when all other sites are held, all others are the model's, wherever they stand. The gradients of a player
-    that rests are None.
+    The guide's parameters are those that :math:`\log q(y \mid \cdot)` depends on when all other sites are held fixed;
+    all other parameters are the model's, in whichever half they are used. The gradients of a resting player are None.
 
-    Losses are sums over the rows, scaled as the plate says, as those of an ELBO.
+    Losses are sums over rows, scaled by the plate, like those of an ELBO.
 
     Args:
         kind: A key of ``KINDS``: ``non_saturating``, ``minimax``, ``least_squares``, ``hinge`` or ``wasserstein``.
-        penalty: Weight of :math:`(\lVert \nabla_x a \rVert - 1)^2` at rows between real and generated ones (WGAN-GP).
+        penalty: Weight of :math:`(\lVert \nabla_x a \rVert - 1)^2` at points between real and generated rows (WGAN-GP).
         r1: Weight of :math:`\tfrac12 \lVert \nabla_x a \rVert^2` at real rows (R1).
-        information: Latent sites of the model whose posterior in the guide both players make likely: the code of an
-            InfoGAN.
-        information_weight: Weight of their :math:`-\log q(c \mid x)`.
-        importance: Weigh generated rows by :math:`q(1 \mid x) / q(0 \mid x)`, normalised over the batch, in the model's
-            loss (importance-weighted GAN).
-        bound: An ELBO, or a factory of one, of the same pair run without ``real``, which the model descends as well.
-        activated: Take generated rows into the bound too, as data, each weighted by :math:`q(1 \mid x)`
+        information: Latent sites c of the model for which both players minimise :math:`-\log q(c \mid x)` in the
+            guide (the code of an InfoGAN).
+        information_weight: Weight of that term.
+        importance: Whether to weight generated rows in the model's loss by :math:`q(1 \mid x) / q(0 \mid x)`,
+            normalised over the batch (importance-weighted GAN).
+        bound: An ELBO, or a factory of one, of the same pair run without ``real``, which the model minimises as well.
+        activated: Whether generated rows enter the bound as data, each weighted by :math:`q(1 \mid x)`
             (adversary-activated VAE of Hu et al. 2018).
-        weight: Weight of the model's adversarial loss beside the bound.
-        turns: Steps of the guide, and of the model, in turn; None: both move at every step.
+        weight: Weight of the model's adversarial loss relative to the bound.
+        turns: Consecutive steps of the guide and of the model. Default: both move at every step.
 
     Raises:
-        ValueError: An argument is out of its range, or the pair lacks what is said above.
+        ValueError: An argument is out of range, or the pair does not have the structure described above.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -151,7 +160,7 @@ class Adversarial(Game):
         turns: tuple[int, int] | None = None,
     ) -> None:
         if activated and bound is None:
-            raise ValueError("activated: expected a bound, into which generated rows are taken, got none")
+            raise ValueError("activated: expected a bound that generated rows enter, got none")
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         check_not_negative(penalty=penalty, r1=r1, information_weight=information_weight)
@@ -163,194 +172,203 @@ class Adversarial(Game):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         half = self._half(model, guide, by_name(model, args, kwargs), False)
-        return half.drawn, half.trace
+        return half.model_trace, half.guide_trace
 
     def advise(self, bound: BoundPair, losses: np.ndarray) -> tuple[str, ...]:
-        """What is wrong with a fit: a player that has won, players that circle, modes that are left out.
+        """Advice about a fit: a guide that has won, players that cycle, missing modes.
 
         Args:
-            bound: The pair and its data, its parameters those of the fit.
-            losses: Those of guide and model at each step (steps, 2).
+            bound: The pair and its data, with the fitted parameters.
+            losses: Losses of guide and model at each step, (steps, 2).
         """
         guide = losses.reshape(-1, 2)[:, 0]
-        return (*self._judge_players(guide / max(bound.rows, 1)), *self._judge_modes(bound))
+        return (*self._check_players(guide / max(bound.rows, 1)), *self._check_modes(bound))
 
-    def _judge_players(self, guide: np.ndarray) -> Iterator[str]:
-        even = EVEN.get(self.kind)
-        if even is None or len(guide) < 2 * WINDOWS or self.r1 or self.penalty:
+    def _check_players(self, guide: np.ndarray) -> Iterator[str]:
+        equilibrium = EQUILIBRIUM_LOSS.get(self.kind)
+        if equilibrium is None or len(guide) < 2 * LOSS_WINDOWS or self.r1 or self.penalty:
             return
-        means = np.array([part.mean() for part in np.array_split(guide[len(guide) // 2 :], WINDOWS)])
-        if means[-1] < WON * even:
+        means = np.array([part.mean() for part in np.array_split(guide[len(guide) // 2 :], LOSS_WINDOWS)])
+        if means[-1] < WON_FRACTION * equilibrium:
             yield (
-                f"The guide has won: its loss is {means[-1]:.3g} a row, where {even:.3g} is a draw, and the model "
-                "learns little from it; give Adversarial a penalty or r1, or the guide a lower learning rate."
+                f"The guide has won: its loss is {means[-1]:.3g} per row ({equilibrium:.3g} at equilibrium), so the "
+                "model learns little from it; give Adversarial a penalty or r1, or the guide a lower learning rate."
             )
-        elif np.ptp(means) > CIRCLE * even:
+        elif np.ptp(means) > CYCLING_FRACTION * equilibrium:
             yield (
-                f"The players circle: the guide's loss went between {means.min():.3g} and {means.max():.3g} a row over "
-                "the second half of the steps; lower the learning rate, let it fall, or give Adversarial r1."
+                f"The players cycle: the guide's loss varied between {means.min():.3g} and {means.max():.3g} per row "
+                "over the second half of the steps; lower or decay the learning rate, or give Adversarial r1."
             )
 
-    def _judge_modes(self, bound: BoundPair) -> Iterator[str]:
-        few = torch.randperm(bound.rows)[:JUDGED] if bound.takes_rows else None
-        named = bound.arguments(few)
-        real, made = (self._half(bound.model, bound.guide, named, r, still=True).handed for r in (True, False))
+    def _check_modes(self, bound: BoundPair) -> Iterator[str]:
+        indices = torch.randperm(bound.rows)[:MODE_CHECK_ROWS] if bound.takes_rows else None
+        named = bound.arguments(indices)
+        real, generated = (self._half(bound.model, bound.guide, named, r, detach=True).shown for r in (True, False))
         name = next(iter(real))
-        rows, others = (v[:JUDGED].flatten(1) for v in (real[name], made[name]))
+        rows, others = (v[:MODE_CHECK_ROWS].flatten(1) for v in (real[name], generated[name]))
         if len(rows) < 10 or not others.isfinite().all():
             return
-        # Balls of a hundredth of the rows: a mode that holds more is seen, and not how it looks from within.
-        found = coverage(rows, others, k=max(5, len(rows) // 100))
-        if found.value < MODE_SHARE:
+        # Balls that hold a hundredth of the rows show missing modes of at least that size.
+        estimate = coverage(rows, others, k=max(5, len(rows) // 100))
+        if estimate.value < MIN_COVERAGE:
             yield (
-                f"Generated rows come near {found.value:.0%} of the data only (coverage {found}): modes "
-                "are left out, or the rows are poor; try a pack of several rows, a penalty or r1, or more steps."
+                f"Generated rows are near only {estimate.value:.0%} of the data (coverage {estimate}): modes are "
+                "missing, or the rows are poor; try packs of several rows, a penalty or r1, or more steps."
             )
 
-    def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
-        """The log odds of all rows; free, those of real ones, for the model's parameters always reach the others."""
-        halves = (False, True) if still else (True,)
-        return sum((self._half(model, guide, named, real, still=still).odds.sum() for real in halves), torch.zeros(()))
+    def guide_score(self, model: Any, guide: Any, named: Any, *, detach: bool) -> Tensor:
+        """Sum of the log odds: of all rows if detached, else of real rows (the model always reaches generated ones)."""
+        halves = (False, True) if detach else (True,)
+        odds = (self._half(model, guide, named, real, detach=detach).odds for real in halves)
+        return sum((o.sum() for o in odds), torch.zeros(()))
 
     def losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], players: Players) -> list[Tensor]:
-        """Losses of the guide and of the model; that of one who rests is 0."""
+        """Losses of the guide and of the model; the loss of a resting player is 0."""
         kind, encodes = KINDS[self.kind], players.encodes
-        made = self._half(model, guide, named, False, frozen=not moving[1])
+        generated = self._half(model, guide, named, False, frozen=not moving[1])
         real = self._half(model, guide, named, True) if moving[0] or encodes else None
-        of_guide = of_model = told = made.odds.new_zeros(())
+        guide_loss = model_loss = information = generated.odds.new_zeros(())
         for site in self.information:
-            told = told - self.information_weight * made.density(site)
+            information = information - self.information_weight * generated.log_density(site)
         if moving[0] and real is not None:
-            of_guide = real.total(kind.real(real.odds)) + made.total(kind.generated(made.odds)) + told
+            guide_loss = real.total(kind.real(real.odds)) + generated.total(kind.generated(generated.odds))
+            guide_loss = guide_loss + information
             if self.r1:
-                of_guide = of_guide + 0.5 * self.r1 * real.scaled(self._slope(guide, named, real.handed))
+                guide_loss = guide_loss + 0.5 * self.r1 * real.scaled(self._square_slope(guide, named, real.shown))
             if self.penalty:
-                norm = (self._slope(guide, named, _between(real.handed, made.handed)) + 1e-12).sqrt()
-                of_guide = of_guide + self.penalty * real.scaled((norm - 1).square())
+                points = _interpolate(real.shown, generated.shown)
+                norm = (self._square_slope(guide, named, points) + 1e-12).sqrt()
+                guide_loss = guide_loss + self.penalty * real.scaled((norm - 1).square())
         if moving[1]:
-            weights = made.odds.detach().flatten().softmax(0).reshape(made.odds.shape) * made.odds.numel()
-            lost = kind.model(made.odds) * (weights if self.importance else 1.0)
-            of_model = self.weight * made.total(lost) + told - made.observed()
+            odds = generated.odds
+            weights = odds.detach().flatten().softmax(0).reshape(odds.shape) * odds.numel()
+            rows = kind.model(odds) * (weights if self.importance else 1.0)
+            model_loss = self.weight * generated.total(rows) + information - generated.observed()
             if encodes and real is not None:
-                of_model = of_model + self.weight * real.total(kind.model(-real.odds))
-        return [of_guide, of_model]
+                model_loss = model_loss + self.weight * real.total(kind.model(-real.odds))
+        return [guide_loss, model_loss]
 
     def more_grads(self, model: Any, guide: Any, named: Any) -> Any:
-        """Of an activated bound, that of generated rows."""
+        """The bound of generated rows, if activated; its gradients are added to those of the parameters."""
         if not self.activated:
             return 0.0
-        made = self._half(model, guide, named, False, still=True)
-        rows = {n: v for n, v in made.handed.items() if n in named}
-        shares = made.odds.detach().sigmoid()
-        shares = shares.repeat_interleave(len(next(iter(rows.values()))) // len(shares))
-        halves = (poutine.scale(half, scale=shares) for half in (model, guide))
+        generated = self._half(model, guide, named, False, detach=True)
+        rows = {n: v for n, v in generated.shown.items() if n in named}
+        weights = generated.odds.detach().sigmoid()
+        weights = weights.repeat_interleave(len(next(iter(rows.values()))) // len(weights))
+        halves = (poutine.scale(half, scale=weights) for half in (model, guide))
         return self.bound.loss_and_grads(*halves, **{**named, **rows})  # type: ignore[union-attr]
 
     def _half(
-        self, model: Any, guide: Any, named: Any, real: bool, *, frozen: bool = False, still: bool = False
+        self, model: Any, guide: Any, named: Any, real: bool, *, frozen: bool = False, detach: bool = False
     ) -> Half:
-        """One half of the batch, as the guide sees it.
+        """Run model and guide on one half of the batch.
 
         Args:
-            frozen: Whether the model's part has no gradient.
-            still: Whether all that the guide reads is held: the log odds depend on the discriminator alone.
+            frozen: Whether the model runs without gradients.
+            detach: Whether all that the guide reads is detached, so that the log odds depend on its parameters alone.
         """
-        held = StopGradient() if still else nullcontext()
-        with torch.no_grad() if frozen or still else nullcontext(), held:
-            drawn: Any = poutine.trace(ObserveReal(real)(model)).get_trace(**_told(model, named, real))
-        seen_by_name = {n: s for n, s in drawn.nodes.items() if _is_handed(s) and n != SITE}
-        told = {n: s for n, s in seen_by_name.items() if s["infer"].get("_deterministic")}
-        handed = {n: s["value"] for n, s in (told or seen_by_name).items()}
-        if not handed:
-            raise ValueError("model: expected what the guide is to see as a deterministic or observed site, got none")
-        if still:
-            handed = {n: v.detach() for n, v in handed.items()}
-        replayed = poutine.replay(ObserveReal(real)(guide), trace=drawn)
-        with StopGradient() if still else nullcontext():
-            seen: Any = poutine.trace(replayed).get_trace(**self._shown(guide, named, handed, real))
-        if SITE not in seen.nodes or SITE not in drawn.nodes:
-            where = "guide" if SITE in drawn.nodes else "model"
-            raise ValueError(f"{where}: Adversarial expected a site {SITE}, got {', '.join(_sites(seen)) or 'none'}")
-        read = [n for n in _sites(seen) if not seen.nodes[n]["is_observed"] and n not in self.information]
-        latent = {n: seen.nodes[n]["value"] for n in read}
-        return Half(drawn, seen, log_odds(seen.nodes[SITE]["fn"]), {**handed, **latent})
+        stop = StopGradient() if detach else nullcontext()
+        with torch.no_grad() if frozen or detach else nullcontext(), stop:
+            model_trace: Any = poutine.trace(ObserveReal(real)(model)).get_trace(**_tell_half(model, named, real))
+        observed = {n: s for n, s in model_trace.nodes.items() if _is_observed(s) and n != REAL_SITE}
+        deterministic = {n: s for n, s in observed.items() if s["infer"].get("_deterministic")}
+        shown = {n: s["value"] for n, s in (deterministic or observed).items()}
+        if not shown:
+            raise ValueError("model: expected a deterministic or observed site for the guide to see, got none")
+        if detach:
+            shown = {n: v.detach() for n, v in shown.items()}
+        replayed = poutine.replay(ObserveReal(real)(guide), trace=model_trace)
+        with StopGradient() if detach else nullcontext():
+            guide_trace: Any = poutine.trace(replayed).get_trace(**self._guide_arguments(guide, named, shown, real))
+        if REAL_SITE not in guide_trace.nodes or REAL_SITE not in model_trace.nodes:
+            where, got = "guide" if REAL_SITE in model_trace.nodes else "model", ", ".join(_sites(guide_trace))
+            raise ValueError(f"{where}: Adversarial expected a site {REAL_SITE}, got {got or 'none'}")
+        sites = [n for n in _sites(guide_trace) if not guide_trace.nodes[n]["is_observed"]]
+        latent = {n: guide_trace.nodes[n]["value"] for n in sites if n not in self.information}
+        return Half(model_trace, guide_trace, log_odds(guide_trace.nodes[REAL_SITE]["fn"]), {**shown, **latent})
 
-    def _shown(self, guide: Any, named: Any, handed: Mapping[str, Tensor], real: bool) -> dict[str, Any]:
-        """The guide's arguments, with what the model hands over."""
-        if handed.keys() <= named.keys():
-            return _told(guide, {**named, **handed}, real)
+    def _guide_arguments(self, guide: Any, named: Any, shown: Mapping[str, Tensor], real: bool) -> dict[str, Any]:
+        """The guide's arguments, with the model's values in place of the data."""
+        if shown.keys() <= named.keys():
+            return _tell_half(guide, {**named, **shown}, real)
         if not takes(guide, "observations"):
-            raise ValueError(
-                f"guide: expected {', '.join(handed)} among its named arguments, or an argument observations"
-            )
-        return _told(guide, {**named, "observations": handed}, real)
+            names = ", ".join(shown)
+            raise ValueError(f"guide: expected arguments named {names}, or an argument observations, got neither")
+        return _tell_half(guide, {**named, "observations": shown}, real)
 
-    def _slope(self, guide: Any, named: Any, handed: Mapping[str, Tensor]) -> Tensor:
-        r""":math:`\lVert \nabla a \rVert^2` at what is handed to the guide, for each row or pack."""
-        given = {n: v.detach().requires_grad_() for n, v in handed.items() if v.is_floating_point()}
-        fixed = poutine.condition(ObserveReal(True)(guide), data={**handed, **given})
-        own = {n: v for n, v in {**handed, **given}.items() if n in named or takes(guide, "observations")}
-        trace: Any = poutine.trace(fixed).get_trace(**self._shown(guide, named, own, True))
-        odds = log_odds(trace.nodes[SITE]["fn"])
-        slopes = torch.autograd.grad(odds.sum(), list(given.values()), create_graph=True, allow_unused=True)
+    def _square_slope(self, guide: Any, named: Any, shown: Mapping[str, Tensor]) -> Tensor:
+        r""":math:`\lVert \nabla a \rVert^2` at values that the guide is shown, per row or pack."""
+        leaves = {n: v.detach().requires_grad_() for n, v in shown.items() if v.is_floating_point()}
+        values = {**shown, **leaves}
+        fixed = poutine.condition(ObserveReal(True)(guide), data=values)
+        arguments = {n: v for n, v in values.items() if n in named or takes(guide, "observations")}
+        trace: Any = poutine.trace(fixed).get_trace(**self._guide_arguments(guide, named, arguments, True))
+        odds = log_odds(trace.nodes[REAL_SITE]["fn"])
+        slopes = torch.autograd.grad(odds.sum(), list(leaves.values()), create_graph=True, allow_unused=True)
         rows = odds.shape[-1]
         return sum((g.reshape(rows, -1).square().sum(1) for g in slopes if g is not None), odds.new_zeros(rows))
 
 
 @dataclass(frozen=True)
 class Half:
-    """Traces of model and guide on one half, the guide's log odds there, and all that it read."""
+    """One half of the batch.
 
-    drawn: Any
-    trace: Any
+    Attributes:
+        model_trace: Trace of the model.
+        guide_trace: Trace of the guide.
+        odds: The guide's log odds.
+        shown: Values that the guide read, by site.
+    """
+
+    model_trace: Any
+    guide_trace: Any
     odds: Tensor
-    handed: dict[str, Tensor]
+    shown: dict[str, Tensor]
 
     def total(self, losses: Tensor) -> Tensor:
-        """Sum over the rows, scaled and masked as the plates say."""
-        site = self.trace.nodes[SITE]
+        """Sum over rows, scaled and masked as the plates say."""
+        site = self.guide_trace.nodes[REAL_SITE]
         return scale_and_mask(losses, site["scale"], site["mask"]).sum()
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Sum of one number a row, or a pack of them, scaled as the plate says."""
-        return scale_and_mask(values, self.trace.nodes[SITE]["scale"], None).sum()
+        """Sum of one value per row or pack, scaled as the plate says."""
+        return scale_and_mask(values, self.guide_trace.nodes[REAL_SITE]["scale"], None).sum()
 
     def observed(self) -> Tensor:
-        """Log density of what the model observes beside what it hands over."""
-        found = self.odds.new_zeros(())
-        for name, site in self.drawn.nodes.items():
-            if _is_handed(site) and not site["infer"].get("_deterministic") and name not in (SITE, *self.handed):
-                log_prob = site["fn"].log_prob(site["value"])
-                found = found + scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
-        return found
+        """Log density of the model's observed sites that the guide is not shown."""
+        total = self.odds.new_zeros(())
+        for name, site in self.model_trace.nodes.items():
+            if _is_observed(site) and not site["infer"].get("_deterministic") and name not in (REAL_SITE, *self.shown):
+                total = total + _log_density(site)
+        return total
 
-    def density(self, name: str) -> Tensor:
-        """Log density of a latent site."""
-        if name not in self.trace.nodes:
+    def log_density(self, name: str) -> Tensor:
+        """Log density of a latent site of the guide."""
+        if name not in self.guide_trace.nodes:
             raise ValueError(f"information: expected a site of the guide, got {name!r}")
-        site = self.trace.nodes[name]
-        return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
+        return _log_density(self.guide_trace.nodes[name])
 
 
 class ObserveReal(Messenger):
-    """The site ``real``, known for all rows."""
+    """Observe the site ``real`` with one value for all rows."""
 
     def __init__(self, real: bool) -> None:
         super().__init__()
         self.real = real
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == SITE:
+        if msg["name"] == REAL_SITE:
             shape = (*msg["fn"].batch_shape, *msg["fn"].event_shape)
             msg["value"] = torch.full(shape, float(self.real)).to(_like(msg["fn"]))
             msg["is_observed"] = True
 
 
 def log_odds(distribution: Any) -> Tensor:
-    """Log odds of a one against a zero."""
-    own = getattr(distribution, "logits", None)
-    if own is not None:
-        return own
+    """Log odds of one against zero under a Bernoulli distribution."""
+    logits = getattr(distribution, "logits", None)
+    if logits is not None:
+        return logits
     one = torch.ones(distribution.batch_shape)
     return distribution.log_prob(one) - distribution.log_prob(0 * one)
 
@@ -359,18 +377,22 @@ def _like(distribution: Any) -> Tensor:
     return distribution.logits if hasattr(distribution, "logits") else torch.zeros(())
 
 
-def _between(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A point between each row of one and of the other, the same share of the way for all that belongs to a row."""
-    rows = len(next(iter(one.values())))
-    share = torch.rand(rows).to(next(iter(one.values())))
+def _log_density(site: Any) -> Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
+
+
+def _interpolate(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random points between the rows of one and of the other, with one fraction per row for all sites."""
+    first = next(iter(one.values()))
+    fraction = torch.rand(len(first)).to(first)
     return {
-        n: v.lerp(other[n], share.reshape(-1, *(1,) * (v.dim() - 1))).detach() if v.is_floating_point() else v
+        n: v.lerp(other[n], fraction.reshape(-1, *(1,) * (v.dim() - 1))).detach() if v.is_floating_point() else v
         for n, v in one.items()
         if n in other
     }
 
 
-def _is_handed(site: Any) -> bool:
+def _is_observed(site: Any) -> bool:
     return site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
 
 
@@ -378,5 +400,5 @@ def _sites(trace: Any) -> list[str]:
     return [n for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
 
 
-def _told(function: Any, named: Mapping[str, Any], real: bool) -> dict[str, Any]:
-    return {**named, SITE: real} if takes(function, SITE) else dict(named)
+def _tell_half(function: Any, named: Mapping[str, Any], real: bool) -> dict[str, Any]:
+    return {**named, REAL_SITE: real} if takes(function, REAL_SITE) else dict(named)

@@ -1,12 +1,14 @@
-r"""The ELBO with its divergence weighted, floored or warmed up: :math:`\beta`-VAE, free bits, KL annealing.
+r"""The ELBO with a weighted, floored or annealed KL divergence: :math:`\beta`-VAE, free bits, KL annealing.
 
 .. math::
 
     \sum_n \mathrm{E}_q[\log p(x_n \mid z_n)] - \beta_t \sum_j \max\Big(\lambda,
     \tfrac1N \sum_n \mathrm{KL}_j(q(z_n \mid x_n) \,\|\, p(z_n))\Big) N
 
+where j runs over the dimensions of the latent sites and N is the number of rows.
+
 References: Higgins et al. 2017, "beta-VAE"; Kingma et al. 2016, "Improved Variational Inference with Inverse
-Autoregressive Flow" (https://arxiv.org/abs/1606.04934), for free bits; Bowman et al. 2016 for the warmup.
+Autoregressive Flow" (https://arxiv.org/abs/1606.04934; free bits); Bowman et al. 2016 (KL annealing).
 """
 
 from __future__ import annotations
@@ -22,20 +24,21 @@ from inference.draws.kl import kl_by_site
 
 
 class BetaELBO(Trace_ELBO):
-    r"""The ELBO whose divergence of the guide from the prior is weighted.
+    r"""The ELBO with a weight on the KL divergence of the guide from the prior.
 
-    Divergences are those of ``inference.divergences``: in closed form where the guide allows it. A bound of the
-    evidence only where beta is at least 1 and the warmup is over.
+    The KL divergence is computed in closed form where the guide allows it (``inference.draws.kl``). The objective is a
+    lower bound of the evidence only if beta is at least 1 and the warmup is over.
 
     Args:
-        beta: :math:`\beta`, the weight of the divergence.
-        free_bits: :math:`\lambda`, nats a row that each dimension of a latent site in a plate may cost for nothing: its
-            divergence, on average over the rows at hand, counts as no less.
-        warmup: Steps in which the weight rises from 0 to beta. An objective counts its own steps.
-        settings: Those of ``Trace_ELBO``, such as ``num_particles``.
+        beta: Weight :math:`\beta` of the KL divergence.
+        free_bits: Minimum :math:`\lambda` in nats per row: the KL divergence of each dimension of a latent site in a
+            plate, averaged over the rows of the batch, counts as at least this much.
+        warmup: Number of steps over which the weight rises from 0 to beta; the objective counts its own steps.
+        settings: Further arguments of ``Trace_ELBO``, such as ``num_particles``.
 
     Raises:
-        ValueError: The guide's draws are not reparameterised.
+        ValueError: An argument is negative, the guide's draws are not reparameterised, or the guide has latent sites
+            that the model lacks.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -52,7 +55,7 @@ class BetaELBO(Trace_ELBO):
         >>> objective = BetaELBO(beta=4.0, num_particles=10)
         >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), objective)
         >>> losses = [svi.step(x) for _ in range(300)]
-        >>> print(f"{pyro.param('slope').item():.1f}")  # a prior that counts four times: x / (1 + 4)
+        >>> print(f"{pyro.param('slope').item():.1f}")  # the prior counts four times: x / (1 + 4)
         0.2
     """
 
@@ -66,11 +69,11 @@ class BetaELBO(Trace_ELBO):
 
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Minus the objective at the present weight, without gradients."""
+        """Minus the objective at the current weight, without gradients."""
         return float(torch_item(self._loss(model, guide, args, kwargs)))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Minus the objective; its gradients are added to those of the parameters."""
+        """Minus the objective; gradients are added to those of the parameters."""
         loss = self._loss(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -82,26 +85,26 @@ class BetaELBO(Trace_ELBO):
         return torch.stack(particles).sum() / self.num_particles
 
     def _particle(self, model_trace: Any, guide_trace: Any) -> Tensor:
-        alone = [n for n, s in guide_trace.nodes.items() if s["type"] == "sample" and n not in model_trace.nodes]
-        if alone:
-            raise ValueError(f"guide: BetaELBO expected latent sites of the model, got {alone[0]} of the guide alone")
+        extra = [n for n, s in guide_trace.nodes.items() if s["type"] == "sample" and n not in model_trace.nodes]
+        if extra:
+            raise ValueError(f"guide: BetaELBO expected latent sites of the model, got {extra[0]}")
         observed = [s for s in model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-        fit = sum((s["log_prob_sum"] for s in observed), torch.zeros(()))
+        log_likelihood = sum((s["log_prob_sum"] for s in observed), torch.zeros(()))
         cost = torch.zeros(())
-        for name, each in kl_by_site(model_trace, guide_trace).items():
+        for name, kl in kl_by_site(model_trace, guide_trace).items():
             site = guide_trace.nodes[name]
             if not site["fn"].has_rsample:
                 kind = type(site["fn"]).__name__
                 raise ValueError(f"guide: BetaELBO expected reparameterised draws of {name}, got {kind}")
-            cost = cost + self._cost(each, site)
+            cost = cost + self._cost(kl, site)
         weight = self.beta * (((self.taken + 1) / self.warmup).clamp(max=1) if self.warmup else 1.0)
-        return weight * cost - fit
+        return weight * cost - log_likelihood
 
-    def _cost(self, divergence: Tensor, site: Any) -> Tensor:
-        """Divergence of a site (\\*plates, \\*event) as one number, scaled, and floored in each dimension."""
+    def _cost(self, kl: Tensor, site: Any) -> Tensor:
+        """Sum of the KL divergence of a site (\\*plates, \\*event), scaled, and floored in each dimension."""
         batch, scale = site["fn"].batch_shape, torch.as_tensor(site["scale"])
         if batch and self.free_bits:
-            floored = divergence.flatten(0, len(batch) - 1).mean(0).clamp_min(self.free_bits)
+            floored = kl.flatten(0, len(batch) - 1).mean(0).clamp_min(self.free_bits)
             return scale.expand(batch).sum() * floored.sum()
-        over_event = divergence.flatten(len(batch)).sum(-1) if divergence.dim() > len(batch) else divergence
+        over_event = kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl
         return (scale * over_event).sum()

@@ -1,12 +1,12 @@
-r"""The bound of a chain of T steps by one edge of it a row.
+r"""The bound of a diffusion chain, estimated from one random edge per row.
 
-The bound of a diffusion chain is a sum over its T + 1 edges, whose divergences are Gaussian and known in closed form.
-One edge, drawn at random for each row and scaled by how rarely it is drawn, estimates it without bias at the cost of
-one call of the network. A pair offers its edges by an argument ``step`` (rows,), from 1 to T + 1, of both halves.
+The bound of a chain of T steps is a sum over its T + 1 edges of Gaussian KL divergences in closed form. One edge per
+row, drawn at random and divided by its probability, gives an unbiased estimate for one call of the network. Model and
+guide of the pair take an argument ``step`` (rows,), from 1 to T + 1, that selects the edge.
 
-References: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239), the simple loss; Nichol and Dhariwal 2021
-(https://arxiv.org/abs/2102.09672), the hybrid loss and importance sampling of steps; Kingma, Salimans, Poole and Ho
-2021 (https://arxiv.org/abs/2107.00630), steps spread evenly over the rows.
+References: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239; the simple loss); Nichol and Dhariwal 2021
+(https://arxiv.org/abs/2102.09672; the hybrid loss and importance sampling of steps); Kingma, Salimans, Poole and Ho
+2021 (https://arxiv.org/abs/2107.00630; low-discrepancy sampling of steps).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inference.objectives.game import takes
 
 
 class Denoising(Trace_ELBO, Objective):
-    r"""Minus the bound of a chain, or its simple loss, at a random edge of each row.
+    r"""Minus the bound of a diffusion chain, or its simple loss, at one random edge per row.
 
     .. math::
 
@@ -35,20 +35,20 @@ class Denoising(Trace_ELBO, Objective):
         L_\mathrm{simple} = \sum_n \lVert f_\theta(x_{t_n}, t_n) - \mathrm{target} \rVert^2, \quad
         t_n \sim \mathrm{Uniform}(1, \dots, T)
 
-    Steps are spread evenly over the rows of a batch: each row's is uniform, and together they leave no gap.
+    The step of each row is uniform, and the steps of a batch are stratified.
 
     Args:
-        steps: T of the pair.
-        simple: The sum of squares of the pair's site ``residual``, without the weights of the bound.
-        bound: Weight of the bound: 1, or 0 beside the simple loss, where Nichol and Dhariwal 2021 give it 0.001 for a
-            learned variance (and let it move the variance alone; here it moves all).
-        importance: Draw steps by the root of the mean square of what they were found to cost.
+        steps: Number of steps T of the pair.
+        simple: Whether to use the simple loss: the sum of squares of the pair's site ``residual``, unweighted.
+        bound: Weight of the bound. Default: 1, or 0 with the simple loss; Nichol and Dhariwal 2021 use 0.001 with a
+            learnt variance (and let the bound train the variance only; here it trains all parameters).
+        importance: Whether to draw steps with probability proportional to the root mean square of their past cost.
 
     Raises:
-        ValueError: The pair takes no ``step``, or an argument is out of its range.
+        ValueError: An argument is out of range, or the pair takes no ``step``, or has another number of steps.
 
     Example:
-        A chain of two steps over standard normal rows, whose noise is predicted by a multiple of the noised row:
+        A chain of two steps over standard normal rows; the noise is predicted by a multiple of the noised row:
 
         >>> import pyro, pyro.distributions as dist
         >>> alpha_bar = torch.tensor([1.0, 0.36, 0.0])
@@ -71,7 +71,7 @@ class Denoising(Trace_ELBO, Objective):
     """
 
     has_posterior = False
-    """The guide is a noise without parameters: there is no posterior to show."""
+    """The guide is the noising chain, which has no parameters, so there is no posterior to report."""
     probe: Mapping[str, Any] = {"step": 1}
     """The whole chain may be too long to run on all rows."""
 
@@ -85,23 +85,23 @@ class Denoising(Trace_ELBO, Objective):
         if not (simple or bound):
             raise ValueError("bound: expected a positive weight where there is no simple loss, got 0")
         if importance and simple:
-            raise ValueError("importance: expected the bound, got simple, whose steps are uniform")
+            raise ValueError("importance: expected the bound, got simple, which draws steps uniformly")
         super().__init__()
         self.steps, self.simple, self.weight, self.importance = steps, simple, bound, importance
         self.cost, self.seen = torch.ones(steps + 2), torch.zeros(steps + 2)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of random edges, without gradients."""
+        """The loss at random edges, without gradients."""
         with torch.no_grad():
             return float(torch_item(self._loss(model, guide, args, kwargs)[0]))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of random edges; its gradients are added to those of the parameters."""
+        """The loss at random edges; gradients are added to those of the parameters."""
         loss, step, cost = self._loss(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward()
         if self.importance:
-            self._take(step, cost)
+            self._record(step, cost)
         return torch_item(loss)
 
     def _loss(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,35 +127,35 @@ class Denoising(Trace_ELBO, Objective):
             raise ValueError(f"steps: expected {steps}, those of the pair, got {self.steps}")
 
     def draw(self, rows: int, device: Any = None) -> tuple[Tensor, Tensor]:
-        """Steps of rows (N,), and their weights beside T + 1: one for uniform steps."""
-        # In double precision: a share that is rounded otherwise in a compiled program must not draw another step.
-        even = torch.arange(rows, device=device, dtype=torch.float64) / rows
-        at = (torch.rand((), device=device, dtype=torch.float64) + even) % 1
+        """Draw a step per row, (rows,), and its weight, 1 / ((T + 1) times its probability)."""
+        # In double precision, so that rounding in a compiled program does not change the step.
+        strata = torch.arange(rows, device=device, dtype=torch.float64) / rows
+        uniform = (torch.rand((), device=device, dtype=torch.float64) + strata) % 1
         if self.simple:
-            # Of T edges; the prior's, which nothing moves, is left out.
+            # The edge of the prior, which depends on no parameters, is left out.
             weight = torch.full((rows,), self.steps / (self.steps + 1), device=device)
-            return (at * self.steps).long().clamp(max=self.steps - 1) + 1, weight
+            return (uniform * self.steps).long().clamp(max=self.steps - 1) + 1, weight
         count = self.steps + 1
         if not self.importance:
-            return (at * count).long().clamp(max=count - 1) + 1, torch.ones(rows, device=device)
-        share = self.cost[1:].to(at).sqrt()
-        # One step in a hundred is drawn evenly: none is forgotten.
-        share = 0.99 * share / share.sum() + 0.01 / count
-        chosen = torch.searchsorted(share.cumsum(0), at).clamp(max=count - 1)
-        return chosen + 1, (1 / (count * share[chosen])).to(self.cost.dtype)
+            return (uniform * count).long().clamp(max=count - 1) + 1, torch.ones(rows, device=device)
+        probability = self.cost[1:].to(uniform).sqrt()
+        # A mixture with the uniform distribution keeps every step possible.
+        probability = 0.99 * probability / probability.sum() + 0.01 / count
+        index = torch.searchsorted(probability.cumsum(0), uniform).clamp(max=count - 1)
+        return index + 1, (1 / (count * probability[index])).to(self.cost.dtype)
 
-    def _take(self, step: Tensor, each: Tensor) -> None:
-        """Take what steps cost into the moving mean of their squares: the mean of the first ten, then a tenth each."""
-        self.cost, self.seen = self.cost.to(each), self.seen.to(each)
+    def _record(self, step: Tensor, cost: Tensor) -> None:
+        """Update the running mean of the squared cost per step: the mean of the first ten, then at a rate of 0.1."""
+        self.cost, self.seen = self.cost.to(cost), self.seen.to(cost)
         with torch.no_grad():
-            hits = torch.zeros_like(self.seen).index_add(0, step, torch.ones_like(each))
-            found = torch.zeros_like(self.cost).index_add(0, step, each.square()) / hits.clamp(min=1)
+            hits = torch.zeros_like(self.seen).index_add(0, step, torch.ones_like(cost))
+            mean_square = torch.zeros_like(self.cost).index_add(0, step, cost.square()) / hits.clamp(min=1)
             rate = torch.where(hits > 0, 1 / (self.seen + 1).clamp(max=10), 0.0)
-            self.cost.lerp_(found, rate)
+            self.cost.lerp_(mean_square, rate)
             self.seen.add_((hits > 0).to(self.seen))
 
     def advise(self, bound: Any, losses: Any) -> tuple[str, ...]:
-        """What the losses of a fit say: whether they still fall."""
+        """Advice about a fit whose loss still falls."""
         size = len(losses) // 5
         if size < 20:
             return ()
@@ -163,17 +163,16 @@ class Denoising(Trace_ELBO, Objective):
         error = ((before.var() + after.var()) / size) ** 0.5
         if before.mean() - after.mean() <= 4 * error:
             return ()
-        share = 100 * (before.mean() - after.mean()) / abs(before.mean())
-        return (f"The loss still falls: by {share:.1f}% over the last fifth of the steps; take more of them.",)
+        percent = 100 * (before.mean() - after.mean()) / abs(before.mean())
+        return (f"The loss still falls: by {percent:.1f}% over the last fifth of the steps; take more steps.",)
 
 
 def edges(model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
-    """Minus the bound of each row (N,), neither scaled nor weighted, and its scale."""
-    found = kl_by_site(model_trace, guide_trace)
+    """Minus the bound of each row (N,) at its edge, unscaled and unweighted, and the plate's scale."""
     total, scale = torch.zeros(()), torch.ones(())
-    for name, each in found.items():
+    for name, kl in kl_by_site(model_trace, guide_trace).items():
         batch = guide_trace.nodes[name]["fn"].batch_shape
-        total = total + (each.flatten(len(batch)).sum(-1) if each.dim() > len(batch) else each)
+        total = total + (kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl)
     for site in model_trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic"):
             score = site["fn"].log_prob(site["value"])

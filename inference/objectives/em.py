@@ -1,11 +1,11 @@
-r"""Expectation maximisation: coordinate ascent on the ELBO, with the exact posterior of the labels as guide.
+r"""Expectation maximisation: coordinate ascent on the ELBO with the exact posterior of the labels as the guide.
 
 .. math::
 
     \text{E-step: } q(z_n = k) = p(z_n = k \mid x_n, \theta), \qquad
     \text{M-step: } \theta \leftarrow \arg\max_\theta \sum_n \mathrm{E}_q[\log p(x_n, z_n \mid \theta)] + \log p(\theta)
 
-After an E-step the bound touches :math:`\log p(x \mid \theta) + \log p(\theta)`, so that the loss never rises.
+After an E-step the bound equals :math:`\log p(x \mid \theta) + \log p(\theta)`, so the loss never increases.
 
 References: Dempster, Laird and Rubin 1977; Neal and Hinton 1998, "A view of the EM algorithm that justifies
 incremental, sparse, and other variants" (EM as coordinate ascent on a bound).
@@ -27,20 +27,22 @@ Maximise = Callable[..., Mapping[str, Tensor]]
 
 
 class EM(TraceEnum_ELBO):
-    r"""``TraceEnum_ELBO`` whose step is no gradient but one E-step and one M-step.
+    r"""Expectation maximisation as an objective: each call takes one E-step and one M-step.
 
-    The guide holds a point for each global site (``AutoDelta``), the model one finite site a row, which is summed out.
-    A call returns the loss at the parameters that it finds, moves them to the M-step's, and leaves no gradients: an
-    optimizer has nothing to do.
+    The guide has a point mass at each global site (``AutoDelta``), and the model one finite site per row, which is
+    summed out. A call returns the loss at the current parameters (minus the log joint density of data and parameters,
+    in nats) and then moves the parameters to those of the M-step. It leaves no gradients, so the optimizer does
+    nothing.
 
     Args:
-        maximise: The M-step, from responsibilities (rows, K) and the model's arguments to the value of each global
-            site; a pair of the zoo has it as a method.
-        start: Responsibilities (rows, K) for an M-step before the first E-step. None: start from the guide.
+        maximise: The M-step: a function of responsibilities (rows, K) and the model's arguments that returns the value
+            of each global site. Mixtures of the zoo have it as a method.
+        start: Responsibilities (rows, K) for an M-step before the first E-step. Default: start from the guide.
+        settings: Further arguments of ``TraceEnum_ELBO``.
 
     Raises:
-        ValueError: The rows are a minibatch, the model has not just one finite site, or the guide holds no point for
-            a site that the M-step moves.
+        ValueError: The rows are a minibatch, the model does not have exactly one finite site, or the guide has no point
+            mass at a site that the M-step updates.
 
     Example:
         >>> import pyro.distributions as dist
@@ -65,9 +67,9 @@ class EM(TraceEnum_ELBO):
 
     @torch.no_grad()
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Take an E-step and an M-step: minus the log joint density of data and parameters before them."""
+        """Take an E-step and an M-step; return minus the log joint density of data and parameters before them."""
         if kwargs.get("rows") is not None:
-            raise ValueError("batch: EM needs all rows at every step, got a minibatch")
+            raise ValueError("batch: EM expected all rows at every step, got a minibatch")
         if self.start is not None:
             points = self._points(next(iter(self._get_traces(model, guide, args, kwargs)))[1])
             self.m_step(points, self.start, args, kwargs)
@@ -78,7 +80,7 @@ class EM(TraceEnum_ELBO):
         return loss
 
     def e_step(self, trace: Any) -> tuple[float, Tensor]:
-        """The exact posterior of the labels, (rows, K), from the model's enumerated trace, and the loss."""
+        """The loss, and the exact posterior of the labels (rows, K), from the model's enumerated trace."""
         site = self._site(trace)
         plates = {f.name for f in site["cond_indep_stack"]}
         joint, rest = torch.zeros(()), 0.0
@@ -94,12 +96,12 @@ class EM(TraceEnum_ELBO):
         return -(float(evidence.double().sum()) + rest), (joint - evidence).exp().T
 
     def m_step(self, points: Mapping[str, str], responsibilities: Tensor, args: Any, kwargs: Any) -> None:
-        """Move the guide's points to the best parameters for the responsibilities."""
+        """Move the guide's point masses to the best parameters for the responsibilities."""
         store = pyro.get_param_store()
         for site, value in self.maximise(responsibilities, *args, **kwargs).items():
             if site not in points:
                 got = ", ".join(points) or "none"
-                raise ValueError(f"guide: expected a point for {site}, as AutoDelta holds it, got {got}")
+                raise ValueError(f"guide: expected a point mass at {site}, as in AutoDelta, got {got}")
             constraint = store._constraints[points[site]]
             store._params[points[site]].copy_(transform_to(constraint).inv(value))
 
@@ -108,12 +110,12 @@ class EM(TraceEnum_ELBO):
         finite = [n for n in trace.nodes.values() if n["type"] == "sample" and n["infer"].get("enumerate")]
         if len(finite) != 1 or not finite[0]["cond_indep_stack"]:
             got = ", ".join(n["name"] for n in finite) or "none"
-            raise ValueError(f"model: EM expected one finite site, in a plate of rows, got {got}")
+            raise ValueError(f"model: EM expected one finite site in a plate of rows, got {got}")
         return finite[0]
 
     @staticmethod
     def _points(trace: Any) -> dict[str, str]:
-        """Parameter in the store of each site at which the guide holds a point."""
+        """Name of the parameter in the store, by site at which the guide has a point mass."""
         params = {n: node["value"] for n, node in trace.nodes.items() if node["type"] == "param"}
         points = {}
         for name, value in params.items():

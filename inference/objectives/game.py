@@ -1,8 +1,7 @@
-r"""Two players with a loss each on one pair of model and guide: whose the parameters are, and who moves when.
+r"""Objectives with two players: guide and model each minimise a loss of their own.
 
-A game is an objective: ``loss_and_grads`` leaves with each parameter the gradient of its player's loss. The guide's
-parameters are those that its verdict reaches when all that it reads is held; all others are the model's, wherever they
-stand.
+``loss_and_grads`` gives every parameter the gradient of its player's loss. The guide's parameters are those that its
+score depends on when everything it reads is detached; all other parameters are the model's.
 """
 
 from __future__ import annotations
@@ -27,19 +26,27 @@ from inference.core.handlers import preserved_rng
 
 @dataclass(frozen=True)
 class Players:
-    """Names of the guide's parameters, and whether the model's reach the guide's verdict on real rows."""
+    """Who owns which parameter.
+
+    Attributes:
+        guide: Names of the guide's parameters; all others are the model's.
+        encodes: Whether the guide's score of real rows depends on parameters of the model (an encoder's).
+    """
 
     guide: frozenset[str]
     encodes: bool
 
 
 class Game(Objective):
-    """What objectives of two players share.
+    """Base class of objectives with two players.
 
     Args:
-        bound: An ELBO, or a factory of one, that the model descends as well; None: there is no likelihood.
-        weight: Weight of the game in the model's loss beside the bound.
-        turns: Steps of the guide, and of the model, in turn; None: both move at every step.
+        bound: An ELBO, or a factory of one, that the model minimises as well; None: the pair has no likelihood.
+        weight: Weight of the game in the model's loss relative to the bound.
+        turns: Consecutive steps of the guide and of the model. Default: both move at every step.
+
+    Raises:
+        ValueError: An argument is out of range, or the guide has no parameters.
     """
 
     def __init__(
@@ -65,24 +72,28 @@ class Game(Objective):
             super().check(bound)
 
     @abstractmethod
-    def guide_score(self, model: Any, guide: Any, named: Any, *, still: bool) -> Tensor:
-        """What depends on the guide's parameters, and on those alone where all that it reads is held (``still``)."""
+    def guide_score(self, model: Any, guide: Any, named: Any, *, detach: bool) -> Tensor:
+        """A scalar that depends on the guide's parameters; on those alone if all that the guide reads is detached."""
 
     @abstractmethod
     def losses(self, model: Any, guide: Any, named: Any, moving: tuple[bool, bool], players: Players) -> list[Tensor]:
-        """Losses of the guide and of the model; that of one who rests may be anything."""
+        """Losses of the guide and of the model; the loss of a resting player is ignored."""
 
     def more_grads(self, model: Any, guide: Any, named: Any) -> Any:
-        """A further loss of the model beside the bound, its gradients added to those that are there."""
+        """Another loss of the model in addition to the bound; its gradients are added to those of the parameters."""
         return 0.0
 
     @property
     def moving(self) -> tuple[bool, bool]:
-        """Whether the guide, and the model, move at the next step."""
+        """Whether the guide and the model move at the next step."""
         return (True, True) if self.turns is None else (self.turn < self.turns[0], self.turn >= self.turns[0])
 
     def settings(self, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Callable[[str], dict[str, Any]]:
-        """Arguments of an optimizer by player, as ``optim.Joint`` takes them: a function of a parameter's name.
+        """Optimizer settings by player, as a function of a parameter's name for ``optim.Joint``.
+
+        Args:
+            guide: Settings of the guide's parameters.
+            model: Settings of the model's parameters.
 
         Example:
             >>> from inference.optim import Joint
@@ -98,17 +109,17 @@ class Game(Objective):
         return of
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[float, float]:
-        """Losses of the guide and of the model, their gradients left aside."""
+        """Losses of the guide and of the model, without gradients."""
         with torch.enable_grad():
             named = by_name(model, args, kwargs)
-            found = self.losses(model, guide, named, (True, True), self.players(model, guide, named))
+            losses = self.losses(model, guide, named, (True, True), self.players(model, guide, named))
         bound = 0.0 if self.bound is None else self.bound.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
-        return torch_item(found[0]), torch_item(found[1]) + bound
+        return torch_item(losses[0]), torch_item(losses[1]) + bound
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Losses of the guide and of the model; the gradients of those who move are added to their parameters'.
+        """Losses of the guide and of the model; gradients of the moving players are added to those of the parameters.
 
-        Of a player that rests the loss is that of its last step.
+        A resting player reports the loss of its last step.
         """
         named, moving = by_name(model, args, kwargs), self.moving
         players = self.players(model, guide, named)
@@ -116,14 +127,14 @@ class Game(Objective):
             losses = self.losses(model, guide, named, moving, players)
         params = unconstrained(capture.trace)
         bound = 0.0
-        for each, loss, own in zip(moving, losses, (True, False), strict=True):
-            chosen = [p for n, p in params.items() if (n in players.guide) == own]
-            if not each:
+        for moves, loss, is_guide in zip(moving, losses, (True, False), strict=True):
+            chosen = [p for n, p in params.items() if (n in players.guide) == is_guide]
+            if not moves:
                 for p in chosen:
                     p.grad = None
                 continue
-            found = torch.autograd.grad(loss, chosen, retain_graph=True, allow_unused=True)
-            for p, g in zip(chosen, found, strict=True):
+            gradients = torch.autograd.grad(loss, chosen, retain_graph=True, allow_unused=True)
+            for p, g in zip(chosen, gradients, strict=True):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad + g
         if self.bound is not None and moving[1]:
@@ -139,32 +150,33 @@ class Game(Objective):
         return torch_item(self.latest[0]), torch_item(self.latest[1])
 
     def players(self, model: Any, guide: Any, named: Any) -> Players:
-        """Whose the parameters are: found once for a model and a guide."""
+        """Who owns which parameter, determined once per model and guide."""
         if (model, guide) not in self._players:
             with preserved_rng(), torch.enable_grad(), poutine.trace(param_only=True) as capture:
-                held, free = (self.guide_score(model, guide, named, still=still) for still in (True, False))
+                detached, attached = (self.guide_score(model, guide, named, detach=detach) for detach in (True, False))
             params = unconstrained(capture.trace)
-            reached = _reached(held, params)
+            reached = _reached(detached, params)
             if not reached:
-                raise ValueError("guide: expected parameters that its verdict depends on, got none")
-            self._players[model, guide] = Players(reached, bool(_reached(free, params) - reached))
+                raise ValueError("guide: expected parameters that its score depends on, got none")
+            self._players[model, guide] = Players(reached, bool(_reached(attached, params) - reached))
         return self._players[model, guide]
 
 
 def _reached(value: Tensor, params: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of the parameters that a value depends on."""
     if not value.requires_grad:
         return frozenset()
-    found = torch.autograd.grad(value, list(params.values()), allow_unused=True, retain_graph=True)
-    return frozenset(n for n, g in zip(params, found, strict=True) if g is not None)
+    gradients = torch.autograd.grad(value, list(params.values()), allow_unused=True, retain_graph=True)
+    return frozenset(n for n, g in zip(params, gradients, strict=True) if g is not None)
 
 
 def takes(function: Any, name: str) -> bool:
-    """Whether a function has an argument of that name."""
+    """Whether a function has an argument of this name."""
     return name in parameters_of(function)
 
 
 def by_name(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by name."""
+    """All arguments of a call, by name."""
     if not args:
         return dict(kwargs)
     return {**dict(zip(parameters_of(function), args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-r"""Wake-sleep, and its reweighted form with one normalised weight a row.
+r"""Wake-sleep, and reweighted wake-sleep with weights that are normalised per row.
 
 .. math::
 
@@ -6,11 +6,11 @@ r"""Wake-sleep, and its reweighted form with one normalised weight a row.
     \text{wake, guide: } & \sum_n \sum_i \tilde w_{ni} \log q(z_{ni} \mid x_n) \\
     \text{sleep, guide: } & \sum_n \log q(z_n' \mid x_n'), \qquad (x_n', z_n') \sim p
 
-with :math:`z_{ni} \sim q(z \mid x_n)` and :math:`\tilde w_{ni} \propto p(x_n, z_{ni}) / q(z_{ni} \mid x_n)`, which sum
-to one over i. Neither needs a gradient through the draws, so that the guide may be discrete.
+with :math:`z_{ni} \sim q(z \mid x_n)` and weights :math:`\tilde w_{ni} \propto p(x_n, z_{ni}) / q(z_{ni} \mid x_n)`
+that sum to one over i. No phase needs a gradient through the draws, so the guide may be discrete.
 
-Pyro's ``ReweightedWakeSleep`` has one weight for all rows at once, as models with global latent sites need it. On rows
-with sites of their own nearly all of its weight falls on one particle.
+Pyro's ``ReweightedWakeSleep`` has one weight per particle for all rows together, as models with global latent sites
+need. With latent sites per row, nearly all of that weight falls on one particle.
 
 References: Hinton, Dayan, Frey and Neal 1995; Bornschein and Bengio 2015, "Reweighted Wake-Sleep"
 (https://arxiv.org/abs/1406.2751); Le, Kosiorek, Siddharth, Teh and Wood 2019, "Revisiting Reweighted Wake-Sleep"
@@ -31,17 +31,20 @@ from inference.objectives.importance import Weighted, latent, scale, score
 
 
 class RWS(Weighted):
-    r"""Reweighted wake-sleep. Its loss is minus the importance-weighted bound with k particles.
+    r"""Reweighted wake-sleep; the reported loss is minus the importance-weighted bound with k particles.
 
-    All latent sites lie in one plate of rows. In the sleep phase the model draws as many rows as there are at hand;
-    they reach the guide under the names of its arguments, or through its argument ``observations``.
+    All latent sites must be in one plate of rows. In the sleep phase the model simulates as many rows as the batch has.
+    They reach the guide under the names of its arguments, or through its argument ``observations``.
 
     Args:
-        particles: k.
-        insomnia: Share of the guide's wake phase; the rest is that of its sleep phase (as in Pyro's).
+        particles: Number of particles k per row.
+        insomnia: Weight of the guide's wake phase, between 0 and 1; the sleep phase has the rest (as in Pyro).
 
     Raises:
-        ValueError: A latent site lies outside of the plate of rows.
+        ValueError: An argument is out of range, a latent site is outside the plate of rows or missing in the model, or
+            the guide takes neither the data by name nor ``observations``.
+
+    Reference: Bornschein and Bengio 2015 (https://arxiv.org/abs/1406.2751).
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -64,22 +67,22 @@ class RWS(Weighted):
     def __init__(self, particles: int = 5, *, insomnia: float = 1.0) -> None:
         super().__init__(particles)
         if not 0 <= insomnia <= 1:
-            raise ValueError(f"insomnia: expected a share between 0 and 1, got {insomnia!r}")
+            raise ValueError(f"insomnia: expected a number between 0 and 1, got {insomnia!r}")
         self.insomnia = insomnia
 
     def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Minus the bound, and the phases' losses together."""
-        guide_trace = self.draw(guide, args, kwargs, still=True)
+        """Minus the bound, and the sum of the losses of all phases."""
+        guide_trace = self.draw(guide, args, kwargs, detach=True)
         model_trace = self.replay(model, guide_trace, args, kwargs)
         joint, density, rows = score(model_trace), score(guide_trace), scale(model_trace)
         log_weights = (joint - density).detach()
         weights = log_weights.softmax(0)
         wake = -rows * (weights * (joint + self.insomnia * density)).sum()
-        asleep = (1 - self.insomnia) * rows * self._sleep(model, guide, args, kwargs) if self.insomnia < 1 else 0.0
-        return -rows * self.bound(log_weights).sum(), wake + asleep
+        sleep = (1 - self.insomnia) * rows * self._sleep(model, guide, args, kwargs) if self.insomnia < 1 else 0.0
+        return -rows * self.bound(log_weights).sum(), wake + sleep
 
     def _sleep(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
-        """Minus the log density of the guide at what the model dreams."""
+        """Minus the log density of the guide at rows and latents simulated by the model (its dreams)."""
         with torch.no_grad():
             dream: Any = poutine.trace(Uncondition()(model)).get_trace(*args, **kwargs)
         nodes = [(n, s) for n, s in dream.nodes.items() if s["type"] == "sample"]
@@ -90,9 +93,9 @@ class RWS(Weighted):
         except TypeError as error:
             if "observations" not in str(error):
                 raise
-            named = ", ".join(dreamed)
+            names = ", ".join(dreamed)
             raise ValueError(
-                f"guide: the sleep phase expected {named} among its named arguments, or an argument observations"
+                f"guide: the sleep phase expected arguments named {names}, or an argument observations, got neither"
             ) from None
         for name in latent(trace):
             if name not in dream.nodes:
@@ -101,7 +104,10 @@ class RWS(Weighted):
 
 
 class WakeSleep(RWS):
-    """Wake-sleep: one particle, and the guide learns asleep alone. Its loss is minus the ELBO."""
+    """Wake-sleep: one particle, and the guide is trained in the sleep phase only; the reported loss is minus the ELBO.
+
+    Reference: Hinton, Dayan, Frey and Neal 1995, "The wake-sleep algorithm for unsupervised neural networks".
+    """
 
     def __init__(self) -> None:
         super().__init__(1, insomnia=0.0)
