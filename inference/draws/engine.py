@@ -27,6 +27,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.fuse import quietly
 from inference.core.bound import BoundPair, Site
@@ -36,10 +37,6 @@ Draws = Mapping[str, Tensor]
 
 
 PLATE = "_draws"
-
-
-BUDGET = 10_000_000
-"""Numbers of data that one pass may hold: draws are taken in chunks of this size."""
 
 
 UNLIFTED = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
@@ -98,7 +95,7 @@ def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor
             **{n: unstack(trace.nodes[n]["value"], s, bound.depth, count) for n, s in wanted.items()},
         }
 
-    step = max(1, BUDGET // _width(bound))
+    step = policy.draws_per_pass(_width(bound))
     with torch.no_grad():
         try:
             parts = [run(min(step, size - start)) for start in range(0, size, step)]
@@ -223,7 +220,7 @@ def run_draws(
     """Run ``body`` over all draws, as many at once as the memory budget and the model allow."""
     _check_draws(bound, draws)
     total = len(next(iter(draws.values()))) if draws else count or 1
-    step = max(1, BUDGET // max(1, _width(bound)))
+    step = policy.draws_per_pass(_width(bound))
     obstacle = _obstacle(bound, draws)
     with torch.no_grad():
         if obstacle is None:
