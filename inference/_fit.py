@@ -22,6 +22,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from inference.compiler import policy
 from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
 from inference.compiler.step import numbers
@@ -33,12 +34,8 @@ from inference.diagnostics.convergence import pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws import scoring
 from inference.result import STORED, Posterior, Result, conclude
-from inference.runners.steps import WINDOW, CompiledSteps, EagerSteps, Failure, by_adam
-
-TRACE_FROM, FUSE_FROM = 1000, 5000
-"""Steps from which a fit is traced, and fused. Both the cost of compiling and what a step then saves grow with the
-operations of the graph (tens of milliseconds against microseconds for each), so that their ratio decides."""
-
+from inference.runners.base import interrupts_deferred
+from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
@@ -137,34 +134,34 @@ def fit(
 def _descend(
     steps: EagerSteps | CompiledSteps,
     count: int,
-    rows: Iterator[Tensor | None],
+    batches: Iterator[Tensor | None],
     patience: int | None,
     name: str,
     progress: bool,
 ) -> tuple[np.ndarray, float | None]:
-    """Run the steps: losses of the good ones, and the time when the first was done."""
+    """Take the steps; return the losses of those that were finite, and the time at which the first was done."""
     losses: list[Any] = []
     validate, first, failure = pyro.settings.get("validate_distributions_pyro"), None, None
     bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
-    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate):
-        # Pyro's word for a loss that is not finite; ours names the step, the sites and the parameters.
+    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate), interrupts_deferred() as raise_deferred:
+        # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
-            for step in range(count):
-                losses.append(steps(next(rows)))
-                if step == 0:
-                    # One validated step finds what is wrong with a model; later steps find what is not finite.
+            while len(losses) < count:
+                taken = steps.advance(batches)
+                losses += taken
+                if first is None:
+                    # One validated step finds errors in the model; later steps are checked for finite numbers alone.
                     pyro.enable_validation(False)
-                if len(losses) % WINDOW == 0:
-                    losses[-WINDOW:] = map(_read, losses[-WINDOW:])
+                if len(losses) % CHECK_STEPS == 0:
+                    losses[-CHECK_STEPS:] = map(_read, losses[-CHECK_STEPS:])
                 settled = bool(patience) and _settled(losses, patience or 0)
-                failure = steps.check(now=settled or step == 0 or step + 1 == count)
+                failure = steps.check(now=settled or first is None or len(losses) == count)
                 if failure is not None:
                     break
                 first = first or perf_counter()
-                bar.update()
-                if step % 20 == 0 and not bar.disable:
-                    bar.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
+                _show(bar, losses, len(taken))
+                raise_deferred()
                 if settled:
                     break
         except KeyboardInterrupt:
@@ -176,24 +173,32 @@ def _descend(
     return np.array([_read(x) for x in losses], dtype=float), first
 
 
+def _show(bar: Any, losses: list[Any], taken: int) -> None:
+    """Move the progress bar, with a new loss after every twenty steps."""
+    bar.update(taken)
+    if (len(losses) - 1) % 20 < taken and not bar.disable:
+        bar.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
+
+
 def _read(loss: Any) -> Any:
-    """A loss as a number or numbers: small tensors kept from every step would break up the memory of large ones."""
+    """A loss as one number or several: keeping a small tensor from every step would fragment memory."""
     return tuple(numbers(loss)) if isinstance(loss, tuple) else float(loss)
 
 
 def _give_up(name: str, failure: Failure) -> None:
-    said = f"{name}: loss or gradient is not finite at step {failure.step}"
+    text = f"{name}: loss or gradient is not finite at step {failure.step}"
     if failure.sites:
-        said += f"; sites {', '.join(failure.sites)}"
+        text += f"; sites {', '.join(failure.sites)}"
     if failure.parameters:
-        said += f"; gradients of {', '.join(failure.parameters[:5])}"
-    hint = "try a lower learning_rate, and check the data and the priors' scale"
+        text += f"; gradients of {', '.join(failure.parameters[:5])}"
+    hint = "try a lower learning_rate, and check the data and the scale of the priors"
     if failure.step == 0:
-        raise FloatingPointError(f"{said}; {hint}")
-    warnings.warn(f"{said}; the parameters before it are returned; {hint}", stacklevel=4)
+        raise FloatingPointError(f"{text}; {hint}")
+    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=4)
 
 
 def _settled(losses: list[Any], patience: int) -> bool:
+    """Whether the mean of the last losses is not below that of the losses before by more than its standard error."""
     if len(losses) < 2 * patience or len(losses) % patience:
         return False
     recent = np.array([sum(numbers(x)) for x in losses[-2 * patience :]]).reshape(2, patience)
@@ -223,8 +228,7 @@ def _plan(
     compile: bool | str,
 ) -> EagerSteps | CompiledSteps:
     """How to take the steps: whole ones inside a program for the default optimizer, else the objective alone."""
-    worth = "fused" if steps >= FUSE_FROM else "traced" if steps >= TRACE_FROM else "eager"
-    mode = worth if compile == "auto" else "fused" if compile else "eager"
+    mode = policy.execution_of_fit(steps, compile)
     model = enumerate_finite(bound) if Objective.of(objective).sums_out else bound.model
     if optimizer is None:
         return by_adam(bound, model, objective, learning_rate, steps, mode, single=patience is not None)

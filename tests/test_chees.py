@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from inference import sample
-from inference.compiler import potential
+from inference.compiler import policy
 from inference.core.handlers import isolated
 from inference.kernels import NUTS, ChEES, trajectory
 from inference.result import Result
@@ -370,7 +370,7 @@ def test_a_model_with_parameters_is_one_program() -> None:
 
 
 def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
-    monkeypatch.setattr(potential, "FUSE_FROM", 10_000)
+    monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
     monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.gradients))
     for step in (0.5, 0.005):
@@ -381,7 +381,7 @@ def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monke
 
 
 def test_much_arithmetic_makes_the_program_worth_compiling(monkeypatch) -> None:
-    monkeypatch.setattr(potential, "FUSE_FROM", 10_000)
+    monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
     monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.operations))
     for rows in (10, 20_000):

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from inference import fit
-from inference.compiler import block
-from inference.compiler import capture as tracing
-from inference.compiler.objective import LIMIT, Compiled
+from inference.compiler import block, fuse, policy
+from inference.compiler.capture import traced
+from inference.compiler.objective import Compiled
 from inference.compiler.step import TracedStep
 from inference.compiler.update import Adam
 from inference.core.bound import bind, enumerate_finite
@@ -316,11 +316,11 @@ def test_a_number_that_changes_at_every_step_is_told() -> None:
     objective, pair = Compiled(inner, fuse=False), (noisy, AutoNormal(noisy))
 
     def anneal() -> None:
-        for step in range(LIMIT + 2):
+        for step in range(policy.MAX_TRACES + 2):
             inner.beta = 0.1 + step
             descend(objective, pair, 1, rate=0.0)
 
-    with isolated(0), pytest.warns(UserWarning, match=f"more than {LIMIT} programs"):
+    with isolated(0), pytest.warns(UserWarning, match=f"more than {policy.MAX_TRACES} programs"):
         anneal()
     assert objective.state == "eager"
 
@@ -337,7 +337,7 @@ def test_a_counter_of_the_objective_is_told() -> None:
     inner.step = 0
     guide = AutoNormal(noisy)
     with isolated(0), pytest.warns(UserWarning, match="more than|changes its attribute step"):
-        descend(Compiled(inner, fuse=False), (noisy, guide), LIMIT + 3)
+        descend(Compiled(inner, fuse=False), (noisy, guide), policy.MAX_TRACES + 3)
 
 
 def test_a_hidden_number_that_changes_the_gradient_alone_is_found_out() -> None:
@@ -490,7 +490,7 @@ def same_fits(steps: int) -> None:
 @pytest.mark.parametrize("steps", [40, 60, 130])
 def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, held = [], []
-    take, hold = block.Block.__call__, TracedStep.hold_against_eager
+    take, hold = block.Block.__call__, TracedStep.compare_with_eager
 
     def counted(self: block.Block) -> list[float]:
         blocks.append(self._program.calls)
@@ -501,7 +501,7 @@ def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.Monk
         hold(self, call)
 
     monkeypatch.setattr(block.Block, "__call__", counted)
-    monkeypatch.setattr(TracedStep, "hold_against_eager", holding)
+    monkeypatch.setattr(TracedStep, "compare_with_eager", holding)
     same_fits(steps)
     # Three steps come before the first block, and one block is run to hold it against single steps.
     assert blocks == {40: [], 60: [0, 1], 130: [0, 1, 51]}[steps]
@@ -510,7 +510,7 @@ def test_many_steps_a_call_are_single_steps(steps: int, monkeypatch: pytest.Monk
 
 
 def test_a_fused_program_that_does_not_hold_gives_way_to_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = tracing.fused
+    build = fuse.fused
 
     def wrong(*given: Any) -> Callable[..., Any]:
         run = build(*given)
@@ -584,19 +584,19 @@ def test_a_compiled_adam_computes_its_rate_once_and_not_for_every_entry() -> Non
         moved(inputs[:2], inputs[2:4], inputs[0].sum())
 
     inputs = [torch.randn(shape) for shape in ((64, 64), (640,), (64, 64), (640,))]
-    graph = tracing.traced(step, *inputs, *adam.tensors)
+    graph = traced(step, *inputs, *adam.tensors)
     with fresh_cache():
-        _, (code, *_) = run_and_get_code(tracing.fused, graph, [*inputs, *adam.tensors])
+        _, (code, *_) = run_and_get_code(fuse.fused, graph, [*inputs, *adam.tensors])
     assert code.count("std::cos(") == 1
     assert code.count("std::exp(") == 2
 
 
 def test_a_fit_of_the_same_shape_compiles_nothing_anew() -> None:
     quiet((noisy, AutoNormal(noisy)), X, steps=5, compile=True)
-    known = len(tracing._PROGRAMS)
+    known = len(fuse._PROGRAMS)
     again = quiet((noisy, AutoNormal(noisy)), X + 1, steps=5, compile=True, seed=3)
     assert again.idata.attrs["execution"] == "fused"
-    assert len(tracing._PROGRAMS) == known
+    assert len(fuse._PROGRAMS) == known
 
 
 def test_auto_goes_by_the_number_of_steps() -> None:

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from inference import fit, sample
+from inference.compiler import policy
 from inference.evidence import annealed
 from inference.evidence import estimate as likelihood
 from inference.evidence.estimate import Evidence, log_evidence
@@ -300,8 +301,8 @@ def test_a_decoder_is_that_of_quadrature() -> None:
 def passes(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the latent site in each pass under a budget of 600 numbers, 16 particles before more rows."""
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(likelihood, "BUDGET", 600)
-    monkeypatch.setattr(likelihood, "WIDE", 16)
+    monkeypatch.setattr(policy, "LATENT_NUMBERS", 600)
+    monkeypatch.setattr(policy, "PARTICLES_FIRST", 16)
     original = likelihood.LocalLatents.model
 
     def recorded(self: Any, draws: Any, count: int) -> Any:
@@ -330,13 +331,13 @@ def test_annealed_chains_count_as_memory(passes) -> None:
 
 
 def test_a_budget_smaller_than_a_row_still_runs(monkeypatch) -> None:
-    monkeypatch.setattr(likelihood, "BUDGET", 1)
+    monkeypatch.setattr(policy, "LATENT_NUMBERS", 1)
     found = log_evidence(Linear(), X[:5], k=3, **QUIET)
     torch.testing.assert_close(found.values, TRUTH[:5], rtol=0, atol=1e-8)
 
 
 def test_states_that_are_summed_out_count_as_memory(monkeypatch) -> None:
-    monkeypatch.setattr(likelihood, "BUDGET", 60)
+    monkeypatch.setattr(policy, "LATENT_NUMBERS", 60)
     lengths: list[int] = []
     original = likelihood.LocalLatents.take
     monkeypatch.setattr(
@@ -349,7 +350,7 @@ def test_states_that_are_summed_out_count_as_memory(monkeypatch) -> None:
 def test_passes_of_any_size_estimate_alike(monkeypatch) -> None:
     runs = []
     for budget in (300, 2000, 10_000_000):
-        monkeypatch.setattr(likelihood, "BUDGET", budget)
+        monkeypatch.setattr(policy, "LATENT_NUMBERS", budget)
         runs.append(log_evidence(Linear(0.3, 1.5), X, k=500, seed=budget, **QUIET))
     for run in runs:
         assert_within(run, TRUTH, 5.0)

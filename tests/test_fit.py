@@ -355,14 +355,14 @@ import inference.runners.steps as steps
 from inference import fit
 from ppl_models.models.vae import VAE
 
-memory, take = [], steps.CompiledSteps.__call__
+memory, take = [], steps.CompiledSteps.advance
 
-def watched(self, rows):
+def watched(self, batches):
     with open("/proc/self/statm") as file:
         memory.append(int(file.read().split()[1]) * 4096 / 2**20)
-    return take(self, rows)
+    return take(self, batches)
 
-steps.CompiledSteps.__call__ = watched
+steps.CompiledSteps.advance = watched
 x = torch.rand(1000, 200, generator=torch.Generator().manual_seed(0)).bernoulli()
 fit(VAE(200, 10), x, steps=4000, batch=100, draws=1, learning_rate=0.002, compile=True, progress=False)
 print(memory[-1] - memory[1500])

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.layout import rearrange
-from inference.compiler.passes import SMALL, lift_constants, pack_constants
+from inference.compiler.passes import lift_constants, pack_constants
 
 ROWS, FEW = 40, 3
 
@@ -77,7 +78,7 @@ def test_what_repeats_is_computed_once_and_short_dimensions_do_not_stand_last() 
 
 
 def test_small_constants_go_together_by_type_and_large_ones_alone() -> None:
-    small, other, large = torch.randn(4, 2).double(), torch.arange(3), torch.randn(SMALL + 1).double()
+    small, other, large = torch.randn(4, 2).double(), torch.arange(3), torch.randn(policy.PACKED_NUMBERS + 1).double()
     extra = torch.tensor(2.0).double()
 
     def function(q: Tensor, given: Tensor) -> Tensor:
@@ -89,5 +90,5 @@ def test_small_constants_go_together_by_type_and_large_ones_alone() -> None:
     packs, call = pack_constants(graph, 1, held)
     sizes = sorted((p.numel(), p.dtype) for p in packs)
     assert len(held) == 4
-    assert sizes == sorted([(9, torch.float64), (3, torch.int64), (SMALL + 1, torch.float64)])
+    assert sizes == sorted([(9, torch.float64), (3, torch.int64), (policy.PACKED_NUMBERS + 1, torch.float64)])
     torch.testing.assert_close(call(q, given, *packs), function(q, given))

@@ -13,8 +13,8 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from inference import sample
-from inference.compiler import capture as tracing
-from inference.compiler.capture import Untraceable
+from inference.compiler import fuse
+from inference.compiler.capture import Untraceable, traced
 from inference.compiler.potential import BatchedPotential, CompiledPotential, compile_kernel
 from inference.core.handlers import isolated
 from ppl_models.zoo.entries import ZOO
@@ -146,7 +146,7 @@ def traced_naively(potential, example):
     """The graph of five chains as vmap leaves it."""
     many = {n: v.expand(5, *v.shape).clone() for n, v in example.items()}
     value = torch.func.grad_and_value(lambda *v: potential(dict(zip(example, v, strict=True))), argnums=(0, 1))
-    return tracing.traced(torch.vmap(value), *many.values()).code
+    return traced(torch.vmap(value), *many.values()).code
 
 
 def test_a_potential_with_noise_of_its_own_is_refused() -> None:
@@ -200,7 +200,7 @@ def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(mu if mu > 0 else 2 * mu, 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="runs eagerly, for it cannot be traced"):
+    with pytest.warns(UserWarning, match="runs eagerly, because it cannot be traced"):
         result = quiet(steered, torch.ones(3).double(), draws=20, warmup=20, chains=2, compile=True)
     assert result.idata.attrs["execution"] == "eager"
 
@@ -223,21 +223,21 @@ def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:
     item = Tensor.item
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    tracing.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    traced(lambda x: noisy({"x": x}), torch.ones(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert Tensor.item is item
     assert torch._C._get_tracing_state() is None
-    graph = tracing.traced(lambda x: noisy({"x": x}), torch.ones(2))
+    graph = traced(lambda x: noisy({"x": x}), torch.ones(2))
     assert not torch.equal(graph(torch.ones(2)), graph(torch.ones(2)))
 
 
 def test_without_a_compiler_the_graph_runs_unfused_and_one_line_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(tracing.shutil, "which", lambda _: None)
-    tracing.has_compiler.cache_clear()
-    graph = tracing.traced(lambda x: x.exp(), torch.ones(2))
+    monkeypatch.setattr(fuse.shutil, "which", lambda _: None)
+    fuse.has_compiler.cache_clear()
+    graph = traced(lambda x: x.exp(), torch.ones(2))
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found"):
-        assert tracing.fused(graph, [torch.ones(2)]) is graph
-    tracing.has_compiler.cache_clear()
+        assert fuse.fused(graph, [torch.ones(2)]) is graph
+    fuse.has_compiler.cache_clear()
 
 
 def test_bad_mode_gets_one_line() -> None:

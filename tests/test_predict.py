@@ -11,9 +11,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from inference import fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
+from inference.compiler import policy
 from inference.core.bound import bind
 from inference.core.handlers import isolated
-from inference.draws import engine
 from inference.draws import scoring as prediction
 from ppl_models.models.pair import Pair
 
@@ -83,7 +83,7 @@ def test_prior_draws_of_one_run_are_independent() -> None:
 def test_chunks_of_any_size_score_alike(monkeypatch, budget: int) -> None:
     result = fitted()
     whole = pointwise_log_likelihood(result)
-    monkeypatch.setattr(engine, "BUDGET", budget)
+    monkeypatch.setattr(policy, "DRAW_NUMBERS", budget)
     torch.testing.assert_close(pointwise_log_likelihood(result), whole)
     assert posterior_predictive(result)["y"].shape == (60, 12)
 

@@ -1,9 +1,9 @@
-r"""A computation recorded as one graph of tensor operations, and fused into one program.
+r"""Record a computation as one graph of tensor operations.
 
-Pyro's cost on small and medium models is Python. Here the whole computation, handlers and gradients included,
-runs once under ``make_fx``, which records the tensor operations alone; inductor fuses them. Host reads of Pyro (a
-loss as a number, checks for nan) are out of the way meanwhile, and the random state stays where it was. Random
-numbers come from torch's own generator, so that a fused program draws what the eager one draws.
+Pyro's cost on small and medium models is Python. Here the whole computation, effect handlers and gradients included,
+runs once under ``make_fx``, which records the tensor operations alone. Meanwhile what Pyro reads back to the host (a
+loss as a number, checks for nan) is patched out, and the random state is preserved. Random numbers come from torch's
+own generator, so that a program draws what the eager computation draws.
 """
 
 from __future__ import annotations
@@ -28,41 +28,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from inference.compiler.passes import masks_to_indices, normalise_noise
 from inference.core.handlers import preserved_rng
 
-
-@contextmanager
-def collect_gradients(params: list[Tensor]) -> Iterator[Callable[[], Gradients]]:
-    """Collect what ``backward`` would leave with the parameters."""
-
-    def backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
-        found = torch.autograd.grad(
-            loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-        for p, g in zip(params, found, strict=True):
-            if g is not None:
-                p.grad = g if p.grad is None else p.grad + g
-
-    with patch.object(Tensor, "backward", backward):
-        yield lambda: [None if p.grad is None else torch.as_tensor(extract_provenance(p.grad)[0]) for p in params]
-
-
-LIBRARIES = ("torch", "pyro", "inference")
-
-
 Gradients = list[Tensor | None]
 
 
+PACKAGE = Path(__file__).parent.parent
+"""Folder of this package."""
+
+
 class Untraceable(RuntimeError):
-    """A program whose course depends on the values of its tensors."""
+    """A computation whose control flow depends on the values of its tensors."""
 
 
 def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     """Record the tensor operations of a function of tensors.
 
     Raises:
-        Untraceable: The function reads a value back to steer itself; the message has torch's reason, the line and
-            the last site before it.
+        Untraceable: The function branches on the value of a tensor; the message has torch's reason, the line of the
+            user's code and the last site before it.
     """
-    with preserved_rng(), host_reads_away(), _Last() as last:
+    with preserved_rng(), without_host_reads(), _LastSite() as last:
         try:
             graph = make_fx(function)(*inputs)
         except RuntimeError as error:
@@ -74,27 +58,95 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
 
 
 @contextmanager
-def host_reads_away() -> Iterator[None]:
-    """Pyro's host reads out of the way: it asks torch whether it is being traced, and takes items as tensors."""
-    aim: list[Any] = [
-        # torch.distributions asks too, and would draw other random numbers than it draws eagerly.
-        patch.object(torch._C, "_get_tracing_state", lambda: _caller().startswith("pyro") or None),
-        patch.object(Tensor, "item", lambda self: self.detach()),
-        patch.object(pyro.util, "torch_isnan", lambda value: False),
-        patch.object(pyro.util, "torch_isinf", lambda value: False),
-        patch.object(torch.nn.functional, "one_hot", _one_hot),
-        patch.object(Tensor, "masked_select", _masked_select),
-    ]
-    with ExitStack() as stack, warnings.catch_warnings():
-        for each in aim:
-            stack.enter_context(each)
-        # Shapes are constants of a graph made for these shapes: what torch warns of is meant.
+def without_host_reads() -> Iterator[None]:
+    """Run without Pyro's host reads: it believes that it is being traced by torch, and takes items as tensors."""
+    with _patched("host reads"), warnings.catch_warnings():
+        # The shapes are constants of the graph on purpose, which torch warns about.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         with pyro.validation_enabled(False):
             yield
 
 
-class _Last(Messenger):
+@contextmanager
+def collect_gradients(params: list[Tensor]) -> Iterator[Callable[[], Gradients]]:
+    """Collect the gradients that ``backward`` accumulates, as tensors that can be traced."""
+    _COLLECTING.append(params)
+    try:
+        with _patched("backward"):
+            yield lambda: [None if p.grad is None else torch.as_tensor(extract_provenance(p.grad)[0]) for p in params]
+    finally:
+        _COLLECTING.pop()
+
+
+def is_library(module: str) -> bool:
+    """Whether a module, by its dotted name, belongs to torch, Pyro or this package, and not to the user."""
+    package = module.partition(".")[0]
+    if package == "inference":
+        file = getattr(sys.modules.get(module), "__file__", None)
+        return file is not None and Path(file).is_relative_to(PACKAGE)
+    return package in ("torch", "pyro")
+
+
+_COLLECTING: list[list[Tensor]] = []
+"""Parameters whose gradients are being collected, the innermost last."""
+
+
+def _backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
+    params = _COLLECTING[-1]
+    gradients = torch.autograd.grad(
+        loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    for p, g in zip(params, gradients, strict=True):
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad + g
+
+
+def _tracing_state() -> bool | None:
+    # torch.distributions asks too, and would draw other random numbers than it draws eagerly.
+    return _caller().startswith("pyro.") or None
+
+
+def _one_hot(index: Tensor, num_classes: int) -> Tensor:
+    # torch's own reads its input back to check it.
+    return (index[..., None] == torch.arange(num_classes, device=index.device)).long()
+
+
+def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
+    # TraceEnum_ELBO leaves terms out of a sum, by a shape that depends on the values; zeros do the same.
+    if not _caller().startswith("pyro.infer."):
+        return torch.masked_select(value, mask)
+    return torch.where(mask, value, 0.0).flatten()
+
+
+PATCHES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
+    "host reads": (
+        (torch._C, "_get_tracing_state", _tracing_state),
+        (Tensor, "item", lambda self: self.detach()),
+        (pyro.util, "torch_isnan", lambda value: False),
+        (pyro.util, "torch_isinf", lambda value: False),
+        (torch.nn.functional, "one_hot", _one_hot),
+        (Tensor, "masked_select", _masked_select),
+    ),
+    "backward": ((Tensor, "backward", _backward),),
+}
+"""All that is replaced in torch and Pyro, by occasion: owner, name, replacement. The patches are global and therefore
+not thread-safe: while one thread traces, no other may run torch or Pyro."""
+
+
+@contextmanager
+def _patched(occasion: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for owner, name, replacement in PATCHES[occasion]:
+            stack.enter_context(patch.object(owner, name, replacement))
+        yield
+
+
+def _caller() -> str:
+    """Name of the module that called the function which asks."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+class _LastSite(Messenger):
     """Remembers the last sample site that was entered."""
 
     name: str | None = None
@@ -103,32 +155,17 @@ class _Last(Messenger):
         self.name = msg["name"]
 
 
-def _one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """torch's own, which reads its input back to check it."""
-    return (index[..., None] == torch.arange(num_classes, device=index.device)).long()
-
-
-def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
-    """What TraceEnum_ELBO takes out of a sum, as zeros in it: its shape would depend on the values."""
-    if not _caller().startswith("pyro.infer"):
-        return torch.masked_select(value, mask)
-    return torch.where(mask, value, 0.0).flatten()
-
-
-def _caller() -> str:
-    return str(sys._getframe(2).f_globals.get("__name__", ""))
-
-
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "get value out of a tracing tensor" in text:
-        return "a value of a tensor decides its course"
+        return "its control flow depends on the value of a tensor"
     return text[:300]
 
 
 def _place(error: BaseException, site: str | None) -> str:
-    """Where the user's own code was: file, line and the last site."""
-    roots = {str(Path(sys.modules[m].__file__ or "").parent) for m in LIBRARIES if m in sys.modules}
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", *roots))]
-    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    """Where the error arose in the user's code: file, line and the last site before it."""
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = zip(modules, traceback.extract_tb(error.__traceback__), strict=True)
+    lines = [line for module, line in frames if not line.filename.startswith("<") and not is_library(module)]
+    at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno} ({lines[-1].line})" if lines else ""
     return f"{at}{f', after site {site}' if site else ''}"

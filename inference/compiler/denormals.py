@@ -1,8 +1,8 @@
-r"""Subnormal numbers counted as zero while a fit runs.
+r"""Flush subnormal numbers to zero while a fit runs.
 
-Below :math:`10^{-38}` (float32) a CPU takes many times as long for an operation, and long training gets there: the
-logits of a pixel that is never on fall below -87, the units that serve it die. XLA always counts such numbers as
-zero; torch asks for it thread by thread, and only for the one that calls.
+A CPU takes many times as long for an operation on subnormal numbers (below :math:`10^{-38}` in float32), and long
+training produces them: the logit of a pixel that is never on falls below -87, and the units behind it die. XLA always
+flushes subnormal numbers; torch can, but only in the thread that asks for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @contextmanager
 def subnormals_flushed() -> Iterator[None]:
-    """Count subnormal numbers as zero, in this thread and in those that torch computes with, and no longer after."""
+    """Flush subnormal numbers to zero within the context, in this thread and in torch's worker threads."""
     flushes = float(torch.full((), 1e-310, dtype=torch.float64) * 2) == 0
     try:
         if not flushes:
@@ -34,8 +34,8 @@ def _set(on: bool) -> None:
     torch.set_flush_denormal(on)
     if sys.platform != "linux" or torch.get_num_threads() == 1:
         return
-    # The flag is a thread's own, and torch hands it on to no other: a parallel region reaches OpenMP's whole team.
+    # The flag belongs to a thread, and torch sets it in the calling one only: a parallel region reaches OpenMP's team.
     region = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     if region is not None:
-        each = _REGION(lambda _: torch.set_flush_denormal(on))
-        region(each, None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+        body = _REGION(lambda _: torch.set_flush_denormal(on))
+        region(body, None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))

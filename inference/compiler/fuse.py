@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,55 +15,69 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-_PROGRAMS: dict[Any, Callable[..., Any]] = {}
-"""Fused programs of this process by the text of their graph: a fit of the same shape compiles nothing anew."""
+from inference.compiler import policy
+
+_PROGRAMS: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+"""Fused programs of this process by the text of their graphs, the last used last: a fit of the same shapes compiles
+nothing again. At most ``policy.FUSED_PROGRAMS`` are kept."""
 
 
-OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp.min_chunk_size": 16_384}
-"""How inductor compiles: with torch's own random numbers, and on several cores only what is worth their meeting."""
+OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp.min_chunk_size": policy.FUSED_CHUNK}
+"""Options of inductor: torch's own random numbers, and threads only for loops that are worth them."""
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """The graph as one compiled program of tensors; the graph itself where the machine has no C++ compiler.
+    """Compile a graph to a program of tensors; without a C++ compiler, return the graph itself.
 
-    The graph holds no tensors (see :func:`lift_constants`); call the program under ``torch.no_grad``.
+    The graph must hold no tensors (see :func:`lift_constants`). Call the program under ``torch.no_grad``.
     """
     if not has_compiler():
         return graph
-    shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-    key = (graph.code, shapes, torch.get_num_threads())
-    if key not in _PROGRAMS:
+
+    def build() -> Callable[..., Any]:
         with quietly(), torch.no_grad():
-            _PROGRAMS[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined]
-    return _PROGRAMS[key]
+            return torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined, no-any-return]
+
+    return _kept((graph.code, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)), build)
 
 
 def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
-    """A function of tensors, loops of theirs included, as one compiled program; kept for the process by ``key``.
+    """Compile a function of tensors, its loops included; programs are kept by ``key``.
 
-    The wrapper of the program is C++: it makes a round of a loop cost no Python.
+    The wrapper of the program is C++, so that a round of a loop costs no Python.
     """
-    key = key, torch.get_num_threads()
-    if key not in _PROGRAMS:
+
+    def build() -> Callable[..., Any]:
         # A code object of its own: Dynamo keeps programs by code object, and gives up at the eighth.
         code = function.__code__.replace()
-        own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        options = {**OPTIONS, "cpp_wrapper": True}
-        _PROGRAMS[key] = torch.compile(own, dynamic=False, fullgraph=True, options=options)
+        copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        return torch.compile(copy, dynamic=False, fullgraph=True, options={**OPTIONS, "cpp_wrapper": True})
+
+    return _kept(key, build)
+
+
+def _kept(key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The program of a key for the current number of threads, built if it is not there."""
+    key = key, torch.get_num_threads()
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = build()
+    _PROGRAMS.move_to_end(key)
+    while len(_PROGRAMS) > policy.FUSED_PROGRAMS:
+        _PROGRAMS.popitem(last=False)
     return _PROGRAMS[key]
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
+    """Run without warnings: inductor's are addressed to its own developers."""
     with warnings.catch_warnings():
-        # Inductor speaks to its own developers through Python's warnings.
         warnings.simplefilter("ignore")
         yield
 
 
 @cache
 def has_compiler() -> bool:
-    """Whether programs can be fused; the first time that they cannot, one line says so."""
+    """Whether there is a C++ compiler to fuse programs with; warns once if there is none."""
     if any(shutil.which(c) for c in ("c++", "g++", "clang++", "cl")):
         return True
     warnings.warn("no C++ compiler was found: programs run traced, but not fused", stacklevel=3)

@@ -1,9 +1,9 @@
-"""A graph of many chains rewritten so that its loops are vectorised.
+"""Rewrite a graph of many chains so that the compiler can vectorise its loops.
 
-Two things keep a compiler from it. What a model computes of expanded tensors (the logarithm of a scale that is the same
-for all rows) it computes once an entry; here it is computed before it is expanded. And a short last dimension (the
-components of a mixture) leaves most lanes of a vector empty, and a reduction over it none at all; here tensors that
-end in one have their last two dimensions exchanged from where they come to be to where they are reduced.
+Two things prevent vectorisation. A model computes with expanded tensors (the logarithm of a scale that is the same for
+all rows) once per entry; here the computation comes before the expansion. And a short last dimension (the components
+of a mixture) leaves most lanes of a vector register empty, and a reduction over it cannot be vectorised at all; here
+the last two dimensions of such a tensor are transposed from where it arises to where it is reduced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 SHORT, LONGER = 8, 4
-"""Entries of a short last dimension, and how many times as long the one before it is at least."""
+"""Largest size of a short last dimension, and the least ratio of the size of the dimension before it to that."""
 
 
 aten = torch.ops.aten
@@ -28,13 +28,13 @@ REDUCTIONS = (aten.sum.dim_IntList, aten.amax.default, aten.logsumexp.default)
 
 
 def rearrange(graph: GraphModule) -> Callable[..., Any]:
-    """A graph as a function, to be traced again: short last dimensions exchanged, nothing computed of what repeats."""
+    """A graph as a function to be traced again, with short last dimensions transposed and expansions postponed."""
     return lambda *values: _Rearranging(graph).run(*values)
 
 
 @dataclass(frozen=True)
-class _Exchanged:
-    """A tensor whose last two dimensions stand the other way round."""
+class _Transposed:
+    """A tensor whose last two dimensions are stored transposed."""
 
     tensor: Tensor
 
@@ -44,52 +44,52 @@ class _Exchanged:
 
 
 class _Rearranging(Interpreter):
-    """Runs a graph, and holds some of its tensors exchanged and some as what they repeat."""
+    """Runs a graph with some tensors transposed, and remembers which tensors are expansions."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
-        # The tensors themselves are kept, too: what has gone leaves its number to another.
-        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
+        # The tensors are kept too, so that no id is used again.
+        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        flat, form = tree_flatten((args, kwargs), is_leaf=_is_exchanged)
-        tensors = [v for v in flat if isinstance(v, Tensor | _Exchanged)]
+        flat, form = tree_flatten((args, kwargs), is_leaf=_is_transposed)
+        tensors = [v for v in flat if isinstance(v, Tensor | _Transposed)]
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and tensors:
-            if len(tensors) == 1 and id(tensors[0]) in self._repeated:
-                whole, base = self._repeated[id(tensors[0])]
+            if len(tensors) == 1 and id(tensors[0]) in self._expanded:
+                whole, base = self._expanded[id(tensors[0])]
                 out = self._call(target, [base if v is whole else v for v in flat], form)
-                return self._repeat(out, whole.shape)
+                return self._expand(out, whole.shape)
             shape = torch.broadcast_shapes(*(_plain(v).shape for v in tensors))
             if _is_short(shape):
-                return _Exchanged(self._call(target, [_exchange(v, len(shape)) for v in flat], form))
-        if target in REDUCTIONS and isinstance(args[0], _Exchanged):
+                return _Transposed(self._call(target, [_transpose(v, len(shape)) for v in flat], form))
+        if target in REDUCTIONS and isinstance(args[0], _Transposed):
             return _reduce(target, args[0].tensor, *args[1:], **kwargs)
         if target in (aten.view.default, aten._unsafe_view.default):
             target = aten.reshape.default
         flat = [_plain(v) for v in flat]
         if target is aten.expand.default and flat[0].dim() == len(args[1]):
-            return self._repeat(flat[0], args[1])
-        if target is aten._log_softmax.default and id(flat[0]) in self._repeated:
-            whole, base = self._repeated[id(flat[0])]
+            return self._expand(flat[0], args[1])
+        if target is aten._log_softmax.default and id(flat[0]) in self._expanded:
+            whole, base = self._expanded[id(flat[0])]
             if base.shape[args[1]] == whole.shape[args[1]]:
-                return self._repeat(self._call(target, [base, *flat[1:]], form), whole.shape)
+                return self._expand(self._call(target, [base, *flat[1:]], form), whole.shape)
         return self._call(target, flat, form)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return tree_map(_plain, args[0], is_leaf=_is_exchanged)
+        return tree_map(_plain, args[0], is_leaf=_is_transposed)
 
     def _call(self, target: Any, flat: list[Any], form: Any) -> Any:
         args, kwargs = tree_unflatten(flat, form)
         return super().call_function(target, args, kwargs)
 
-    def _repeat(self, base: Tensor, shape: Sequence[int]) -> Tensor:
+    def _expand(self, base: Tensor, shape: Sequence[int]) -> Tensor:
         out = base.expand(shape)
-        self._repeated[id(out)] = out, base
+        self._expanded[id(out)] = out, base
         return out
 
 
-def _is_exchanged(value: Any) -> bool:
-    return isinstance(value, _Exchanged)
+def _is_transposed(value: Any) -> bool:
+    return isinstance(value, _Transposed)
 
 
 def _is_short(shape: Sequence[int]) -> bool:
@@ -97,12 +97,12 @@ def _is_short(shape: Sequence[int]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return value.plain if isinstance(value, _Exchanged) else value
+    return value.plain if isinstance(value, _Transposed) else value
 
 
-def _exchange(value: Any, dims: int) -> Any:
-    """An argument of a pointwise operation, exchanged, as one of so many dimensions."""
-    if isinstance(value, _Exchanged):
+def _transpose(value: Any, dims: int) -> Any:
+    """An argument of a pointwise operation, transposed, with ``dims`` dimensions."""
+    if isinstance(value, _Transposed):
         tensor = value.tensor
         return tensor[(None,) * (dims - tensor.dim())] if tensor.dim() < dims else tensor
     if not isinstance(value, Tensor) or value.dim() == 0:
@@ -111,10 +111,10 @@ def _exchange(value: Any, dims: int) -> Any:
 
 
 def _reduce(target: Any, tensor: Tensor, dims: Sequence[int], keep: bool = False, **more: Any) -> Any:
-    """A reduction of an exchanged tensor over dimensions of the plain one."""
+    """A reduction of a transposed tensor over dimensions of the plain one."""
     last = tensor.dim() - 1
     places = {last: last - 1, last - 1: last}
     over = {d % tensor.dim() for d in dims} or set(range(tensor.dim()))
     out = target(tensor, [places.get(d, d) for d in over], keep, **more)
-    # Where one of the two is gone the other is the last, whichever way they stood.
-    return out if not keep and over & {last, last - 1} else _Exchanged(out)
+    # If one of the two dimensions is gone, the other is last in either order.
+    return out if not keep and over & {last, last - 1} else _Transposed(out)

@@ -1,4 +1,8 @@
-r"""``Compiled``: an objective that runs as one program."""
+r"""``Compiled``: an objective that runs as one program.
+
+It is an objective itself, so it works in a user's plain ``pyro.infer.SVI`` as Pyro's JitTrace_ELBO does, around any
+objective.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,19 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.compiler.capture import Untraceable
 from inference.compiler.step import Call, TracedStep, Update, split_arguments
-
-LIMIT = 16
-"""Programs that one objective may trace before it is taken to change at every step."""
 
 
 class Compiled(ELBO):
     r"""An objective whose loss and gradients are one compiled program.
 
-    The first call of each shape runs eagerly (it makes the parameters and validates the model), the second traces.
+    The first call of each shape runs eagerly, which creates the parameters and validates the model; the second traces.
 
     Args:
         objective: Any objective: a subclass of ``pyro.infer.elbo.ELBO`` with ``loss_and_grads``.
-        fuse: Compile the graph; False runs it as traced.
+        fuse: Whether to compile the graph; otherwise it runs as traced.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -62,7 +64,7 @@ class Compiled(ELBO):
         return self.objective.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, as a tensor (or a tuple of them); the gradients are added to those of the parameters."""
+        """The loss, as a tensor or a tuple of tensors; gradients are accumulated in the parameters."""
         program, inputs = self.prepare(model, guide, args, kwargs)
         if program is None:
             return self.objective.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
@@ -73,7 +75,7 @@ class Compiled(ELBO):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad.add_(g)
             elif program.turning:
-                # Zeros would move what rests on: an optimizer's momentum carries it.
+                # A zero gradient would still move the parameter, through the optimizer's momentum.
                 p.grad = None
         program.turn(self.objective)
         return losses
@@ -84,7 +86,7 @@ class Compiled(ELBO):
     def prepare(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
     ) -> tuple[TracedStep | None, list[Tensor]]:
-        """The program for these arguments and its inputs; None where this call has to run eagerly."""
+        """The program for these arguments, or None if this call has to run eagerly, and its inputs."""
         if self._eager:
             return None, []
         call = Call(self.objective, model, guide, *split_arguments(args, kwargs))
@@ -95,10 +97,12 @@ class Compiled(ELBO):
             self.give_up(f"an argument is neither a tensor nor hashable ({error})")
             return None, []
         if key not in self._programs:
-            # Parameters come to be in a first eager call.
+            # The first call runs eagerly and creates the parameters.
             self._programs[key] = None
-            if len(self._programs) > LIMIT:
-                self.give_up(f"more than {LIMIT} programs: an argument or an attribute that is no tensor changes")
+            if len(self._programs) > policy.MAX_TRACES:
+                self.give_up(
+                    f"more than {policy.MAX_TRACES} programs: an argument or an attribute that is no tensor changes"
+                )
             return None, []
         program = self._programs[key]
         try:
@@ -108,14 +112,14 @@ class Compiled(ELBO):
                     program.fuse(program.inputs(call))
             inputs = program.inputs(call)
             if program.due():
-                program.hold_against_eager(call)
+                program.compare_with_eager(call)
         except Untraceable as error:
             self.give_up(str(error))
             return None, []
         return program, inputs
 
     def give_up(self, reason: str) -> None:
-        """Run eagerly from here on, and say why."""
+        """Run eagerly from now on, with a warning that gives the reason."""
         self._eager = reason
         kind = type(self.objective).__name__
-        warnings.warn(f"{kind} runs eagerly from here on, for it cannot be compiled: {reason}", stacklevel=5)
+        warnings.warn(f"{kind} runs eagerly from now on, because it cannot be compiled: {reason}", stacklevel=5)

@@ -1,4 +1,4 @@
-r"""Passes over a graph: each takes a graph and returns one that computes the same."""
+r"""Passes over a graph that leave its values unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from inference.compiler import policy
+
 
 def lift_constants(graph: GraphModule) -> list[Tensor]:
-    """Make the tensors that a graph holds its last inputs, in place, and return them: they may change."""
+    """Turn the tensors that a graph holds into its last inputs, in place, and return them; their values may change."""
     held: dict[str, Node] = {}
     for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
@@ -28,14 +30,14 @@ def lift_constants(graph: GraphModule) -> list[Tensor]:
 
 
 def add_input(graph: GraphModule, name: str) -> Node:
-    """A further input of a graph, after those that it has."""
+    """Add an input to a graph, after its others."""
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     with graph.graph.inserting_after(inputs[-1]) if inputs else graph.graph.inserting_before():
         return graph.graph.placeholder(name)
 
 
 def normalise_noise(graph: GraphModule) -> None:
-    """Write noise in the one form in which inductor draws torch's own numbers, and fastest."""
+    """Write noise in the form in which inductor draws torch's own numbers, and is fastest."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")
@@ -48,12 +50,12 @@ def normalise_noise(graph: GraphModule) -> None:
                 graph.graph.erase_node(node)
                 graph.graph.erase_node(empty)
         elif node.target is aten.bernoulli.default and len(node.args) == 1 and value.device.type == "cpu":
-            chance = node.args[0]
+            probability = node.args[0]
             with graph.graph.inserting_before(node):
                 noise = _call(graph, aten.rand.default, list(value.shape), dtype=value.dtype, device=value.device)
-                below = _call(graph, aten.lt.Tensor, noise, chance)
-                hit = _call(graph, aten._to_copy.default, below, dtype=value.dtype)
-            node.replace_all_uses_with(hit)
+                below = _call(graph, aten.lt.Tensor, noise, probability)
+                draw = _call(graph, aten._to_copy.default, below, dtype=value.dtype)
+            node.replace_all_uses_with(draw)
             graph.graph.erase_node(node)
 
 
@@ -62,7 +64,7 @@ def _call(graph: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def masks_to_indices(graph: GraphModule) -> None:
-    """Write an index by a constant mask as one by numbers: a mask's result has no shape that inductor would know."""
+    """Replace constant boolean masks by integer indices, so that inductor knows the shape of the result."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         if node.target not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
@@ -87,7 +89,7 @@ def _is_mask(node: Node) -> bool:
 
 
 def _constant(node: Node) -> Tensor | None:
-    """Value of a node that neither inputs, held tensors nor noise reach."""
+    """Value of a node that depends neither on inputs, held tensors nor noise; None for another node."""
     if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return None
     if node.target is torch.ops.aten.lift_fresh_copy.default:
@@ -106,12 +108,8 @@ def constant_of(graph: GraphModule, name: str) -> Tensor:
     return value
 
 
-SMALL = 1024
-"""Numbers of a constant that is packed with others."""
-
-
 def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of positions (chains, D) as one of (D, chains)."""
+    """Turn a function of positions (chains, D) into one of positions (D, chains)."""
 
     def call(positions: Tensor, *held: Tensor) -> tuple[Tensor, Tensor]:
         energies, gradients = forward(positions.mT, *held)
@@ -123,13 +121,18 @@ def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
 def pack_constants(
     graph: Callable[..., Any], given: int, held: list[Tensor]
 ) -> tuple[list[Tensor], Callable[..., Any]]:
-    """Small constants of a graph as one of each type, which it takes apart: every round of a loop pays for each input.
+    """Pack small constants of a graph into one per dtype: every round of a loop pays for each input.
+
+    Args:
+        graph: A function of positions, ``given`` further arguments, and the constants.
+        given: Number of further arguments.
+        held: The constants.
 
     Returns:
-        The constants that are left, and the graph as a function of positions, what is given, and these.
+        The packed constants, and the graph as a function of positions, further arguments, and these.
     """
     held = [h.detach() for h in held]
-    small = [k for k, h in enumerate(held) if h.numel() <= SMALL]
+    small = [k for k, h in enumerate(held) if h.numel() <= policy.PACKED_NUMBERS]
     kinds = {held[k].dtype: [j for j in small if held[j].dtype == held[k].dtype] for k in small}
     whole = [k for k in range(len(held)) if k not in small]
     packs = [torch.cat([held[k].reshape(-1) for k in chosen]) for chosen in kinds.values()]
@@ -145,10 +148,10 @@ def pack_constants(
 
 
 def share_products(graph: GraphModule) -> GraphModule:
-    """The graph with one matrix product where vmap multiplies each chain by the same matrix, the data's mostly."""
+    """Use one matrix product where vmap multiplies each chain by the same matrix, mostly the data."""
     aten = torch.ops.aten
     for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
-        # What is shared was expanded over the chains: a dimension without a stride.
+        # A shared matrix was expanded over chains: its first dimension has stride zero.
         which = [k for k in (0, 1) if node.args[k].meta["val"].stride(0) == 0]
         if len(which) != 1:
             continue
@@ -164,7 +167,7 @@ def share_products(graph: GraphModule) -> GraphModule:
             else:
                 product = call(aten.mm.default, (call(aten.reshape.default, (left, [b * n, m])), matrix))
                 out = call(aten.reshape.default, (product, [b, n, k]))
-            # Whatever views the product expects the layout that it had.
+            # Later views expect the original memory layout.
             out = call(aten.clone.default, (out,), {"memory_format": torch.contiguous_format})
         node.replace_all_uses_with(out)
         graph.graph.erase_node(node)
@@ -173,7 +176,7 @@ def share_products(graph: GraphModule) -> GraphModule:
 
 
 def fold_constants(graph: GraphModule) -> GraphModule:
-    """The graph with everything computed that no input reaches: terms of the data alone are not worth a leapfrog."""
+    """Compute what depends on no input, such as terms of the data alone, once instead of in every leapfrog step."""
     known: dict[Node, Any] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
@@ -181,7 +184,7 @@ def fold_constants(graph: GraphModule) -> GraphModule:
         elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    # A view stays in the graph: as a constant it would be a second name of what it views.
+    # A view stays in the graph: as a constant it would alias the tensor that it views.
     needed = {n for n in graph.graph.nodes if n not in known}
     for node in reversed(known):
         if is_view(node) and any(u in needed for u in node.users):
@@ -191,7 +194,7 @@ def fold_constants(graph: GraphModule) -> GraphModule:
             graph.register_buffer(f"folded_{k}", value.contiguous())
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
-    # Checks of the data, which have been made, too: they have no users, and an effect.
+    # Checks of the data have been made: they have no users, but an effect that keeps them alive.
     for node in reversed(known):
         if not node.users:
             graph.graph.erase_node(node)
@@ -201,9 +204,10 @@ def fold_constants(graph: GraphModule) -> GraphModule:
 
 
 def is_view(node: Node) -> bool:
+    """Whether a node is a tensor that the graph holds, or a view of another node."""
     if node.target is operator.getitem:
         return is_view(node.all_input_nodes[0])
     schema = getattr(node.target, "_schema", None)
-    # What writes in place returns what it wrote to, which nothing else names.
+    # An in-place operation returns its argument too, but that has no other name.
     views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
     return node.op == "get_attr" or views

@@ -1,6 +1,6 @@
 r"""The potential energy of a model and its gradient as one program.
 
-The gradients of one call are computed in the same graph as its value: a kernel asks for both at every leapfrog step.
+Value and gradient are computed in one graph, because a kernel needs both in every leapfrog step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx import GraphModule
 
+from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.fuse import fused
 from inference.compiler.layout import rearrange
@@ -27,31 +28,21 @@ from inference.compiler.passes import (
     share_products,
 )
 
-TRACE_FROM = 500
-"""Calls ahead from which a graph is traced."""
-
-
-FUSE_FROM = 3_500_000
-"""Operations ahead from which a graph is fused: 3 us each, against 4 to 10 s of fusing (20 with an empty disk cache).
-To decide by a clock would make the last digits of a result, and so a chain, depend on how busy the machine was."""
-
-
-DISPATCH = 2000
-"""Numbers that are computed while one operation is dispatched."""
-
-
 Potential = Callable[..., Tensor]
 
 
 class CompiledPotential:
     r"""Potential energy and gradient of a model as one program, in the form that Pyro's HMC and NUTS take.
 
-    Called with unconstrained values by name it returns the energy, a tensor whose backward pass hands out the
-    gradient that the same call has computed.
+    A call maps unconstrained values by name to the energy, a tensor whose backward pass returns the gradient that the
+    same call has computed.
 
     Args:
-        potential: A potential function, as a kernel has it after its set-up.
+        potential: A potential function, for instance that of a kernel after ``setup``.
         example: Unconstrained values by name, for their shapes.
+
+    Raises:
+        Untraceable: The potential branches on values of its tensors.
     """
 
     def __init__(self, potential: Potential, example: dict[str, Tensor]) -> None:
@@ -71,7 +62,7 @@ class CompiledPotential:
         self._check(potential, inputs)
 
     def fuse(self) -> None:
-        """Compile the graph, and run it once so that the cost is paid here."""
+        """Compile the graph and run it once, so that the cost arises here."""
         self.run = fused(self.graph, [*self._inputs, *self.held])
         with torch.no_grad():
             self.run(*self._inputs, *self.held)
@@ -80,7 +71,7 @@ class CompiledPotential:
         return _Energy.apply(self.run, *[values[n] for n in self.names], *self.held)
 
     def _check(self, potential: Potential, inputs: list[Tensor]) -> None:
-        """Hold the graph against the potential at another point: a frozen branch shows there."""
+        """Compare the graph with the potential at another point, where a frozen branch shows."""
         self._inputs = inputs
         with torch.no_grad():
             moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
@@ -93,19 +84,20 @@ class CompiledPotential:
 class BatchedPotential:
     r"""Potential energies and gradients of many chains as one graph, at positions (chains, D) in one matrix.
 
-    One chain's value and gradient are traced, and ``torch.vmap`` runs over the graph: in this order it is exact for
-    summed-out sites and in-place writes, at which ``vmap`` of the potential itself fails. A position holds the
-    unconstrained sites one after another, flattened.
+    Value and gradient of one chain are traced, and ``torch.vmap`` maps the graph over chains. In this order it is exact
+    for enumerated sites and in-place writes, where ``vmap`` of the potential itself fails. A position is the
+    concatenation of the flattened unconstrained sites, of length D.
 
     Args:
-        potential: A potential function, as a kernel has it after its set-up.
+        potential: A potential function, for instance that of a kernel after ``setup``.
         example: Unconstrained values of one chain by name, for their shapes.
         chains: Number of chains.
-        given: Further arguments of the potential, (chains, \*shape): the first of ``held``, which may be exchanged.
-        eager: Call the potential chain after chain: slow, for one that cannot be traced.
+        given: Further arguments of the potential, (chains, \*shape): the first entries of ``held``, which may be
+            replaced.
+        eager: Call the potential for one chain after another; slow, for potentials that cannot be traced.
 
     Raises:
-        Untraceable: The potential steers itself by the values of its tensors.
+        Untraceable: The potential branches on values of its tensors.
     """
 
     def __init__(
@@ -125,11 +117,11 @@ class BatchedPotential:
         self.like = first
         self.traced, self._given = not eager, len(given)
         self.held: list[Tensor] = [*given]
-        # Positions and gradients (D, chains): what stands side by side in memory are the chains.
+        # Positions and gradients (D, chains): chains are contiguous in memory.
         self.forward: Callable[..., Any] = chains_last(self._loop)
         self.code, self.operations = "", 0
         if not eager:
-            # Without in-place writes: vmap would unroll some of them, and a compiled loop takes none.
+            # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
             one = traced(functionalize(traced(lambda *inputs: self._one(*inputs), *inputs)), *inputs)
             graph = fold_constants(share_products(traced(functionalize(torch.vmap(one)), many, *given)))
@@ -137,7 +129,7 @@ class BatchedPotential:
             self.held = [*given, *packed]
             graph = traced(chains_last(call), many.mT.contiguous(), *self.held)
             self.code, self.operations = graph.code, count_operations(graph)
-            # A module's call goes through hooks that a compiler cannot follow.
+            # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
 
@@ -147,13 +139,13 @@ class BatchedPotential:
         return energies, gradients.mT
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
-        r"""Values by name, (..., \*shape), of positions (..., D)."""
+        r"""Values by name (..., \*shape) from positions (..., D)."""
         parts = positions.split(self._sizes, -1)
         named = zip(self._example.items(), parts, strict=True)
         return {n: p.reshape((*p.shape[:-1], *v.shape)).to(v.dtype) for (n, v), p in named}
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
-        r"""Positions (chains, D) of values by name, (chains, \*shape)."""
+        r"""Positions (chains, D) from values by name (chains, \*shape)."""
         return torch.cat([values[n].reshape(len(values[n]), -1).to(self.like) for n in self._example], -1)
 
     def _one(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +160,7 @@ class BatchedPotential:
         return torch.stack(energies), torch.stack(gradients)
 
     def _check(self, many: Tensor) -> None:
-        """Hold the graph against the potential at other points, one a chain: a frozen branch shows there."""
+        """Compare the graph with the potential at another point per chain, where a frozen branch shows."""
         moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
         pick = sorted({0, len(many) - 1})
         given = [g[pick] for g in self.held[: self._given]]
@@ -191,36 +183,31 @@ class _Energy(torch.autograd.Function):
 
 
 def count_operations(graph: GraphModule) -> int:
-    """Operations of a call of a graph, the numbers that they compute counted as operations that take as long."""
-    made = [n for n in graph.graph.nodes if n.op == "call_function"]
-    values = [n.meta["val"] for n in made if not is_view(n) and isinstance(n.meta.get("val"), Tensor)]
-    return len(made) + sum(v.numel() for v in values if v.device.type == "cpu") // DISPATCH
-
-
-def worth_fusing(gradients: float, operations: int, mode: bool | str) -> bool:
-    """Whether a graph of so many operations is to be fused before so many calls."""
-    return mode is True or (mode == "auto" and gradients * operations >= FUSE_FROM)
+    """Operations in a call of a graph, counted by :func:`policy.operations_of`."""
+    calls = [n for n in graph.graph.nodes if n.op == "call_function"]
+    values = [n.meta["val"] for n in calls if not is_view(n) and isinstance(n.meta.get("val"), Tensor)]
+    return policy.operations_of(len(calls), sum(v.numel() for v in values if v.device.type == "cpu"))
 
 
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
-    """Replace the potential of a kernel that has been set up by its program; return what was chosen.
+    """Replace the potential of a kernel by its program, if that pays; return ``eager``, ``traced`` or ``fused``.
 
     Args:
-        kernel: A kernel with ``potential_fn`` and ``initial_params``; another is left as it is.
+        kernel: A kernel after ``setup``. One without ``potential_fn`` is left as it is.
         calls: Calls of the potential that lie ahead.
-        mode: True: compile. "auto": as far as the calls ahead are worth its cost. False: leave the kernel.
+        mode: True: fuse. "auto": trace or fuse if the calls ahead are worth its cost. False: leave the kernel.
     """
     potential: Any = getattr(kernel, "potential_fn", None)
     example = kernel.initial_params if potential is not None else {}
-    if not example or mode is False or (mode == "auto" and calls < TRACE_FROM):
+    if not example or not policy.worth_tracing(calls, mode):
         return "eager"
     try:
         program = CompiledPotential(potential, example)
     except Untraceable as error:
-        warnings.warn(f"the potential runs eagerly, for it cannot be traced: {error}", stacklevel=4)
+        warnings.warn(f"the potential runs eagerly, because it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if not worth_fusing(calls, count_operations(program.graph), mode):
+    if not policy.worth_fusing(calls, count_operations(program.graph), mode):
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

@@ -1,13 +1,12 @@
-r"""An objective traced once a shape and run as one program.
+r"""One call of an objective, traced: loss and gradients, or a whole step, as one program.
 
-``Compiled(objective)`` is an objective too: it works in a user's plain ``pyro.infer.SVI``, as Pyro's own
-JitTrace_ELBO does, for any objective. The whole of ``loss_and_grads`` becomes one graph, whose inputs are the
-parameters by name, the buffers of the modules, the tensors among the arguments and those that the graph holds.
+The whole of ``loss_and_grads`` becomes one graph. Its inputs are the parameters by name, the buffers of the modules,
+the tensors among the arguments and the tensors that the graph holds.
 
-What tracing would freeze is watched. Part of the key of a program: shapes, arguments that are no tensors, the plain
-attributes of the objective, whether modules train. Carried through it: buffers, and what the objective keeps in the
-parameter store. For all else the program is held against the eager objective at calls 1, 10, 100, ...: numbers and
-gradients must be the same, for both draw the same noise.
+Tracing would freeze whatever is no input. A new program is traced when shapes, non-tensor arguments, the plain
+attributes of the objective or the training mode of a module change. Buffers, and what the objective keeps in the
+parameter store, are carried through the program. Anything else is caught by comparing the program with the eager
+objective at calls 1, 11, 101, ...: both draw the same noise, so losses and gradients must be equal.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from inference.compiler.capture import LIBRARIES, Gradients, Untraceable, collect_gradients, traced
+from inference.compiler.capture import Gradients, Untraceable, collect_gradients, is_library, traced
 from inference.compiler.fuse import fused
 from inference.compiler.passes import lift_constants
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Relative error up to which a program agrees with the eager objective."""
 
 
 _CHECKED = frozenset((0, *(10**k for k in range(1, 10))))
 
 
 class Update(Protocol):
-    """What a program does with the gradients, and the tensors that it keeps for it."""
+    """An optimizer as tensor operations: what a program does with the gradients, and the tensors that this takes."""
 
     names: list[str]
     moments: list[Tensor]
@@ -56,7 +56,7 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an objective: what decides its program, and its tensors."""
+    """One call of an objective: its tensor arguments, and all else that its program depends on."""
 
     objective: Any
     model: Any
@@ -65,18 +65,18 @@ class Call:
     static: Any
 
     def key(self) -> tuple[Any, ...]:
-        """Everything that is a constant of a program."""
+        """Key of the program: everything that is a constant in it."""
         shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
-        own = tuple(Objective.of(self.objective).constants().items())
-        return self.model, self.guide, shapes, self.static, own, torch.get_default_dtype()
+        attributes = tuple(Objective.of(self.objective).constants().items())
+        return self.model, self.guide, shapes, self.static, attributes, torch.get_default_dtype()
 
     def run(self, tensors: list[Tensor]) -> Any:
-        """Loss of the objective, its gradients left with the parameters."""
+        """Loss of the objective; the gradients are accumulated in the parameters."""
         args, kwargs = join_arguments(tensors, self.static)
         return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
 
     def turns(self) -> dict[str, Any]:
-        """Attributes that the objective says go round (``cycle``): each of their values has a program of its own."""
+        """Attributes that cycle (the objective's ``cycle``); each of their values has a program of its own."""
         return {n: getattr(self.objective, n) for n in Objective.of(self.objective).cycle}
 
     def held(self) -> list[Tensor]:
@@ -120,19 +120,16 @@ class TracedStep:
         return bool(self._form[0])
 
     def losses(self, inputs: list[Tensor]) -> Any:
-        """What a call gives, its gradients left aside."""
-        with torch.no_grad():
-            outputs = self._run(*inputs)
-        self.calls += 1
-        return outputs[0] if self._form[0] else tuple(outputs[: self._form[1]])
+        """The loss, or losses, of a program whose update has used the gradients."""
+        return self(inputs)[0]
 
     @property
     def turning(self) -> bool:
-        """Whether the objective's players take turns."""
+        """Whether the objective has attributes that cycle: its players take turns."""
         return bool(self._turned)
 
     def turn(self, objective: Any) -> None:
-        """Leave the objective as its own call would."""
+        """Set the attributes that cycle as the objective's own call would."""
         vars(objective).update(self._turned)
 
     def inputs(self, call: Call) -> list[Tensor]:
@@ -147,17 +144,17 @@ class TracedStep:
         self.fused = self._run is not self.graph
 
     def moving(self, inputs: list[Tensor]) -> list[int]:
-        """Places of the inputs that a step with an update changes; buffers are taken to stay."""
+        """Indices of the inputs that a step with an update changes; buffers are assumed constant."""
         kept = {id(t) for t in self.update.changing} if self.update else set()
         return [k for k, t in enumerate(inputs) if k < len(self.names) or id(t) in kept]
 
     def lives(self) -> bool:
-        """Whether the program is still that of its modules."""
+        """Whether the program is still valid: its parameters exist, and no module changed its training mode."""
         store = pyro.get_param_store()._params
         return all(n in store for n in self.names) and self.training == self._training()
 
     def declare(self) -> None:
-        """Issue the ``pyro.param`` statements that a user's handlers wait for."""
+        """Issue the ``pyro.param`` statements, for effect handlers around the objective (those of ``SVI``)."""
         store = pyro.get_param_store()
         for name in self.names:
             with torch.no_grad():
@@ -165,14 +162,17 @@ class TracedStep:
             apply_stack(_message(name, value))
 
     def due(self, ahead: int = 1) -> bool:
-        """Whether it is time to hold the program against the eager objective: at calls 1, 11, 101, ..."""
+        """Whether one of the next calls is to be compared with the eager objective: calls 1, 11, 101, ..."""
         return self.calls in _CHECKED if ahead == 1 else any(self.calls <= c < self.calls + ahead for c in _CHECKED)
 
-    def hold_against_eager(self, call: Call) -> None:
-        """Raise Untraceable if the eager objective gives another loss, or other gradients, under the same noise.
+    def compare_with_eager(self, call: Call) -> None:
+        """Compare with the eager objective under the same noise: loss and gradients.
 
-        A fused program that does not hold gives way to its graph: inductor may exchange draws of noise of which
-        neither depends on the other.
+        A fused program that differs is replaced by its graph, and that is compared: inductor may exchange independent
+        draws of noise.
+
+        Raises:
+            Untraceable: They differ.
         """
         try:
             self._compare(call)
@@ -202,25 +202,25 @@ class TracedStep:
         last = len(inputs) - len(self._held)
         with collect_gradients(params) as gradients, _kept_in_store(params, self.names):
             returned = call.run(list(inputs[last - len(call.tensors) : last]))
-            found = gradients()
-        # TraceGraph_ELBO's tensors carry where they come from, out of sight of tracing.
+            collected = gradients()
+        # TraceGraph_ELBO's tensors carry their provenance, which tracing does not see.
         single = not isinstance(returned, tuple)
         losses = tuple(
             torch.as_tensor(extract_provenance(x)[0]).detach() for x in ((returned,) if single else returned)
         )
         if self.update is not None:
             with torch.no_grad():
-                self.update(params, found, torch.stack(losses).sum())
-            return losses[0] if single else losses, [None] * len(params)
-        return losses[0] if single else losses, found
+                self.update(params, collected, torch.stack(losses).sum())
+            collected = [None] * len(params)
+        return losses[0] if single else losses, collected
 
     def _outcome(self, losses: Any, gradients: Gradients) -> list[Tensor]:
-        """What two runs of one step are compared by: the loss, and gradients or their moments."""
+        """What is compared between two runs of a step: the loss, and gradients or the optimizer's moments."""
         kept = [t.clone() for t in self.update.moments] if self.update else []
         return [torch.tensor(numbers(losses)).sum(), *(g for g in gradients if g is not None), *kept]
 
     def _parameters(self) -> list[str]:
-        """Names of the parameters, by one eager run of the objective that leaves nothing behind."""
+        """Names of the parameters, by one eager run of the objective without side effects."""
         with preserved_rng(), self.untouched(self.call), poutine.trace(param_only=True) as capture:
             self.call.run(self.call.tensors)
         return list(capture.trace.nodes)
@@ -237,20 +237,20 @@ class TracedStep:
         changed = [k for k, v in Objective.of(call.objective).constants().items() if before.get(k) != v]
         vars(call.objective).update(before)
         if changed:
-            raise Untraceable(f"the objective changes its attribute {changed[0]} at every step; keep it in a tensor")
+            raise Untraceable(f"the objective changes its attribute {changed[0]} in every step; keep it in a tensor")
         return graph, lift_constants(graph)
 
-    def _whole(self, *given: Tensor) -> list[Tensor]:
-        """The computation that is traced: losses, then gradients, or with an update losses alone."""
-        losses, found = self._eagerly(given, self.call)
+    def _whole(self, *inputs: Tensor) -> list[Tensor]:
+        """The computation that is traced: losses and gradients, or with an update the losses alone."""
+        losses, collected = self._eagerly(inputs, self.call)
         single = isinstance(losses, Tensor)
         losses = (losses,) if single else losses
-        self._form = single, len(losses), [g is not None for g in found]
-        return [*losses, *(g for g in found if g is not None)]
+        self._form = single, len(losses), [g is not None for g in collected]
+        return [*losses, *(g for g in collected if g is not None)]
 
     @contextmanager
     def untouched(self, call: Call | None = None) -> Iterator[None]:
-        """Leave parameters, buffers, gradients and the store's entries as they were."""
+        """Restore parameters, buffers, gradients and the store's entries afterwards."""
         call = call or self.call
         store = pyro.get_param_store()
         entries = dict(store._params)
@@ -275,23 +275,23 @@ class TracedStep:
 
 
 def reachable(*functions: Any) -> list[torch.nn.Module]:
-    """Modules that functions hold: themselves, their owners, what they close over, and the globals that they name."""
-    found: dict[int, Any] = {}
+    """Modules that functions use: themselves, their owners, and the closures and globals of the user's functions."""
+    seen: dict[int, Any] = {}
     waiting = list(functions)
     while waiting:
         item = waiting.pop()
-        if id(item) in found or not (isinstance(item, torch.nn.Module) or callable(item)):
+        if id(item) in seen or not (isinstance(item, torch.nn.Module) or callable(item)):
             continue
-        found[id(item)] = item
+        seen[id(item)] = item
         if isinstance(item, torch.nn.Module):
             waiting += item.children()
             continue
         waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
         waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
-        if isinstance(item, FunctionType) and not (item.__module__ or "").startswith(LIBRARIES):
+        if isinstance(item, FunctionType) and not is_library(item.__module__ or ""):
             waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
             waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
-    return [m for m in found.values() if isinstance(m, torch.nn.Module)]
+    return [m for m in seen.values() if isinstance(m, torch.nn.Module)]
 
 
 def _filled(cell: Any) -> bool:
@@ -303,7 +303,7 @@ def _filled(cell: Any) -> bool:
 
 @contextmanager
 def _kept_in_store(params: list[Tensor], names: list[str]) -> Iterator[None]:
-    """Write what an objective puts into the parameter store into the tensors that are there."""
+    """Copy values that the objective puts into the parameter store into the tensors that were there."""
     yield
     with torch.no_grad():
         for name, p in zip(names, params, strict=True):
@@ -341,7 +341,7 @@ def _message(name: str, value: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Form:
-    """How arguments were nested; equal when they read the same."""
+    """How arguments were nested; equal when their text is."""
 
     spec: Any
 
@@ -353,7 +353,7 @@ class _Form:
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
-    """Arguments as their tensors and the rest."""
+    """Split arguments into their tensors and a hashable rest; :func:`join_arguments` is the inverse."""
     leaves: Any = (*args, *kwargs.values())
     form: Any = len(args), tuple(kwargs)
     if any(isinstance(v, list | tuple | dict) for v in leaves):
@@ -368,9 +368,10 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
 
 
 def join_arguments(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments from their tensors and the rest."""
     fixed, which, form = static
-    given, rest = iter(tensors), iter(fixed)
-    leaves = [next(given) if w else next(rest) for w in which]
+    moving, rest = iter(tensors), iter(fixed)
+    leaves = [next(moving) if w else next(rest) for w in which]
     if isinstance(form, _Form):
         return tree_unflatten(leaves, form.spec)
     count, names = form
@@ -378,12 +379,12 @@ def join_arguments(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...],
 
 
 def numbers(losses: Any) -> list[float]:
-    """A loss, or each of several, as numbers."""
+    """One loss, or several, as a list of numbers."""
     return [float(x) for x in (losses if isinstance(losses, tuple) else (losses,))]
 
 
 def close(got: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether tensors agree to float error, relative to the largest of their numbers."""
+    """Whether tensors agree to floating-point error, relative to the largest number among them."""
     largest = max((float(t.nan_to_num(0, 0, 0).abs().max()) for t in expected if t.numel()), default=0.0)
     pairs = zip(got, expected, strict=True)
     return all(

@@ -10,20 +10,24 @@ from torch import Tensor
 
 
 class Adam:
-    r"""Adam (Kingma and Ba 2015) on a half cosine, as tensor operations that a program can hold.
+    r"""Adam with a cosine schedule, as tensor operations that a program can hold.
 
     .. math:: \theta \leftarrow \theta - \frac{\alpha_t}{1 - \beta_1^t} \,
         \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    Once a loss or a gradient is not finite nothing moves any more.
+    The learning rate :math:`\alpha_t` falls from ``rate`` to a hundredth of it along half a cosine. After the first
+    loss or gradient that is not finite, calls change nothing.
 
     Args:
-        params: Unconstrained parameters by name, in the order in which each call has them.
-        rate: Learning rate to start from.
-        steps: Steps in which it falls to a hundredth on a half cosine.
+        params: Unconstrained parameters by name; each call takes them in this order.
+        rate: Initial learning rate.
+        steps: Number of steps of the schedule.
 
     Attributes:
-        good: Number of steps taken; it stands still after the first that is not finite.
+        step: Number of calls.
+        good: Number of calls before the first loss or gradient that was not finite.
+
+    Reference: Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980).
     """
 
     betas, epsilon = (0.9, 0.999), 1e-8
@@ -31,7 +35,7 @@ class Adam:
     def __init__(self, params: Mapping[str, Tensor], rate: float, steps: int) -> None:
         self.names = list(params)
         device = next((p.device for p in params.values()), torch.device("cpu"))
-        # A tensor, so that fits of other lengths and rates run the same program.
+        # A tensor, so that fits of any length and rate run the same program.
         self.schedule = torch.tensor([rate, rate / 100, max(steps, 1)], dtype=torch.float64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.good = torch.zeros((), dtype=torch.int64, device=device)
@@ -40,42 +44,42 @@ class Adam:
 
     @property
     def changing(self) -> list[Tensor]:
-        """All that a step changes beside the parameters."""
+        """Tensors that a step changes, besides the parameters."""
         return [self.step, self.good, *self.moments, *self.squares]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that a step reads and changes beside the parameters."""
+        """Tensors that a step reads or changes, besides the parameters."""
         return [*self.changing, self.schedule]
 
     def __call__(self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], loss: Tensor) -> None:
-        """Move the parameters, unless something is or was not finite."""
-        fine = loss.isfinite() & (self.good == self.step)
+        """Move the parameters, unless something is not finite now or was not before."""
+        finite = loss.isfinite() & (self.good == self.step)
         for g in gradients:
             if g is not None:
-                fine = fine & g.isfinite().all()
+                finite = finite & g.isfinite().all()
         scales = self._scales(self.step)
         for p, g, m, v in zip(params, gradients, self.moments, self.squares, strict=True):
             if g is None:
                 continue
-            m.copy_(torch.where(fine, m.lerp(g, 1 - self.betas[0]), m))
-            v.copy_(torch.where(fine, (self.betas[1] * v).addcmul(g, g, value=1 - self.betas[1]), v))
-            p.copy_(torch.where(fine, p - self._move(m, v, *scales), p))
-        self.good.add_(fine)
+            m.copy_(torch.where(finite, m.lerp(g, 1 - self.betas[0]), m))
+            v.copy_(torch.where(finite, (self.betas[1] * v).addcmul(g, g, value=1 - self.betas[1]), v))
+            p.copy_(torch.where(finite, p - self._move(m, v, *scales), p))
+        self.good.add_(finite)
         self.step.add_(1)
 
     def back(self, params: Sequence[Tensor]) -> None:
-        """Take the last good move back: where it led, something was not finite."""
+        """Undo the last good move, which led to something that is not finite."""
         if self.good:
             scales = self._scales(self.good - 1)
             for p, m, v in zip(params, self.moments, self.squares, strict=True):
                 p.add_(self._move(m, v, *scales))
 
     def _scales(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """What a move takes the first moment times, and adds to the root of the second, after ``step`` steps."""
+        """Factor of the first moment in a move, and offset of the root of the second, after ``step`` steps."""
         rate, low, total = self.schedule.unbind()
         taken = step.double()
-        # By exp, not by pow: what holds an exp inductor computes once, all else again for every entry of a parameter.
+        # With exp instead of pow: inductor computes an exp once, all else again for each entry of a parameter.
         first, second = (1 - ((taken + 1) * math.log(beta)).exp() for beta in self.betas)
         root = second.sqrt()
         return (low + (rate - low) * (1 + (math.pi * taken / total).cos()) / 2) / first * root, self.epsilon * root

@@ -22,6 +22,7 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.fuse import quietly
 from inference.core.bound import BoundPair, Site
@@ -34,8 +35,6 @@ Wrap = Callable[[Callable[..., Any], int], Callable[..., Any]]
 """From a half and the first dimension that is free for enumeration to a half."""
 Body = Callable[[Draws, int | None], dict[str, Tensor]]
 PLATE = "_draws"
-BUDGET = 10_000_000
-"""Numbers of data that one pass may hold: draws are taken in chunks of this size."""
 REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
 """What a model written for one draw may raise when it meets many: torch, Pyro and numpy refuse in their own ways."""
 
@@ -70,7 +69,7 @@ def run(
 
     check_draws(bound, draws)
     total = len(next(iter(draws.values()))) if draws else count or 1
-    step = max(1, BUDGET // max(1, _width(bound)))
+    step = policy.draws_per_pass(_width(bound))
     obstacle = _obstacle(bound, half, draws, body) if at_once is None else None if at_once else ""
     if obstacle is None:
         spans = [(start, min(total, start + step)) for start in range(0, total, step)]

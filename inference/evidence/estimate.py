@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from tqdm.auto import tqdm
 
+from inference.compiler import policy
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import isolated
@@ -37,14 +38,6 @@ from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
 from inference.evidence.annealed import anneal, schedule, tune
 from inference.result import Result, State
-
-BUDGET = 2_000_000
-"""Numbers that the largest site may hold in one pass, all its rows and particles together."""
-
-
-WIDE = 128
-"""Particles that a pass takes before it takes more rows: an amortized guide reads the rows anew in every pass."""
-
 
 PILOTS = 4
 """Chains that tune the step sizes of annealing."""
@@ -181,7 +174,8 @@ def log_evidence(
             values = bound.asked.log_evidence(**bound.data).double()
             return Evidence(values, torch.zeros_like(values), "exact")
         if estimator == "importance":
-            return _over(probe(bound, True), partial(_importance, k=k), "lower", min(k, WIDE), k, batch, progress)
+            together = min(k, policy.PARTICLES_FIRST)
+            return _over(probe(bound, True), partial(_importance, k=k), "lower", together, k, batch, progress)
         rows = probe(bound, estimator == "annealed" and start == "guide")
         if estimator == "exact":
             _check_finite(rows)
@@ -200,7 +194,7 @@ def _over(
     count, name = whole.bound.rows, whole.bound.name
     if batch is not None and batch < count and not whole.splits:
         raise ValueError("batch: expected a model and a guide that take size and rows (their plate's), got one without")
-    fitting = max(1, BUDGET // (whole.width * together)) if whole.splits else count
+    fitting = policy.latents_per_pass(whole.width * together) if whole.splits else count
     found = []
     with tqdm(total=count * rounds, desc=f"log p(x) of {name}", disable=None if progress else True, leave=False) as bar:
         for rows in torch.arange(count, device=device_of(whole.bound)).split(batch or fitting):
@@ -220,7 +214,7 @@ def _exact(part: LocalLatents, rows: Tensor, tick: Tick) -> tuple[Tensor, Tensor
 
 
 def _importance(part: LocalLatents, rows: Tensor, tick: Tick, *, k: int) -> tuple[Tensor, Tensor]:
-    step = max(1, BUDGET // (part.width * len(rows)))
+    step = policy.latents_per_pass(part.width * len(rows))
     total = square = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=rows.device)
     for done in range(0, k, step):
         count = min(step, k - done)

@@ -1,7 +1,9 @@
-r"""What every way to run chains shares."""
+r"""What the runners share: lengths, progress bars, threads, interrupts."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from inference.core.bound import BoundPair
 
 LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
-"""Draws, warmup and chains that a batched kernel, and another, choose."""
+"""Default draws, warmup and chains: of a batched kernel, and of one that runs a single chain."""
 
 
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
@@ -24,7 +26,18 @@ KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
 
 @dataclass
 class ChainRun:
-    r"""What the chains made: draws (chains * draws, \*shape), statistics (chains, draws), and how to go on."""
+    r"""A finished run of chains.
+
+    Attributes:
+        draws: Values by site, (chains * draws, \*shape), chain after chain.
+        stats: Statistics by name, (chains, draws).
+        chains: Number of chains.
+        setup: Seconds of preparation, compiling included.
+        execution: How the kernel ran: ``eager``, ``traced`` or ``fused``.
+        method: Name of the kernel.
+        more: From a number of draws and a seed to further draws, which go on where the chains ended.
+        restarted: Number of chains that the warmup moved elsewhere.
+    """
 
     draws: dict[str, Tensor]
     stats: dict[str, np.ndarray]
@@ -37,15 +50,18 @@ class ChainRun:
 
 
 def lengths(batched: bool, *asked: int | None) -> tuple[int, ...]:
-    return tuple(own if n is None else n for n, own in zip(asked, LENGTHS[batched], strict=True))
+    """Draws, warmup and chains as asked for, with defaults for None."""
+    return tuple(default if n is None else n for n, default in zip(asked, LENGTHS[batched], strict=True))
 
 
 def method_of(factory: Any) -> str:
+    """Name of the kernel that a factory makes."""
     return getattr(getattr(factory, "func", factory), "__name__", "MCMC")
 
 
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
+    """Run torch with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -54,8 +70,38 @@ def threads_set(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Defer Ctrl-C to a call of the function that is returned, which raises KeyboardInterrupt.
+
+    Otherwise an interrupt may fall between a step and the record of it. A second Ctrl-C interrupts at once. Handlers
+    of the user's own, and threads other than the main one, are left alone.
+    """
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def raise_deferred() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_deferred
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield raise_deferred
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Bars:
-    """A progress bar for each chain."""
+    """One progress bar per chain."""
 
     def __init__(self, bound: BoundPair, chains: int, length: int, progress: bool) -> None:
         self._make = lambda k: tqdm(

@@ -1,4 +1,4 @@
-r"""Chains of a batched kernel: all of them in one tensor."""
+r"""Run a batched kernel, which holds all chains in one tensor."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from torch import Tensor
 
-from inference.compiler.potential import worth_fusing
+from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
-
-LEAPFROGS = 4
-"""Gradients that a transition is taken to cost before any has been made."""
-
-
-SMALL = 10_000_000
-"""Numbers of the data times chains up to which one thread runs a batched kernel: to meet at the end of every operation
-costs several threads more than the operation, and many times more on a busy machine."""
 
 
 def run_batched(
@@ -34,56 +25,67 @@ def run_batched(
     mode: bool | str,
     progress: bool,
 ) -> ChainRun:
-    """Run a ``Batched`` kernel."""
+    """Run a ``Batched`` kernel; lengths that are None are its defaults, and ``mode`` says whether to compile."""
     started = perf_counter()
     kernel: Any = factory(partial(bound.model, **bound.arguments()))
     kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
-    threads = 1 if chains * bound.numel < SMALL else torch.get_num_threads()
-    tried = False
-
-    def fuse_if_worth_it(gradients: float) -> None:
-        nonlocal tried
-        # By counts, not by the clock, which would make two runs of one seed differ.
-        if not tried and worth_fusing(gradients, kernel.operations, mode):
-            tried = True
-            kernel.fuse()
-
-    with threads_set(threads):
-        kernel.setup(warmup)
-        fuse_if_worth_it(LEAPFROGS * (warmup + draws))
+    run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains))
+    run.setup(draws)
     setup = perf_counter() - started
+    with Bars(bound, 1, warmup + draws, progress) as show:
+        values, stats = run.draw(draws, show)
+    method, more = method_of(factory), partial(run.more, kernel.state)
+    return ChainRun(values, stats, chains, setup, kernel.execution, method, more, kernel.restarted)
 
-    def run(size: int, say: Callable[[int, int, str], None]) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        blocks: list[Any] = []
+
+class _Run:
+    """A batched kernel that runs block by block, and is fused as soon as the work ahead is worth it."""
+
+    def __init__(self, kernel: Any, mode: bool | str, warmup: int, threads: int) -> None:
+        self.kernel, self.mode, self.warmup, self.threads = kernel, mode, warmup, threads
+        self._fused = False
+
+    def setup(self, draws: int) -> None:
+        """Set the kernel up for the warmup and so many draws."""
+        with threads_set(self.threads):
+            self.kernel.setup(self.warmup)
+            self._fuse_if_worth_it(policy.HMC_GRADIENTS * (self.warmup + draws))
+
+    def draw(
+        self, draws: int, show: Callable[[int, int, str], None]
+    ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        r"""Finish the warmup and make draws: values (chains * draws, \*shape), statistics (chains, draws)."""
+        kernel, blocks = self.kernel, list[Any]()
         done, before = 0, kernel.gradients
-        with pyro.validation_enabled(False), threads_set(threads):
-            while len(blocks) * kernel.block < size:
+        with pyro.validation_enabled(False), threads_set(self.threads):
+            while len(blocks) * kernel.block < draws:
                 warming = kernel.warming
                 block = kernel.advance()
                 done += kernel.block
-                say(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
+                show(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
                 if not warming:
                     blocks.append(block)
-                ahead = size - len(blocks) * kernel.block + (warmup - done if kernel.warming else 0)
-                # The first trajectories may be longer than those to come: as much again as has been made, at most.
-                so_far = kernel.gradients - before
-                fuse_if_worth_it(min(2 * so_far, ahead * so_far / done))
+                ahead = draws - len(blocks) * kernel.block + (self.warmup - done if kernel.warming else 0)
+                # The first trajectories may be longer than later ones: expect at most as much again as was needed.
+                gradients = kernel.gradients - before
+                self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / done))
             values, stats = kernel.collect(blocks)
-        # What the last block made too much is dropped.
-        flat = {n: v[:size].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}
-        return flat, {n: v[:size].T.cpu().numpy() for n, v in stats.items()}
+        # The last block may have made too many draws.
+        flat = {n: v[:draws].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}
+        return flat, {n: v[:draws].T.cpu().numpy() for n, v in stats.items()}
 
-    with Bars(bound, 1, warmup + draws, progress) as show:
-        values, stats = run(draws, show)
-    state = kernel.state
+    def more(self, state: Any, size: int, seed: int) -> dict[str, Tensor]:
+        """Further draws from a state of the kernel."""
+        chains = self.kernel.num_chains
+        self.kernel.state = state
+        per_chain = -(-size // chains)
+        values = self.draw(per_chain, lambda *_: None)[0]
+        # The first draw of every chain, then the second: a few draws come from as many chains as possible.
+        return {n: v.unflatten(0, (chains, per_chain)).transpose(0, 1).flatten(0, 1)[:size] for n, v in values.items()}
 
-    def more(size: int, seed: int) -> dict[str, Tensor]:
-        kernel.state = state
-        # One block's first draw of all chains, then the next: the last chains are not left out of a short answer.
-        each = -(-size // chains)
-        on = run(each, lambda *_: None)[0]
-        return {n: v.unflatten(0, (chains, each)).transpose(0, 1).flatten(0, 1)[:size] for n, v in on.items()}
-
-    return ChainRun(values, stats, chains, setup, kernel.execution, method_of(factory), more, kernel.restarted)
+    def _fuse_if_worth_it(self, gradients: float) -> None:
+        if not self._fused and policy.worth_fusing(gradients, self.kernel.operations, self.mode):
+            self._fused = True
+            self.kernel.fuse()

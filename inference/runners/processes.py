@@ -1,6 +1,6 @@
-r"""Chains of a kernel that runs one: side by side in processes of our own, one a core (Pyro's own keep a core back).
+r"""Run a kernel of one chain several times, in one process per core (Pyro's own runner leaves one core idle).
 
-Each has a seed of its own, so that the draws do not depend on how many cores there are.
+Each chain has its own seed, so that draws do not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.mcmc import HMC
+from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.compiler.potential import compile_kernel
 from inference.core.bound import BoundPair
 from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
 
-LEAPFROGS = 12
-"""Gradients that a transition is taken to cost: a tree of NUTS has mostly 7 or 15."""
-
 
 @dataclass
 class Chain:
-    """One chain's draws (draws, \\*shape), statistics (draws,), and where and how it stands."""
+    """One chain: draws (draws, \\*shape), statistics (draws,), seconds of set-up, last state and adaptation."""
 
     draws: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
@@ -52,30 +52,30 @@ def run_processes(
     mode: bool | str,
     progress: bool,
 ) -> ChainRun:
-    """Run a kernel of one chain once a chain."""
+    """Run a kernel of one chain once per chain; lengths that are None are its defaults."""
     started = perf_counter()
     draws, warmup, chains = lengths(False, draws, warmup, chains)
     workers = min(chains, _cores()) if _can_fork(bound) else 1
     potential, how = _prepare(bound, factory, warmup, -(-chains // workers) * (warmup + draws), mode, workers)
     run = partial(_run_chain, bound, factory, draws=draws, warmup=warmup, potential=potential)
     prepared = perf_counter() - started
-    done = _run_all(bound, run, chains, workers, seed, warmup + draws, progress)
-    names = [n for n in bound.sites if n in done[0].draws]
+    finished = _run_all(bound, run, chains, workers, seed, warmup + draws, progress)
+    names = [n for n in bound.sites if n in finished[0].draws]
 
     def joined(chains: list[Chain]) -> dict[str, Tensor]:
         return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in chains]) for n in names}
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
-        each = -(-size // len(done))
-        seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence([seed, 1]).spawn(len(done))]
+        per_chain = -(-size // len(finished))
+        seeds = _seeds([seed, 1], len(finished))
         with torch.enable_grad():
-            silent = partial(run, lambda *_: None, draws=each, warmup=0)
-            on = [silent(s, start=c) for s, c in zip(seeds, done, strict=True)]
-        return {n: v[:size] for n, v in joined(on).items()}
+            silent = partial(run, lambda *_: None, draws=per_chain, warmup=0)
+            further = [silent(s, start=c) for s, c in zip(seeds, finished, strict=True)]
+        return {n: v[:size] for n, v in joined(further).items()}
 
-    stats = {n: np.stack([c.stats[n] for c in done]) for n in done[0].stats}
-    setup = prepared + max(chain.setup for chain in done)
-    return ChainRun(joined(done), stats, chains, setup, how, method_of(factory), more)
+    stats = {n: np.stack([c.stats[n] for c in finished]) for n in finished[0].stats}
+    setup = prepared + max(chain.setup for chain in finished)
+    return ChainRun(joined(finished), stats, chains, setup, how, method_of(factory), more)
 
 
 def _run_chain(
@@ -89,7 +89,7 @@ def _run_chain(
     potential: Any = None,
     start: Chain | None = None,
 ) -> Chain:
-    """Run one chain from its own seed, or on from where ``start`` stands."""
+    """Run one chain from its own seed, or continue the chain ``start``."""
     started = perf_counter()
     pyro.set_rng_seed(seed)
     kernel = factory(partial(bound.model, **bound.arguments()))
@@ -97,12 +97,10 @@ def _run_chain(
         kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
     with _quiet_start():
         kernel.setup(warmup)
+    watched = _Watched(kernel, potential)
     if start is not None:
-        _readapt(kernel, start.adaptation)
-    if potential is not None:
-        kernel.potential_fn = potential  # type: ignore[attr-defined]
-    steps = _count_steps(kernel)
-    params, kept = kernel.initial_params, []
+        watched.adapt(start.adaptation)
+    params, states, stats = kernel.initial_params, [], []
     set_up = perf_counter()
     # The set-up has validated the model; validating every leapfrog step would cost as much as the step.
     with pyro.validation_enabled(False):
@@ -111,93 +109,113 @@ def _run_chain(
                 kernel.end_warmup()
             params = kernel.sample(params)
             say(t + 1, ", ".join(f"{k} {v}" for k, v in (kernel.logging() or {}).items()))
-            statistics = _statistics(kernel, steps)
+            last = watched.statistics()
             if t >= warmup:
-                kept.append((params, statistics))
-    transforms = getattr(kernel, "transforms", None) or {}
-    values = {n: torch.stack([p[n] for p, _ in kept]) for n in params}
+                states.append(params)
+                stats.append(last)
     position = {n: v.detach().cpu().numpy() for n, v in params.items()}
-    stats = {n: np.array([s[n] for _, s in kept]) for n in (kept[0][1] if kept else ())}
-    stats["diverging"] = np.isin(np.arange(draws), kernel.diagnostics().get("divergences", []))
-    if "mean_acceptance" in stats:
-        counts = np.arange(1, draws + 1)
-        sums = stats.pop("mean_acceptance") * counts
-        stats["acceptance_rate"] = np.diff(sums, prepend=0.0).clip(0, 1)
-    drawn = {n: (transforms[n].inv(v) if n in transforms else v).detach().cpu().numpy() for n, v in values.items()}
-    return Chain(drawn, stats, set_up - started, position, _adaptation(kernel))
+    return Chain(watched.values(states), watched.columns(stats), set_up - started, position, watched.adaptation())
+
+
+class _Watched:
+    """A kernel of one chain after ``setup``, and what is read from it.
+
+    What Pyro keeps in attributes of its own kernels is read here and nowhere else. Calls of the potential are counted:
+    there is one per leapfrog step.
+
+    Args:
+        kernel: The kernel.
+        potential: Potential in place of the kernel's own.
+    """
+
+    def __init__(self, kernel: Any, potential: Any = None) -> None:
+        self._kernel = kernel
+        self._hmc: Any = kernel if isinstance(kernel, HMC) else None
+        self._averages = isinstance(kernel, HMC | RandomWalkKernel)
+        self._potential: Any = potential or getattr(kernel, "potential_fn", None)
+        self._calls = 0
+        if self._potential is not None:
+            self._kernel.potential_fn = self._counted
+
+    def _counted(self, values: Any) -> Tensor:
+        self._calls += 1
+        return self._potential(values)
+
+    def statistics(self) -> dict[str, float]:
+        """Statistics of the last transition."""
+        stats: dict[str, float] = {} if self._potential is None else {"n_steps": self._calls}
+        self._calls = 0
+        if self._hmc is not None:
+            stats |= {"step_size": float(self._hmc.step_size), "lp": -float(self._hmc._potential_energy_last)}
+        if self._averages:
+            stats["mean_acceptance"] = float(self._kernel._mean_accept_prob)
+        return stats
+
+    def columns(self, stats: list[dict[str, float]]) -> dict[str, np.ndarray]:
+        """Statistics of all draws (draws,): the acceptance from its running mean, divergences from the kernel."""
+        columns = {n: np.array([s[n] for s in stats]) for n in (stats[0] if stats else ())}
+        columns["diverging"] = np.isin(np.arange(len(stats)), self._kernel.diagnostics().get("divergences", []))
+        if "mean_acceptance" in columns:
+            sums = columns.pop("mean_acceptance") * np.arange(1, len(stats) + 1)
+            columns["acceptance_rate"] = np.diff(sums, prepend=0.0).clip(0, 1)
+        return columns
+
+    def values(self, states: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+        r"""Constrained values by site (draws, \*shape) of unconstrained states."""
+        transforms = getattr(self._kernel, "transforms", None) or {}
+        stacked = {n: torch.stack([s[n] for s in states]) for n in (states[0] if states else ())}
+        values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
+        return {n: v.detach().cpu().numpy() for n, v in values.items()}
+
+    def adaptation(self) -> dict[str, Any]:
+        """Step size and inverse mass matrix of HMC and NUTS."""
+        if self._hmc is None:
+            return {}
+        metric = {k: v.detach().cpu().numpy() for k, v in self._hmc.inverse_mass_matrix.items()}
+        return {"step_size": self._hmc.step_size, "inverse_mass_matrix": metric}
+
+    def adapt(self, adaptation: Mapping[str, Any]) -> None:
+        """Take over the :meth:`adaptation` of another kernel."""
+        if self._hmc is not None:
+            metric = adaptation["inverse_mass_matrix"]
+            self._hmc.mass_matrix_adapter.inverse_mass_matrix = {k: torch.as_tensor(v) for k, v in metric.items()}
+            self._hmc._adapter.step_size = adaptation["step_size"]
 
 
 def _prepare(
     bound: BoundPair, factory: KernelFactory, warmup: int, transitions: int, mode: bool | str, workers: int
 ) -> tuple[Any, str]:
-    """Compile the potential once for all chains: the program, or None, and what was chosen."""
+    """Compile the potential once for all chains; return it, or None, and how it runs."""
     if mode is False:
         return None, "eager"
-    # A process that was forked can run no program that was compiled for several threads.
+    # A forked process cannot run a program that was compiled for several threads.
     with threads_set(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
         kernel = factory(partial(bound.model, **bound.arguments()))
         kernel.setup(warmup)
-        how = compile_kernel(kernel, LEAPFROGS * transitions, mode)
+        how = compile_kernel(kernel, policy.NUTS_GRADIENTS * transitions, mode)
     return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Random starts of a badly scaled model overflow; Pyro tries again, and says so if it gives up.
+        # Random starts of a badly scaled model overflow; Pyro tries again, and raises an error if it gives up.
         warnings.filterwarnings("ignore", message="Encountered")
         yield
-
-
-def _count_steps(kernel: Any) -> list[int]:
-    """Count the calls of the kernel's potential: one a leapfrog step."""
-    count = [0]
-    potential = getattr(kernel, "potential_fn", None)
-    if potential is not None:
-
-        def counted(params: Any) -> Tensor:
-            count[0] += 1
-            return potential(params)
-
-        kernel.potential_fn = counted
-    return count
-
-
-def _statistics(kernel: Any, steps: list[int]) -> dict[str, float]:
-    taken, steps[0] = steps[0], 0
-    stats: dict[str, float] = {"n_steps": taken} if hasattr(kernel, "potential_fn") else {}
-    if hasattr(kernel, "step_size"):
-        stats["step_size"] = float(kernel.step_size)
-    # Pyro keeps the acceptance as a running mean and the last energy in its cache only.
-    if hasattr(kernel, "_mean_accept_prob"):
-        stats["mean_acceptance"] = float(kernel._mean_accept_prob)
-    if getattr(kernel, "_potential_energy_last", None) is not None:
-        stats["lp"] = -float(kernel._potential_energy_last)
-    return stats
-
-
-def _adaptation(kernel: Any) -> dict[str, Any]:
-    if not hasattr(kernel, "mass_matrix_adapter"):
-        return {}
-    metric = {k: v.detach().cpu().numpy() for k, v in kernel.inverse_mass_matrix.items()}
-    return {"step_size": kernel.step_size, "inverse_mass_matrix": metric}
-
-
-def _readapt(kernel: Any, adaptation: Mapping[str, Any]) -> None:
-    if adaptation:
-        metric = adaptation["inverse_mass_matrix"]
-        kernel.mass_matrix_adapter.inverse_mass_matrix = {k: torch.as_tensor(v) for k, v in metric.items()}
-        kernel._adapter.step_size = adaptation["step_size"]
 
 
 def _run_all(
     bound: BoundPair, run: Callable[..., Chain], chains: int, workers: int, seed: int, length: int, progress: bool
 ) -> list[Chain]:
-    seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(chains)]
+    seeds = _seeds(seed, chains)
     with Bars(bound, chains, length, progress) as show:
         if workers == 1:
             return [run(partial(show, k), s) for k, s in enumerate(seeds)]
         return list(_in_processes(run, seeds, workers, show))
+
+
+def _seeds(seed: int | list[int], count: int) -> list[int]:
+    return [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(count)]
 
 
 def _cores() -> int:
@@ -205,7 +223,7 @@ def _cores() -> int:
 
 
 def _can_fork(bound: BoundPair) -> bool:
-    # A forked process shares no accelerator, and macOS aborts forks that touch its frameworks.
+    # A forked process cannot use its parent's accelerator, and macOS aborts forks that touch its frameworks.
     on_cpu = all(v.device.type == "cpu" for v in bound.data.values() if isinstance(v, Tensor))
     return sys.platform.startswith("linux") and on_cpu and not torch.cuda.is_initialized()
 
@@ -255,7 +273,7 @@ def _receive(ours: Any, chain: int, process: Any) -> Any:
 
 
 def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -> None:
-    """Body of a chain's process: progress goes out as tuples, the chain at the end, or an error's text."""
+    """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error."""
     torch.set_num_threads(threads)
     last = [perf_counter()]
 

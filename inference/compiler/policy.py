@@ -1,0 +1,115 @@
+r"""Policy: when to trace, fuse, block, chunk and use several threads.
+
+Every threshold stands here with its measurement (on a 2-core CPU). Decisions depend on counts and never on a clock,
+which would make the last digits of a result depend on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TRACE_FIT_STEPS, FUSE_FIT_STEPS = 1000, 5000
+"""Steps from which a fit is traced, and fused. Both the cost of compiling and the gain per step grow with the number of
+operations of the graph (tens of milliseconds against microseconds per operation), so the number of steps decides."""
+
+
+BLOCK_STEPS = 50
+"""Steps of a fit in one call of a compiled program: a call costs about 20 us, a step of a small model in a block 12."""
+
+
+BLOCK_NUMBERS = 100_000
+"""Numbers among a program's inputs up to which a call costs as much as a step, so that blocks of steps pay."""
+
+
+TRACE_POTENTIAL_CALLS = 500
+"""Calls ahead from which a potential is traced."""
+
+
+FUSE_POTENTIAL_OPERATIONS = 3_500_000
+"""Operations ahead from which a potential is fused: 3 us each, against 4 to 10 s of fusing (20 s with an empty disk
+cache)."""
+
+
+NUMBERS_PER_DISPATCH = 2000
+"""Numbers that are computed in the time in which one operation is dispatched."""
+
+
+HMC_GRADIENTS, NUTS_GRADIENTS = 4, 12
+"""Gradients that a transition is expected to take: of a batched kernel before its first, and of one that runs a single
+chain (a tree of NUTS mostly has 7 or 15)."""
+
+
+SINGLE_THREAD_NUMBERS = 10_000_000
+"""Numbers of the data times chains up to which a batched kernel runs in one thread: synchronising several at the end of
+each operation costs more than the operation, and many times more on a busy machine."""
+
+
+FUSED_CHUNK = 16_384
+"""Iterations of a fused loop that are worth a thread of their own."""
+
+
+FUSED_PROGRAMS = 128
+"""Fused programs that a process keeps; beyond that the one that was not used for the longest time is dropped."""
+
+
+MAX_TRACES = 16
+"""Programs that one objective may trace before it is taken to change at every step."""
+
+
+PACKED_NUMBERS = 1024
+"""Numbers up to which a constant of a potential is packed with others: a loop pays for every input in every round."""
+
+
+DRAW_NUMBERS = 10_000_000
+"""Numbers of data that one pass over draws may hold; more draws are run in chunks."""
+
+
+LATENT_NUMBERS = 2_000_000
+"""Numbers that the largest latent site may hold in one pass of an evidence estimate, over its rows and particles."""
+
+
+PARTICLES_FIRST = 128
+"""Particles that a pass of importance sampling takes before it takes more rows: an amortized guide reads its rows again
+in every pass."""
+
+
+def execution_of_fit(steps: int, mode: bool | str) -> str:
+    """How so many steps run by ``compile=mode``: ``eager``, ``traced`` or ``fused``."""
+    if mode != "auto":
+        return "fused" if mode else "eager"
+    return "fused" if steps >= FUSE_FIT_STEPS else "traced" if steps >= TRACE_FIT_STEPS else "eager"
+
+
+def worth_a_block(numbers: int, steps: int) -> bool:
+    """Whether a program with so many numbers among its inputs is to take blocks of the steps that are left."""
+    return numbers <= BLOCK_NUMBERS and steps > BLOCK_STEPS
+
+
+def worth_tracing(calls: int, mode: bool | str) -> bool:
+    """Whether a potential is to be traced before so many calls."""
+    return mode is True or (mode == "auto" and calls >= TRACE_POTENTIAL_CALLS)
+
+
+def worth_fusing(calls: float, operations: int, mode: bool | str) -> bool:
+    """Whether a potential of so many operations (:func:`operations_of`) is to be fused before so many calls."""
+    return mode is True or (mode == "auto" and calls * operations >= FUSE_POTENTIAL_OPERATIONS)
+
+
+def operations_of(dispatched: int, numbers: int) -> int:
+    """Operations of a call, with the numbers that it computes counted as the operations that take as long."""
+    return dispatched + numbers // NUMBERS_PER_DISPATCH
+
+
+def threads_for(numbers: int, chains: int) -> int:
+    """Threads for a batched kernel of so many chains on data of so many numbers."""
+    return 1 if chains * numbers < SINGLE_THREAD_NUMBERS else torch.get_num_threads()
+
+
+def draws_per_pass(numbers: int) -> int:
+    """Draws that run at once, by the numbers of data that each reads."""
+    return max(1, DRAW_NUMBERS // max(1, numbers))
+
+
+def latents_per_pass(numbers: int) -> int:
+    """Rows, or particles, that an evidence estimate takes at once, by the numbers of latents that each adds."""
+    return max(1, LATENT_NUMBERS // numbers)
