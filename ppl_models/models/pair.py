@@ -1,4 +1,4 @@
-r"""Base class of all pairs: a model :math:`p(x, z)` and a guide :math:`q(z)` or :math:`q(z \mid x)` over the same sites.
+r"""Base class of all pairs: a model :math:`p(x, z)` and a guide :math:`q(z \mid x)` or :math:`q(z)` of the same sites.
 
 Both halves take their data by name and keep their rows in the plate that :meth:`Pair.rows` returns. The base class adds
 two keyword arguments to every half and passes them to that plate: ``size``, the full number of rows N (without data,
