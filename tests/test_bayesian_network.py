@@ -327,7 +327,7 @@ REFUSED = [
     (lambda: BayesianNetwork.from_bif("network {}"), "source: expected a network .*, got no variable"),
     (
         lambda: BayesianNetwork.from_bif(ASIA.replace("(no) 0.05, 0.95;", "")),
-        "source: expected a line for each state of the parents of xray, got too few",
+        "source: expected one line per state of the parents of xray, got too few",
     ),
     (
         lambda: BayesianNetwork.from_bif(ASIA.replace("( tub | asia )", "( tub | asai )")),

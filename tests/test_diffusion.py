@@ -539,7 +539,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: small().generate(3, eta=0.5), "eta: expected steps beside it, of the implicit sampler, got 0.5 without"),
     (lambda: small().generate(0), "count: expected an integer of at least 1, got 0"),
     (lambda: small(classes=3).generate(2, y=torch.tensor([0, 3])), "y: expected labels 0 to 2, got 3"),
-    (lambda: small(classes=3).generate(5, y=torch.tensor([0, 1])), r"y: expected one label a row \(5,\), got \(2,\)"),
+    (lambda: small(classes=3).generate(5, y=torch.tensor([0, 1])), r"y: expected one label per row \(5,\), got \(2,\)"),
     (lambda: small().bound(rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
     (lambda: flow.log_evidence(small(), rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
     (lambda: DiffusionChain(2, shift=torch.zeros(3)), "shift: expected finite numbers, one or 2, got"),

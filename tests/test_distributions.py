@@ -1,4 +1,4 @@
-"""Distributions of a row: the scores and gradients of torch's own, on raw data, for many draws and labels at once."""
+"""Distributions of rows: scores and gradients as torch's, on raw data, for many draws and labels at once."""
 
 import pyro.distributions as dist
 import pytest
@@ -33,7 +33,7 @@ def ours(mean: Tensor, scale: Tensor, labels: Tensor) -> LabelledGaussians:
 @pytest.mark.parametrize("design", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_scores_and_gradients_on_raw_data_are_those_of_normals(design: bool, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(distributions, "DESIGN", 10**9 if design else 0)
+    monkeypatch.setattr(distributions, "MAX_DESIGN", 10**9 if design else 0)
     x, y = raw()
     mean, scale = parameters(x)
     expected = dist.Normal(mean[y], scale[y]).log_prob(x).sum(-1)
@@ -48,9 +48,9 @@ def test_scores_and_gradients_on_raw_data_are_those_of_normals(design: bool, dty
 
 @pytest.mark.parametrize("design", [True, False])
 def test_what_lies_far_from_zero_is_scored_as_well(design: bool, monkeypatch) -> None:
-    monkeypatch.setattr(distributions, "DESIGN", 10**9 if design else 0)
+    monkeypatch.setattr(distributions, "MAX_DESIGN", 10**9 if design else 0)
     x, y = raw()
-    # A million times what columns spread: of their squares twelve digits would cancel.
+    # Shifted by a million standard deviations: twelve digits of the squares would cancel.
     far = x + 1e6 * x.std(0)
     mean, scale = parameters(far)
     expected = dist.Normal(mean[y], scale[y]).log_prob(far).sum(-1)
@@ -95,5 +95,5 @@ def test_labels_are_scored_and_drawn_as_a_categorical_does() -> None:
     own = torch.randn(4, 3).double()
     torch.testing.assert_close(Labels(own).log_prob(y), dist.Categorical(logits=own).log_prob(y))
     torch.testing.assert_close(Labels(logits).log_prob(torch.tensor(2)), theirs.log_prob(y)[1])
-    share = Labels(logits).sample((50_000,)).bincount(minlength=3) / 50_000
-    torch.testing.assert_close(share.double(), logits.softmax(-1).detach(), atol=0.01, rtol=0)
+    frequency = Labels(logits).sample((50_000,)).bincount(minlength=3) / 50_000
+    torch.testing.assert_close(frequency.double(), logits.softmax(-1).detach(), atol=0.01, rtol=0)

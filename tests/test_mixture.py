@@ -21,6 +21,7 @@ from inference import classify, fit, pointwise_log_likelihood, prior_predictive,
 from inference.objectives import EM
 from ppl_models.models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
+from ppl_models.zoo import methods
 
 X = torch.tensor(load_iris().data)
 X = (X - X.mean(0)) / X.std(0)
@@ -81,6 +82,18 @@ def test_two_components_in_one_dimension() -> None:
     torch.testing.assert_close(found["weights"], torch.tensor([0.4, 0.6]).double(), atol=0.03, rtol=0)
     torch.testing.assert_close(found["means"], torch.tensor([-2.0, 1.0]).double(), atol=0.08, rtol=0)
     torch.testing.assert_close(found["scales"], torch.tensor([0.5, 1.0]).double(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_method_of_the_zoo_leaves_the_pair_as_it_was(prior: bool) -> None:
+    pair = GaussianMixture(4, 3, prior=prior).double()
+    before = {n: v.clone() for n, v in pair.state_dict().items()}
+    result = methods.em(pair, {"x": X}, steps=30, draws=1, progress=False)
+    assert pair.prior is prior
+    assert all(torch.equal(v, before[n]) for n, v in pair.state_dict().items())
+    # With or without, the estimate is the maximum of the likelihood.
+    direct = em(points(3), X)
+    torch.testing.assert_close(result.draws["means"], direct.draws["means"])
 
 
 @pytest.mark.parametrize("prior", [False, True])

@@ -368,7 +368,10 @@ BAD: dict[str, tuple[Any, str]] = {
         {**draw(3), "y": torch.zeros(29)},
         r"data: expected the same number of rows in each, got x 30, y 29",
     ),
-    "labels in a column": ({**draw(3), "y": torch.zeros(30, 1)}, r"y: expected one label a row \(30,\), got \(30, 1\)"),
+    "labels in a column": (
+        {**draw(3), "y": torch.zeros(30, 1)},
+        r"y: expected one label per row \(30,\), got \(30, 1\)",
+    ),
 }
 
 

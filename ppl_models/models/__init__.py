@@ -1,1 +1,1 @@
-"""The pairs, one file each. They use Pyro and torch alone."""
+"""The pairs: one file per family, on Pyro and torch alone."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from ppl_models.models.checks import check_matrix
 from ppl_models.models.pair import Pair, continuous, nothing
 from ppl_models.models.parts.bif import read_bif
+from ppl_models.models.parts.information import pairwise_information
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
 Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -135,9 +136,9 @@ class BayesianNetwork(Pair):
             names: Names of the variables.
             states: States of each variable.
         """
-        shared = _mutual_information(x, states)
+        information = pairwise_information(x, states)
         # The solver knows minima alone, and takes a zero for no edge.
-        tree = minimum_spanning_tree((shared.max() + 1 - shared).triu(1).numpy())
+        tree = minimum_spanning_tree((information.max() + 1 - information).triu(1).numpy())
         order, above = breadth_first_order(tree, 0, directed=False)
         parents = {names[k]: (names[above[k]],) if above[k] >= 0 else () for k in sorted(order)}
         return cls(parents, states=states, **arguments)
@@ -346,15 +347,6 @@ class BayesianNetwork(Pair):
                 f"most {LARGEST:.1e}; ask prior_predictive, log_evidence or a sampler"
             )
         return contract(equation, *factors, backend="pyro.ops.einsum.torch_log")
-
-
-def _mutual_information(x: Tensor, states: int) -> Tensor:
-    """Mutual information of every two columns (V, V), in nats, by their relative frequencies."""
-    member = one_hot(x, states, torch.float64)
-    joint = torch.einsum("nia,njb->ijab", member, member) / len(x)
-    alone = member.mean(0)
-    ratio = joint / (alone[:, None, :, None] * alone[None, :, None, :])
-    return torch.xlogy(joint, ratio.nan_to_num(1.0)).sum((-2, -1))
 
 
 def _states(name: str, given: int | Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import count_of
 from ppl_models.models.linear_factors import Autoencoder
+from ppl_models.models.parts.information import pairwise_information
 from ppl_models.models.parts.networks import mlp
 
 
@@ -103,8 +104,4 @@ def mutual_information(code: Tensor, bins: int = 10) -> Tensor:
     Units are read in bins of equal width. Rows' own frequencies are taken for probabilities: for independent units of b
     bins each that are in use about (b - 1)^2 / (2 N log 2) bits come out.
     """
-    one_hot = torch.nn.functional.one_hot((code * bins).long().clamp(0, bins - 1), bins).double()
-    joint = torch.einsum("nka,njb->kjab", one_hot, one_hot) / len(code)
-    alone = one_hot.mean(0)
-    expected = torch.einsum("ka,jb->kjab", alone, alone)
-    return torch.special.xlogy(joint, joint / expected.clamp_min(1e-300)).sum((-1, -2)) / math.log(2)
+    return pairwise_information((code * bins).long().clamp(0, bins - 1), bins) / math.log(2)

@@ -5,8 +5,8 @@ r"""Naive Bayes: features that are independent given the class.
     \pi \sim \mathrm{Dirichlet}(c), \qquad \theta_{kj} \sim \text{conjugate prior}, \qquad
     y_n \sim \mathrm{Categorical}(\pi), \qquad x_{nj} \mid y_n \sim p(x \mid \theta_{y_n j})
 
-Labels may be given, missing, or partly missing; missing ones are summed out. With all labels given the
-posterior is conjugate, and ``exact`` is that posterior written as a guide.
+Labels may be known, missing, or partly missing; missing labels are summed out. If all labels are known the posterior is
+conjugate, and ``exact`` is that posterior as a guide.
 
 Reference: Murphy 2022, Probabilistic Machine Learning: An Introduction, section 9.3 and chapter 4.
 """
@@ -14,7 +14,8 @@ Reference: Murphy 2022, Probabilistic Machine Learning: An Introduction, section
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -25,37 +26,30 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from ppl_models.models.checks import check_binary, check_labels, check_matrix
-from ppl_models.models.pair import Pair, continuous
-from ppl_models.models.parts.distributions import Counts, LabelledGaussians, Labels, Occurrences
+from ppl_models.models.checks import check_binary, check_entries, check_labels, check_matrix
+from ppl_models.models.pair import GuideFactory, Moments, Pair, continuous
+from ppl_models.models.parts.distributions import (
+    Counts,
+    LabelledGaussians,
+    Labels,
+    Occurrences,
+    occurrence_parameters,
+)
 from ppl_models.models.parts.labels import one_hot, rows_by_label
-
-Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class NaiveBayes(Pair):
-    r"""What the three share: class weights, labels, rows.
+    r"""Base class: class weights, labels and rows.
 
     Args:
         features: Number of features D, or their names.
         classes: Number of classes K, or their names.
         concentration: Dirichlet concentration of the class weights.
-        prior: False switches all priors off: the guide AutoDelta then finds the maximum of the likelihood.
+        prior: False switches all priors off, so that the guide AutoDelta finds the maximum likelihood estimate.
         guide: From the model to a guide of its parameters: AutoNormal (the default), AutoDelta, ...
 
-    Data: x (N, D); y (N,), integers, or floats with nan where the label is missing, or absent.
-
-    A subclass samples the class parameters (K, D) from their prior and from their conjugate posterior, both
-    within the plate of classes, gives a row's distribution, and the posterior's moments.
+    Data: x (N, D); y (N,), integers, or floats with nan where the label is missing; without y all labels are missing.
     """
-
-    draw_parameters: Callable[[], tuple[Tensor, ...]]
-    likelihood: Callable[..., dist.TorchDistribution]
-    draw_posterior: Callable[[Tensor, Tensor, Tensor], None]
-    parameter_moments: Callable[[Tensor, Tensor, Tensor], Moments]
 
     def __init__(
         self,
@@ -64,7 +58,7 @@ class NaiveBayes(Pair):
         *,
         concentration: float = 1.0,
         prior: bool = True,
-        guide: Guide = AutoNormal,
+        guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
@@ -74,11 +68,23 @@ class NaiveBayes(Pair):
         self.dims = {"x": ("features",), "weights": ("classes",)}
         self.guide = guide(continuous(self.model))
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
+    @abstractmethod
+    def draw_parameters(self) -> tuple[Tensor, ...]:
+        """Sample the class parameters, each (K, D), from their prior. Called within the plate of classes."""
+
+    @abstractmethod
+    def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
+        """p(x | y) of the rows, an event (D,), from the class parameters and the labels (..., N)."""
+
+    @abstractmethod
+    def draw_posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> None:
+        """Sample the class parameters from their conjugate posterior, given the result of :meth:`count`."""
+
+    @abstractmethod
+    def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
+        """Posterior mean and standard deviation of the class parameters, given the result of :meth:`count`."""
+
+    def model(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Draw or score weights, class parameters, labels and rows; return x."""
         with poutine.mask(mask=self.prior):
             weights = pyro.sample("weights", dist.Dirichlet(self.concentration))
@@ -88,15 +94,15 @@ class NaiveBayes(Pair):
             y = draw_labels(weights, y)
             return pyro.sample("x", self.likelihood(*parameters, labels=y, x=x), obs=x)
 
-    def exact(self, x: Tensor, y: Tensor | None = None, **_: Any) -> None:
-        """The conjugate posterior of all parameters as a guide, without parameters of its own."""
+    def exact(self, x: Tensor, y: Tensor | None = None) -> None:
+        """The conjugate posterior of all parameters as a guide. It has nothing to fit."""
         counts = self.count(x, y)
         pyro.sample("weights", dist.Dirichlet(self.concentration + counts[0]))
         with pyro.plate("classes", self.classes, dim=-1):
             self.draw_posterior(*counts)
 
     def count(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Sufficient statistics: rows (K,), sum (K, D) and sum of squared deviations (K, D) of each class."""
+        """Sufficient statistics of each class: rows (K,), sum (K, D) and sum of squared deviations (K, D)."""
         if y is None or (y.is_floating_point() and bool(y.isnan().any())):
             raise ValueError(
                 "y: expected a label for every row (only then is the posterior conjugate), got missing ones"
@@ -108,13 +114,13 @@ class NaiveBayes(Pair):
         return rows, total, member.mT @ centred**2
 
     def moments(self, x: Tensor, y: Tensor | None = None) -> Moments:
-        """Exact posterior mean and standard deviation of each site, with all labels given."""
+        """Exact posterior mean and standard deviation of each site, if all labels are known."""
         counts = self.count(x, y)
         posterior = dist.Dirichlet(self.concentration + counts[0])
         return {"weights": (posterior.mean, posterior.stddev), **self.parameter_moments(*counts)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D) and y its labels."""
+        """Raise ValueError unless x is a finite matrix (rows, D) and y has labels for its rows."""
         if x is not None:
             check_matrix("x", x, self.features)
         if y is not None:
@@ -133,11 +139,11 @@ class GaussianNaiveBayes(NaiveBayes):
 
     Args:
         mean: m, in units of x.
-        strength: kappa, the rows that the prior of a mean is worth.
+        strength: :math:`\kappa`, the weight of the prior mean in rows.
         shape: a of the inverse gamma.
         scale: b of the inverse gamma, in squared units of x.
 
-    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), variances (K, D), means (K, D), y, x.
+    The other arguments are those of :class:`NaiveBayes`. Sites: weights (K,), variances (K, D), means (K, D), y, x.
     """
 
     def __init__(
@@ -181,7 +187,7 @@ class GaussianNaiveBayes(NaiveBayes):
 
     def parameter_moments(self, rows: Tensor, total: Tensor, squares: Tensor) -> Moments:
         mean, strength, shape, scale = self._posterior(rows, total, squares)
-        # Of an inverse gamma, the mean exists for a > 1 and the variance for a > 2.
+        # The mean of an inverse gamma exists for a > 1, its variance for a > 2.
         variance = torch.where(shape > 1, scale / (shape - 1), torch.inf)
         return {
             "variances": (variance, torch.where(shape > 2, variance / (shape - 2).sqrt(), torch.inf)),
@@ -200,12 +206,12 @@ class BernoulliNaiveBayes(NaiveBayes):
     Args:
         alpha: Additive smoothing: the mode of the posterior is scikit-learn's BernoulliNB(alpha).
 
-    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
+    The other arguments are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
 
     Example:
         >>> pair = BernoulliNaiveBayes(features=2, classes=2)
         >>> mean, sd = pair.moments(x=torch.tensor([[1.0, 0.0], [1.0, 1.0]]), y=torch.tensor([0, 0]))["probs"]
-        >>> mean  # of Beta(2 + 2, 2), Beta(2 + 1, 2 + 1), and twice of the prior Beta(2, 2)
+        >>> mean  # of Beta(2 + 2, 2) and Beta(2 + 1, 2 + 1); the class without rows keeps the prior Beta(2, 2)
         tensor([[0.6667, 0.5000],
                 [0.5000, 0.5000]])
     """
@@ -218,14 +224,12 @@ class BernoulliNaiveBayes(NaiveBayes):
         self.dims |= {"probs": ("features",)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary (rows, D) and y its labels."""
+        """Raise ValueError unless x is a binary matrix (rows, D) and y has labels for its rows."""
         super().check(x, y)
         check_binary("x", x)
 
     def draw_parameters(self) -> tuple[Tensor, Tensor]:
-        probs = pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)).clamp(1e-7, 1 - 1e-7)
-        absent = (-probs).log1p()
-        return probs.log() - absent, absent.sum(-1, keepdim=True)
+        return occurrence_parameters(pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1)))
 
     def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
         logits, absent = (rows_by_label(p, labels) for p in parameters)
@@ -250,13 +254,13 @@ class MultinomialNaiveBayes(NaiveBayes):
         \theta_k \sim \mathrm{Dirichlet}(\alpha + 1), \qquad
         x_n \mid y_n = k \sim \mathrm{Multinomial}(L_n, \theta_k)
 
-    The length :math:`L_n` of a row is given: the sum of x, or ``length`` where rows are drawn.
+    The length :math:`L_n` of a row is not modelled: it is the sum of x, or ``length`` where rows are drawn.
 
     Args:
         alpha: Additive smoothing: the mode of the posterior is scikit-learn's MultinomialNB(alpha).
-        length: Length of a row that is drawn without data.
+        length: Length of the rows drawn without data.
 
-    The rest are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
+    The other arguments are those of :class:`NaiveBayes`. Sites: weights (K,), probs (K, D), y, x.
     """
 
     def __init__(
@@ -274,11 +278,10 @@ class MultinomialNaiveBayes(NaiveBayes):
         self.dims |= {"probs": ("features",)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x holds counts (rows, D) and y their labels."""
+        """Raise ValueError unless x is a matrix of counts (rows, D) and y has labels for its rows."""
         super().check(x, y)
-        if x is not None and bool(((x < 0) | (x != x.floor())).any()):
-            wrong = x[(x < 0) | (x != x.floor())][0].item()
-            raise ValueError(f"x: expected counts (0, 1, 2, ...), got {wrong}")
+        if x is not None:
+            check_entries("x", x, (x < 0) | (x != x.floor()), "counts (0, 1, 2, ...)")
 
     def draw_parameters(self) -> tuple[Tensor]:
         return (pyro.sample("probs", dist.Dirichlet(self.alpha + 1)),)
@@ -297,8 +300,8 @@ class MultinomialNaiveBayes(NaiveBayes):
 
 
 def draw_labels(weights: Tensor, y: Tensor | None) -> Tensor:
-    """Sample or observe labels; floats may have nan for a missing one, which is then a latent site."""
-    # By logits, which are taken here once, and not by probabilities, of which a plate would take them once a row.
+    """Sample or observe labels. With float labels, those that are nan are latent."""
+    # Logits, computed here once: from probabilities the plate would compute them once per row.
     prior = Labels(probs_to_logits(weights))
     if y is None or not y.is_floating_point():
         return pyro.sample("y", prior, obs=y)

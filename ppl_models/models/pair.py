@@ -1,19 +1,20 @@
-r"""Pair: a model and a guide over the same sites.
+r"""Base class of all pairs: a model :math:`p(x, z)` and a guide :math:`q(z \mid x)` or :math:`q(z)` of the same sites.
 
-A model is :math:`p(x, z)`, a guide :math:`q(z)` or :math:`q(z \mid x)`. Both take data by name, and keep their rows in
-the plate that :meth:`Pair.rows` returns. Two more arguments belong to every half, ``size`` (the full number of rows N;
-without data, how many rows to draw) and ``rows`` (the indices of a minibatch): the base class takes them and gives them
-to the plate.
+Both halves take their data by name and keep their rows in the plate that :meth:`Pair.rows` returns. The base class adds
+two keyword arguments to every half and passes them to that plate: ``size``, the full number of rows N (without data,
+the number of rows to draw), and ``rows``, the indices of a minibatch.
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 from pyro import poutine
 from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.util import site_is_subsample
@@ -23,28 +24,38 @@ from ppl_models.models.checks import count_of
 
 HALVES = ("model", "guide", "exact")
 
+GuideFactory = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""From a model to its guide: an autoguide class such as ``AutoNormal``."""
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+"""Mean and standard deviation of each site."""
+
 
 class Minibatch(NamedTuple):
-    """The full number of rows, and the indices of those at hand; None: all."""
+    """Full number of rows N, and the indices of the rows of a minibatch (None: all rows)."""
 
     size: int | None = None
     rows: Tensor | None = None
 
 
-class Pair(PyroModule):
-    r"""Base of every pair in the zoo.
+class _PairType(ABCMeta, type(PyroModule)):  # type: ignore[misc]
+    """The metaclass of Pyro modules, with abstract methods."""
 
-    A subclass has a method ``model`` and either a method ``guide`` or an attribute of that name, set in its
-    constructor, such as ``self.guide = AutoNormal(continuous(self.model))``. Methods named ``model``, ``guide`` and
-    ``exact`` become Pyro methods by themselves (gradients of one that is not would be None), and take ``size`` and
-    ``rows`` beside their own arguments.
+
+class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
+    r"""Base class of every pair.
+
+    A subclass defines a method ``model``, and either a method ``guide`` or an attribute ``guide`` that its constructor
+    sets, such as ``self.guide = AutoNormal(continuous(self.model))``. The methods ``model``, ``guide`` and ``exact``
+    become Pyro methods (without that their parameters get no gradients) that also take ``size`` and ``rows``. A half
+    that calls another half of the same pair without these two passes its own on.
 
     Attributes:
         coords: Names along a dimension (a plate or one of ``dims``), for ArviZ.
         dims: Names of the event dimensions of a site, for ArviZ.
 
     Example:
-        >>> import torch, pyro.distributions as dist
+        >>> import torch
         >>> class PoissonRate(Pair):
         ...     def model(self, x=None):
         ...         rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
@@ -57,7 +68,6 @@ class Pair(PyroModule):
         ((3,), (2,))
     """
 
-    model: Callable[..., Any]
     guide: Callable[..., Any]
     rowwise = True
 
@@ -73,25 +83,36 @@ class Pair(PyroModule):
             if half in cls.__dict__:
                 setattr(cls, half, pyro_method(_with_rows(cls.__dict__[half])))
 
+    @abstractmethod
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw or score all sites, given data by name."""
+        raise TypeError(f"pair: expected a method model, got none in {type(self).__name__}")
+
     @property
     def minibatch(self) -> Minibatch:
         """The arguments ``size`` and ``rows`` of the half that is running."""
         return self._minibatches[-1]
 
     def rows(self, *data: Tensor | None) -> Any:
-        """Plate of the rows at hand: N is ``size``, or the length of the first of the data that is given.
+        """Plate of the rows, to be entered by a half.
 
-        Entering it gives the indices of the rows, by which a parameter with an entry per row is read.
+        Entering the plate returns the row indices, which select the entries of a parameter that has one per row.
+
+        Args:
+            data: Tensors with one entry per row. The first that is not None gives N where ``size`` does not.
+
+        Raises:
+            ValueError: There is neither ``size`` nor data.
         """
         size, rows = self.minibatch
-        given = next((x for x in data if x is not None), None)
-        if size is None and given is None:
+        if size is None:
+            size = next((len(x) for x in data if x is not None), None)
+        if size is None:
             raise ValueError("size: expected the number of rows to draw when x is not given, got None")
-        count = len(given) if size is None else size  # type: ignore[arg-type]
-        return pyro.plate("rows", count, subsample=rows if rows is None else rows.long(), dim=-1)
+        return pyro.plate("rows", size, subsample=None if rows is None else rows.long(), dim=-1)
 
     def check(self, **data: Any) -> None:
-        """Raise ValueError, one line, when the data do not fit the pair. The verbs call it before any work."""
+        """Raise ValueError, in one line, if the data do not fit the pair. ``fit`` and ``sample`` call it first."""
 
     def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
         """Size of a dimension that is given as a number or as names; names become coordinates."""
@@ -104,23 +125,25 @@ class Pair(PyroModule):
 
 
 def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
-    """A half that takes ``size`` and ``rows`` beside its own arguments, and no data that its pair does not know."""
+    """Let a half take ``size`` and ``rows`` as well, and drop the arguments that only another half knows."""
     signature = inspect.signature(half)
     own = signature.parameters
     rest = [p for p in own.values() if p.kind is p.VAR_KEYWORD]
 
     @wraps(half)
     def call(self: Pair, *args: Any, **named: Any) -> Any:
-        given = {n: named.pop(n) for n in Minibatch._fields if n in named}
-        # A half that runs the other one, or that of its base class, runs it on the rows at hand.
-        at_hand = Minibatch(**given) if given else self.minibatch
-        unknown = () if rest else named.keys() - own.keys() - _data_names(type(self))
-        if unknown:
-            raise TypeError(f"{half.__name__}() got an unexpected keyword argument {min(unknown)!r}")
-        named |= {n: v for n, v in at_hand._asdict().items() if n in own}
-        self._minibatches.append(at_hand)
+        passed = {n: named.pop(n) for n in Minibatch._fields if n in named}
+        minibatch = Minibatch(**passed) if passed else self.minibatch
+        if not rest and named.keys() - own.keys():
+            unknown = named.keys() - own.keys() - _arguments(self)
+            if unknown:
+                raise TypeError(f"{half.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
+            named = {n: v for n, v in named.items() if n in own}
+        # A half that declares these two itself gets them as arguments.
+        named |= {n: v for n, v in minibatch._asdict().items() if n in own}
+        self._minibatches.append(minibatch)
         try:
-            return half(self, *args, **{n: v for n, v in named.items() if rest or n in own})
+            return half(self, *args, **named)
         finally:
             self._minibatches.pop()
 
@@ -128,54 +151,47 @@ def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
         inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in Minibatch._fields if n not in own
     ]
     parameters = [*(p for p in own.values() if p not in rest), *extra, *rest]
-    # A signature of the call itself would be copied by functools.wraps from a bound method, with its ``self``.
-    call.__wrapped__ = _Signature(signature.replace(parameters=parameters))  # type: ignore[attr-defined]
+    # Not ``call.__signature__``: functools.wraps would copy it from the bound method, with its ``self``.
+    shown: Any = partial(half)
+    shown.__signature__ = signature.replace(parameters=parameters)
+    call.__wrapped__ = shown  # type: ignore[attr-defined]
     return call
 
 
-class _Signature:
-    """What ``inspect.signature`` is to show of a function."""
-
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.__signature__ = signature
-
-    def __call__(self) -> None:
-        raise NotImplementedError
-
-
-@cache
-def _data_names(pair: type[Pair]) -> frozenset[str]:
-    """Names of all arguments of a pair's halves: both halves are called with the same."""
-    halves = (getattr(pair, half) for half in HALVES if callable(getattr(pair, half, None)))
-    return frozenset(n for half in halves for n in inspect.signature(half).parameters)
+def _arguments(pair: Pair) -> frozenset[str]:
+    """Names of the arguments of all halves: the model and the guide are called with the same data."""
+    halves = (getattr(pair, name, None) for name in HALVES)
+    return frozenset(n for half in halves if callable(half) for n in inspect.signature(half).parameters)
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """The guide of a model without latent sites to fit."""
+    """The guide of a model without latent sites."""
 
 
 class Visible(Pair):
-    """A pair without latent sites: rows x from one law, whose ELBO is the exact log likelihood."""
+    """A pair without latent sites: independent rows x from one distribution. The ELBO is the exact log likelihood."""
 
-    distribution: Callable[[], Any]
-    """p(x) of a row, an event; it reads all parameters when it is called."""
     guide = nothing
 
+    @abstractmethod
+    def distribution(self) -> dist.TorchDistribution:
+        """p(x) of one row, as an event. Reads all parameters when called: Pyro does not see those read later."""
+
     def model(self, x: Tensor | None = None) -> Tensor:
-        """Draw or score rows; return x."""
+        """Draw or score the rows; return x."""
         with self.rows(x):
             return pyro.sample("x", self.distribution(), obs=x)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) of each row: (N,)."""
+        """Exact log p(x) of each row, in nats: (N,)."""
         return self.distribution().log_prob(x)
 
 
 def continuous(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A model whose finite latent sites are hidden, for autoguides: those sites are summed out."""
+    """Hide the finite latent sites of a model from an autoguide; the objective sums them out."""
 
     def hidden(site: Any) -> bool:
-        stochastic = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-        return stochastic and bool(site["fn"].has_enumerate_support)
+        latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        return latent and bool(site["fn"].has_enumerate_support)
 
     return poutine.block(model, hide_fn=hidden)

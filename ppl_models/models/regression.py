@@ -2,13 +2,15 @@ r"""Discriminative classifiers: Bayesian logistic regression and a small Bayesia
 
 .. math:: w \sim \mathrm{N}(0, s^2), \qquad y_n \mid x_n \sim \mathrm{Categorical}(\mathrm{softmax}(f_w(x_n)))
 
-The twins of naive Bayes (Ng and Jordan 2002, "On Discriminative vs. Generative Classifiers"): they model y
-given x, and x is an input, not a site.
+The discriminative counterparts of naive Bayes: they model y given x, and x is an input, not a site.
+
+Reference: Ng and Jordan 2002, "On Discriminative vs. Generative Classifiers".
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +21,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from ppl_models.models.checks import check_labels, check_matrix
-from ppl_models.models.pair import Pair
-
-Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
+from ppl_models.models.pair import GuideFactory, Moments, Pair
 
 
 class Classifier(Pair):
-    """What the two share: the labels of rows given scores of their classes.
+    """Base class: labels of rows, given logits of the classes.
 
     Args:
         features: Number of features D, or their names.
@@ -33,15 +33,10 @@ class Classifier(Pair):
         guide: From the model to a guide: AutoNormal (the default), AutoDelta, AutoMultivariateNormal, ...
 
     Data: x (N, D), y (N,) integers.
-
-    A subclass samples its weights and gives the scores of the classes (..., N, K), or for two classes
-    their log odds (..., N, 1).
     """
 
-    scores: Callable[[Tensor], Tensor]
-
     def __init__(
-        self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, guide: Guide = AutoNormal
+        self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, guide: GuideFactory = AutoNormal
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
@@ -50,20 +45,20 @@ class Classifier(Pair):
             raise ValueError(f"classes: expected at least two, got {self.classes}")
         self.guide = guide(self.model)
 
-    def model(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-    ) -> Tensor:
-        """Draw or score the weights and the labels; return the labels."""
-        logits = self.scores(x)
+    @abstractmethod
+    def draw_logits(self, x: Tensor) -> Tensor:
+        """Sample the weights; return the logits of the classes (..., N, K); for two classes log odds (..., N, 1)."""
+
+    def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Draw or score weights and labels; return the labels."""
+        logits = self.draw_logits(x)
         with self.rows(x):
             if self.classes > 2:
                 return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
             return pyro.sample("y", dist.Bernoulli(logits=logits[..., 0]), obs=None if y is None else y.to(x.dtype))
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D) and y its labels."""
+        """Raise ValueError unless x is a finite matrix (rows, D) and y has a label for each of its rows."""
         check_matrix("x", x, self.features)
         if y is not None:
             check_labels("y", y, len(x), self.classes, missing=False)
@@ -77,14 +72,14 @@ class LogisticRegression(Classifier):
         w \sim \mathrm{N}(0, s^2), \qquad b \sim \mathrm{N}(0, t^2), \qquad
         y_n \sim \mathrm{Categorical}(\mathrm{softmax}(W x_n + b))
 
-    For two classes the softmax is the logistic function of one score. The posterior's mode equals
-    scikit-learn's LogisticRegression(C=s**2) as t grows (it does not penalise the intercept).
+    For two classes the softmax is the logistic function of one logit. As t grows, the posterior mode becomes the
+    estimate of scikit-learn's LogisticRegression(C=s**2), which does not penalise the intercept.
 
     Args:
-        scale: s, prior standard deviation of a weight, per unit of x.
+        scale: s, prior standard deviation of a weight, in 1 / units of x.
         intercept_scale: t, prior standard deviation of an intercept.
 
-    The rest are those of :class:`Classifier`. Sites: weights (D,) or (K, D), intercept () or (K,), y.
+    The other arguments are those of :class:`Classifier`. Sites: weights (D,) or (K, D), intercept () or (K,), y.
     """
 
     def __init__(
@@ -94,28 +89,28 @@ class LogisticRegression(Classifier):
         *,
         scale: float = 1.0,
         intercept_scale: float = 10.0,
-        guide: Guide = AutoNormal,
+        guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__(features, classes, guide=guide)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("intercept_scale", torch.tensor(float(intercept_scale)))
         self.dims = {"weights": ("classes", "features")[self.classes == 2 :], "intercept": ("classes",)}
 
-    def scores(self, x: Tensor) -> Tensor:
+    def draw_logits(self, x: Tensor) -> Tensor:
         outputs = () if self.classes == 2 else (self.classes,)
-        weights = normal("weights", self.scale, (*outputs, self.features))
-        intercept = normal("intercept", self.intercept_scale, outputs)
+        weights = draw_weights("weights", self.scale, (*outputs, self.features))
+        intercept = draw_weights("intercept", self.intercept_scale, outputs)
         if self.classes == 2:
             weights, intercept = weights.unsqueeze(-2), intercept.unsqueeze(-1)
         return affine(x, weights, intercept)
 
-    def moments(self, x: Tensor, y: Tensor, *, draws: int = 200_000) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(self, x: Tensor, y: Tensor, *, draws: int = 200_000) -> Moments:
         """Posterior mean and standard deviation of each site by importance sampling.
 
-        The proposal is a multivariate t around the mode; the result is independent of any guide or chain.
+        The proposal is a multivariate t around the mode. Neither a guide nor a chain has a part in it.
 
         Raises:
-            ArithmeticError: Fewer than 5,000 effective draws: the posterior is too far from a t.
+            ArithmeticError: The effective sample size is below 5,000: the posterior is too far from a t.
         """
         outputs = 1 if self.classes == 2 else self.classes
         inputs = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -149,9 +144,9 @@ class NeuralClassifier(Classifier):
         hidden: Number of hidden units H.
         scale: s, prior standard deviation of a unit's input.
 
-    The rest are those of :class:`Classifier`. Sites: hidden_weights (H, D), hidden_bias (H,),
-    output_weights (K, H), output_bias (K,), y; with two classes K is 1 there. The posterior has a mode for
-    every permutation and sign of the hidden units: compare predictions, not weights.
+    The other arguments are those of :class:`Classifier`. Sites: hidden_weights (H, D), hidden_bias (H,), output_weights
+    (K, H), output_bias (K,), y, with 1 in place of K for two classes. The posterior has a mode for every permutation
+    and sign of the hidden units: compare predictions, not weights.
     """
 
     def __init__(
@@ -161,7 +156,7 @@ class NeuralClassifier(Classifier):
         *,
         hidden: int = 10,
         scale: float = 1.0,
-        guide: Guide = AutoNormal,
+        guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__(features, classes, guide=guide)
         self.hidden = self.name_dimension("units", hidden)
@@ -173,24 +168,24 @@ class NeuralClassifier(Classifier):
             "output_bias": ("outputs",),
         }
 
-    def scores(self, x: Tensor) -> Tensor:
+    def draw_logits(self, x: Tensor) -> Tensor:
         outputs = 1 if self.classes == 2 else self.classes
-        u = normal("hidden_weights", self.scale / math.sqrt(self.features), (self.hidden, self.features))
-        a = normal("hidden_bias", self.scale, (self.hidden,))
-        v = normal("output_weights", self.scale / math.sqrt(self.hidden), (outputs, self.hidden))
-        b = normal("output_bias", self.scale, (outputs,))
+        u = draw_weights("hidden_weights", self.scale / math.sqrt(self.features), (self.hidden, self.features))
+        a = draw_weights("hidden_bias", self.scale, (self.hidden,))
+        v = draw_weights("output_weights", self.scale / math.sqrt(self.hidden), (outputs, self.hidden))
+        b = draw_weights("output_bias", self.scale, (outputs,))
         return affine(affine(x, u, a).tanh(), v, b)
 
 
-def normal(name: str, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sample weights N(0, scale^2) of a shape, all of it one event."""
+def draw_weights(name: str, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sample weights of N(0, scale^2), of one shape, as one event."""
     return pyro.sample(name, dist.Normal(torch.zeros_like(scale), scale).expand(shape).to_event(len(shape)))
 
 
 def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
     """x (..., N, inputs) times weights (..., outputs, inputs), plus bias (..., outputs): (..., N, outputs).
 
-    Weights of S draws come as (S, 1, outputs, inputs), the 1 standing for the rows: the product puts them there.
+    Weights of S draws are (S, 1, outputs, inputs), with a 1 in the place of the rows.
     """
     if weights.dim() > 2:
         weights = weights.squeeze(-3)
@@ -200,7 +195,7 @@ def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
 def _importance_moments(
     density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: float = 30.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a log-concave density by importance sampling from a t at its mode."""
+    """Mean and standard deviation of a log-concave density, by importance sampling from a t at its mode."""
     mode = torch.zeros(size, dtype=like.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([mode], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
@@ -214,7 +209,7 @@ def _importance_moments(
     mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # The mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
+        # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
         rounds = [draws // 4] * 5 + [draws]
         while rounds:
             count = rounds.pop(0)
@@ -227,7 +222,7 @@ def _importance_moments(
             covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
             effective = float(1 / (weights**2).sum())
             if effective > count / 5:
-                # Near enough: what remains is the last round, with all draws.
+                # Close enough: only the last round remains, with all draws.
                 rounds = rounds[-1:] if count < draws else []
     if effective < 5000:
         raise ArithmeticError(

@@ -1,7 +1,11 @@
-r"""How a pair is fitted: methods, each from a pair and its data to a Result, for the rows of the zoo and the ledger."""
+r"""Methods of the zoo and the ledger: functions from a pair and its data to a Result.
+
+A method changes nothing about the pair but its parameters.
+"""
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -20,36 +24,39 @@ from ppl_models.models.pair import Pair, continuous
 
 
 def exact(pair: NaiveBayes | BayesianNetwork, data: Any, **arguments: Any) -> Any:
-    """Draw from a conjugate posterior: the pair's ``exact`` is a guide with nothing left to fit."""
+    """Draw from the conjugate posterior. The guide ``exact`` of the pair has no parameters, so nothing is fitted."""
     return fit((pair.model, pair.exact), data, steps=0, **arguments)
 
 
 def point(pair: Pair, given: Any, **arguments: Any) -> Any:
-    """Maximum a posteriori: the pair's model with a Delta guide."""
+    """Maximum a posteriori estimate, with a Delta guide."""
     model = pair.model
     return fit((model, AutoDelta(continuous(model))), given, **arguments)
 
 
 def em(pair: Mixture, given: Any, **arguments: Any) -> Any:
-    """Maximum likelihood (or a posteriori, with a conjugate prior) by expectation maximisation."""
-    pair.prior = pair.prior and pair.conjugate
+    """Expectation maximisation: the maximum a posteriori estimate, or without a conjugate prior maximum likelihood."""
+    if pair.prior and not pair.conjugate:
+        # A copy with the same buffers: the caller's pair keeps its prior.
+        pair = copy(pair)
+        pair.prior = False
     guide = AutoDelta(continuous(pair.model))
     objective = EM(pair.maximise, pair.start(given["x"]), max_plate_nesting=1)
     return fit((pair.model, guide), given, objective, **arguments)
 
 
 def closed_form(pair: PPCA, given: Any, **arguments: Any) -> Any:
-    """Maximum likelihood without steps."""
+    """Maximum likelihood in closed form."""
     return fit(pair.closed_form(given["x"]), given, steps=0, **arguments)
 
 
 def counted(pair: MarkovChain, given: Any, **arguments: Any) -> Any:
-    """A Markov chain by counting, one added to each count."""
+    """Transition probabilities from counts, with one added to each count."""
     return fit(pair.estimate(given["x"]), given, steps=0, **arguments)
 
 
 def by_minibatches(**arguments: Any) -> Method:
-    """A fit by minibatches of a hundred rows, with arguments of its own."""
+    """``fit`` with minibatches of 100 rows; ``arguments`` replace these defaults."""
     return partial(fit, **{"steps": 3000, "batch": 100, "learning_rate": 0.005, "draws": 20, **arguments})
 
 
@@ -65,23 +72,26 @@ def adversaries(
     seed: int = 0,
     **arguments: Any,
 ) -> Result:
-    """A fit by Adam whose rate falls to a thousandth on a half cosine: with a constant one samples stay blurred."""
-    falling = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps, eta_min=learning_rate / 1000)
-    optimizer = Joint(torch.optim.Adam, {"lr": learning_rate, "betas": betas}, schedule=falling)
+    """Adversarial training by Adam, with a cosine decay of the learning rate to a thousandth.
+
+    At a constant learning rate the samples stay blurred.
+    """
+    decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps, eta_min=learning_rate / 1000)
+    optimizer = Joint(torch.optim.Adam, {"lr": learning_rate, "betas": betas}, schedule=decay)
     return fit(pair, given, objective, steps=steps, batch=batch, optimizer=optimizer, seed=seed, **arguments)
 
 
-def denoising(**own: Any) -> Method:
-    """A diffusion chain by single steps; ``own`` are arguments of ``Denoising``."""
+def denoising(**settings: Any) -> Method:
+    """Train a diffusion chain by single noising steps; ``settings`` are arguments of ``Denoising``."""
 
     def method(pair: DiffusionChain, given: Any, **arguments: Any) -> Result:
         schedule: dict[str, Any] = {"steps": 2000, "batch": 128, "learning_rate": 0.002}
-        return fit(pair, given, Denoising(pair.steps, **own), **{**schedule, **arguments})
+        return fit(pair, given, Denoising(pair.steps, **settings), **{**schedule, **arguments})
 
     return method
 
 
 def adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:
-    """Adversarial training at the zoo's size, of a kind of objective and with penalties."""
+    """Adversarial training with the zoo's defaults; the arguments are those of ``Adversarial``."""
     schedule: dict[str, Any] = {"steps": 6000, "batch": 64, "learning_rate": 0.001}
     return partial(adversaries, objective=Adversarial(kind, **penalty), **schedule)

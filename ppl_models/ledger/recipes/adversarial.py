@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import entropy
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import confusion_matrix
 from sklearn.neural_network import MLPClassifier
@@ -21,6 +20,7 @@ from ppl_models import data
 from ppl_models.data import simulate_modes
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
+from ppl_models.models.parts.information import mutual_information
 from ppl_models.models.parts.networks import Beside, conv_decoder, conv_encoder, mlp
 from ppl_models.models.parts.warps import Shaken, Warp
 from ppl_models.zoo.methods import adversaries
@@ -96,9 +96,7 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
         table = confusion_matrix(asked, seen, labels=range(10), normalize="all")
         with isolated(start), torch.no_grad():
             one, other = (pair.reader(pair.trunk(x)).softmax(-1).double() for _ in range(2))
-        # Not scikit-learn's mutual information, which takes the counts of a table for whole numbers.
-        met = (one.mT @ other + other.mT @ one).numpy()
-        told = float(2 * entropy(met.sum(0)) - entropy(met.flatten()))
+        told = float(mutual_information(one.mT @ other + other.mT @ one))
         found.append((told, 100 * float(table[linear_sum_assignment(-table)].sum())))
     rows = digits.test["x"].numpy() / 16, digits.test["y"].numpy()
     figures = sorted(figure for _, figure in found)

@@ -1,1 +1,1 @@
-"""Distributions and networks that pairs are built from."""
+"""Distributions, networks and helper functions that several pairs share."""

@@ -1,4 +1,4 @@
-"""Bayesian networks in the Bayesian interchange format, as the repositories of known networks keep them."""
+"""Reader of the Bayesian interchange format (BIF), the format of the public repositories of Bayesian networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def read_bif(text: str) -> dict[str, Any]:
-    """Arguments of a ``BayesianNetwork``, from its text."""
+    """Arguments of a ``BayesianNetwork`` (``parents``, ``states``, ``tables``) from a BIF text.
+
+    Raises:
+        ValueError: The text has no variable, an unknown one, or an incomplete table.
+    """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     states = {
         name: re.findall(r"[^\s,]+", listed)
@@ -35,10 +39,10 @@ def read_bif(text: str) -> dict[str, Any]:
         if not rows:
             listed = re.search(r"table([^;]*);", body)
             if listed is None or above:
-                raise ValueError(f"source: expected a line for each state of the parents of {name}, got none")
+                raise ValueError(f"source: expected one line per state of the parents of {name}, got none")
             table = _numbers(listed[1], name)
         if bool(table.isnan().any()):
-            raise ValueError(f"source: expected a line for each state of the parents of {name}, got too few")
+            raise ValueError(f"source: expected one line per state of the parents of {name}, got too few")
         tables[name] = table
     return {"parents": parents, "states": states, "tables": tables}
 

@@ -1,7 +1,6 @@
-"""Distributions that torch has in a slower or a less useful form.
+"""Distributions that torch lacks, or has in a slower form.
 
-Those of a row take their logarithms once a class, where torch takes them once an entry; that of the means of a mixture
-has one order of its components.
+The distributions of rows compute logarithms once per class where torch computes them once per entry of the data.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from torch import Tensor
 
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
-DESIGN = 2_000_000
-"""Numbers that a matrix of data may hold to save a gradient a pass over the rows."""
+MAX_DESIGN = 2_000_000
+"""Largest design matrix, in numbers, of :class:`LabelledGaussians`: it saves the gradient one pass over the rows."""
 
-
-FAR = 1e6
-"""Standard deviations beyond which nothing is: infinity has no gradient."""
+TAIL_SD = 1e6
+"""Standard deviations that stand for infinity, which has no gradient."""
 
 
 class Rowwise(dist.TorchDistribution):
-    """A distribution of a row whose parameters stay as they are where a plate repeats it, as its score broadcasts."""
+    """Base class of distributions of a row: ``expand`` keeps the parameters as they are, and the score broadcasts."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         wide = copy(self)
@@ -40,12 +38,12 @@ class Rowwise(dist.TorchDistribution):
 class Gaussians(Rowwise):
     r"""Independent normal features, scored as :math:`-\tfrac12 \sum_j ((x_j - \mu_j) s_j)^2 - \mathrm{level}`.
 
-    Torch's Normal takes a logarithm and divides for each entry of x; here both are done once a class. With a whitener S
-    in place of s they are correlated: :math:`-\tfrac12 \lVert S (x - \mu) \rVert^2 - \mathrm{level}`.
+    Torch's Normal takes a logarithm and divides for each entry of x; here both are done once per class. With a whitener
+    S in place of s the features are correlated: :math:`-\tfrac12 \lVert S (x - \mu) \rVert^2 - \mathrm{level}`.
 
     Args:
         mean: Means (..., D).
-        inverse_scale: One over the standard deviations, s (..., D), or a whitener, flattened (..., D * D).
+        inverse_scale: Inverse standard deviations s (..., D), or a flattened whitener S (..., D * D).
         level: :math:`\tfrac12 \sum_j \log 2 \pi \sigma_j^2` (...).
     """
 
@@ -67,7 +65,7 @@ class Gaussians(Rowwise):
         if not self._correlated:
             return centred * self.inverse_scale
         if self.inverse_scale.dim() > 1 and self.inverse_scale.shape[-2] == 1:
-            # One whitener for all rows: a product of matrices, and not a matrix a row.
+            # One whitener for all rows: one matrix product rather than one per row.
             return centred @ self._whitener[..., 0, :, :].mT
         return (self._whitener @ centred[..., None])[..., 0]
 
@@ -84,20 +82,19 @@ class Gaussians(Rowwise):
 
 
 class LabelledGaussians(Rowwise):
-    r"""Independent normal features of rows of several classes, by their labels.
+    r"""Independent normal features, given the class of each row.
 
-    In double precision all rows are scored under all classes by two products of matrices,
+    In double precision, matrix products score all rows under all classes,
 
     .. math:: \sum_j s_{kj}^2 \mu_{kj} x_{nj} - \tfrac12 \sum_j s_{kj}^2 x_{nj}^2
         - \tfrac12 \sum_j s_{kj}^2 \mu_{kj}^2 - \mathrm{level}_k
 
-    with x and mu less the mean of x, and the label's score is taken: a matrix for each class, where :class:`Gaussians`
-    has a row of its own for each row of data. In single precision the squares would cancel: there it is that which
-    scores.
+    with the mean of x subtracted from x and :math:`\mu`, and the score of the row's label is selected. In single
+    precision the squares would cancel, so there :class:`Gaussians` scores each row with the parameters of its class.
 
     Args:
         mean: Means (..., K, D).
-        inverse_scale: One over the standard deviations, s (..., K, D).
+        inverse_scale: Inverse standard deviations s (..., K, D).
         level: :math:`\tfrac12 \sum_j \log 2 \pi \sigma_j^2` (..., K).
         labels: The class of each row (..., N).
     """
@@ -123,8 +120,8 @@ class LabelledGaussians(Rowwise):
         weights = torch.cat([drift, precision, alone[..., None]], -1)
         data = torch.cat([centred, -0.5 * centred.square(), -torch.ones_like(centred[..., :1])], -1)
         member = one_hot(self.labels, level.shape[-1], value.dtype)
-        if self.labels.dim() == 1 and value.dim() == 2 and len(value) * weights.shape[-2:].numel() <= DESIGN:
-            # Each row's numbers at the place of its class: of data alone, and one product for all that is scored.
+        if self.labels.dim() == 1 and value.dim() == 2 and len(value) * weights.shape[-2:].numel() <= MAX_DESIGN:
+            # Each row's terms in the columns of its class: the design depends on data alone, one product scores it.
             design = (member[..., None] * data[:, None]).flatten(1)
             return self._repeat(weights.flatten(-2) @ design.mT)
         return self._repeat(((data @ weights.mT) * member).sum(-1))
@@ -143,12 +140,12 @@ class LabelledGaussians(Rowwise):
 
 
 class Labels(dist.Categorical):
-    """Labels of rows that share their log odds: scored by a product with one-hot labels, which is one for all rows.
+    """Categorical labels of rows that share their probabilities, scored by one product with one-hot labels.
 
-    Torch's own repeats the log odds for each row and indexes them, whose gradient is a row's too.
+    Torch's Categorical repeats the logits for each row and indexes them, and so does its gradient.
 
     Args:
-        logits: Log odds (..., K).
+        logits: Unnormalised log probabilities (..., K).
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -172,7 +169,7 @@ class Labels(dist.Categorical):
 class Occurrences(Rowwise):
     r"""Independent Bernoulli features, scored as :math:`x \cdot \mathrm{logits} + \sum_j \log(1 - p_j)`.
 
-    Torch's Bernoulli takes a logarithm and an exponential of each entry of x; here they are taken once a class.
+    Torch's Bernoulli takes a logarithm and an exponential for each entry of x; here they are taken once per class.
 
     Args:
         logits: Log odds (..., D).
@@ -196,8 +193,15 @@ class Occurrences(Rowwise):
         return self.logits.detach().sigmoid().expand(*sample_shape, *self.batch_shape, *self.event_shape).bernoulli()
 
 
+def occurrence_parameters(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Log odds (..., D) and log probability of a row of zeros (..., 1), from probabilities (..., D)."""
+    probs = probs.clamp(1e-7, 1 - 1e-7)
+    absent = (-probs).log1p()
+    return probs.log() - absent, absent.sum(-1, keepdim=True)
+
+
 class Counts(Rowwise):
-    """Multinomial whose rows have lengths of their own (torch's has one length for all).
+    """Multinomial with a number of trials for each row (torch's has one number for all).
 
     Args:
         probs: Probabilities (..., D).
@@ -213,7 +217,7 @@ class Counts(Rowwise):
         super().__init__(batch, probs.shape[-1:], validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # Clamped for a word that a class never has: maximum likelihood gives it the probability 0.
+        # Clamped: maximum likelihood gives probability 0 to a word that a class never has.
         score = (value * self.probs.clamp_min(1e-30).log()).sum(-1)
         return self._repeat(score + (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1))
 
@@ -241,7 +245,7 @@ first_ordered = _FirstOrdered()
 
 
 class _OrderFirst(Transform):
-    """From all matrices to those whose first column increases."""
+    """Bijection from all matrices to those whose first column increases."""
 
     domain = dist.constraints.independent(dist.constraints.real, 2)
     codomain = first_ordered
@@ -264,13 +268,13 @@ def _order_first(_: Any) -> Transform:
 
 
 class SortedNormals(dist.TorchDistribution):
-    r"""K rows of independent normals, sorted by their first entry: one order of K! that a mixture cannot tell apart.
+    r"""K rows of independent normals, sorted by their first entry: one of the K! equivalent orders of a mixture.
 
     .. math:: \log p(\mu) = \log K! + \sum_{kj} \log \mathrm{N}(\mu_{kj}; m_j, s_j^2), \quad \mu_{11} < \dots < \mu_{K1}
 
     Args:
-        mean: m (K, D).
-        scale: s (K, D), the same in every row, as is m.
+        mean: m (K, D), the same in every row.
+        scale: s (K, D), the same in every row.
     """
 
     arg_constraints: ClassVar = {"mean": dist.constraints.real, "scale": dist.constraints.positive}
@@ -299,12 +303,12 @@ class SortedNormals(dist.TorchDistribution):
 
 
 class Pixels(dist.TorchDistribution):
-    r"""Pixels :math:`k / (K - 1)` in [0, 1], of K levels: a normal between the borders of the bin of each level.
+    r"""Pixels :math:`k / (K - 1)` in [0, 1] of K levels: a normal, discretised to the bin of each level.
 
     .. math:: p(x) = \Phi\big((x + h - \mu) / \sigma\big) - \Phi\big((x - h - \mu) / \sigma\big), \qquad
         h = \tfrac{1}{2 (K - 1)}
 
-    The tails belong to the first and the last level, so that the probabilities of all levels sum to one.
+    The first and the last level also get the tails, so that the probabilities of all levels sum to one.
 
     Args:
         loc: :math:`\mu`.
@@ -327,7 +331,7 @@ class Pixels(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Of the normal, kept within [0, 1]."""
+        """Mean of the normal, clamped to [0, 1]."""
         return self.loc.clamp(0, 1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -337,9 +341,9 @@ class Pixels(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         half = 0.5 / (self.levels - 1)
-        low = torch.where(value < half, -FAR, (value - half - self.loc) / self.scale)
-        high = torch.where(value > 1 - half, FAR, (value + half - self.loc) / self.scale)
-        # By symmetry a bin above the mean is one below it, where differences lose no digits.
+        low = torch.where(value < half, -TAIL_SD, (value - half - self.loc) / self.scale)
+        high = torch.where(value > 1 - half, TAIL_SD, (value + half - self.loc) / self.scale)
+        # Bins above the mean are mirrored below it, where the difference loses no digits.
         above = low + high > 0
         low, high = torch.where(above, -high, low), torch.where(above, -low, high)
         log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)

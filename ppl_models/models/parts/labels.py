@@ -1,4 +1,4 @@
-r"""Labels as one-hot rows, and tables looked up by label."""
+"""One-hot labels, and lookup of table rows by label."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def rows_by_label(table: Tensor, labels: Tensor) -> Tensor:
-    r"""Rows of a table by label: table (..., K, \*event of one dimension), labels (..., N) -> (..., N, event).
+    """Row of a table for each label: table (..., K, D) and labels (..., N) give (..., N, D).
 
-    A product with one-hot labels instead of an index: draws and enumerated labels broadcast on the left,
-    and its gradient is one matrix product.
+    A product with one-hot labels rather than an index: draws and enumerated labels broadcast on the left, and the
+    gradient is one matrix product.
     """
     return one_hot(labels, table.shape[-2], table.dtype) @ table
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """One-hot labels (..., N, K). Torch's own reads the labels' range back, which no graph can trace."""
+    """One-hot labels (..., N, K). Unlike torch's own it does not read the labels back, so it can be traced."""
     return (labels[..., None] == torch.arange(classes, device=labels.device)).to(dtype)
