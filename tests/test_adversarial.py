@@ -199,12 +199,12 @@ def test_a_cycle_is_judged_at_both_ends_and_led_back() -> None:
     for p in pair.parameters():
         p.grad = None
     losses = Adversarial(r1=2.0).loss_and_grads(pair.model, pair.guide, a=a, b=b)
-    there, back = pair.there(a), pair.back(b)
+    there, back = pair.forward_map(a), pair.backward_map(b)
     # log 2 s is 0.
-    led = (pair.back(there) - a).abs().sum() / 0.5 + (pair.there(back) - b).abs().sum() / 0.5
-    made = torch.cat([pair.of_a(back), pair.of_b(there)])
+    led = (pair.backward_map(there) - a).abs().sum() / 0.5 + (pair.forward_map(back) - b).abs().sum() / 0.5
+    made = torch.cat([pair.discriminator_a(back), pair.discriminator_b(there)])
     ends = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-    odds = [pair.of_a(ends[0]), pair.of_b(ends[1])]
+    odds = [pair.discriminator_a(ends[0]), pair.discriminator_b(ends[1])]
     steep = sum(
         torch.autograd.grad(o.sum(), e, create_graph=True)[0].square().sum() for o, e in zip(odds, ends, strict=True)
     )
@@ -212,7 +212,7 @@ def test_a_cycle_is_judged_at_both_ends_and_led_back() -> None:
     of_model = softplus(-made).sum() + led
     assert losses == pytest.approx([of_guide.item(), of_model.item()], rel=1e-5)
     for name, p in pair.named_parameters():
-        loss = of_guide if name.startswith("of_") else of_model
+        loss = of_guide if name.startswith("discriminator") else of_model
         (expected,) = torch.autograd.grad(loss, p, retain_graph=True, allow_unused=True)
         if expected is not None:
             torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -370,7 +370,7 @@ def test_a_player_that_rests_stands_still(name: str) -> None:
             before = {n: p.detach().clone() for n, p in pair.named_parameters()}
             svi.step(**rows(name), **data)
             moved = {n for n, p in pair.named_parameters() if not torch.equal(p, before[n])}
-            judges = {n for n in before if n.startswith(("discriminator", "trunk", "of_"))}
+            judges = {n for n in before if n.startswith(("discriminator", "trunk"))}
             assert moved == (before.keys() - judges if k % 3 == 2 else judges)
 
 

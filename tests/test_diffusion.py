@@ -19,7 +19,7 @@ from inference.objectives import Compiled, Denoising
 from ppl_models.models.diffusion import flow, inverse
 from ppl_models.models.diffusion.chain import PREDICTIONS, VARIANCES, DiffusionChain
 from ppl_models.models.diffusion.denoisers import ExactDenoiser, UNet
-from ppl_models.models.diffusion.schedules import SCHEDULES, cosine, linear, log_snr, path
+from ppl_models.models.diffusion.schedules import SCHEDULES, cosine, linear, log_snr, timesteps
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.networks import evaluation
 from ppl_models.zoo import pictures
@@ -79,8 +79,8 @@ def test_schedules_are_those_by_hand() -> None:
 
 
 def test_steps_that_are_taken_are_spread_evenly() -> None:
-    assert path(100, 5) == [100, 75, 50, 26, 1] or path(100, 5) == [100, 75, 50, 25, 1]
-    assert path(10, 10) == list(range(10, 0, -1)) and path(10, 1) == [10]
+    assert timesteps(100, 5) == [100, 75, 50, 26, 1] or timesteps(100, 5) == [100, 75, 50, 25, 1]
+    assert timesteps(10, 10) == list(range(10, 0, -1)) and timesteps(10, 1) == [10]
 
 
 # ------------------------------------------------------------------------------------------- the bound, three ways
@@ -118,8 +118,8 @@ def test_what_the_last_step_leaves_of_the_data_is_paid_for() -> None:
     pair, x = small(schedule=torch.linspace(0.95, 0.3, 5)), rows(20)
     terms = pair.bound(x)
     paid = 0.5 * (0.7 + 0.3 * x.square() - 1 - math.log(0.7)).sum(1)
-    torch.testing.assert_close(terms.prior, paid)
-    torch.testing.assert_close(terms.total, terms.reconstruction - paid - terms.steps.sum(1))
+    torch.testing.assert_close(terms.prior_kl, paid)
+    torch.testing.assert_close(terms.total, terms.reconstruction - paid - terms.step_kl.sum(1))
     assert terms.bits()["total"] == pytest.approx(-float(terms.total.mean()) / 2 / math.log(2), rel=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_beside_the_simple_loss_the_bound_is_whole_but_for_the_prior() -> None:
             losses.append(Denoising(4, simple=True, bound=bound)._loss(pair.model, pair.guide, (x,), {})[0].item())
         found.append(losses[1] - losses[0])
     terms = pair.bound(x, draws=300)
-    truth = -float((terms.total + terms.prior).sum())
+    truth = -float((terms.total + terms.prior_kl).sum())
     assert np.mean(found) == pytest.approx(truth, abs=4.5 * np.std(found) / 600**0.5)
 
 
@@ -215,7 +215,7 @@ def test_a_fall_of_the_loss_at_the_end_is_told() -> None:
 
 def test_one_who_looks_on_finds_the_pair_as_it_was() -> None:
     pair = small()
-    for z in pair.walk(torch.zeros(2, 2), torch.Generator()):
+    for z in pair.denoise_steps(torch.zeros(2, 2), torch.Generator()):
         assert pair.training and torch.is_grad_enabled() and not z.requires_grad
 
 
@@ -274,7 +274,7 @@ def test_the_exact_chain_draws_the_mixture(way: dict[str, Any]) -> None:
 
 def test_the_flow_has_the_exact_density() -> None:
     pair = exact(60, last=-14)
-    keep, lose = float(pair.signal(1)) ** 0.5, float(pair.lost(1))
+    keep, lose = float(pair.alpha_bar(1)) ** 0.5, float(pair.noise_variance(1))
     law = MixtureSameFamily(
         Categorical(torch.ones(3)), Independent(Normal(keep * MEANS, (keep**2 * SD**2 + lose) ** 0.5), 1)
     )
@@ -332,7 +332,7 @@ def posterior(matrix: Tensor, seen: Tensor, deviation: float) -> MixtureSameFami
 @pytest.mark.parametrize("step", [60, 80])
 def test_denoising_is_the_exact_posterior(step: int) -> None:
     pair = exact(150)
-    deviation = float((-0.5 * pair.ratio[step]).exp())
+    deviation = float((-0.5 * pair.log_snr[step]).exp())
     seen = torch.tensor([[0.4, -0.4], [1.5, 0.2]])
     drawn = inverse.denoise(pair, seen, deviation, draws=4000)
     mean = inverse.posterior_mean(pair, seen, deviation)
@@ -345,7 +345,7 @@ def test_denoising_is_the_exact_posterior(step: int) -> None:
 
 @pytest.mark.parametrize(
     ("matrix", "seen"),
-    [(inverse.kept(torch.tensor([False, True])), [0.2]), (torch.tensor([[0.5, 0.5]]), [-0.1])],
+    [(inverse.mask_matrix(torch.tensor([False, True])), [0.2]), (torch.tensor([[0.5, 0.5]]), [-0.1])],
     ids=["inpainting", "super-resolution"],
 )
 def test_restoring_is_the_exact_posterior_with_many_particles(matrix: Tensor, seen: list[float]) -> None:
@@ -356,7 +356,7 @@ def test_restoring_is_the_exact_posterior_with_many_particles(matrix: Tensor, se
     for particles, times in ((1, 2000), (100, 20)):
         found = inverse.restore(pair, v.expand(times, -1), matrix, 0.1, particles=particles)
         distances[particles] = energy_distance(found.draws.flatten(0, 1), truth)
-        assert bool((found.effective >= 1 - 1e-5).all() and (found.effective <= particles + 1e-3).all())
+        assert bool((found.ess >= 1 - 1e-5).all() and (found.ess <= particles + 1e-3).all())
     assert distances[100].value < 0.02
     spread = (found.draws @ matrix.mT).std() / (truth @ matrix.mT).std()
     assert float(spread) == pytest.approx(1, abs=0.12)
@@ -365,9 +365,9 @@ def test_restoring_is_the_exact_posterior_with_many_particles(matrix: Tensor, se
 
 
 def test_matrices_are_those_by_hand() -> None:
-    assert inverse.kept(torch.tensor([True, False, True])).tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert inverse.mask_matrix(torch.tensor([True, False, True])).tolist() == [[1, 0, 0], [0, 0, 1]]
     x = torch.arange(16.0)
-    assert (inverse.pooled((4, 4), 2) @ x).tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert (inverse.pooling_matrix((4, 4), 2) @ x).tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
 # ------------------------------------------------------------------------------------------------------- pixels
@@ -393,7 +393,7 @@ def test_pixels_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_clean_pixels_are_kept_within_their_range_however_they_are_scaled() -> None:
-    for own in ({}, {"shift": 0.13, "spread": 0.31}):
+    for own in ({}, {"shift": 0.13, "scale": 0.31}):
         pair = DiffusionChain(
             3,
             ExactDenoiser(torch.full((1, 3), 9.0), 0.1, cosine(5)),
@@ -405,7 +405,7 @@ def test_clean_pixels_are_kept_within_their_range_however_they_are_scaled() -> N
         )
         torch.testing.assert_close(pair.generate(2), torch.ones(2, 3))
         with evaluation(pair):
-            found = pair.unscaled(pair.guess(torch.zeros(2, 3), 1).clean)
+            found = pair.unscaled(pair.predict(torch.zeros(2, 3), 1).x0)
         torch.testing.assert_close(found, torch.ones(2, 3))
 
 
@@ -419,8 +419,8 @@ def test_single_precision_keeps_the_digits_of_a_schedule(schedule: Tensor) -> No
     t = torch.arange(1, pair.steps + 1)
     whole = torch.cat([torch.ones(1).double(), schedule.double()])
     added = 1 - whole[1:] / whole[:-1]
-    torch.testing.assert_close(pair._added(t)[:, 0].double(), added, rtol=1e-5, atol=0)
-    torch.testing.assert_close(pair.float()._added(t)[:, 0].double(), added, rtol=1e-3, atol=0)
+    torch.testing.assert_close(pair.beta(t)[:, 0].double(), added, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pair.float().beta(t)[:, 0].double(), added, rtol=1e-3, atol=0)
 
 
 # -------------------------------------------------------------------------------------- labels, images, likelihood
@@ -460,10 +460,12 @@ def test_labels_are_hidden_in_training_alone_and_guide() -> None:
     assert error[3.0] < error[0.0] or error[3.0] != pytest.approx(error[0.0], rel=0.02)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_small_unet_takes_images_steps_and_labels(wide: bool) -> None:
-    network = UNet((7, 5), 20, channels=(8, 16, 16), classes=3, wide=wide)
-    pair = DiffusionChain(35, network, classes=3, steps=20, likelihood="pixels", variance=("forward", "learned")[wide])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_small_unet_takes_images_steps_and_labels(learned: bool) -> None:
+    network = UNet((7, 5), 20, channels=(8, 16, 16), classes=3, learned_variance=learned)
+    pair = DiffusionChain(
+        35, network, classes=3, steps=20, likelihood="pixels", variance=("forward", "learned")[learned]
+    )
     x = torch.randint(256, (6, 35)) / 255
     y = torch.arange(6) % 3
     assert pair.bound(x, y).total.shape == (6,)
@@ -520,36 +522,39 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: DiffusionChain(2, schedule="square"), "schedule: expected one of linear, cosine, log_snr"),
     (
         lambda: DiffusionChain(2, schedule=torch.tensor([0.9, 0.95, 0.1])),
-        r"schedule: expected a signal that falls, within \(0, 1\), got 0.9 and then 0.95 at step 2",
+        r"schedule: expected alpha_bar to decrease within \(0, 1\), got 0.9 and then 0.95 at step 2",
     ),
     (lambda: DiffusionChain(2, schedule=torch.tensor([1.0, 0.5])), "got 1 and then 1 at step 1"),
     (lambda: DiffusionChain(2, schedule=torch.tensor([0.9, 0.0])), "got 0.9 and then 0 at step 2"),
     (lambda: DiffusionChain(2, steps=1), "steps: expected an integer of at least 2, got 1"),
     (lambda: DiffusionChain(2, prediction="score"), "prediction: expected one of noise, sample, velocity, got 'score'"),
-    (lambda: DiffusionChain(2, spread=0.0), "spread: expected positive numbers, got 0"),
+    (lambda: DiffusionChain(2, scale=0.0), "scale: expected positive numbers, got 0"),
     (lambda: DiffusionChain(2, nn.Linear(2, 2)), "network: expected inputs of width 2, got an error"),
     (
         lambda: DiffusionChain(2, ExactDenoiser(MEANS, SD, cosine(9)), variance="learned", schedule=cosine(9)),
         r"network: expected outputs of width 4, got \(1, 2\)",
     ),
     (lambda: small().generate(3, steps=5), r"steps: expected 1 to 4 \(those of the chain\), got 5"),
-    (lambda: small().generate(3, guidance=1.0), "guidance: expected a pair with classes that are dropped in part"),
-    (lambda: small().generate(3, steps=2, eta=-1.0), "eta: expected a share from 0 to 1, got -1.0"),
-    (lambda: small().generate(3, steps=2, eta=math.nan), "eta: expected a share from 0 to 1, got nan"),
-    (lambda: small().generate(3, eta=0.5), "eta: expected steps beside it, of the implicit sampler, got 0.5 without"),
+    (lambda: small().generate(3, guidance=1.0), "guidance: expected a pair with classes and drop above 0"),
+    (lambda: small().generate(3, steps=2, eta=-1.0), "eta: expected a fraction from 0 to 1, got -1.0"),
+    (lambda: small().generate(3, steps=2, eta=math.nan), "eta: expected a fraction from 0 to 1, got nan"),
+    (
+        lambda: small().generate(3, eta=0.5),
+        "eta: expected steps, as only the implicit sampler has it, got eta 0.5 without",
+    ),
     (lambda: small().generate(0), "count: expected an integer of at least 1, got 0"),
     (lambda: small(classes=3).generate(2, y=torch.tensor([0, 3])), "y: expected labels 0 to 2, got 3"),
     (lambda: small(classes=3).generate(5, y=torch.tensor([0, 1])), r"y: expected one label per row \(5,\), got \(2,\)"),
     (lambda: small().bound(rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
     (lambda: flow.log_evidence(small(), rows(3), draws=0), "draws: expected an integer of at least 1, got 0"),
     (lambda: DiffusionChain(2, shift=torch.zeros(3)), "shift: expected finite numbers, one or 2, got"),
-    (lambda: DiffusionChain(2, spread=math.inf), "spread: expected finite numbers, one or 2, got inf"),
+    (lambda: DiffusionChain(2, scale=math.inf), "scale: expected finite numbers, one or 2, got inf"),
     (lambda: fit(small(), rows(4), Denoising(9), steps=2), "steps: expected 4, those of the pair, got 9"),
-    (lambda: fit(small(), {"x": rows(4), "step": torch.zeros(4).long()}), "step: expected one of each row, 1 to 5"),
+    (lambda: fit(small(), {"x": rows(4), "step": torch.zeros(4).long()}), "step: expected one per row, 1 to 5"),
     (lambda: Denoising(5, bound=0.0), "bound: expected a positive weight where there is no simple loss, got 0"),
-    (lambda: flow.log_density(small(), rows(3) * math.nan), "noised: expected finite numbers, got nan"),
+    (lambda: flow.log_density(small(), rows(3) * math.nan), "x_1: expected finite numbers, got nan"),
     (lambda: flow.encode(small(), rows(3) * math.nan), "x: expected finite numbers, got nan"),
-    (lambda: inverse.restore(small(), rows(3) * math.nan, torch.eye(2)), "seen: expected finite numbers, got nan"),
+    (lambda: inverse.restore(small(), rows(3) * math.nan, torch.eye(2)), "observed: expected finite numbers, got nan"),
     (lambda: inverse.restore(small(classes=3), rows(3), torch.eye(2)), "y: expected the label of every row, got none"),
     (lambda: inverse.posterior_mean(small(classes=3), rows(3), 0.5), "y: expected the label of every row, got none"),
     (lambda: flow.encode(small(classes=3), rows(3)), "y: expected the label of every row, got none"),
@@ -562,11 +567,14 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: fit(small(), {"x": rows(4), "step": 9}), r"step: expected 1 to 5 \(steps \+ 1 is the prior's\), got 9"),
     (lambda: Denoising(1), "steps: expected an integer of at least 2, got 1"),
     (lambda: Denoising(5, simple=True, importance=True), "importance: expected the bound, got simple"),
-    (lambda: inverse.denoise(small(), rows(3), 1e-6), "deviation: expected one between the first and the last"),
+    (lambda: inverse.denoise(small(), rows(3), 1e-6), "sd: expected a noise level between those of the first"),
     (lambda: inverse.restore(small(), rows(3), torch.eye(3)), r"matrix: expected \(M, 2\), got \(3, 3\)"),
-    (lambda: inverse.restore(small(), rows(3), torch.eye(2)[:1]), r"seen: expected \(rows, 1\), as many columns"),
-    (lambda: inverse.kept(torch.tensor([False, False])), "seen: expected true or false"),
-    (lambda: inverse.pooled((4, 4), 3), "side: expected a divisor of 4 and 4, got 3"),
+    (
+        lambda: inverse.restore(small(), rows(3), torch.eye(2)[:1]),
+        r"observed: expected \(rows, 1\), one column per row",
+    ),
+    (lambda: inverse.mask_matrix(torch.tensor([False, False])), "observed: expected booleans"),
+    (lambda: inverse.pooling_matrix((4, 4), 3), "side: expected a divisor of 4 and 4, got 3"),
     (lambda: flow.log_density(small(), rows(3), divergence="none"), "divergence: expected one of exact, hutchinson"),
 ]
 

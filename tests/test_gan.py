@@ -23,7 +23,7 @@ from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes.adversarial import dcgan
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN
-from ppl_models.models.parts.networks import Averaged, Beside, conv_decoder, conv_encoder, mlp
+from ppl_models.models.parts.networks import Averaged, LateFusion, conv_decoder, conv_encoder, mlp
 from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
 from ppl_models.zoo import pictures
 from ppl_models.zoo.methods import adversaries
@@ -194,7 +194,7 @@ def test_networks_of_images_and_labels() -> None:
     assert judge(torch.randn(2, 4, 3 * 64)).shape == (2, 4, 5)
     maker = conv_decoder(6, (9, 8), planes=3, normalise=True)
     assert maker(torch.randn(4, 6)).shape == (4, 3 * 72)
-    both = Beside(nn.Linear(3, 2), 3, nn.Linear(2 + 4, 1))
+    both = LateFusion(nn.Linear(3, 2), 3, nn.Linear(2 + 4, 1))
     x = torch.randn(5, 7)
     torch.testing.assert_close(both(x), both.outer(torch.cat([both.inner(x[:, :3]), x[:, 3:]], 1)))
 

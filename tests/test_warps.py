@@ -8,7 +8,7 @@ import torch
 from inference.core.handlers import isolated
 from ppl_models import data
 from ppl_models.ledger.entries import RECIPES
-from ppl_models.models.parts.warps import Shaken, Warp, warp
+from ppl_models.models.parts.warps import RandomWarp, Warp, warp
 
 HELD = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
@@ -61,12 +61,12 @@ def test_a_warp_starts_at_its_angle(quarter: int) -> None:
 
 def test_shaken_images_are_others_at_every_call_and_themselves_in_evaluation() -> None:
     x = images(400, 8, 8).float().flatten(1)
-    network = Shaken((8, 8), turn=0.0, stretch=0.0, shift=1.0)
+    network = RandomWarp((8, 8), angle=0.0, stretch=0.0, shift=1.0)
     with isolated(0):
         one, other = network(x), network(x)
     assert not torch.allclose(one, other)
     assert torch.equal(network.eval()(x), x)
-    torch.testing.assert_close(Shaken((8, 8), turn=0.0, stretch=0.0, shift=0.0)(x), x)
+    torch.testing.assert_close(RandomWarp((8, 8), angle=0.0, stretch=0.0, shift=0.0)(x), x)
     # A ramp from left to right moves by as many steps as the image does: of a standard deviation of one pixel.
     ramp = torch.arange(8.0).expand(4000, 8, 8).flatten(1)
     with isolated(0):
@@ -78,19 +78,19 @@ def test_shaken_images_turn_and_stretch_as_they_are_said_to() -> None:
     """A ramp is a plane, and what is seen of it another: its slopes are a row of the map."""
     across = torch.arange(10.0).expand(4000, 10, 10)
 
-    def slopes(network: Shaken, ramp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def slopes(network: RandomWarp, ramp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """To the right and down."""
         with isolated(0):
             seen = network(ramp.flatten(1)).reshape(-1, 10, 10)
         return seen[:, 5, 5] - seen[:, 5, 4], seen[:, 5, 5] - seen[:, 4, 5]
 
-    turned = Shaken((10, 10), turn=0.2, stretch=0.0, shift=0.0)
+    turned = RandomWarp((10, 10), angle=0.2, stretch=0.0, shift=0.0)
     right, down = slopes(turned, across)
     torch.testing.assert_close(right.square() + down.square(), torch.ones(4000), atol=1e-4, rtol=0)
     assert float(down.asin().std()) == pytest.approx(0.2, rel=0.05)
     other, beneath = slopes(turned, across.mT)
     torch.testing.assert_close((other, beneath), (-down, right), atol=1e-4, rtol=0)
-    stretched = Shaken((10, 10), turn=0.0, stretch=0.15, shift=0.0)
+    stretched = RandomWarp((10, 10), angle=0.0, stretch=0.15, shift=0.0)
     wide, shear = slopes(stretched, across)
     none, high = slopes(stretched, across.mT)
     assert all(float(v.std()) == pytest.approx(0.15, rel=0.05) for v in (wide.log(), high.log(), shear))

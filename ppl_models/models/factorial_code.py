@@ -1,12 +1,12 @@
-r"""A factorial code: an autoencoder whose binary-like units cannot be predicted from one another.
+r"""Predictability minimisation: an autoencoder whose code units cannot be predicted from one another.
 
 .. math::
 
     z_n = \sigma(f(x_n)) \in (0, 1)^K, \qquad x_n \mid z_n \sim \mathrm{N}(g(z_n), I), \qquad
     z_{nk} \mid z_{n,-k} \sim \mathrm{N}(P_k(z_{n,-k}), I)
 
-The last is the predictors', in the guide: ``inference.objectives.Predictability`` lets them learn, and the encoder
-evade them.
+The predictors :math:`P_k` are part of the guide. ``inference.objectives.Predictability`` trains them to predict, and
+the encoder to be unpredictable.
 
 Reference: Schmidhuber 1992, "Learning Factorial Codes by Predictability Minimization".
 """
@@ -29,11 +29,11 @@ from ppl_models.models.parts.networks import mlp
 
 
 class Predictors(nn.Module):
-    """For each of K units a network of the others: (..., K) to (..., K), in one product of matrices a layer.
+    """Predictions (..., K) of each of K units from the others, by one network per unit, evaluated together.
 
     Args:
         units: K, at least 2.
-        hidden: Widths of the hidden layers of each.
+        hidden: Widths of the hidden layers of each network.
     """
 
     def __init__(self, units: int, hidden: Sequence[int] = (32,)) -> None:
@@ -45,7 +45,7 @@ class Predictors(nn.Module):
         self.register_buffer("others", 1 - torch.eye(units))
 
     def forward(self, z: Tensor) -> Tensor:
-        """What each unit is expected to be, given all others."""
+        """The expected value of each unit given all others."""
         out: Tensor = z[..., None, :] * self.others
         for depth, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             out = (weight @ (out.tanh() if depth else out)[..., None])[..., 0] + bias
@@ -53,14 +53,14 @@ class Predictors(nn.Module):
 
 
 class FactorialCode(Autoencoder):
-    """An autoencoder with predictors of its units.
+    """An autoencoder with a code in (0, 1) and predictors of its units.
 
     Args:
         units: Number of units K, at least 2, or their names.
-        hidden: Widths of the hidden layers of encoder and decoder, where these are not given.
+        hidden: Widths of the hidden layers of the default encoder and decoder.
         predictors: Widths of the hidden layers of each predictor.
 
-    The rest, and the sites, are those of :class:`Autoencoder`; the code lies between zero and one.
+    The other arguments, and the sites, are those of :class:`Autoencoder`.
     """
 
     def __init__(
@@ -75,23 +75,18 @@ class FactorialCode(Autoencoder):
     ) -> None:
         wide, narrow = count_of(features), count_of(units)
         if narrow < 2:
-            raise ValueError(f"units: expected at least 2, which predict each other, got {narrow}")
-        inward = mlp(wide, *hidden, narrow) if encoder is None else encoder
+            raise ValueError(f"units: expected at least 2, as they predict each other, got {narrow}")
+        encoder = mlp(wide, *hidden, narrow) if encoder is None else encoder
         super().__init__(
             features,
             units,
-            encoder=nn.Sequential(inward, nn.Sigmoid()),
+            encoder=nn.Sequential(encoder, nn.Sigmoid()),
             decoder=mlp(narrow, *hidden, wide) if decoder is None else decoder,
         )
         self.predictors = Predictors(narrow, predictors)
 
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        predict: bool = False,
-    ) -> None:
-        """The code of each row; if asked, each unit of it as the others predict it."""
+    def guide(self, x: Tensor, *, predict: bool = False) -> None:
+        """Encode each row; with ``predict`` also score each unit of the code by its predictor."""
         with self.rows(x):
             z = pyro.sample("z", self.posterior(x))
             if predict:
@@ -99,9 +94,9 @@ class FactorialCode(Autoencoder):
 
 
 def mutual_information(code: Tensor, bins: int = 10) -> Tensor:
-    """Mutual information of each pair of units of a code (N, K) in [0, 1], in bits: (K, K), entropies on the diagonal.
+    """Mutual information (K, K) in bits of each pair of units of a code (N, K) in [0, 1]; entropies on the diagonal.
 
-    Units are read in bins of equal width. Rows' own frequencies are taken for probabilities: for independent units of b
-    bins each that are in use about (b - 1)^2 / (2 N log 2) bits come out.
+    Units are discretised into bins of equal width. Probabilities are the frequencies of the rows, which biases the
+    estimate upwards: independent units with b occupied bins have about (b - 1)^2 / (2 N log 2) bits.
     """
     return pairwise_information((code * bins).long().clamp(0, bins - 1), bins) / math.log(2)

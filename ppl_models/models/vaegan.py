@@ -1,12 +1,13 @@
-"""Pairs that have a likelihood and an adversary: the VAE-GAN, and the adversarial autoencoder.
+"""Pairs with a likelihood and a discriminator: the VAE-GAN, and the adversarial autoencoder.
 
-Run without ``real`` they are a VAE and an autoencoder; in either half their guide is a discriminator, of rows or of
-codes. ``inference.objectives.Adversarial(bound=..., weight=...)`` trains both at once.
+Without ``real`` they are a VAE and an autoencoder; given ``real``, the guide is a discriminator of rows or of codes.
+``inference.objectives.Adversarial(bound=..., weight=...)`` trains both at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -22,51 +23,37 @@ from ppl_models.models.vae import VAE
 
 
 class WithLikelihood(AdversarialPair):
-    """What both share: run without ``real`` the pair is that of the class after this one; in a half it is judged.
+    """Base of both: without ``real`` model and guide are those of the next base class, with it they are adversarial."""
 
-    A subclass says what the model makes in the generated half, ``forge``, and what the guide reads of a row, ``read``.
-    """
-
-    forge: Callable[[Tensor], Tensor]
-
-    def model(
-        self,
-        x: Tensor | None = None,
-        *,
-        real: bool | None = None,
-    ) -> Tensor:
-        """Draw or score rows; in a half, hand over rows of the data, or what passes for them. Return x."""
+    def model(self, x: Tensor | None = None, *, real: bool | None = None) -> Tensor:
+        """Draw or score rows; given ``real``, return rows of the data or generated ones."""
         if real is None or x is None:
             return super().model(x)
-        return self._real_or_generated(x, real, lambda count: self.forge(x[:count]))
+        return self.real_or_generated(x, real, lambda count: self.generated(x[:count]))
 
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        real: bool | None = None,
-    ) -> None:
-        """The latent sites of each row; in a half, whether it is real."""
+    def guide(self, x: Tensor, *, real: bool | None = None) -> None:
+        """Draw the latent sites of each row; given ``real``, classify it as real or generated."""
         if real is None:
             return super().guide(x)
-        return self._discriminate(x, self.read)
+        return self.sample_real(x, self.read)
+
+    @abstractmethod
+    def generated(self, x: Tensor) -> Tensor:
+        """Rows (N, D) of the generated half, as many as rows x, within the plate of rows."""
 
     def read(self, x: Tensor) -> Sequence[Tensor]:
-        """What the discriminator sees of rows (N, D)."""
+        """Inputs of the discriminator, each (N, width), for rows (N, D), within the plate of rows."""
         return (x,)
 
 
 class VAEGAN(WithLikelihood, VAE):
-    r"""A VAE whose decoder also has to pass for the data.
-
-    Run without ``real`` the pair is the VAE; in either half its guide is a discriminator, and what the model generates
-    are the decoder's means. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
+    r"""A VAE whose decoder is also the generator of a GAN: generated rows are its means at z drawn from the prior.
 
     Args:
-        discriminator: As of :class:`GAN`.
-        pack: As of :class:`GAN`.
+        discriminator: As for :class:`GAN`.
+        pack: As for :class:`GAN`.
 
-    The rest are those of :class:`VAE`.
+    The other arguments are those of :class:`VAE`.
 
     Reference: Larsen et al. 2016 (https://arxiv.org/abs/1512.09300), here with the likelihood of the pixels.
     """
@@ -82,30 +69,29 @@ class VAEGAN(WithLikelihood, VAE):
         **shared: Any,
     ) -> None:
         VAE.__init__(self, features, factors, hidden=hidden, **shared)
-        self._add_discriminator(discriminator, self.features, hidden, pack)
+        self.add_discriminator(discriminator, self.features, hidden, pack)
 
-    def forge(self, x: Tensor) -> Tensor:
-        """Means of the decoder at factors of the prior, as many as rows."""
+    def generated(self, x: Tensor) -> Tensor:
+        """Means of the decoder (N, D) at factors drawn from the prior."""
         return self.decode(pyro.sample("z", self.prior()))
 
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0) -> Tensor:
-        """Means (count, D) of the decoder as it stands, in evaluation mode."""
+        """Means of the decoder (count, D) at factors drawn from the prior, in evaluation mode."""
         with evaluation(self):
             return self.decode(normal_noise(count, self.origin, seed))
 
 
 class AdversarialAutoencoder(WithLikelihood, Autoencoder):
-    r"""An autoencoder whose codes have to pass for draws of N(0, I).
+    r"""An autoencoder whose codes are trained to be distributed as N(0, I).
 
-    Run without ``real`` the pair is the autoencoder. In either half the guide judges codes: those of the data where
-    ``real`` is one, draws of the prior where it is zero. ``Adversarial(bound=Trace_ELBO(), weight=...)`` trains both.
+    The discriminator reads codes: of the data where ``real`` is one, draws from N(0, I) where it is zero.
 
     Args:
         discriminator: From codes (N, L), or packs of them, to log odds (N, 1). Default: leaky ReLU layers.
-        hidden: Widths of its hidden layers, and of those of encoder and decoder where these are not given.
+        hidden: Widths of the hidden layers of the default networks.
 
-    The rest are those of :class:`Autoencoder`.
+    The other arguments are those of :class:`Autoencoder`.
 
     Reference: Makhzani et al. 2016 (https://arxiv.org/abs/1511.05644).
     """
@@ -129,10 +115,10 @@ class AdversarialAutoencoder(WithLikelihood, Autoencoder):
             encoder=mlp(wide, *hidden, narrow, activation=nn.ReLU) if encoder is None else encoder,
             decoder=mlp(narrow, *hidden, wide, activation=nn.ReLU) if decoder is None else decoder,
         )
-        self._add_discriminator(discriminator, self.factors, hidden, pack)
+        self.add_discriminator(discriminator, self.factors, hidden, pack)
 
-    def forge(self, x: Tensor) -> Tensor:
-        """Codes of N(0, I), as many as rows; the rows themselves nobody looks at."""
+    def generated(self, x: Tensor) -> Tensor:
+        """Draw codes from N(0, I); the rows, returned unchanged, are not used."""
         pyro.sample("z", dist.Normal(self.origin, 1.0).to_event(1))
         return x
 

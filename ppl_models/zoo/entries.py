@@ -87,17 +87,17 @@ def _chain(dataset: Dataset, **arguments: Any) -> DiffusionChain:
     """A chain over pixels of as many levels as the data hold."""
     side, steps = math.isqrt(len(dataset.features)), arguments.pop("steps", 100)
     levels = {"digits": 17, "binarized_mnist": 2}.get(dataset.name, 256)
-    network = UNet((side, side), steps, channels=(32, 64) if side < 28 else (16, 32, 32), wide=True)
+    network = UNet((side, side), steps, channels=(32, 64) if side < 28 else (16, 32, 32), learned_variance=True)
     shared = {"network": network, "variance": "learned", "likelihood": "pixels", "levels": levels}
     return DiffusionChain(dataset.features, steps=steps, **{**shared, **arguments})
 
 
 def bits(pair: DiffusionChain, given: Mapping[str, Any]) -> pd.DataFrame:
-    """The bound of a chain on rows, in bits a dimension, term by term, with standard errors over rows."""
-    each = pair.bound(**given).each()
+    """The bound of a chain on rows, in bits per dimension, term by term, with standard errors over rows."""
+    each = pair.bound(**given).row_bits()
     return pd.DataFrame(
         [(name, float(v.mean()), float(v.std()) / len(v) ** 0.5) for name, v in each.items()],
-        columns=["bits a dimension, held out", "mean", "standard error"],
+        columns=["bits per dimension, held out", "mean", "standard error"],
     )
 
 

@@ -72,11 +72,11 @@ def chain(pair: Any, x: Tensor, rows: int = 8, columns: int = 12, *, seed: int =
     few = x[torch.arange(rows // 2) * (len(x) - 1) // max(rows // 2 - 1, 1)]
     noise = _normal(few.shape, seed).to(few)
     times = [round(k * pair.steps / (columns - 1)) for k in range(columns)]
-    rising = [pair.signal(t).sqrt() * pair.scaled(few) + pair.lost(t).sqrt() * noise for t in times]
+    rising = [pair.alpha_bar(t).sqrt() * pair.scaled(few) + pair.noise_variance(t).sqrt() * noise for t in times]
     random = torch.Generator().manual_seed(seed)
     start = torch.randn(few.shape, generator=random).to(few)
     y = torch.arange(len(few), device=few.device) % pair.classes if pair.classes else None
-    falling = [start, *pair.walk(start, random, y=y)]
+    falling = [start, *pair.denoise_steps(start, random, y=y)]
     shown = [falling[pair.steps - t] for t in reversed(times)]
     grid = torch.cat([torch.stack(rising, 1), torch.stack(shown, 1)])
     return pair.unscaled(grid), f"above: noise over data in {pair.steps} steps; below: the chain back from noise"
@@ -91,7 +91,7 @@ def trajectories(pair: Any, x: Tensor, *, count: int = 60, seed: int = 0) -> Fig
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     ways = {"the chain": None, f"{pair.steps} deterministic steps": pair.steps}
     for axes, (title, steps) in zip(figure.subplots(1, 2), ways.items(), strict=True):
-        passed = torch.stack([pair.unscaled(z) for z in (start, *pair.walk(start, random, steps=steps))]).cpu()
+        passed = torch.stack([pair.unscaled(z) for z in (start, *pair.denoise_steps(start, random, steps=steps))]).cpu()
         axes.scatter(*x[:2000].cpu().T, s=2, color="0.75", label="data")
         axes.plot(passed[..., 0].numpy(), passed[..., 1].numpy(), color="C0", lw=0.5, alpha=0.6)
         for rows, colour, label in ((passed[0], "C1", "noise"), (passed[-1], "C3", "drawn")):
@@ -179,7 +179,7 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     Args:
         pair: With ``factors``, ``encode`` and ``decode``; of one with ``classes``, whose decoder reads the label after
             the code, a picture by class; a belief net, which has ``fantasies``; a GAN, which has a ``generator``; or a
-            diffusion chain, which can ``walk``.
+            diffusion chain, which has ``denoise_steps``.
         x: Rows of data (N, pixels).
         folder: An existing directory.
     """
@@ -187,7 +187,7 @@ def save(pair: Any, x: Tensor, folder: Path) -> list[Path]:
     if side * side != x.shape[1]:
         return []
     with torch.no_grad():
-        if hasattr(pair, "walk"):
+        if hasattr(pair, "denoise_steps"):
             grids = {"samples": samples(pair), "chain": chain(pair, x), "steps": by_steps(pair)}
         elif hasattr(pair, "generator"):
             grids = {"samples": samples(pair)}

@@ -21,8 +21,8 @@ from ppl_models.data import simulate_modes
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
-from ppl_models.models.parts.networks import Beside, conv_decoder, conv_encoder, mlp
-from ppl_models.models.parts.warps import Shaken, Warp
+from ppl_models.models.parts.networks import LateFusion, conv_decoder, conv_encoder, mlp
+from ppl_models.models.parts.warps import RandomWarp, Warp
 from ppl_models.zoo.methods import adversaries
 
 
@@ -87,7 +87,7 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
     for start in range(starts * seed, starts * (seed + 1)):
         with isolated(start):
             maker = nn.Sequential(mlp(8 + 10, 256, 256, 64, activation=nn.ReLU), nn.Sigmoid())
-            trunk = nn.Sequential(Shaken((8, 8)), mlp(64, 256, 256, activation=Leaky), Leaky())
+            trunk = nn.Sequential(RandomWarp((8, 8)), mlp(64, 256, 256, activation=Leaky), Leaky())
             pair = InfoGAN(digits.features, 10, 8, generator=maker, trunk=trunk)
         objective = Adversarial(r1=1.0, information=("c",))
         schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1}
@@ -162,7 +162,7 @@ def dcgan(inputs: int, labels: int, *, planes: int = 1) -> dict[str, Any]:
     outputs = 128 if labels else 1
     judge: nn.Module = conv_encoder(shape, outputs, channels=(32, 64), planes=planes, activation=Leaky)
     if labels:
-        judge = Beside(
+        judge = LateFusion(
             judge, pixels, nn.Sequential(Leaky(), nn.Linear(outputs + labels, 128), Leaky(), nn.Linear(128, 1))
         )
     return {"generator": nn.Sequential(made, nn.Sigmoid()), "discriminator": judge}

@@ -20,7 +20,7 @@ def diffused_modes(quick: bool, seed: int, *, name: str) -> dict[str, float]:
     x, centres, deviation = simulate_modes(name, rows, seed)
     finest = -2 * math.log(deviation / float(x.std())) + 2
     with isolated(seed):
-        pair = DiffusionChain(2, schedule=log_snr(100, finest, -8), spread=float(x.std()))
+        pair = DiffusionChain(2, schedule=log_snr(100, finest, -8), scale=float(x.std()))
     fit(pair, x, Denoising(100, simple=True), steps=steps, batch=256, learning_rate=0.002, seed=seed)
     found: dict[str, float] = {}
     for label, chosen in (("", None), ("deterministic ", 50)):
@@ -37,7 +37,7 @@ def diffusion(quick: bool, seed: int) -> dict[str, float]:
     few, rows, chain, steps, batch = (200, 20, 20, 20, 20) if quick else (None, 2000, 1000, 40_000, 128)
     channels = (8, 16, 16) if quick else (32, 64, 64)
     with isolated(seed):
-        network = UNet((28, 28), chain, channels=channels, wide=True)
+        network = UNet((28, 28), chain, channels=channels, learned_variance=True)
         pair = DiffusionChain(images.features, network, steps=chain, variance="learned", likelihood="pixels")
     x, test = images.train["x"][:few], images.test["x"][:rows]
     objective = Denoising(chain, simple=True, bound=0.001)

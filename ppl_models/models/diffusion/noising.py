@@ -1,9 +1,9 @@
-r"""The noise of a diffusion chain: what its guide does to rows, step by step, and what undoes it when they are known.
+r"""The forward process of a diffusion chain: Gaussian noise added step by step, and its exact posterior given the rows.
 
 .. math::
 
-    q(x_t \mid x) = \mathrm{N}(\sqrt{\bar\alpha_t}\, x, (1 - \bar\alpha_t) I), \qquad
-    q(x_{t-1} \mid x_t, x) = \mathrm{N}(\mu_t(x_t, x), \tilde\beta_t I)
+    q(x_t \mid x_0) = \mathrm{N}(\sqrt{\bar\alpha_t}\, x_0, (1 - \bar\alpha_t) I), \qquad
+    q(x_{t-1} \mid x_t, x_0) = \mathrm{N}(\tilde\mu_t(x_t, x_0), \tilde\beta_t I)
 
 Reference: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239), equations 4, 6 and 7.
 """
@@ -11,75 +11,97 @@ Reference: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239), equation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.diffusion.schedules import interpolate, ratio_of
+from ppl_models.models.diffusion.schedules import at_steps, log_snr_of
 from ppl_models.models.pair import Pair
 
 
 class Noising(Pair):
-    r"""What noise leaves of rows, by step: the part of a chain that has no parameters.
+    r"""The forward process, which has no parameters.
+
+    In its methods t is an integer, or a tensor (...,) that gives results (..., 1).
 
     Args:
         features: Number of features D, or their names.
-        signal: :math:`\bar\alpha` (T,), which falls.
+        alpha_bar: :math:`\bar\alpha` (T,), decreasing.
     """
 
-    def __init__(self, features: int | Sequence[str], signal: Tensor) -> None:
+    def __init__(self, features: int | Sequence[str], alpha_bar: Tensor) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
-        self.steps = len(signal)
-        # Ratios: what is left of small signals and of small noise keeps its digits.
-        self.register_buffer("ratio", ratio_of(signal))
+        self.steps = len(alpha_bar)
+        # The log ratio keeps the digits of alpha_bar near 0 and near 1.
+        self.register_buffer("log_snr", log_snr_of(alpha_bar))
         self.register_buffer("origin", torch.zeros(self.features))
 
     def prior(self) -> dist.TorchDistribution:
         """p(x_T): N(0, I), an event (D,)."""
         return dist.Normal(self.origin, 1.0).to_event(1)
 
-    def signal(self, t: int | Tensor) -> Tensor:
-        r"""What is left of the data, :math:`\bar\alpha`, at steps t, an integer or (...,): a number, or (..., 1)."""
-        return self._ratio(t).sigmoid().to(self.origin)
+    def alpha_bar(self, t: int | Tensor) -> Tensor:
+        r""":math:`\bar\alpha_t`: the fraction of the variance of x_t that is due to the data."""
+        return self._log_snr_at(t).sigmoid().to(self.origin)
 
-    def lost(self, t: int | Tensor) -> Tensor:
-        r"""The rest, :math:`1 - \bar\alpha`."""
-        return (-self._ratio(t)).sigmoid().to(self.origin)
+    def noise_variance(self, t: int | Tensor) -> Tensor:
+        r""":math:`1 - \bar\alpha_t`."""
+        return (-self._log_snr_at(t)).sigmoid().to(self.origin)
 
-    def _ratio(self, t: int | Tensor) -> Tensor:
-        return self.ratio[t] if isinstance(t, int) else interpolate(self.ratio, t)[..., None]
+    def alpha(self, t: int | Tensor) -> Tensor:
+        r""":math:`\alpha_t = \bar\alpha_t / \bar\alpha_{t-1}`."""
+        return self.alpha_bar(t) / self.alpha_bar(t - 1)
 
-    def noised(self, clean: Tensor, t: int | Tensor) -> dist.TorchDistribution:
-        """q(x_t | x) of scaled rows (..., D)."""
-        return normal_event(self.signal(t).sqrt() * clean, self.lost(t).sqrt())
+    def beta(self, t: int | Tensor) -> Tensor:
+        r""":math:`\beta_t = 1 - \alpha_t`, the variance that step t adds."""
+        return self.added_variance(t - 1, t)
 
-    def posterior(self, noised: Tensor, clean: Tensor, t: int | Tensor) -> dist.TorchDistribution:
-        """q(x_{t-1} | x_t, x) of noised and scaled rows (..., D); of step 1, where it is a point, with the spread of
-        step 2."""
-        return normal_event(self._between(noised, clean, t), self._bounds(t)[0].sqrt())
+    def added_variance(self, s: int | Tensor, t: int | Tensor) -> Tensor:
+        r""":math:`1 - \bar\alpha_t / \bar\alpha_s`, the variance that steps s + 1 to t add.
 
-    def _between(self, noised: Tensor, clean: Tensor, t: int | Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x)."""
-        before, keep, lost = self.signal(t - 1), self.signal(t) / self.signal(t - 1), self.lost(t)
-        return (before.sqrt() * self._added(t) * clean + keep.sqrt() * self.lost(t - 1) * noised) / lost
+        Computed from logarithms: a difference of values of :math:`\bar\alpha` would lose digits.
+        """
+        late, early = (nn.functional.logsigmoid(self._log_snr_at(v)) for v in (t, s))
+        return -torch.expm1(late - early).to(self.origin)
 
-    def _bounds(self, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Variances of the guide's posterior, of step 2 for step 1 which has none, and of the forward step."""
-        first = max(t, 2) if isinstance(t, int) else t.clamp(min=2)
-        return self._added(first) * self.lost(first - 1) / self.lost(first), self._added(t)
+    def noised(self, x0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
+        """q(x_t | x_0) of scaled rows (..., D)."""
+        return normal_event(self.alpha_bar(t).sqrt() * x0, self.noise_variance(t).sqrt())
 
-    def _added(self, t: int | Tensor) -> Tensor:
-        """Variance of the forward step."""
-        return self._between_steps(t - 1, t)
+    def posterior(self, x_t: Tensor, x0: Tensor, t: int | Tensor) -> dist.TorchDistribution:
+        """q(x_{t-1} | x_t, x_0) of scaled rows (..., D); at step 1, where it is a point, with step 2's variance."""
+        return normal_event(self.posterior_mean(x_t, x0, t), self.variance_bounds(t)[0].sqrt())
 
-    def _between_steps(self, first: int | Tensor, last: int | Tensor) -> Tensor:
-        """What is lost of the signal from one step to another, by its logarithms: differences of shares lose digits."""
-        now, before = (nn.functional.logsigmoid(self._ratio(t)) for t in (last, first))
-        return -torch.expm1(now - before).to(self.origin)
+    def posterior_mean(self, x_t: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
+        r""":math:`\tilde\mu_t(x_t, x_0)`, the mean of :meth:`posterior` (..., D)."""
+        weighted = self.alpha_bar(t - 1).sqrt() * self.beta(t) * x0
+        return (weighted + self.alpha(t).sqrt() * self.noise_variance(t - 1) * x_t) / self.noise_variance(t)
+
+    def variance_bounds(self, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\tilde\beta_t` and :math:`\beta_t`, between which the variance of a reverse step lies.
+
+        At step 1, where the first is zero, it is that of step 2.
+        """
+        inner = max(t, 2) if isinstance(t, int) else t.clamp(min=2)
+        return self.beta(inner) * self.noise_variance(inner - 1) / self.noise_variance(inner), self.beta(t)
+
+    def _log_snr_at(self, t: int | Tensor) -> Tensor:
+        return self.log_snr[t] if isinstance(t, int) else at_steps(self.log_snr, t)[..., None]
 
 
 def normal_event(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-    """A normal of rows, an event (D,)."""
+    """Independent normals with one event dimension (D,)."""
     return dist.Normal(loc, scale.expand(loc.shape), validate_args=False).to_event(1)
+
+
+def draw(distribution: Any, random: torch.Generator) -> Tensor:
+    """A draw from a normal by a generator on the CPU: a seed gives the same draw on every device."""
+    return distribution.mean + distribution.stddev * noise_like(distribution.mean, random)
+
+
+def noise_like(x: Tensor, random: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape, type and device of x, by a generator on the CPU."""
+    return torch.randn(x.shape, generator=random).to(x)

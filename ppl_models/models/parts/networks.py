@@ -1,4 +1,4 @@
-"""The few torch networks that more than one pair uses."""
+"""Torch networks that more than one pair uses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
 
 
 class Images(nn.Module):
-    """A network of images among dense ones: rows (..., pixels) or (..., values) in, the same out.
-
-    Leading dimensions are flattened and restored, as particles and chains stand there.
+    """Applies an image network to flattened rows with any leading dimensions, such as particles or chains.
 
     Args:
         inner: From (N, C, H, W), or rows (N, values), to (N, ...).
-        shape: Shape of one input as ``inner`` takes it; None: a row as it comes.
+        shape: Shape of one input of ``inner``. Default: the row as it is.
     """
 
     def __init__(self, inner: nn.Module, shape: tuple[int, ...] | None = None) -> None:
@@ -38,7 +36,7 @@ class Images(nn.Module):
 
 
 class Residual(nn.Module):
-    """A row, and beside it what a network makes of it."""
+    """The input plus a network of it."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -48,13 +46,13 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-class Beside(nn.Module):
-    """A network of the first columns of a row, and another of what it gives with the other columns beside.
+class LateFusion(nn.Module):
+    """Applies a network to the first columns of a row, and another to its output joined with the other columns.
 
     Args:
-        inner: Of the first columns.
-        width: Their number.
-        outer: Of the outputs of ``inner`` and the other columns.
+        inner: Network of the first columns.
+        width: Number of the first columns.
+        outer: Network of the outputs of ``inner`` and the other columns.
     """
 
     def __init__(self, inner: nn.Module, width: int, outer: nn.Module) -> None:
@@ -66,10 +64,10 @@ class Beside(nn.Module):
 
 
 class Averaged(nn.Module):
-    r"""A network that is evaluated with the moving average of its parameters, :math:`m \leftarrow d m + (1 - d) p`.
+    r"""Exponential moving average of a network's parameters, :math:`m \leftarrow d m + (1 - d) p`.
 
-    Each call in training mode takes the parameters into the average; it does not change what the call gives. The
-    average is held in buffers: torch's ``AveragedModel`` copies parameters, which Pyro would take for the pair's own.
+    Each call in training mode updates the average and uses the parameters themselves; in evaluation mode the average is
+    used. It is held in buffers: torch's ``AveragedModel`` copies parameters, which Pyro would train.
 
     Args:
         network: Any network.
@@ -104,15 +102,15 @@ def conv_encoder(
     planes: int = 1,
     activation: Callable[[], nn.Module] = nn.ELU,
 ) -> Images:
-    """Strided convolutions, each of which halves height and width, and one dense layer: pixels (..., H W) to outputs.
+    """Convolutions of stride 2 and one hidden dense layer, from pixels (..., planes H W) to (..., outputs).
 
     Args:
         shape: Height and width of an image.
         outputs: Width of the output.
-        channels: Channels of each convolution.
+        channels: Channels of each convolution, which halves height and width.
         hidden: Width of the dense layer before the output.
-        planes: Images in one input, side by side: colours, or a pack.
-        activation: Makes an activation.
+        planes: Image planes per input, such as colours or the images of a pack.
+        activation: Factory of an activation.
     """
     height, width = shape
     layers: list[nn.Module] = []
@@ -121,7 +119,7 @@ def conv_encoder(
         height, width = (height + 1) // 2, (width + 1) // 2
     last = channels[-1] * height * width
     dense = [nn.Flatten(), nn.Linear(last, hidden), activation(), nn.Linear(hidden, outputs)]
-    return Images(_started(nn.Sequential(*layers, *dense)), (planes, *shape))
+    return Images(_initialised(nn.Sequential(*layers, *dense)), (planes, *shape))
 
 
 def conv_decoder(
@@ -134,16 +132,16 @@ def conv_decoder(
     activation: Callable[[], nn.Module] = nn.ELU,
     normalise: bool = False,
 ) -> Images:
-    """The mirror of :func:`conv_encoder`: factors (..., inputs) to pixels (..., H W).
+    """The mirror image of :func:`conv_encoder`, from factors (..., inputs) to pixels (..., planes H W).
 
     Args:
         inputs: Width of the input.
         shape: Height and width of an image.
-        channels: Channels before each transposed convolution, each of which doubles height and width.
+        channels: Channels before each transposed convolution, which doubles height and width.
         hidden: Width of the dense layer after the input.
-        planes: Images in one output, side by side.
-        activation: Makes an activation.
-        normalise: Batch normalisation before each activation between convolutions, as a DCGAN has it.
+        planes: Image planes per output.
+        activation: Factory of an activation.
+        normalise: Whether to apply batch normalisation between convolutions, as in a DCGAN.
     """
     sizes = [shape]
     for _ in channels:
@@ -153,19 +151,19 @@ def conv_decoder(
     layers: list[nn.Module] = [nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, start)]
     layers.append(nn.Unflatten(1, (channels[0], height, width)))
     for (before, after), (high, wide) in zip(pairwise((*channels, planes)), reversed(sizes), strict=True):
-        # A doubled side of odd length loses a line again.
+        # A side of odd length is one pixel shorter than the doubled one.
         padding = (1 - high % 2, 1 - wide % 2)
         layers += [nn.BatchNorm2d(before)] if normalise else []
         layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding)]
-    return Images(_started(nn.Sequential(*layers, nn.Flatten())))
+    return Images(_initialised(nn.Sequential(*layers, nn.Flatten())))
 
 
-def _started(network: nn.Sequential) -> nn.Sequential:
-    """Weights of He et al. 2015, the last layer's as torch has them: by torch's own a signal fades over five layers."""
+def _initialised(network: nn.Sequential) -> nn.Sequential:
+    """Initialise all layers but the last as in He et al. 2015: with torch's default, signals fade over five layers."""
     layers = [m for m in network if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     for layer in layers[:-1]:
         weight: Tensor = layer.weight
-        # What reaches one output: of a transposed convolution that doubles each side, a quarter of the window.
+        # Inputs per output: of a transposed convolution with stride 2, a quarter of the window.
         fan = weight[:, 0].numel() / 4 if isinstance(layer, nn.ConvTranspose2d) else weight[0].numel()
         nn.init.normal_(weight, std=(2 / fan) ** 0.5)
         nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
@@ -174,28 +172,27 @@ def _started(network: nn.Sequential) -> nn.Sequential:
 
 @contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode for a while."""
+    """Context in which a module is in evaluation mode."""
     training = [m for m in module.modules() if m.training]
-    for each in training:
-        each.training = False
+    for submodule in training:
+        submodule.training = False
     try:
         yield
     finally:
-        for each in training:
-            each.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def check_network(name: str, network: nn.Module, inputs: int, outputs: int, *more: Tensor) -> None:
-    """Raise unless a network takes rows of one width, and ``more`` of a row, to rows of another; a copy of it is tried
-    on a row of zeros."""
+    """Raise ValueError unless a copy of a network maps a row of zeros, and ``more`` inputs, to a row of ``outputs``."""
     like = next(network.parameters(), torch.empty(0))
     row = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
     try:
         with torch.no_grad():
-            found = deepcopy(network).eval()(row, *(v.to(row.device) for v in more))
+            out = deepcopy(network).eval()(row, *(v.to(row.device) for v in more))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name}: expected inputs of width {inputs}, got an error: {reason}") from None
-    if not isinstance(found, Tensor) or found.shape != (1, outputs):
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(out, Tensor) or out.shape != (1, outputs):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{name}: expected outputs of width {outputs}, got {got}")

@@ -1,8 +1,8 @@
-r"""Images seen through affine maps: one that is learnt, or another one for each image.
+r"""Affine warps of images: one that is learnt, or a random one per image.
 
-A map takes a place u of the new image to the place of the old one that is seen there, between pixels by bilinear
-interpolation, and beyond the edge as at the edge. Places are counted from the middle, an edge at -1 and 1; what turns
-or shears counts in pixels, so that images that are no squares turn rigidly.
+A map takes a position u in the output to the position in the input that is shown there, with bilinear interpolation
+between pixels and the border value outside. Positions are relative to the centre, with edges at -1 and 1; rotation and
+shear are in pixels, so that images that are not square rotate rigidly.
 
 Reference: Jaderberg, Simonyan, Zisserman and Kavukcuoglu 2015 (https://arxiv.org/abs/1506.02025).
 """
@@ -19,7 +19,7 @@ from ppl_models.models.parts.networks import mlp
 
 
 def warp(x: Tensor, maps: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows (..., H W) of pixels, each seen through a map (..., 2, 3) of places (horizontal, vertical, 1)."""
+    """Warp images (..., H W) by affine maps (..., 2, 3) of positions (horizontal, vertical, 1)."""
     height, width = shape
     if x.shape[-1] != height * width:
         raise ValueError(f"x: expected images of {height} x {width} as (..., {height * width}), got {tuple(x.shape)}")
@@ -31,21 +31,21 @@ def warp(x: Tensor, maps: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class Warp(nn.Module):
-    r"""One affine map of all images, and one of each tone of theirs.
+    r"""A learnt affine warp of all images, followed by a learnt map of pixel values.
 
     .. math::
 
         b(u) = \sigma(g(a(A u + t))), \qquad A \in \mathbb{R}^{2 \times 2}, t \in \mathbb{R}^2
 
-    It can turn, stretch and move images and change their tones, and nothing else: what a dense map between two laws of
-    images lacks, which has countless ways to take the one to the other.
+    It can only rotate, stretch, shear and shift images and change their grey values, whereas a dense network can map
+    one distribution of images to another in countless ways.
 
     Args:
         shape: Height and width of an image.
-        angle: Angle in radians by which A turns at first.
-        hidden: Width of the network g of one tone.
+        angle: Initial angle of A, in radians.
+        hidden: Width of the hidden layer of the network g, from a grey value to a logit.
 
-    Pixels: (..., H W) in, and out in (0, 1).
+    From pixels (..., H W) to pixels (..., H W) in (0, 1).
     """
 
     def __init__(self, shape: tuple[int, int], *, angle: float = 0.0, hidden: int = 16) -> None:
@@ -59,28 +59,30 @@ class Warp(nn.Module):
         return self.tone(warp(x, self.map, self.shape)[..., None])[..., 0].sigmoid()
 
 
-class Shaken(nn.Module):
-    r"""Images seen through maps of their own, drawn anew at every call in training: turned, stretched and moved.
+class RandomWarp(nn.Module):
+    r"""Augmentation by a random affine warp per image, drawn at every call in training mode.
 
-    Before what tells real rows from generated ones, and codes from one another, it makes both blind to such changes.
+    In front of a network it makes it insensitive to such changes.
 
     Args:
         shape: Height and width of an image.
-        turn: Standard deviation of the angle, in radians.
-        stretch: Standard deviation of the logarithms of height and width, and of the shear.
+        angle: Standard deviation of the angle, in radians.
+        stretch: Standard deviation of the logarithms of both scale factors, and of the shear.
         shift: Standard deviation of the shifts, in pixels.
     """
 
-    def __init__(self, shape: tuple[int, int], *, turn: float = 0.12, stretch: float = 0.1, shift: float = 0.5) -> None:
+    def __init__(
+        self, shape: tuple[int, int], *, angle: float = 0.12, stretch: float = 0.1, shift: float = 0.5
+    ) -> None:
         super().__init__()
-        self.shape, self.turn, self.stretch, self.shift = shape, turn, stretch, shift
+        self.shape, self.angle, self.stretch, self.shift = shape, angle, stretch, shift
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         height, width = self.shape
         angle, wide, high, shear, right, down = torch.randn(*x.shape[:-1], 6).to(x).unbind(-1)
-        cos, sin = (self.turn * angle).cos(), (self.turn * angle).sin()
+        cos, sin = (self.angle * angle).cos(), (self.angle * angle).sin()
         wide, high = (self.stretch * wide).exp(), (self.stretch * high).exp()
         rows = (
             (cos * wide, self.stretch * shear - sin * high, 2 * self.shift / width * right),
