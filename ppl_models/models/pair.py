@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_models.models.checks import count_of
+from ppl_models.models.parts.grids import Grid
 
 HALVES = ("model", "guide", "exact")
 
@@ -91,6 +92,10 @@ class Pair(PyroModule):
 
     def check(self, **data: Any) -> None:
         """Raise ValueError, one line, when the data do not fit the pair. The verbs call it before any work."""
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Grids of images by name, from rows of data by name: what a pair of images generates or reconstructs."""
+        return {}
 
     def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
         """Size of a dimension that is given as a number or as names; names become coordinates."""

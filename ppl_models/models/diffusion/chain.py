@@ -32,7 +32,9 @@ from ppl_models.models.checks import check_count, check_known_labels, check_labe
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import path, signal_of
+from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Pixels
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network, evaluation
 
 PREDICTIONS = ("noise", "sample", "velocity")
@@ -173,8 +175,9 @@ class DiffusionChain(Noising):
         step: int | Tensor | None = None,
     ) -> Tensor:
         """Draw or score the chain from noise to rows, or one edge of it; return x."""
-        y = self._labels(y)
-        with self.rows(x if y is None else y):
+        # Labels that the network does not read still say how many rows to draw.
+        with self.rows(x, y):
+            y = self._labels(y)
             if step is not None:
                 return self._edge(x, y, step)
             z = pyro.sample(f"x_{self.steps}", self.prior())
@@ -412,6 +415,11 @@ class DiffusionChain(Noising):
         added = eta**2 * lost / self.lost(now) * self._between_steps(then, now)
         z = there.sqrt() * guess.clean + (lost - added).clamp(min=0).sqrt() * guess.noise
         return z + added.sqrt() * torch.randn(z.shape, generator=random).to(z) if eta else z
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Generated rows, the chain forward and back, and rows by the number of deterministic steps."""
+        samples = grids.samples_by(self, "y", self.classes) if self.classes else grids.samples(self)
+        return {"samples": samples, "chain": grids.chain(self, x), "steps": grids.by_steps(self)}
 
     # ------------------------------------------------------------------------------------------------ checks
 
