@@ -57,7 +57,7 @@ def main(steps: int = 2000, chain: int = 100, draws: int = 1000, seed: int = 0, 
     print(table.round(4).to_string(index=False))
     out.mkdir(parents=True, exist_ok=True)
     picture(table, out / "fewer_steps.png")
-    pictures.draw(pictures.by_steps(pair), (8, 8)).savefig(out / "fewer_steps_digits.png", dpi=120)
+    pictures.draw(pair.pictures(real)["steps"], (8, 8)).savefig(out / "fewer_steps_digits.png", dpi=120)
     print(out / "fewer_steps.png", out / "fewer_steps_digits.png")
 
 

@@ -25,6 +25,7 @@ from ppl_models import data, ledger
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import ZOO, find
 from ppl_models.zoo.entry import Entry
+from ppl_models.zoo.pictures import save
 
 app = typer.Typer(
     help="A model zoo on Pyro: fit, sample and compare model/guide pairs.",
@@ -46,25 +47,22 @@ PairName = Annotated[str, typer.Argument(metavar="PAIR", help="A pair of the zoo
 DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
 
 
-OutDir = Annotated[Path | None, typer.Option("--out", help="Directory of the files; default: results/PAIR-DATA.")]
+OutDir = Annotated[Path | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
 
 
 Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
 
 
-Draws = Annotated[int, typer.Option(min=4, help="Posterior draws (a chain, for chains).")]
-
-
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Errors and warnings as one line each on standard error; errors end with exit code 1."""
+    """Print errors and warnings as one line each on standard error; errors exit with code 1."""
 
-    def say(message: Any, *_: Any, **__: Any) -> None:
+    def show(message: Any, *_: Any, **__: Any) -> None:
         err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
-        warnings.showwarning = say
+        warnings.showwarning = show
         try:
             yield
         except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
@@ -74,10 +72,10 @@ def _one_line() -> Iterator[None]:
 
 @app.command("list")
 def list_() -> None:
-    """Show the pairs of the zoo and their data."""
+    """List the pairs of the zoo with their data sets and methods."""
     table = Table("pair", "what", "data", "methods", box=None, pad_edge=False)
-    for row in ZOO.values():
-        table.add_row(row.name, row.title, ", ".join((row.data, *row.also)), ", ".join(row.methods))
+    for entry in ZOO.values():
+        table.add_row(entry.name, entry.title, ", ".join((entry.data, *entry.also)), ", ".join(entry.methods))
     _print_whole(table)
 
 
@@ -85,26 +83,26 @@ def list_() -> None:
 def fit(
     pair: PairName,
     data_name: DataName = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the pair's own.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows a minibatch; default: the pair's own, mostly all.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the pair's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Minibatch size; default: the pair's, often all rows.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Start of the learning rate's schedule; default: the pair's own.")
+        float | None, typer.Option(help="Initial learning rate of the schedule; default: the pair's.")
     ] = None,
-    draws: Draws = 1000,
+    draws: Annotated[int, typer.Option(min=4, help="Posterior draws to keep.")] = 1000,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
-    """Fit a pair: its guide by stochastic variational inference, or a generator against its discriminator."""
+    """Fit a pair by its own objective: variational inference, maximum likelihood or adversarial training."""
     with _one_line():
-        row, dataset, folder = _prepare(pair, data_name, out_dir)
-        model = row.pair(dataset)
-        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
-        own = {name: value for name, value in given.items() if value is not None}
-        result = row.fit(model, dataset.train, draws=draws, seed=seed, **own)  # type: ignore[call-arg]
+        entry, dataset, folder = _prepare(pair, data_name, out_dir)
+        model = entry.pair(dataset)
+        options = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+        chosen = {name: value for name, value in options.items() if value is not None}
+        result = entry.fit(model, dataset.train, draws=draws, seed=seed, **chosen)  # type: ignore[call-arg]
         _report(result, folder)
-        if row.report:
-            _print_whole(_frame(row.report(model, dataset.test)))
-        for path in row.draw(model, dataset.test["x"], folder) if row.draw else ():
+        if entry.report:
+            _print_whole(_frame(entry.report(model, dataset.test)))
+        for path in save(model, dataset.test, dataset.shape, folder) if dataset.shape else ():
             out.print(f"[dim]{path}[/]", highlight=False)
 
 
@@ -112,12 +110,10 @@ def fit(
 def sample(
     pair: PairName,
     data_name: DataName = None,
-    draws: Annotated[int | None, typer.Option(min=4, help="Draws a chain; default: the kernel's.")] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Draws a chain to adapt with; default: the kernel's.")
-    ] = None,
+    draws: Annotated[int | None, typer.Option(min=4, help="Draws per chain; default: the kernel's.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Warmup draws per chain; default: the kernel's.")] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: as sample() chooses.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: chosen by the model.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
@@ -126,9 +122,9 @@ def sample(
         kernels = {n.lower(): n for n in inference.kernels.__all__}
         named = kernel and kernels.get(kernel.lower(), kernel)
         factory = getattr(inference.kernels, _known("kernel", named, inference.kernels.__all__)) if named else None
-        row, dataset, folder = _prepare(pair, data_name, out_dir)
+        entry, dataset, folder = _prepare(pair, data_name, out_dir)
         result = inference.sample(
-            row.pair(dataset), dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed
+            entry.pair(dataset), dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed
         )
         _report(result, folder)
 
@@ -137,31 +133,31 @@ def sample(
 def compare(
     pair: PairName,
     data_name: DataName = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: all of the pair.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
-    """Run several methods on one pair: a table, a plot, an ArviZ file a method."""
+    """Compare several methods on one pair: a table, a plot and one ArviZ file per method."""
     with _one_line():
-        row = find(pair)
-        names = methods.split(",") if methods else list(row.methods)
-        chosen = {name: row.methods[_known("method", name, row.methods)] for name in names}
-        row, dataset, folder = _prepare(pair, data_name, out_dir)
+        entry = find(pair)
+        names = methods.split(",") if methods else list(entry.methods)
+        chosen = {name: entry.methods[_known("method", name, entry.methods)] for name in names}
+        entry, dataset, folder = _prepare(pair, data_name, out_dir)
         seeded: dict[str, Method] = {name: partial(method, seed=seed) for name, method in chosen.items()}  # type: ignore[call-arg]
-        comparison = row.compare(dataset, seeded, seed=seed)
-        _show(comparison, row, dataset)
+        comparison = entry.compare(dataset, seeded, seed=seed)
+        _show(comparison, entry, dataset)
         for path in comparison.save(folder):
             out.print(f"[dim]{path}[/]", highlight=False)
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; none: list them.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The size for tests: minutes become seconds.")] = False,
+    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; omit to list them.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A size for tests, seconds instead of hours.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; default: the recipe's.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory of the records.")] = Path("results/ledger"),
 ) -> None:
-    """Obtain a published figure, and append what came out to the ledger."""
+    """Reproduce a published figure and append the result to a ledger."""
     with _one_line():
         if name is None:
             for recipe in ledger.RECIPES.values():
@@ -172,9 +168,9 @@ def reproduce(
         record = ledger.reproduce(recipe, out_dir, quick=quick, seeds=seeds)
         out.print(f"[bold]{recipe.name}[/]: {recipe.title}; {recipe.protocol}", highlight=False, soft_wrap=True)
         error = record["standard_error"]
-        spread = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"
+        margin = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"
         shown = Table(box=None, pad_edge=False, show_header=False)
-        shown.add_row("obtained" + (" (quick: not comparable)" if quick else ""), f"{record['figure']:.2f}{spread}")
+        shown.add_row("obtained" + (" (quick: not comparable)" if quick else ""), f"{record['figure']:.2f}{margin}")
         shown.add_row("published", f"{recipe.known}, {recipe.origin}")
         for what, values in record["details"].items():
             if what != "figure":
@@ -185,13 +181,13 @@ def reproduce(
 
 
 def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Entry, Dataset, Path]:
-    """Find everything that a name or a path can get wrong before any work is done."""
-    row = find(pair)
+    """Look up names and check the output directory, so that errors come before any work is done."""
+    entry = find(pair)
     if data_name is not None:
         _known("data", data_name, data.names())
-    folder = out_dir or Path("results") / f"{row.name}-{data_name or row.data}"
+    folder = out_dir or Path("results") / f"{entry.name}-{data_name or entry.data}"
     _check_writable(folder)
-    return row, row.load(data_name), folder
+    return entry, entry.load(data_name), folder
 
 
 def _known(what: str, name: str, known: Any) -> str:
@@ -229,15 +225,16 @@ def _report(result: Result, folder: Path) -> None:
     out.print(f"[dim]{path}[/]", highlight=False)
 
 
-def _show(comparison: Comparison, row: Entry, dataset: Dataset) -> None:
+def _show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     table = comparison.table.dropna(axis=1, how="all")
-    out.print(f"[bold]{row.title}[/] on {dataset.name}: {len(dataset.train['x'])} rows", highlight=False)
-    # Methods side by side: the measures are too many for the width of a terminal.
+    rows = len(next(iter(dataset.train.values())))
+    out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
+    # One column per method: there are too many measures for the width of a terminal.
     _print_whole(_frame(table.T.rename_axis("measure").reset_index()))
     for column in table.columns:
         out.print(f"[dim]{column:14}{COLUMNS[column]}[/]", highlight=False)
     if comparison.truth:
-        out.print(f"[dim]{'truth':14}{row.source}[/]", highlight=False)
+        out.print(f"[dim]{'truth':14}{entry.source}[/]", highlight=False)
     for name, result in comparison.results.items():
         for sentence in result.diagnosis.advice:
             out.print(escape(f"{name}: {sentence}"), highlight=False)
@@ -253,7 +250,7 @@ def _frame(table: pd.DataFrame) -> Table:
 
 
 def _print_whole(table: Table) -> None:
-    """Print a table with every number in it, though its lines be longer than the terminal's."""
+    """Print a table in full, even where its lines are longer than the terminal's."""
     shown = Console(width=max(out.width, out.measure(table, options=out.options.update(max_width=1000)).maximum))
     shown.print(table)
 

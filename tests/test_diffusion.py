@@ -20,6 +20,7 @@ from ppl_models.models.diffusion import flow, inverse
 from ppl_models.models.diffusion.chain import PREDICTIONS, VARIANCES, DiffusionChain
 from ppl_models.models.diffusion.denoisers import ExactDenoiser, UNet
 from ppl_models.models.diffusion.schedules import SCHEDULES, cosine, linear, log_snr, timesteps
+from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.networks import evaluation
 from ppl_models.zoo import pictures
@@ -494,9 +495,9 @@ def test_the_likelihood_is_one_call_and_tighter_with_particles() -> None:
 def test_pictures_of_a_chain(tmp_path) -> None:
     pair = DiffusionChain(16, steps=6, likelihood="pixels", levels=4, hidden=(8,))
     x = torch.randint(4, (20, 16)) / 3
-    names = [path.name for path in pictures.save(pair, x, tmp_path)]
+    names = [path.name for path in pictures.save(pair, {"x": x}, (4, 4), tmp_path)]
     assert names == ["samples.png", "chain.png", "steps.png"] and all((tmp_path / n).exists() for n in names)
-    images, _ = pictures.chain(pair, x, rows=4, columns=5)
+    images, _ = grids.chain(pair, x, rows=4, columns=5)
     assert images.shape == (4, 5, 16)
     # From data to noise, and back.
     torch.testing.assert_close(images[:2, 0], x[[0, 19]])
@@ -511,7 +512,7 @@ def test_ways_in_the_plane_end_where_rows_are_drawn() -> None:
     torch.testing.assert_close(torch.as_tensor(np.asarray(ends)).float(), pair.generate(7, steps=20, seed=3))
     # A network that learns, too.
     assert len(pictures.trajectories(small(), rows(9)).axes) == 2
-    with pytest.raises(ValueError, match="features: expected 2 for ways in the plane, got 16"):
+    with pytest.raises(ValueError, match="features: expected 2 for paths in the plane, got 16"):
         pictures.trajectories(DiffusionChain(16, steps=3, hidden=(4,)), torch.zeros(3, 16))
 
 

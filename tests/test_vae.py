@@ -17,6 +17,7 @@ from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.draws.scoring import log_joint
 from ppl_models import data
+from ppl_models.models.parts import grids
 from ppl_models.models.parts.networks import conv_decoder, conv_encoder
 from ppl_models.models.vae import LIKELIHOODS, VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
 from ppl_models.zoo import pictures
@@ -152,7 +153,7 @@ def test_a_conditional_vae_draws_the_class_that_it_is_asked_for() -> None:
     # By chance a tenth.
     assert np.mean(right) > 0.75
     with torch.no_grad():
-        images, _ = pictures.by_class(pair, 6)
+        images, _ = grids.by_class(pair, 6)
     assert images.shape == (10, 6, 64)
     asked = np.arange(10).repeat(6)
     assert judge.score(images.reshape(60, 64).numpy(), asked) > 0.75
@@ -277,7 +278,7 @@ REFUSED = [
     (lambda: VAE(6, 2, encoder=nn.Linear(5, 4)), "encoder: expected inputs of width 6, got an error"),
     (lambda: fit(small(), torch.full((9, 6), 1.5).double()), r"x: expected pixels in \[0, 1\] for a bernoulli .* 1.5"),
     (lambda: fit(small(), torch.rand(9, 5).double()), r"x: expected \(rows, 6\), got \(9, 5\)"),
-    (lambda: pictures.manifold(small(factors=3)), "factors: expected 2 for a manifold, got 3"),
+    (lambda: grids.manifold(small(factors=3)), "factors: expected 2 for a manifold, got 3"),
     (lambda: pictures.draw((torch.zeros(1, 1, 6), ""), (2, 2)), "shape: expected 6 pixels, got 2 x 2"),
 ]
 
@@ -308,13 +309,13 @@ class Echo(nn.Module):
 def test_grids_show_what_they_say() -> None:
     pair, x = Echo(), torch.rand(30, 4)
     x[:, 2] *= 100
-    samples, _ = pictures.prior_samples(pair, 5, 7)
+    samples, _ = grids.prior_samples(pair, 5, 7)
     assert samples.shape == (5, 7, 4)
-    again, _ = pictures.reconstructions(pair, x, columns=6)
+    again, _ = grids.reconstructions(pair, x, columns=6)
     assert again.shape == (8, 6, 4)
     assert torch.equal(again[0], again[1]) and torch.equal(again[0, 0], x[0]) and torch.equal(again[6, 5], x[-1])
     assert len(again[::2].flatten(0, 1).unique(dim=0)) == 24
-    moved, _ = pictures.traversals(pair, x, columns=3, rows=2)
+    moved, _ = grids.traversals(pair, x, columns=3, rows=2)
     assert torch.equal(moved[0, :, 2], torch.tensor([-3.0, 0.0, 3.0]))
     assert torch.equal(moved[0][:, [0, 1, 3]], x[0, [0, 1, 3]].expand(3, -1))
 
@@ -329,11 +330,10 @@ def test_a_drawn_grid_has_each_image_in_its_place() -> None:
     assert ink == [[5, 9], [6, 10]]
 
 
-def test_pictures_are_written_for_square_images_only(tmp_path) -> None:
-    paths = pictures.save(small(features=9), torch.rand(20, 9).double(), tmp_path)
+def test_pictures_are_written_as_files(tmp_path) -> None:
+    paths = pictures.save(small(features=6), {"x": torch.rand(20, 6).double()}, (2, 3), tmp_path)
     assert [p.name for p in paths] == ["prior.png", "reconstructions.png", "traversals.png", "manifold.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    assert pictures.save(small(), torch.rand(20, 6).double(), tmp_path) == []
 
 
 def test_a_gradient_reaches_both_networks() -> None:

@@ -25,7 +25,7 @@ def compare(
     *,
     truth: Moments | Callable[[Any, Any], Moments] | None = None,
     heldout: Any = None,
-    label: str = "y",
+    label: str | None = None,
     seed: int = 0,
 ) -> Comparison:
     r"""Run several methods on one pair and judge them side by side.
@@ -38,7 +38,8 @@ def compare(
         truth: Mean and standard deviation (each of the site's shape) by site name, or a callable
             ``(pair, data)`` that gives them (an ArithmeticError of it leaves the truth out, with a warning).
         heldout: Rows that were not fitted, by name as ``data``.
-        label: Name of the labels, for accuracy and calibration, where ``heldout`` has them.
+        label: Name of the labels, for accuracy and calibration, where ``heldout`` has them. None: the one finite site
+            of the model, if there is one.
         seed: Seed that each pair is built from.
 
     Returns:
@@ -76,7 +77,7 @@ def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Calla
         return {}
 
 
-def _judge(result: Result, truth: Moments, heldout: Any, label: str) -> dict[str, float]:
+def _judge(result: Result, truth: Moments, heldout: Any, label: str | None) -> dict[str, float]:
     run = result.seconds["run"]
     diagnosis = result.diagnosis
     ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference.core.bound import bind
+from inference.core.bound import bind, parameters_of
 from inference.core.handlers import isolated
 from inference.diagnostics import two_sample
 from inference.draws.scoring import draw_sites
@@ -25,7 +26,7 @@ PARTICLES = 500
 """Particles of the guide with which a held-out row is scored whose latent sites are its own."""
 
 
-def heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]:
+def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str, float]:
     if heldout is None:
         return {}
     if not result.bound.observes:
@@ -39,10 +40,12 @@ def heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]
         return {}
     spread = float(density.std()) if len(density) > 1 else math.nan
     scores = {"lpd": float(density.mean()), "lpd_se": spread / math.sqrt(len(density))}
-    site = result.bound.sites.get(label)
-    if site is None or not site.finite or not isinstance(heldout, Mapping) or label not in heldout:
+    finite = [n for n, s in result.bound.sites.items() if s.finite]
+    name = label or (finite[0] if len(finite) == 1 else "")
+    # Labels that the fit drew, row by row, say nothing of other rows.
+    if name not in finite or name in result.draws or not isinstance(heldout, Mapping) or name not in heldout:
         return scores
-    probabilities, labels = classify(result, heldout, label=label), torch.as_tensor(heldout[label]).long()
+    probabilities, labels = classify(result, heldout, label=name), torch.as_tensor(heldout[name]).long()
     return scores | {
         "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
         "ece": calibration_error(probabilities, labels),
@@ -50,16 +53,23 @@ def heldout_scores(result: Result, heldout: Any, label: str) -> dict[str, float]
 
 
 def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
-    """Generated rows against as many held-out ones, of a model without a likelihood."""
+    """Generated rows against as many held-out ones, of a model without a likelihood; the mean over several sites."""
     given = heldout if isinstance(heldout, Mapping) else {next(iter(result.bound.data)): heldout}
-    made = {n for n, s in result.bound.sites.items() if s.role == "deterministic"} & set(given)
+    made = [n for n, s in result.bound.sites.items() if s.role == "deterministic" and n in given]
     if not made:
         return {}
-    name = next(iter(made))
-    rest, size = {n: v for n, v in given.items() if n not in made}, len(given[name])
+    data = {n: v for n, v in given.items() if n not in made}
+    parameters = parameters_of(result.bound.model)
+    if any(parameters[n].default is Parameter.empty for n in made):
+        # It generates rows of one domain from those of another.
+        data = {**given, "real": False}
     with isolated(0), result.state():
-        drawn = draw_sites(bind(result.bound.pair, rest).generator(size), {}, 1)[name][0]
-    real = torch.as_tensor(given[name])
+        drawn = draw_sites(bind(result.bound.pair, data).generator(len(given[made[0]])), {}, 1)
+    scores = [_two_sample(torch.as_tensor(given[n]), drawn[n][0]) for n in made]
+    return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+
+
+def _two_sample(real: Tensor, drawn: Tensor) -> dict[str, float]:
     energy = two_sample.energy_distance(real, drawn)
     return {
         "energy": energy.value,

@@ -1,8 +1,8 @@
-"""Files of data sets: found, downloaded, held against their known SHA-256, and read.
+"""Files of data sets: found or downloaded, checked by their SHA-256, and read.
 
-Each file is looked for in the directory ``PPL_MODELS_DATA`` (an environment variable), then in the cache
+Each file is searched in the directory ``PPL_MODELS_DATA`` (an environment variable), then in the cache
 ``pooch.os_cache("ppl-models")``, then at the URL ``PPL_MODELS_MIRROR``, then upstream. Directory, cache and mirror
-share one layout.
+have the same layout.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import pooch
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-# In the form of `sha256sum`, by the path in the layout. Upstream's own files stand beside those that were
-# made of them. The bytes of the two `.mat` files are on no record: their line is the hash of the numbers.
+# In the form of `sha256sum`, by the path in the layout: upstream's files and those made from them. Upstream does not
+# publish a hash of the two `.mat` files: their lines are hashes of the numbers.
 _TABLE = """\
 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609  mnist/train-images-idx3-ubyte.gz
 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c  mnist/train-labels-idx1-ubyte.gz
@@ -88,7 +88,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 
 
 def obtain(file: str) -> tuple[Path, ...]:
-    """The file at a path of the layout, or else the files upstream that it was made of."""
+    """The file at a path of the layout, or the upstream files that it was made from."""
     root = os.environ.get("PPL_MODELS_DATA", "")
     local = Path(root).expanduser() / file
     if root and local.is_file():
@@ -144,7 +144,7 @@ def _quiet_pooch() -> Iterator[None]:
 
 
 def _digest(path: Path) -> str:
-    """What the table says of a file, once in a process for every state of the file."""
+    """The hash of a file in the form of the table, computed once per process and state of the file."""
     state = path.stat()
     return _digest_once(path, state.st_size, state.st_mtime_ns)
 
@@ -155,27 +155,27 @@ def _digest_once(path: Path, size: int, modified: int) -> str:
         return str(pooch.file_hash(str(path)))
     try:
         arrays = _matlab(path)
-    except Exception as error:  # a broken file fails in any way that the parser happens to take
+    except Exception as error:  # a broken file may raise anything in the parser
         return f"{type(error).__name__}: {error}"
     numbers = [arrays[key].tobytes() for key in sorted(arrays) if arrays[key].dtype == np.uint8]
     return hashlib.sha256(b"".join(numbers)).hexdigest()
 
 
 def read_arrays(file: str) -> Arrays:
-    """The arrays of an ``.npz`` file, from the file itself or from its origin."""
+    """The arrays of an ``.npz`` file, read from it or from the upstream files."""
     paths = obtain(file)
     if paths[0].suffix == ".npz":
         with np.load(paths[0]) as arrays:
             return dict(arrays)
     if paths[0].suffix == ".mat":
         return _matlab(paths[0])
-    # Every line of the text is 784 digits, each with a space or the line's end after it.
+    # Each line of the text has 784 digits, each followed by a space or the end of the line.
     bits = (np.fromfile(path, np.uint8).reshape(-1, 2 * 784)[:, ::2] - ord("0") for path in paths)
     return dict(zip(("train", "valid", "test"), (np.packbits(split, axis=1) for split in bits), strict=True))
 
 
 def _matlab(path: Path) -> Arrays:
-    """A ``.mat`` file in the form of the ``.npz`` file made of it: packed bits, labels from 0."""
+    """A ``.mat`` file in the form of the ``.npz`` file made from it: packed bits, labels from 0."""
     from scipy.io import loadmat
 
     raw = loadmat(path)
@@ -192,19 +192,20 @@ def _matlab(path: Path) -> Arrays:
 
 
 def _text(cell: Any) -> str:
-    # A cell holds an array of one string, or one more cell.
+    # A cell holds an array of one string, or another cell.
     while not isinstance(cell, str):
         cell = cell.item()
     return cell
 
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
-    """An idx file: its fourth byte counts the dimensions, whose sizes follow, then come the values."""
+    """Read an idx file: its fourth byte is the number of dimensions; their sizes and the values follow."""
     content = read_bytes(path)
     shape = np.frombuffer(content, ">i4", content[3], 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed if its name ends in ``.gz``."""
     content = path.read_bytes()
     return gzip.decompress(content) if path.suffix == ".gz" else content

@@ -1,22 +1,23 @@
 r"""Real data sets by name, and simulated ones with the truth that made them.
 
 :func:`load` returns a :class:`Dataset`: rows to fit and rows to hold out. A set without a split of its
-own is split once and for all (30 % held out, stratified by label, seed 0), so that two figures on one
-set can be compared. From scikit-learn come ``breast_cancer``, ``wine``, ``iris`` and ``digits``; from files:
+own is always split the same way (30 % held out, stratified by label, seed 0), so that results on one set
+can be compared. ``breast_cancer``, ``wine``, ``iris`` and ``digits`` are those of scikit-learn;
+``turned_digits`` has two domains without pairs, a, half of the digits, and b, the other half turned by a
+quarter and inverted; ``descriptions`` are the letters of scikit-learn's texts on its data sets. From files:
 
 - ``mnist`` (LeCun et al. 1998) and ``fashion_mnist`` (Xiao et al. 2017), with their own splits;
 - ``binarized_mnist``, the static binarization of Larochelle and Murray (2011), in three splits without
   labels. The test images are MNIST's sorted by digit: they are not shuffled;
 - ``omniglot`` (Lake et al. 2015) averaged down to 28 x 28: background is train, evaluation is test. This
-  is *not* the 28 x 28 file of Burda et al. (2016), so likelihoods cannot be held against that literature.
+  is *not* the 28 x 28 file of Burda et al. (2016), so likelihoods cannot be compared with that literature.
   No character is in both splits, so there are no labels;
 - ``xwindows`` (Murphy 2012), documents on X-windows or MS-windows as occurrences of 600 words;
 - ``news20_w100`` (Roweis), newsgroup postings as occurrences of 100 words;
 - ``sms_spam`` (Almeida et al. 2011), messages as counts of the words that at least two of the messages
-  in the training split contain.
+  in the training split contain; ``sms_text``, the letters of the same messages.
 
-Where files are looked for says :mod:`ppl_models.files`: first in the directory ``PPL_MODELS_DATA``, last upstream. Each
-is held against a known SHA-256.
+See :mod:`ppl_models.data.files` for the search path of the files, whose SHA-256 is checked.
 """
 
 from __future__ import annotations
@@ -45,14 +46,17 @@ class Dataset:
     """Rows to fit and rows to hold out.
 
     Attributes:
-        name: The name that :func:`load` knows it by.
-        train: ``x``, a floating point tensor of shape (rows, features), and where there are labels ``y``,
-            int64 of shape (rows,), an index into ``classes``.
+        name: Its name, as :func:`load` takes it.
+        train: ``x``, a floating point tensor of shape (rows, features), or ``a`` and ``b`` of two domains; with labels
+            also ``y`` of shape (rows,), an index into ``classes``: int64, or floating point with nan where the label
+            is hidden.
         test: The same names.
-        features: A name for every column of ``x``.
-        classes: A name for every label, ``()`` without labels.
-        valid: The same names, where the set has a third split.
-        symbols: Of a set of texts, what each code in ``x`` stands for.
+        features: Names of the columns of ``x``.
+        classes: Names of the classes; ``()`` without labels.
+        valid: The same names, if the set has a third split.
+        symbols: Of a set of texts, the symbol of each code in ``x``.
+        shape: Of a set of images, height and width in pixels.
+        levels: Of a set of images, the number of values of a pixel.
     """
 
     name: str
@@ -62,10 +66,12 @@ class Dataset:
     classes: tuple[str, ...]
     valid: dict[str, Tensor] | None = None
     symbols: tuple[str, ...] = ()
+    shape: tuple[int, int] | None = None
+    levels: int | None = None
 
 
 def names() -> tuple[str, ...]:
-    """The names that :func:`load` knows."""
+    """The names that :func:`load` takes."""
     return tuple(_LOADERS)
 
 
@@ -75,25 +81,28 @@ def load(
     standardise: bool = False,
     binarise: bool = False,
     unit: bool = False,
+    labels: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Dataset:
-    r"""A data set by name, downloaded where it is not at hand.
+    r"""Load a data set by name; download its files where they are missing.
 
     Args:
         name: One of :func:`names`.
-        standardise: Subtract the mean of every column and divide by its standard deviation (that of the
+        standardise: Subtract the mean of each column and divide by its standard deviation (that of the
             population), both of the training split alone. A column that is constant there is centred only.
-        binarise: 1 where x lies above a threshold, else 0. The threshold is half of the full scale for
-            images (0.5; 8 for ``digits``), 0 for counts, and else, column by column, halfway between the
+        binarise: 1 where x is above a threshold, else 0. The threshold is half of the full scale for images
+            (0.5; 8 for ``digits``), 0 for counts, and otherwise, for each column, halfway between the
             smallest and the largest value in the training split. Binary sets stay as they are.
-        unit: Pixels in [0, 1], those of ``digits`` too, which else go to 16.
-        dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], but for those of ``digits``.
+        unit: Scale pixels to [0, 1], also those of ``digits``, which are 0 to 16 otherwise.
+        labels: Number of training rows that keep their label, the same number per class; y is then floating
+            point, nan where hidden. None: all.
+        dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], except those of ``digits``.
 
     Raises:
-        ValueError: For an unknown name, for two transformations at once, for ``unit`` of data that are no
-            images, for an integer ``dtype``, and for a file in ``PPL_MODELS_DATA`` that has not the SHA-256
-            that it should have.
-        FileNotFoundError: For a file that is nowhere to be had.
+        ValueError: The name is unknown, two transformations are asked for, ``unit`` is asked for data other
+            than images, ``labels`` do not fit the set, ``dtype`` is no floating point type, or a file in
+            ``PPL_MODELS_DATA`` has the wrong SHA-256.
+        FileNotFoundError: A file is nowhere to be found.
 
     Example:
         >>> wine = load("wine", standardise=True)
@@ -104,27 +113,71 @@ def load(
         near = ", ".join(difflib.get_close_matches(str(name), _LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(_LOADERS)}, got {name!r} (nearest: {near})")
     if standardise + binarise + unit > 1:
-        given = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
+        chosen = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
         raise ValueError(
-            f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(given)}"
+            f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating point type, got {dtype}")
     raw = _LOADERS[name]()
-    wide = torch.promote_types(dtype, torch.float32)
-    if unit and not raw.threshold:
+    if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")
+    splits: dict[str, dict[str, Tensor]] = {split: {} for split in raw.x}
+    for column, arrays in ({"x": raw.x} if raw.b is None else {"a": raw.x, "b": raw.b}).items():
+        for split, x in _transformed(raw, arrays, standardise, binarise, unit, dtype).items():
+            splits[split][column] = x
+    for split, y in raw.y.items():
+        splits[split]["y"] = torch.tensor(y, dtype=torch.int64)
+    if labels is not None:
+        if not raw.classes:
+            raise ValueError(f"labels: expected a set with labels, got {name}")
+        splits = {split: {**columns, "y": columns["y"].to(dtype)} for split, columns in splits.items()}
+        splits["train"]["y"] = hide_labels(splits["train"]["y"], labels)
+    return Dataset(
+        name,
+        splits["train"],
+        splits["test"],
+        raw.features,
+        raw.classes,
+        splits.get("valid"),
+        raw.symbols,
+        raw.shape,
+        2 if binarise and raw.shape else raw.levels,
+    )
+
+
+def hide_labels(y: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Labels (N,) of which ``count``, equally many per class, are kept and all others are nan.
+
+    Args:
+        y: Floating point labels, 0 to K - 1.
+        count: A multiple of K, at most K times the size of the smallest class.
+        seed: Seed of the choice.
+    """
+    sizes = y.long().bincount()
+    per_class = count // len(sizes)
+    if not 0 < per_class <= int(sizes.min()) or count % len(sizes):
+        most = len(sizes) * int(sizes.min())
+        raise ValueError(f"labels: expected a multiple of {len(sizes)} (the classes) up to {most}, got {count}")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    kept = torch.cat([order[y[order] == k][:per_class] for k in range(len(sizes))])
+    hidden = torch.full_like(y, torch.nan)
+    hidden[kept] = y[kept]
+    return hidden
+
+
+def _transformed(
+    raw: _Raw, arrays: Arrays, standardise: bool, binarise: bool, unit: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
     scale = raw.scale * (2 * raw.threshold if unit and raw.threshold else 1)
-    x = {split: torch.tensor(values, dtype=wide).div_(scale) for split, values in raw.x.items()}
+    x = {split: torch.tensor(values, dtype=wide).div_(scale) for split, values in arrays.items()}
     if standardise:
         x = _standardised(x)
     elif binarise:
         threshold = (x["train"].amin(0) + x["train"].amax(0)) / 2 if raw.threshold is None else raw.threshold
         x = {split: values > threshold for split, values in x.items()}
-    splits = {split: {"x": values.to(dtype)} for split, values in x.items()}
-    for split, labels in raw.y.items():
-        splits[split]["y"] = torch.tensor(labels, dtype=torch.int64)
-    return Dataset(name, splits["train"], splits["test"], raw.features, raw.classes, splits.get("valid"), raw.symbols)
+    return {split: values.to(dtype) for split, values in x.items()}
 
 
 def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +190,10 @@ def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Raw(NamedTuple):
-    """A data set as it was read: ``x``, still to be divided by ``scale``, and ``y``, both by split."""
+    """A data set as it was read: ``x``, still to be divided by ``scale``, and ``y``, both by split.
+
+    A set of two domains has the second in ``b``.
+    """
 
     x: Arrays
     y: Arrays
@@ -146,6 +202,9 @@ class _Raw(NamedTuple):
     scale: float = 1.0
     threshold: float | None = None
     symbols: tuple[str, ...] = ()
+    shape: tuple[int, int] | None = None
+    levels: int | None = None
+    b: Arrays | None = None
 
 
 def _split(x: Any, y: Any) -> tuple[dict[str, Any], Arrays]:
@@ -155,18 +214,33 @@ def _split(x: Any, y: Any) -> tuple[dict[str, Any], Arrays]:
     return {"train": x_train, "test": x_test}, {"train": y_train, "test": y_test}
 
 
-def _from_sklearn(name: str, threshold: float | None = None) -> _Raw:
+def _from_sklearn(name: str, **own: Any) -> _Raw:
     import sklearn.datasets
 
     bunch = getattr(sklearn.datasets, f"load_{name}")()
     classes = tuple(map(str, bunch.target_names))
-    return _Raw(*_split(bunch.data, bunch.target), tuple(map(str, bunch.feature_names)), classes, threshold=threshold)
+    return _Raw(*_split(bunch.data, bunch.target), tuple(map(str, bunch.feature_names)), classes, **own)
 
 
-def _images(splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), scale: float = 255) -> _Raw:
+def _digits() -> _Raw:
+    return _from_sklearn("digits", threshold=8.0, shape=(8, 8), levels=17)
+
+
+def _turned_digits() -> _Raw:
+    """Digits in two domains without pairs: half of the rows, and the others turned by a quarter and inverted."""
+    raw = _digits()
+    halves = {split: np.array_split(x.reshape(-1, 8, 8), 2) for split, x in raw.x.items()}
+    a = {split: upright.reshape(-1, 64) for split, (upright, _) in halves.items()}
+    b = {split: 16 - np.rot90(other, axes=(1, 2)).reshape(-1, 64) for split, (_, other) in halves.items()}
+    # Rows of both are read as one table: as many of each.
+    a, b = ({split: x[: len(b[split])] for split, x in domain.items()} for domain in (a, b))
+    return raw._replace(x=a, b=b, y={}, classes=())
+
+
+def _images(splits: Arrays, labels: Arrays | None = None, classes: tuple[str, ...] = (), levels: int = 256) -> _Raw:
     flat = {split: images.reshape(len(images), -1) for split, images in splits.items()}
     features = tuple(f"row_{row}_column_{column}" for row in range(28) for column in range(28))
-    return _Raw(flat, labels or {}, features, classes, scale, threshold=0.5)
+    return _Raw(flat, labels or {}, features, classes, levels - 1, threshold=0.5, shape=(28, 28), levels=levels)
 
 
 def _from_idx(name: str, classes: tuple[str, ...]) -> _Raw:
@@ -176,7 +250,7 @@ def _from_idx(name: str, classes: tuple[str, ...]) -> _Raw:
 
 def _binarized_mnist() -> _Raw:
     packed = files.read_arrays("binarized_mnist/binarized_mnist.npz")
-    return _images({split: np.unpackbits(packed[split], axis=1) for split in ("train", "test", "valid")}, scale=1)
+    return _images({split: np.unpackbits(packed[split], axis=1) for split in ("train", "test", "valid")}, levels=2)
 
 
 def _omniglot() -> _Raw:
@@ -220,7 +294,7 @@ def _sms_text() -> _Raw:
 
 
 def _descriptions() -> _Raw:
-    """The prose that comes with scikit-learn's data sets, line by line."""
+    """The descriptions that come with scikit-learn's data sets, line by line."""
     import sklearn.datasets
     from sklearn.model_selection import train_test_split
 
@@ -232,7 +306,7 @@ def _descriptions() -> _Raw:
 
 
 def _characters(texts: dict[str, Any], length: int) -> _Raw:
-    """Texts as codes of their characters, in lower case, cut or filled up to one length with a symbol for the end."""
+    """Texts as codes of their characters, in lower case, cut or padded to one length with a symbol for the end."""
     code = {c: k for k, c in enumerate(_ALPHABET)}
     other, end = len(code), len(code) + 1
     x = {}
@@ -250,7 +324,8 @@ _LOADERS: dict[str, Callable[[], _Raw]] = {
     "breast_cancer": partial(_from_sklearn, "breast_cancer"),
     "wine": partial(_from_sklearn, "wine"),
     "iris": partial(_from_sklearn, "iris"),
-    "digits": partial(_from_sklearn, "digits", threshold=8.0),
+    "digits": _digits,
+    "turned_digits": _turned_digits,
     "mnist": partial(_from_idx, "mnist", tuple("0123456789")),
     "fashion_mnist": partial(_from_idx, "fashion_mnist", tuple(_CLOTHES.split(","))),
     "binarized_mnist": _binarized_mnist,

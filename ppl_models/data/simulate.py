@@ -18,15 +18,15 @@ def simulate_naive_bayes(
         \log_4 \sigma^2_{kd} \sim U(-1, 1), \quad
         y_n \sim \mathrm{Categorical}(\pi), \quad x_{nd} \sim N(\mu_{y_n d}, \sigma^2_{y_n d})
 
-    Beside the result no more than a block of rows is held in memory, and torch's global generator is
-    left alone.
+    Beyond the result at most one block of rows is held in memory. torch's global random state is left
+    unchanged.
 
     Returns:
         The data, ``x`` of shape (rows, features) and ``y`` of shape (rows,), and the truth: ``weights``
         of shape (classes,), ``means`` and ``variances`` of shape (classes, features).
 
     Raises:
-        ValueError: For a count below 1 and for an integer ``dtype``.
+        ValueError: A count is below 1, or ``dtype`` is no floating point type.
     """
     for argument, count in (("rows", rows), ("features", features), ("classes", classes)):
         if count < 1:
@@ -51,16 +51,16 @@ def simulate_naive_bayes(
 
 
 def simulate_modes(name: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
-    """Rows of a mixture of equal normals in the plane whose modes a generator may drop.
+    """Rows of a mixture of equal normals in the plane, a benchmark of generators that drop modes.
 
-    ``ring``: eight on a circle of radius 1, of standard deviation 0.01; ``grid``: twenty-five, two apart between -4 and
-    4, of 0.05 (Srivastava et al. 2017, Lin et al. 2018).
+    ``ring``: eight on a circle of radius 1, of standard deviation 0.01. ``grid``: twenty-five on a grid from -4 to 4,
+    two apart, of standard deviation 0.05 (Srivastava et al. 2017, Lin et al. 2018).
 
     Returns:
         x (rows, 2), the modes (K, 2) and their standard deviation.
 
     Raises:
-        ValueError: For another name, and for fewer rows than one.
+        ValueError: The name is another, or there are fewer rows than one.
     """
     if name not in ("ring", "grid"):
         raise ValueError(f"name: expected ring or grid, got {name!r}")

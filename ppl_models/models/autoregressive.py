@@ -26,7 +26,9 @@ from torch.nn.functional import linear, logsigmoid
 
 from ppl_models.models.checks import check_binary, check_matrix
 from ppl_models.models.pair import Visible
+from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Rowwise
+from ppl_models.models.parts.grids import Grid
 
 
 class Conditionals(Rowwise):
@@ -124,6 +126,10 @@ class Autoregressive(Visible):
             filled, weight = map(torch.cat, zip(*sets, strict=True))
             kept.append(filled[dist.Categorical(logits=weight).sample((draws,))])
         return torch.stack(kept, 1)
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Rows drawn from the model."""
+        return {"samples": grids.drawn(lambda count: self.distribution().sample((count,)), "drawn from the model")}
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a binary (rows, D)."""

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ppl_models.models.checks import check_matrix
 from ppl_models.models.gan import Leaky
 from ppl_models.models.pair import Pair
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import Residual, check_network, evaluation, mlp
 
 
@@ -94,6 +96,15 @@ class CycleGAN(Pair):
         """Translate rows of a to b, or with ``back`` rows of b to a, in evaluation mode."""
         with evaluation(self):
             return self.backward_map(x) if back else self.forward_map(x)
+
+    def pictures(self, a: Tensor, b: Tensor, **_: Any) -> dict[str, Grid]:
+        """Rows of each domain, each above its translation."""
+        return {
+            "forward": grids.beside(a, self.translate, "rows of a, each above its translation"),
+            "backward": grids.beside(
+                b, lambda x: self.translate(x, back=True), "rows of b, each above its translation"
+            ),
+        }
 
     def check(self, a: Any = None, b: Any = None, **_: Any) -> None:
         """Raise ValueError unless both are finite (rows, D)."""

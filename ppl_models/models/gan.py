@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import check_count, check_known_labels, check_matrix, count_of, known_labels
 from ppl_models.models.pair import Pair
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network, evaluation, mlp
 from ppl_models.models.vae import beside, normal
 
@@ -199,6 +201,10 @@ class GAN(AdversarialPair):
         with evaluation(self):
             return self.generator(normal_noise(count, self.origin, seed))
 
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Generated rows."""
+        return {"samples": grids.samples(self)}
+
     def noisy(self, scale: float) -> Callable[..., None]:
         r"""The model :math:`x \sim \mathrm{N}(G(z), s^2 I)`, which has a likelihood, unlike the generator.
 
@@ -260,6 +266,10 @@ class ConditionalGAN(GAN):
         labels = torch.arange(count, device=self.origin.device) % self.classes if y is None else y
         with evaluation(self):
             return self.generator(beside(normal_noise(count, self.origin, seed), labels, self.classes))
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Generated rows of each class."""
+        return {"samples": grids.samples_by(self, "y", self.classes)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D) and y has a class for every row."""
@@ -326,6 +336,10 @@ class InfoGAN(GAN):
         with evaluation(self):
             return self.generator(beside(normal_noise(count, self.origin, seed), codes, self.codes))
 
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Generated rows of each code."""
+        return {"samples": grids.samples_by(self, "c", self.codes)}
+
 
 class BiGAN(GAN):
     r"""A GAN with an encoder in the guide; the discriminator reads x and z.
@@ -364,6 +378,14 @@ class BiGAN(GAN):
     def encode(self, x: Tensor) -> Tensor:
         """Means of q(z | x) (..., L) of rows (..., D)."""
         return self.encoder(x).chunk(2, -1)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rows (..., D) of noise (..., L)."""
+        return self.generator(z)
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Generated rows, and reconstructions."""
+        return {**super().pictures(), "reconstructions": grids.reconstructions(self, x)}
 
 
 def normal_noise(count: int, like: Tensor, seed: int) -> Tensor:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import check_matrix
 from ppl_models.models.pair import Pair
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
 
 
@@ -230,3 +232,7 @@ class Autoencoder(FactorModel):
     def decode(self, z: Tensor) -> Tensor:
         """Rows (..., D) of codes (..., L)."""
         return self.decoder(z)
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Reconstructions of rows."""
+        return {"reconstructions": grids.reconstructions(self, x)}

@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_models.models.checks import count_of
+from ppl_models.models.parts.grids import Grid
 
 HALVES = ("model", "guide", "exact")
 
@@ -113,6 +114,10 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
 
     def check(self, **data: Any) -> None:
         """Raise ValueError, in one line, if the data do not fit the pair. ``fit`` and ``sample`` call it first."""
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Grids of images by name, from rows of data by name: what a pair of images generates or reconstructs."""
+        return {}
 
     def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
         """Size of a dimension that is given as a number or as names; names become coordinates."""

@@ -28,6 +28,8 @@ from torch.nn.functional import linear, softplus
 
 from ppl_models.models.checks import check_binary, check_matrix
 from ppl_models.models.pair import Pair
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import mlp
 
 LARGEST = 2**26
@@ -156,6 +158,11 @@ class SigmoidBeliefNet(Pair):
             logits = self._below(k, logits.sigmoid().bernoulli())
         return logits.sigmoid()
 
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Samples of the model, and the weights of the lowest layer."""
+        samples = grids.drawn(self.fantasies, "means of x given causes drawn from the model")
+        return {"prior": samples, "fields": grids.fields(self)}
+
     def decode(self, z: Tensor) -> Tensor:
         """Means of the rows (..., D) of the top layer (..., units), through the means of those below."""
         for k in range(len(self.layers), 0, -1):
@@ -251,6 +258,10 @@ class HelmholtzMachine(SigmoidBeliefNet):
         for weight, threshold in zip(self.recognition, self.thresholds, strict=True):
             x = linear(x, weight, threshold).sigmoid()
         return x
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Samples of the model, reconstructions, and the weights of the lowest layer."""
+        return {**super().pictures(), "reconstructions": grids.reconstructions(self, x)}
 
     def _baseline(self, k: int, x: Tensor) -> Any:
         if self.baselines is None:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ppl_models.models.checks import check_known_labels, check_labels, count_of, known_labels
 from ppl_models.models.linear_factors import FactorModel
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.labels import one_hot
 from ppl_models.models.parts.networks import check_network, mlp
 
@@ -100,6 +102,15 @@ class VAE(FactorModel):
         r"""Active factors (L,): :math:`\mathrm{Var}_n(\mathrm{E}_q[z \mid x_n]) > 0.01` (Burda et al. 2016)."""
         return self.encode(x).var(0) > least
 
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Prior samples, reconstructions and traversals; with two factors also the manifold."""
+        shown = {
+            "prior": grids.prior_samples(self),
+            "reconstructions": grids.reconstructions(self, x),
+            "traversals": grids.traversals(self, x),
+        }
+        return shown | ({"manifold": grids.manifold(self)} if self.factors == 2 else {})
+
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D), of pixels in [0, 1] unless the likelihood is Gaussian."""
         super().check(x)
@@ -168,7 +179,8 @@ class SemiSupervisedVAE(VAE):
                 # A wrong label is impossible: chains and likelihoods sum over the right one alone.
                 agrees = y.isnan() | (label == y)
                 pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(self.even))
-            if x is not None and y is not None and self.auxiliary:
+            # In training alone: it is no part of the likelihood.
+            if x is not None and y is not None and self.auxiliary and self.training:
                 self._teach(x, y)
             return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)
 
@@ -185,6 +197,10 @@ class SemiSupervisedVAE(VAE):
     def probabilities(self, x: Tensor) -> Tensor:
         """q(y | x) of rows (..., D): probabilities of the classes (..., K)."""
         return self.classifier(x).softmax(-1)
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Means of x of each class."""
+        return {"classes": grids.by_class(self)}
 
     def _teach(self, x: Tensor, y: Tensor) -> None:
         known = ~y.isnan()
@@ -245,6 +261,10 @@ class ConditionalVAE(VAE):
         """The factors of each row, given its label."""
         with self.rows(x):
             pyro.sample("z", self.posterior(beside(x, known_labels(y), self.classes)))
+
+    def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
+        """Means of x of each class."""
+        return {"classes": grids.by_class(self)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x fits the likelihood and y has a class for every row."""

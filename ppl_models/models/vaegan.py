@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ppl_models.models.checks import count_of
 from ppl_models.models.gan import AdversarialPair, normal_noise
 from ppl_models.models.linear_factors import Autoencoder
+from ppl_models.models.parts import grids
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import evaluation, mlp
 from ppl_models.models.vae import VAE
 
@@ -125,3 +127,7 @@ class AdversarialAutoencoder(WithLikelihood, Autoencoder):
     def read(self, x: Tensor) -> Sequence[Tensor]:
         """Codes of rows (N, D)."""
         return (pyro.sample("z", self.posterior(x)),)
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Rows of codes drawn from N(0, I), and reconstructions."""
+        return {"prior": grids.prior_samples(self), **super().pictures(x)}

@@ -1,11 +1,11 @@
-r"""An entry of the zoo: a pair with its data, its methods and its truth."""
+r"""An entry of the zoo: a pair with its data, its methods and what it is compared with."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,7 +17,19 @@ from ppl_models.data.sets import Dataset
 from ppl_models.models.pair import Pair
 
 OWN: Method = partial(fit, steps=3000, learning_rate=0.02)
-"""How a pair is fitted whose row says nothing else."""
+"""How a pair is fitted whose entry does not say."""
+
+
+def features(dataset: Dataset) -> dict[str, Any]:
+    """The names of the features."""
+    return {"features": dataset.features}
+
+
+def labelled(dataset: Dataset) -> dict[str, Any]:
+    """The names of the features and of the classes; a ValueError without labels."""
+    if not dataset.classes:
+        raise ValueError(f"data: expected a set with labels, got {dataset.name} without")
+    return {"features": dataset.features, "classes": dataset.classes}
 
 
 @dataclass(frozen=True)
@@ -27,58 +39,61 @@ class Entry:
     Attributes:
         name: Its name on the command line.
         title: What it is, in one line.
-        build: From a data set to a fresh pair; ``guide=`` replaces its guide.
-        data: Name of its data set; ``also`` names others that fit it.
-        prepare: Arguments of ``data.load``: standardised, made binary, or scaled to [0, 1].
+        make: Class of the pair, or a class method that makes one.
+        data: Name of its default data set.
         methods: Methods by name, as ``compare`` takes them.
-        truth: Exact or reference mean and standard deviation of each site, from a pair and its data.
-        source: What the truth is.
+        source: What its results are compared with.
+        arguments: From a data set to arguments of ``make``. Overrides that it names are passed to it.
+        also: Names of other data sets that fit the pair.
+        prepare: Arguments of ``data.load``: standardised, binary, scaled to [0, 1], or with few labels.
+        truth: Exact or reference mean and standard deviation of each site, from a pair and its data; None: there is
+            none.
         dtype: Precision of the pair and its data.
-        takes: Names of the data that the pair takes.
-        label: Its finite site, by which it classifies; None without one.
-        draw: Writes pictures of what a fitted pair generates, from the pair, rows of data and a folder.
         fit: How ``ppl-models fit`` trains it, with its own schedule.
-        report: What ``ppl-models fit`` says of a fitted pair on held-out rows, a table; None: nothing.
+        report: Table that ``ppl-models fit`` prints, from a fitted pair and held-out rows; None: no table.
+        small: Overrides that make the pair small, for tests.
     """
 
     name: str
     title: str
-    build: Callable[..., Pair]
+    make: Callable[..., Pair]
     data: str
-    also: tuple[str, ...]
-    prepare: Mapping[str, bool]
     methods: Mapping[str, Method]
-    truth: Callable[[Any, Any], Moments] | None
     source: str
-    dtype: torch.dtype = field(default=torch.float64)
-    takes: tuple[str, ...] = ("x", "y")
-    label: str | None = "y"
-    draw: Callable[..., list[Path]] | None = None
+    arguments: Callable[..., Mapping[str, Any]] = features
+    also: tuple[str, ...] = ()
+    prepare: Mapping[str, Any] = field(default_factory=dict)
+    truth: Callable[[Any, Any], Moments] | None = None
+    dtype: torch.dtype = torch.float64
     fit: Method = OWN
     report: Callable[[Any, Any], pd.DataFrame] | None = None
+    small: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Names of the arguments of the pair's model: of a data set it takes those."""
+        kind: Any = getattr(self.make, "__self__", self.make)
+        return tuple(n for n in inspect.signature(kind.model).parameters if n not in ("self", "size", "rows"))
 
     def load(self, name: str | None = None) -> Dataset:
-        """The row's data set, or another by name, prepared for the row."""
-        whole = data.load(name or self.data, dtype=self.dtype, **self.prepare)
-        train, test = ({k: v for k, v in split.items() if k in self.takes} for split in (whole.train, whole.test))
+        """The entry's data set, or another by name, prepared for the pair."""
+        whole, takes = data.load(name or self.data, dtype=self.dtype, **self.prepare), self.takes
+        train, test = ({k: v for k, v in split.items() if k in takes} for split in (whole.train, whole.test))
         return replace(whole, train=train, test=test)
 
-    def pair(self, dataset: Dataset, **arguments: Any) -> Pair:
-        """A fresh pair for a data set, in the row's precision."""
-        return self.build(dataset, **arguments).to(self.dtype)
+    def pair(self, dataset: Dataset, **overrides: Any) -> Pair:
+        """A new pair for a data set, in the entry's precision; overrides replace arguments of ``make``."""
+        known = inspect.signature(self.arguments).parameters
+        arguments = self.arguments(dataset, **{n: v for n, v in overrides.items() if n in known})
+        return self.make(**{**arguments, **overrides}).to(self.dtype)
 
     def compare(self, dataset: Dataset, methods: Mapping[str, Method] | None = None, *, seed: int = 0) -> Comparison:
-        """Run the row's methods, or those given, on a data set against the row's truth."""
+        """Run the entry's methods, or those given, on a data set; compare with the entry's truth and held-out rows."""
         return compare(
             lambda: self.pair(dataset),
             dataset.train,
             self.methods if methods is None else methods,
-            truth=None if self.truth is None else partial(_truth, self.truth),
+            truth=self.truth,
             heldout=dataset.test,
-            label=self.label or "",
             seed=seed,
         )
-
-
-def _truth(truth: Callable[[Any, Any], Moments], pair: Pair, given: Any) -> Moments:
-    return truth(pair, given)

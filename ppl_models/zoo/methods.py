@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 
 from inference import Joint, Method, Result, fit
-from inference.objectives import EM, Adversarial, Denoising
+from inference.objectives import EM, Adversarial, Denoising, Predictability
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.linear_factors import PPCA
@@ -63,7 +64,7 @@ def by_minibatches(**arguments: Any) -> Method:
 def adversaries(
     pair: Any,
     given: Any,
-    objective: Adversarial,
+    objective: Any,
     *,
     steps: int,
     batch: int,
@@ -94,4 +95,10 @@ def denoising(**settings: Any) -> Method:
 def adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:
     """Adversarial training with the zoo's defaults; the arguments are those of ``Adversarial``."""
     schedule: dict[str, Any] = {"steps": 6000, "batch": 64, "learning_rate": 0.001}
-    return partial(adversaries, objective=Adversarial(kind, **penalty), **schedule)
+    return partial(adversaries, objective=partial(Adversarial, kind, **penalty), **schedule)
+
+
+def unpredictable(weight: float) -> Method:
+    """Predictability minimisation at the zoo's size."""
+    objective = partial(Predictability, Trace_ELBO, weight=weight)
+    return partial(adversaries, objective=objective, steps=3000, batch=100, learning_rate=0.003)

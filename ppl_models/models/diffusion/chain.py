@@ -31,7 +31,9 @@ from ppl_models.models.diffusion import sampling
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import alpha_bar_of
+from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Pixels
+from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
 
 PREDICTIONS = ("noise", "sample", "velocity")
@@ -150,8 +152,9 @@ class DiffusionChain(Noising):
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, *, step: int | Tensor | None = None) -> Tensor:
         """Draw or score the reverse chain, or one edge of it; return x."""
-        y = self.class_labels(y)
-        with self.rows(x if y is None else y):
+        # Labels that the network does not read still say how many rows to draw.
+        with self.rows(x, y):
+            y = self.class_labels(y)
             if step is not None:
                 return self._edge(x, y, step)
             x_t = pyro.sample(f"x_{self.steps}", self.prior())
@@ -282,6 +285,11 @@ class DiffusionChain(Noising):
             ValueError: The pair has classes, and y is None.
         """
         return known_labels(y).long() if self.classes else None
+
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Generated rows, the chain forward and back, and rows by the number of deterministic steps."""
+        samples = grids.samples_by(self, "y", self.classes) if self.classes else grids.samples(self)
+        return {"samples": samples, "chain": grids.chain(self, x), "steps": grids.by_steps(self)}
 
     def check(self, x: Any = None, y: Any = None, step: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite (rows, D), of pixels with the stated levels if it holds pixels, and y
