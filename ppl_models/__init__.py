@@ -9,7 +9,14 @@ The names of this package, which are read when they are first asked for:
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+_INFERENCE = Path(__file__).parent.parent / "inference"
+_spec = find_spec("inference")
+if _spec is not None and Path(_spec.origin or "").parent != _INFERENCE:
+    raise ImportError(f"inference: expected the package in {_INFERENCE}, got {_spec.origin}; rename the latter")
 
 _HOMES = {
     "ppl_models.data": ("Dataset", "load", "simulate_modes", "simulate_naive_bayes"),

@@ -7,11 +7,15 @@ import ast
 import doctest
 import importlib
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import ppl_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -135,6 +139,30 @@ def test_no_public_function_hides_a_module() -> None:
             if (folder / f"{n}.py").exists() and not isinstance(getattr(module, n), ModuleType)
         ]
         assert not hidden, f"{package}: {hidden}"
+
+
+def test_another_module_of_the_name_inference_is_met_by_one_line(tmp_path: Path) -> None:
+    (tmp_path / "inference.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import ppl_models"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    line = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"ImportError: inference: expected the package in .*, got .*inference\.py; rename the latter", line)
+
+
+def test_importing_the_zoo_is_quick() -> None:
+    """The table of contents imports nothing: what it costs is what torch and pyro cost elsewhere."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ppl_models; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(done.stdout)
+    assert not {"torch", "pyro", "numpy", "sklearn", "matplotlib", "inference"} & {m.split(".")[0] for m in loaded}
+    assert not [m for m in loaded if m.startswith("ppl_models.")]
+
+
+def test_every_public_name_of_the_zoo_is_there() -> None:
+    assert all(getattr(ppl_models, name) is not None for name in ppl_models.__all__)
+    assert {type(e.pair(e.load())).__name__ for e in ppl_models.ZOO.values() if e.name == "vae"} == {"VAE"}
+    with pytest.raises(AttributeError, match="module 'ppl_models' has no attribute 'VEA'"):
+        ppl_models.VEA  # noqa: B018
 
 
 def tree() -> str:
