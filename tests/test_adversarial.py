@@ -375,8 +375,7 @@ def test_a_player_that_rests_stands_still(name: str) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("turns", [None, (2, 1)], ids=["together", "in turn"])
-@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize(("turns", "penalised"), [(None, False), ((2, 1), True)], ids=["together", "in turn"])
 def test_compiled_steps_are_the_eager_ones(name: str, turns, penalised: bool) -> None:
     make, data = PAIRS[name]
     ends = []

@@ -9,15 +9,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from sklearn.metrics import confusion_matrix
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from inference import compare, fit, log_evidence, prior_predictive
+from inference import Joint, compare, fit, log_evidence, prior_predictive
 from inference.core.handlers import isolated
 from inference.diagnostics.two_sample import energy_distance
-from inference.objectives import Adversarial
+from inference.objectives import Adversarial, Compiled
 from ppl_models import data
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes.adversarial import dcgan
@@ -77,22 +77,29 @@ def test_an_average_is_that_by_hand_and_is_used_in_evaluation_alone() -> None:
 
 
 def test_an_averaged_generator_is_carried_through_a_program() -> None:
-    x, means = torch.randn(40, 2), []
-    for compile in (False, True):
+    x, means = torch.randn(20, 2).double(), []
+    compiled = Compiled(Adversarial(), fuse=False)
+    for objective in (Adversarial(), compiled):
         with isolated(0):
             pair = GAN(2, 2, hidden=(8,), generator=Averaged(mlp(2, 8, 2), 0.9)).double()
-        train(pair, x.double(), Adversarial(), steps=12, batch=20, learning_rate=0.01, compile=compile)
+            svi = SVI(pair.model, pair.guide, Joint(torch.optim.Adam, {"lr": 0.01}), loss=objective)
+            for _ in range(12):
+                svi.step(x)
         means.append([b for n, b in pair.generator.named_buffers()])
+    assert compiled.state == "traced"
     for one, two in zip(*means, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
 
 
 def test_spectral_normalisation_of_the_networks_holds() -> None:
     normal = torch.nn.utils.parametrizations.spectral_norm
-    judge = nn.Sequential(normal(nn.Linear(2, 16)), nn.LeakyReLU(0.2), normal(nn.Linear(16, 1)))
-    pair = GAN(2, 2, hidden=(8,), discriminator=judge)
-    train(pair, torch.randn(60, 2), Adversarial("hinge"), steps=60, batch=30, learning_rate=0.01, compile=True)
-    for layer in (judge[0], judge[2]):
+    discriminator = nn.Sequential(normal(nn.Linear(2, 16)), nn.LeakyReLU(0.2), normal(nn.Linear(16, 1)))
+    pair, objective = GAN(2, 2, hidden=(8,), discriminator=discriminator), Compiled(Adversarial("hinge"), fuse=False)
+    svi = SVI(pair.model, pair.guide, Joint(torch.optim.Adam, {"lr": 0.01}), loss=objective)
+    for x in torch.randn(60, 30, 2):
+        svi.step(x)
+    assert objective.state == "traced"
+    for layer in (discriminator[0], discriminator[2]):
         assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=0.05)
 
 
@@ -110,7 +117,7 @@ def test_an_encoder_inverts_the_generator() -> None:
     x = torch.randn(2000, 1) @ torch.tensor([[1.0, 2.0]])
     with isolated(0):
         pair = BiGAN(2, 1, hidden=(32, 32))
-    train(pair, x, Adversarial(r1=0.1), steps=2500, batch=200, learning_rate=0.003)
+    train(pair, x, Adversarial(r1=0.1), steps=1000, batch=200, learning_rate=0.004, compile=False)
     with torch.no_grad():
         code = pair.encode(x)
         back = pair.generator(code)
@@ -125,7 +132,7 @@ def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
         with isolated(0):
             pair = AdversarialAutoencoder(2, 2, hidden=(64, 64))
         objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=weight)
-        train(pair, 3 * x, objective, steps=2000, batch=200, learning_rate=0.003, draws=1)
+        train(pair, 3 * x, objective, steps=800, batch=200, learning_rate=0.003, draws=1, compile=False)
         with torch.no_grad():
             code = pair.encode(3 * x)
             errors[weight] = float((pair.decode(code) - 3 * x).square().mean())
@@ -170,6 +177,7 @@ def test_codes_of_an_info_gan_are_digits() -> None:
     assert found["the classifier on test images, %"] > 98
 
 
+@pytest.mark.slow
 def test_convolutional_networks_train_on_mnist() -> None:
     try:
         x = data.load("mnist").train["x"][:6400]
@@ -214,7 +222,7 @@ def test_generated_rows_are_scored_against_held_out_ones_in_the_table() -> None:
 def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> None:
     pair = GAN(3, 2, generator=nn.Linear(2, 3)).double()
     x = pair.generate(5, seed=1) + 0.3 * torch.randn(5, 3).double()
-    found = log_evidence(pair.noisy(0.3), x, "annealed", temperatures=300, progress=False)
+    found = log_evidence(pair.noisy(0.3), x, "annealed", temperatures=100, progress=False)
     weight = pair.generator.weight.detach()
     covariance = weight @ weight.T + 0.09 * torch.eye(3).double()
     exact = torch.distributions.MultivariateNormal(pair.generator.bias.detach(), covariance).log_prob(x)
@@ -265,7 +273,7 @@ def test_a_cycle_learns_the_map_between_two_domains(seed: int) -> None:
     a, b = draw(), move(draw())
     with isolated(seed):
         pair = CycleGAN((2, 2))
-    train(pair, {"a": a, "b": b}, Adversarial(r1=0.1), steps=2500, batch=200, learning_rate=0.002)
+    train(pair, {"a": a, "b": b}, Adversarial(r1=0.1), steps=1200, batch=200, learning_rate=0.003)
     spread = float(b.std(0).norm())
     assert float((pair.translate(a) - move(a)).norm(dim=1).mean()) / spread < 0.15
     assert float((pair.translate(pair.translate(a), back=True) - a).norm(dim=1).mean()) < 0.05
