@@ -270,7 +270,10 @@ REFUSED = [
         lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.ones(5).long()}),
         "y: expected floats, with nan where the label is missing, got integers",
     ),
-    (lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.full((5,), 7.0)}), "y: expected labels 0 to 2, got 7"),
+    (
+        lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.full((5,), 7.0)}),
+        "y: expected labels 0 to 2, .*, got 7",
+    ),
     (lambda: VAE(6, 2, likelihood="poisson"), "likelihood: expected one of bernoulli, continuous_bernoulli, gaussian"),
     (lambda: VAE(6, 2, encoder=nn.Linear(6, 3)), r"encoder: expected outputs of width 4, got \(1, 3\)"),
     (lambda: VAE(6, 2, decoder=nn.Linear(2, 5)), r"decoder: expected outputs of width 6, got \(1, 5\)"),
