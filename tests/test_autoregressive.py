@@ -142,7 +142,7 @@ REFUSED = [
     (lambda: NADE(3, hidden=0), "hidden: expected at least 1, got 0"),
     (lambda: MADE(3, orders=0), "orders: expected at least 1, got 0"),
     (lambda: MADE(1), "features: expected at least two, got 1"),
-    (lambda: FVSBN(3).impute(torch.tensor([[0.0, 2.0, torch.nan]])), "x: expected zeros and ones, got 2.0"),
+    (lambda: FVSBN(3).impute(torch.tensor([[0.0, 2.0, torch.nan]])), "x: expected zeros and ones, got 2"),
     (lambda: FVSBN(3).impute(torch.zeros(1, 3), particles=0), "particles, draws: expected positive numbers, got 0, 1"),
 ]
 

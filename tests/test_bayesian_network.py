@@ -313,7 +313,7 @@ REFUSED = [
     (lambda: asia().query("lung", {"lung": "yes"}), "target: expected variables that are not given, got lung"),
     (
         lambda: asia().query("xray", {"lung": "yes", "either": "no"}),
-        "given: expected evidence that can happen, got lung = yes, either = no of probability 0",
+        "given: expected evidence of positive probability, got lung = yes, either = no of probability 0",
     ),
     (lambda: BayesianNetwork(A).query("a"), "tables: expected given ones, got those that are to be learnt"),
     (lambda: fit(BayesianNetwork(A), torch.zeros(3, 3)), r"x: expected \(rows, 2\), got \(3, 3\)"),

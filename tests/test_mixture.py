@@ -222,7 +222,7 @@ def test_prior_draws_keep_the_order(covariance: str) -> None:
 def test_a_component_that_collapses_is_said_and_held_at_the_floor() -> None:
     x = torch.cat([torch.randn(50, 2).double(), torch.full((3, 2), 9.0).double()])
     pair = points(2, 2, covariance="full", floor=0.01)
-    with pytest.warns(UserWarning, match="scales: a component has collapsed; .* held at the floor 0.01"):
+    with pytest.warns(UserWarning, match="scales: a component has collapsed; .* set to the floor 0.01"):
         result = em(pair, x, 20)
     assert float(result.draws["scales"].min()) == pytest.approx(0.01)
 
@@ -230,7 +230,7 @@ def test_a_component_that_collapses_is_said_and_held_at_the_floor() -> None:
 def test_a_component_that_dies_is_said() -> None:
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0]]).double()
     start = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]).double()
-    with pytest.warns(UserWarning, match=r"components: 1 hold no rows any more \(2\)"):
+    with pytest.warns(UserWarning, match=r"components: 1 have no rows left \(2\)"):
         points(3, 1, covariance="tied").maximise(start, x)
 
 

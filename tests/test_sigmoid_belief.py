@@ -1,4 +1,4 @@
-"""Sigmoid belief nets and the Helmholtz machine, held against the enumeration of all their states."""
+"""Sigmoid belief networks and the Helmholtz machine, compared with the enumeration of all their states."""
 
 import itertools
 from functools import partial
@@ -27,7 +27,7 @@ def net(seed: int, kind: type[SigmoidBeliefNet] = HelmholtzMachine) -> tuple[Sig
     pair = kind(features, layers).double()
     with torch.no_grad():
         for name, p in pair.named_parameters():
-            # A guide that is not far off: weights of one that is are too wild to hold anything against.
+            # A guide that is not far off: weights of a poor one vary too much to compare anything.
             scale = 0.3 if name.startswith(("recognition", "thresholds")) else 1.3
             p.copy_(scale * torch.randn(p.shape, generator=random, dtype=torch.float64))
     return pair, torch.rand(4, features, generator=random).round().double()
@@ -67,7 +67,7 @@ def test_bound_evidence_and_posterior_are_those_of_all_states(seed: int, alone) 
         assert (bound <= evidence).all()
         gap = (guide.exp() * (guide - posterior.log())).sum(1)
         torch.testing.assert_close(evidence - bound, gap)
-        # The law of the images sums to one.
+        # The distribution of x sums to one.
         total = pair.log_evidence(states(pair.features, pair.origin)).logsumexp(0)
         assert float(total) == pytest.approx(0, abs=1e-9)
     estimate = log_evidence(pair, x, k=4000, progress=False)
@@ -88,10 +88,10 @@ def test_gibbs_draws_are_those_of_the_posterior(seed: int, alone) -> None:
     last = {n: v.unflatten(0, (chains, 4))[:, -1] for n, v in result.draws.items()}
     bits = torch.cat([last[n] for n in pair.sites], -1).long()
     which = (bits * 2 ** torch.arange(bits.shape[-1] - 1, -1, -1)).sum(-1)
-    share = torch.stack([(which == s).double().mean(0) for s in range(exact.shape[1])], 1)
+    frequency = torch.stack([(which == s).double().mean(0) for s in range(exact.shape[1])], 1)
     error = (exact * (1 - exact) / chains).sqrt()
     # Normal tails are those of a count of at least a few.
-    assert ((share - exact).abs() <= 4.8 * error + 3 / chains).all()
+    assert ((frequency - exact).abs() <= 4.8 * error + 3 / chains).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -108,11 +108,11 @@ def test_weights_of_a_row_find_the_posterior(seed: int, alone) -> None:
         weights = (ratio - sum(guide_trace.nodes[n]["log_prob"] for n in pair.sites)).softmax(0)
     bits = torch.cat([guide_trace.nodes[n]["value"] for n in pair.sites], -1).long()
     which = (bits * 2 ** torch.arange(bits.shape[-1] - 1, -1, -1)).sum(-1)
-    share = torch.stack([(weights * (which == s)).sum(0) for s in range(exact.shape[1])], 1)
+    frequency = torch.stack([(weights * (which == s)).sum(0) for s in range(exact.shape[1])], 1)
     effective = 1 / weights.square().sum(0)
     assert (effective > 30).all() and effective.max() <= particles
     effective = effective[:, None]
-    assert ((share - exact).abs() <= 5 * (exact * (1 - exact) / effective).sqrt() + 4 / effective).all()
+    assert ((frequency - exact).abs() <= 5 * (exact * (1 - exact) / effective).sqrt() + 4 / effective).all()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 4])
@@ -152,7 +152,7 @@ def test_the_free_guide_knows_its_rows_and_no_others(alone) -> None:
     assert result.params["z_1_logits"].shape == (4, 4)
     with pytest.raises(ValueError, match="data: expected the 4 rows of the fit, for its guide has z_1, z_2"):
         posterior_predictive(result, torch.cat([x, x[:2]]))
-    with pytest.raises(ValueError, match="x: expected the 4 rows that the guide knows, got 3"):
+    with pytest.raises(ValueError, match="x: expected the 4 rows that the guide was fitted to, got 3"):
         quick_fit(pair, x[:3], steps=5)
 
 

@@ -204,9 +204,8 @@ def labelled() -> tuple[SemiSupervisedVAE, Tensor, Tensor]:
 def test_m2_sums_missing_labels_out_and_is_certain_of_known_ones() -> None:
     pair, x, y = labelled()
     with isolated(0), torch.no_grad():
-        found = [
-            TraceEnum_ELBO(max_plate_nesting=1).loss(enumerated(pair.model), pair.guide, x=x, y=y) for _ in range(4000)
-        ]
+        objective = TraceEnum_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
+        losses = [objective.loss(enumerated(pair.model), pair.guide, x=x, y=y) for _ in range(40)]
     expected = 0.0
     with torch.no_grad():
         for row, label in zip(x, y, strict=True):
@@ -222,8 +221,8 @@ def test_m2_sums_missing_labels_out_and_is_certain_of_known_ones() -> None:
                 divergence = 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale).sum()
                 inner = score - divergence - math.log(3)
                 expected += float(q[k] * (inner - q[k].log()) if label.isnan() else inner + 2.5 * q[k].log())
-    error = np.std(found) / 4000**0.5
-    assert np.mean(found) == pytest.approx(-expected, abs=6 * error)
+    error = np.std(losses) / 40**0.5
+    assert np.mean(losses) == pytest.approx(-expected, abs=6 * error)
     assert error < 0.05
 
 
@@ -271,7 +270,10 @@ REFUSED = [
         lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.ones(5).long()}),
         "y: expected floats, with nan where the label is missing, got integers",
     ),
-    (lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.full((5,), 7.0)}), "y: expected labels 0 to 2, got 7"),
+    (
+        lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.full((5,), 7.0)}),
+        "y: expected labels 0 to 2, .*, got 7",
+    ),
     (lambda: VAE(6, 2, likelihood="poisson"), "likelihood: expected one of bernoulli, continuous_bernoulli, gaussian"),
     (lambda: VAE(6, 2, encoder=nn.Linear(6, 3)), r"encoder: expected outputs of width 4, got \(1, 3\)"),
     (lambda: VAE(6, 2, decoder=nn.Linear(2, 5)), r"decoder: expected outputs of width 6, got \(1, 5\)"),

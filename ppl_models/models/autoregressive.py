@@ -1,9 +1,9 @@
-r"""Autoregressive pairs over binary features: every feature given those before it.
+r"""Autoregressive models of binary features: each feature given the preceding ones.
 
 .. math:: p(x) = \prod_{d=1}^D \mathrm{Bernoulli}(x_d \mid \sigma(f_d(x_1, \dots, x_{d-1})))
 
-The fully visible sigmoid belief net has linear f, NADE shares one hidden layer among all of them, MADE is a network
-whose weights are masked. There are no latent sites: the guide is empty and the ELBO is the exact log likelihood.
+In the fully visible sigmoid belief net f is linear; in NADE all f share one hidden layer; in MADE they are one network
+with masked weights. There are no latent sites: the guide is empty and the ELBO is the exact log likelihood.
 
 References: Frey, Hinton and Dayan 1996; Larochelle and Murray 2011, "The Neural Autoregressive Distribution
 Estimator"; Germain et al. 2015, "MADE: Masked Autoencoder for Distribution Estimation"
@@ -13,6 +13,7 @@ Estimator"; Germain et al. 2015, "MADE: Masked Autoencoder for Distribution Esti
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +33,13 @@ from ppl_models.models.parts.grids import Grid
 
 
 class Conditionals(Rowwise):
-    r"""Binary features of which each depends on those before it in an order.
+    r"""Binary features, each of which depends on the preceding ones in some order.
 
-    Several sets of conditionals are a mixture of as many densities, each with its own order.
+    Several sets of conditionals make a mixture, with equal weights, of as many distributions.
 
     Args:
-        logits: From features (..., D) to the log odds of each (..., D), given those before it.
-        order: For each set the features in the order in which they are drawn (sets, D).
+        logits: For each set a function from features (..., D) to the log odds of each given the preceding (..., D).
+        order: For each set the order in which the features are drawn (sets, D).
         like: A tensor of the type and device of the draws.
     """
 
@@ -52,7 +53,7 @@ class Conditionals(Rowwise):
     def log_prob(self, value: Tensor) -> Tensor:
         sign = 2 * value - 1
         scores = torch.stack([logsigmoid(sign * logits(value)).sum(-1) for logits in self.logits])
-        # Densities are averaged, and not log odds, whose mean over several orders is that of no density.
+        # The average of densities: an average of log odds over orders would belong to no density.
         return self._repeat(scores.logsumexp(0) - math.log(len(scores)))
 
     @torch.no_grad()
@@ -67,15 +68,16 @@ class Conditionals(Rowwise):
         return drawn.reshape(*shape, *self.event_shape)
 
     def complete(self, x: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
-        """Draw the features that are nan, in the order of set k: rows (N, D), and log weights (N,).
+        """Draw the features that are nan, in the order of set k.
 
-        The weight is the probability of the known features given those before: what a draw that did not look ahead
-        owes to them.
+        Returns:
+            Rows (N, D), and their log importance weights (N,): the log probability of the known features, each given
+            the preceding ones, which the draws did not take into account.
         """
         filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for d in self.order[k].tolist():
             logits: Any = self.logits[k]
-            # All features are many times the work of one, where one can be had alone.
+            # The log odds of one feature, where they can be computed alone, are much cheaper than those of all.
             logit = logits.one(filled, d) if hasattr(logits, "one") else logits(filled)[:, d]
             missing = x[:, d].isnan()
             filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
@@ -84,18 +86,13 @@ class Conditionals(Rowwise):
 
 
 class Autoregressive(Visible):
-    r"""What the three share: binary rows, and an order of the features.
+    r"""Base class: binary rows, and an order of the features.
 
     Args:
         features: Number of features D, or their names.
 
-    Data: x (N, D), zeros and ones. Sites: x (D,) of every row.
-
-    A subclass gives its conditionals as one function, or as several that are averaged, and their orders.
+    Data: x (N, D), zeros and ones. Sites: x (D,) of each row.
     """
-
-    conditionals: Callable[[], list[Callable[[Tensor], Tensor]]]
-    """Reads all parameters when it is called: those that a density read later Pyro would not see."""
 
     def __init__(self, features: int | Sequence[str]) -> None:
         super().__init__()
@@ -104,25 +101,36 @@ class Autoregressive(Visible):
         self.register_buffer("origin", torch.zeros(()))
         self.dims = {"x": ("features",)}
 
+    @abstractmethod
+    def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
+        """The ``logits`` of :class:`Conditionals`. Reads all parameters when called."""
+
     def distribution(self) -> Conditionals:
         """p(x), an event (D,)."""
         return Conditionals(self.conditionals(), self.order, self.origin)
 
     @torch.no_grad()
     def impute(self, x: Tensor, draws: int = 1, *, particles: int = 100) -> Tensor:
-        """Draw the missing features (nan) of rows (N, D) given the known ones, whichever they are: (draws, N, D).
+        """Draw the missing features (nan) of rows (N, D) given any known ones, by sampling importance resampling.
 
-        Where nothing known comes after what is missing the draws are exact. Else they are chosen among particles by
-        what these make of the known features (sampling importance resampling): exact as their number grows.
+        The draws are exact if all missing features come after the known ones, else in the limit of many particles.
+
+        Args:
+            x: Rows (N, D) of zeros, ones and nan.
+            draws: Number of draws per row.
+            particles: Number of particles per row, from which the draws are chosen.
+
+        Returns:
+            Completed rows (draws, N, D).
         """
         if particles < 1 or draws < 1:
             raise ValueError(f"particles, draws: expected positive numbers, got {particles}, {draws}")
         check_matrix("x", x.nan_to_num(), self.features)
         check_binary("x", x.nan_to_num())
         distribution, kept = self.distribution(), []
-        each = -(-particles // len(distribution.logits))
+        count = -(-particles // len(distribution.logits))
         for row in x:
-            sets = [distribution.complete(row.expand(each, -1), k) for k in range(len(distribution.logits))]
+            sets = [distribution.complete(row.expand(count, -1), k) for k in range(len(distribution.logits))]
             filled, weight = map(torch.cat, zip(*sets, strict=True))
             kept.append(filled[dist.Categorical(logits=weight).sample((draws,))])
         return torch.stack(kept, 1)
@@ -132,7 +140,7 @@ class Autoregressive(Visible):
         return {"samples": grids.drawn(lambda count: self.distribution().sample((count,)), "drawn from the model")}
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary (rows, D)."""
+        """Raise ValueError unless x is a binary matrix (rows, D)."""
         if x is not None:
             check_matrix("x", x, self.features)
             check_binary("x", x)
@@ -141,7 +149,7 @@ class Autoregressive(Visible):
 class FVSBN(Autoregressive):
     r"""Fully visible sigmoid belief net: :math:`f_d(x) = b_d + \sum_{j<d} w_{dj} x_j`.
 
-    Args, data and sites are those of :class:`Autoregressive`.
+    Arguments, data and sites are those of :class:`Autoregressive`.
 
     Example:
         >>> pair = FVSBN(3)
@@ -155,7 +163,7 @@ class FVSBN(Autoregressive):
         self.bias = nn.Parameter(torch.zeros(self.features))
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
-        """The linear map of each feature from those before it."""
+        """A linear map to each feature from the preceding ones."""
         return [partial(linear, weight=self.weight.tril(-1), bias=self.bias)]
 
 
@@ -167,7 +175,7 @@ class NADE(Autoregressive):
     Args:
         hidden: Width H of the hidden layer.
 
-    The rest are those of :class:`Autoregressive`. One pass holds rows x D x H numbers.
+    The other arguments are those of :class:`Autoregressive`. One pass needs memory for N x D x H numbers.
     """
 
     def __init__(self, features: int | Sequence[str], *, hidden: int = 500) -> None:
@@ -180,13 +188,13 @@ class NADE(Autoregressive):
         self.bias = nn.Parameter(torch.zeros(self.features))
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
-        """Each feature from the hidden layer of those before it."""
+        """Each feature from the hidden layer of the preceding ones."""
         return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Log odds of NADE: of all features, or of one."""
+    """Log odds of all features of NADE, or of one."""
 
     inward: Tensor
     outward: Tensor
@@ -204,18 +212,18 @@ class _Hidden:
 
 
 class MADE(Autoregressive):
-    r"""Masked autoencoder for distribution estimation: each output sees the inputs before it in an order.
+    r"""Masked autoencoder for distribution estimation: each output sees only the preceding inputs in some order.
 
-    Each hidden unit has a degree m, drawn from 1 to D - 1; it reads units of no larger degree, and feature number d
-    in the order reads units of degree below d.
+    Each hidden unit has a random degree from 1 to D - 1 and is connected to units of the same or a smaller degree below
+    it. The output for the d-th feature of the order is connected to units of degree smaller than d.
 
     Args:
         hidden: Widths of the hidden layers.
-        orders: Number of orders and sets of masks on the same weights, whose densities are averaged. The first is the
-            features' own order.
-        seed: Of the masks and orders.
+        orders: Number of orders, each with its own masks on the same weights; their densities are averaged. The first
+            is the order of the columns.
+        seed: Seed of the masks and orders.
 
-    The rest are those of :class:`Autoregressive`.
+    The other arguments are those of :class:`Autoregressive`.
     """
 
     def __init__(
@@ -241,11 +249,10 @@ class MADE(Autoregressive):
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """The masked network of each order."""
         weights, biases = list(self.weights), list(self.biases)
-        found: list[Callable[[Tensor], Tensor]] = []
-        for k in range(len(self.order)):
-            masked = [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)]
-            found.append(partial(_masked, masked, biases))
-        return found
+        return [
+            partial(_masked, [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
+            for k in range(len(self.order))
+        ]
 
 
 def _masked(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -255,13 +262,13 @@ def _masked(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> T
 
 
 def _masks(order: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:
-    """Which inputs each unit of each layer reads, (outputs, inputs) of zeros and ones."""
+    """Mask of the weights of each layer, (outputs, inputs) of zeros and ones."""
     count = len(order)
     place = torch.empty_like(order)
     place[order] = torch.arange(1, count + 1)
     degrees, masks = place, []
     for width in hidden:
-        # A degree below all of the layer before would be a unit that reads nothing.
+        # A unit whose degree is smaller than all of the layer below would have no inputs.
         low = int(degrees.min())
         degrees_next = torch.randint(min(low, count - 1), count, (width,), generator=random)
         masks.append((degrees_next[:, None] >= degrees).float())

@@ -1,13 +1,13 @@
-r"""Bayesian networks of finite variables: a directed acyclic graph and a table of probabilities for each variable.
+r"""Bayesian networks of finite variables: a directed acyclic graph, and a conditional probability table per variable.
 
 .. math::
 
     \theta_{v, c} \sim \mathrm{Dirichlet}(\alpha), \qquad
     x_{nv} \mid \mathrm{pa}(x_{nv}) = c \sim \mathrm{Categorical}(\theta_{v, c})
 
-with c the states of the parents of v. Tables are given, or learnt; then the posterior is conjugate where nothing is
-missing. Questions P(any | any) are answered exactly by eliminating variables. Independent variables, a Markov chain
-and the full joint distribution are the nets with no, one and all earlier variables as parents.
+with c the states of the parents of v. The tables are given or learnt; if they are learnt and no state is missing, their
+posterior is conjugate. Any conditional probability is computed exactly, by variable elimination. Independent variables,
+a Markov chain and the full joint distribution are the networks with no, one and all earlier variables as parents.
 
 Reference: Koller and Friedman 2009, Probabilistic Graphical Models, chapters 3, 9 and 17.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,41 +31,32 @@ from pyro.ops.einsum import contract
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
-from ppl_models.models.checks import check_matrix
-from ppl_models.models.pair import Pair, continuous, nothing
+from ppl_models.models.checks import MAX_TABLE, check_entries, check_matrix, check_positive
+from ppl_models.models.pair import GuideFactory, Moments, Pair, continuous, nothing
 from ppl_models.models.parts.bif import read_bif
 from ppl_models.models.parts.information import pairwise_information
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
-Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-Moments = dict[str, tuple[Tensor, Tensor]]
-
-
-LARGEST = 2**26
-"""Numbers that the largest table of an exact answer may hold."""
-
 
 class BayesianNetwork(Pair):
-    r"""A Bayesian network.
+    r"""Bayesian network.
 
     Args:
-        parents: The parents of every variable, by name. Their order is that of the columns of x.
-        states: States of a variable, as a number or as names; a mapping, or one for all.
-        tables: Probabilities (\*states of the parents, states) of every variable. None: they are learnt.
+        parents: Parents of each variable, by name. The order of the variables is that of the columns of x.
+        states: Number of states, or their names; one value for all variables, or a mapping.
+        tables: Probabilities (\*states of the parents, states) of each variable. None: they are learnt.
         concentration: :math:`\alpha` of the tables that are learnt.
-        prior: False switches the prior off: the guide AutoDelta then finds the maximum of the likelihood.
-        missing: True takes nan in x, for a state that is missing in a row: it is summed out.
+        prior: False switches the prior off, so that the guide AutoDelta finds the maximum likelihood estimate.
+        missing: Whether x may contain nan for missing states, which are summed out.
         guide: From the model to a guide of its tables: AutoNormal (the default), AutoDelta, ...
 
     Data: x (N, V), states by number.
 
-    Sites: ``v_table`` (rows of the table, states) for each variable v, unless it is given, and v (N,).
+    Sites: v (N,) for each variable v, and ``v_table`` (rows of the table, states) unless tables are given.
 
     Raises:
-        ValueError: The graph has a cycle; a parent is no variable; a table has another shape or a row that does not sum
-            to 1.
+        ValueError: The graph has a cycle, a parent is not a variable, or a table has the wrong shape or a row that does
+            not sum to 1.
 
     Example:
         >>> wet = BayesianNetwork(
@@ -91,11 +82,10 @@ class BayesianNetwork(Pair):
         concentration: float = 1.0,
         prior: bool = True,
         missing: bool = False,
-        guide: Guide = AutoNormal,
+        guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__()
-        if not concentration > 0:
-            raise ValueError(f"concentration: expected a positive number, got {concentration}")
+        check_positive("concentration", concentration)
         self.parents = {name: tuple(above) for name, above in parents.items()}
         self.names = tuple(self.parents)
         self.graph = _graph(self.parents)
@@ -109,35 +99,35 @@ class BayesianNetwork(Pair):
             self.coords[f"{name}_states"] = list(self.states[name])
             self.dims[f"{name}_table"] = (f"{name}_states",)
         if tables is not None:
-            self._take(tables)
+            self._register(tables)
         self.guide = nothing if self.given else guide(continuous(self.model))
 
     @classmethod
     def independent(cls, names: Sequence[str], **arguments: Any) -> Self:
-        """No parents: V parameters where the variables are binary."""
+        """The network without edges: V parameters for binary variables."""
         return cls({name: () for name in names}, **arguments)
 
     @classmethod
     def markov_chain(cls, names: Sequence[str], **arguments: Any) -> Self:
-        """The variable before as parent: 2 V - 1 parameters where they are binary."""
+        """The chain in which each variable has its predecessor as parent: 2 V - 1 parameters for binary variables."""
         return cls({name: names[max(k - 1, 0) : k] for k, name in enumerate(names)}, **arguments)
 
     @classmethod
     def full(cls, names: Sequence[str], **arguments: Any) -> Self:
-        """All variables before as parents, any distribution: 2^V - 1 parameters where they are binary."""
+        """The full joint distribution, all predecessors as parents: 2^V - 1 parameters for binary variables."""
         return cls({name: names[:k] for k, name in enumerate(names)}, **arguments)
 
     @classmethod
     def chow_liu(cls, x: Tensor, names: Sequence[str], *, states: int = 2, **arguments: Any) -> Self:
-        """The tree of largest likelihood for rows of data (Chow and Liu 1968): the first variable is its root.
+        """The tree with the maximum likelihood (Chow and Liu 1968), rooted at the first variable.
 
         Args:
-            x: Rows (N, V), states by number, none missing.
+            x: Rows (N, V), states by number, without missing ones.
             names: Names of the variables.
             states: States of each variable.
         """
         information = pairwise_information(x, states)
-        # The solver knows minima alone, and takes a zero for no edge.
+        # The solver minimises, and takes a zero for a missing edge.
         tree = minimum_spanning_tree((information.max() + 1 - information).triu(1).numpy())
         order, above = breadth_first_order(tree, 0, directed=False)
         parents = {names[k]: (names[above[k]],) if above[k] >= 0 else () for k in sorted(order)}
@@ -145,17 +135,17 @@ class BayesianNetwork(Pair):
 
     @classmethod
     def from_bif(cls, source: str | Path) -> Self:
-        """A network with tables from a file in the Bayesian interchange format, or from its text.
+        """A network with tables, from a file in the Bayesian interchange format or from its text.
 
         Raises:
-            ValueError: The text is no such network, a line of a table is missing, or as for the class.
+            ValueError: The text is not in this format, a line of a table is missing, or as for the class.
         """
         text = source if isinstance(source, str) and "{" in source else Path(source).read_text()
         return cls(**read_bif(text))
 
     @property
     def parameter_count(self) -> int:
-        """Free parameters: of each row of a table, its states less one."""
+        """Number of free parameters: for each row of a table, its states less one."""
         return sum(self._rows(n) * (len(self.states[n]) - 1) for n in self.names)
 
     def model(self, x: Tensor | None = None) -> Tensor:
@@ -170,14 +160,14 @@ class BayesianNetwork(Pair):
                 values[name] = self._observe(name, dist.Categorical(logits=probs.log()), column)
             return torch.stack(torch.broadcast_tensors(*(values[n] for n in self.names)), -1)
 
-    def exact(self, x: Tensor, **_: Any) -> None:
-        """The conjugate posterior of the tables as a guide, without parameters of its own."""
+    def exact(self, x: Tensor) -> None:
+        """The conjugate posterior of the tables as a guide. It has nothing to fit."""
         for name in self.order:
             with pyro.plate(f"{name}_parents", self._rows(name), dim=-1):
                 pyro.sample(f"{name}_table", dist.Dirichlet(self.concentration + self.count(x, name)))
 
     def count(self, x: Tensor, name: str) -> Tensor:
-        """Rows of data in each cell of a variable's table, (rows of the table, states)."""
+        """Number of rows of data in each cell of a variable's table, (rows of the table, states)."""
         if x.is_floating_point() and bool(x.isnan().any()):
             raise ValueError("x: expected every state (only then is the posterior conjugate), got missing ones")
         values = {n: x[:, k] for k, n in enumerate(self.names)}
@@ -185,32 +175,32 @@ class BayesianNetwork(Pair):
         return (row.mT @ one_hot(values[name], len(self.states[name]), torch.float64)).to(self.concentration)
 
     def moments(self, x: Tensor) -> Moments:
-        """Exact posterior mean and standard deviation of every table, with no state missing."""
+        """Exact posterior mean and standard deviation of each table, if no state is missing."""
         distributions = {n: dist.Dirichlet(self.concentration + self.count(x, n)) for n in self.names}
         return {f"{n}_table": (distribution.mean, distribution.stddev) for n, distribution in distributions.items()}
 
     def with_tables(self, tables: Mapping[str, Tensor]) -> BayesianNetwork:
-        r"""The same graph with tables (\*states of the parents, states), or (rows of the table, states), by name.
+        r"""The same graph with given tables (\*states of the parents, states), or (rows of the table, states), by name.
 
-        The mean of the tables' posterior serves for predictions: where no state was missing they are independent, and
-        a probability is linear in each.
+        With the posterior means of the tables, the probability of a row is that of the posterior predictive: if no
+        state was missing, the tables are independent and the probability is linear in each.
         """
         shaped = {n: v.reshape(*self._shape(n)) for n, v in tables.items()}
         return BayesianNetwork(self.parents, states=self.states, tables=shaped)
 
     def query(self, target: str | Sequence[str], given: Mapping[str, int | str] | None = None) -> Tensor:
-        r"""P(target | given), exactly, by elimination of all other variables.
+        r"""P(target | given), exactly, by variable elimination.
 
         Args:
             target: One variable or several.
-            given: State of each known variable, by its number or its name.
+            given: State of each known variable, by number or by name.
 
         Returns:
             Probabilities (\*states of the target).
 
         Raises:
-            ValueError: An unknown variable or state, evidence of probability 0, tables that are not given, or a network
-                whose elimination needs a table of more than 2^26 numbers.
+            ValueError: A variable or state is unknown, the evidence has probability 0, the tables are not given, or the
+                elimination needs a table of more than 2^26 numbers.
         """
         asked = [target] if isinstance(target, str) else list(target)
         known = {n: self._state(n, v) for n, v in (given or {}).items()}
@@ -221,12 +211,12 @@ class BayesianNetwork(Pair):
         joint = self._eliminate(asked, known)
         total = joint.flatten().logsumexp(0)
         if not total.isfinite():
-            said = ", ".join(f"{n} = {self.states[n][k]}" for n, k in known.items())
-            raise ValueError(f"given: expected evidence that can happen, got {said} of probability 0")
+            evidence = ", ".join(f"{n} = {self.states[n][k]}" for n, k in known.items())
+            raise ValueError(f"given: expected evidence of positive probability, got {evidence} of probability 0")
         return (joint - total).exp()
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log probability of rows (N, V), missing states summed out: (N,)."""
+        """Exact log probability of rows (N, V), in nats, with missing states summed out: (N,)."""
         kinds, which = x.double().nan_to_num(-1).unique(dim=0, return_inverse=True)
         known = ({n: int(v) for n, v in zip(self.names, kind, strict=True) if v >= 0} for kind in kinds.tolist())
         return torch.stack([self._eliminate([], states) for states in known])[which]
@@ -234,18 +224,18 @@ class BayesianNetwork(Pair):
     def separated(self, one: str, other: str, given: Sequence[str] = ()) -> bool:
         """Whether the graph makes two variables independent given others (d-separation).
 
-        Two variables are connected by a path on which each collider, or something below it, is given, and nothing else
-        is (Koller and Friedman 2009, algorithm 3.1).
+        They are dependent if a path connects them on which each collider, or a descendant of it, is given, and no other
+        variable is (Koller and Friedman 2009, algorithm 3.1).
         """
         for name in (one, other, *given):
             self._known(name, "given" if name in given else "variable")
         if one == other:
             return False
-        # What is known depends on nothing.
+        # A known variable is independent of all others.
         return bool({one, other} & set(given)) or nx.is_d_separator(self.graph, one, other, set(given))
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is (rows, V) and holds states, or where they may be missing nan."""
+        """Raise ValueError unless x is a matrix (rows, V) of states, or nan if ``missing``."""
         if x is None:
             return
         whole = x if isinstance(x, Tensor) and x.is_floating_point() else torch.as_tensor(x).float()
@@ -253,14 +243,12 @@ class BayesianNetwork(Pair):
         for k, name in enumerate(self.names):
             column = x[:, k]
             known = column[~column.isnan()] if x.is_floating_point() else column
-            wrong = known[(known < 0) | (known >= len(self.states[name])) | (known != known.round())]
-            if len(wrong):
-                hint = ", or nan where one is missing" if self.missing else ""
-                asked = f"expected states 0 to {len(self.states[name]) - 1} of {name}{hint}"
-                raise ValueError(f"x: {asked}, got {wrong[0].item():g}")
+            last, hint = len(self.states[name]) - 1, ", or nan where one is missing" if self.missing else ""
+            wrong = (known < 0) | (known > last) | (known != known.round())
+            check_entries("x", known, wrong, f"states 0 to {last} of {name}{hint}")
 
     def _observe(self, name: str, distribution: dist.Categorical, column: Tensor | None) -> Tensor:
-        """A variable of every row: drawn, observed, or where states are missing summed out."""
+        """Draw or observe a variable of each row; its missing states are latent."""
         if column is None or not self.missing:
             return pyro.sample(name, distribution, obs=None if column is None else column.long())
         value = pyro.sample(name, distribution)
@@ -275,7 +263,7 @@ class BayesianNetwork(Pair):
             flat = torch.ones(len(self.states[name]), dtype=self.concentration.dtype, device=self.concentration.device)
             return pyro.sample(f"{name}_table", dist.Dirichlet(self.concentration * flat))
 
-    def _take(self, tables: Mapping[str, Tensor]) -> None:
+    def _register(self, tables: Mapping[str, Tensor]) -> None:
         missing = [n for n in self.names if n not in tables]
         if missing:
             raise ValueError(f"tables: expected one for every variable, got none for {', '.join(missing)}")
@@ -288,9 +276,11 @@ class BayesianNetwork(Pair):
             wrong = ((flat.sum(-1) - 1).abs() > 1e-4) | (flat < 0).any(-1)
             if bool(wrong.any()):
                 row = int(wrong.nonzero()[0])
-                said = ", ".join(self._configurations(name)[row])
+                parents = ", ".join(self._configurations(name)[row])
                 got = ", ".join(f"{v:g}" for v in flat[row].tolist())
-                raise ValueError(f"tables: expected rows of probabilities that sum to 1, got {got} at {name} | {said}")
+                raise ValueError(
+                    f"tables: expected rows of probabilities that sum to 1, got {got} at {name} | {parents}"
+                )
             self.register_buffer(f"_table_{k}", flat / flat.sum(-1, keepdim=True))
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -300,11 +290,11 @@ class BayesianNetwork(Pair):
         return math.prod(self._shape(name)[:-1])
 
     def _configurations(self, name: str) -> list[tuple[str, ...]]:
-        """What each row of a table stands for."""
+        """States of the parents for each row of a table."""
         return list(itertools.product(*([f"{n}={s}" for s in self.states[n]] for n in self.parents[name])))
 
     def _configuration(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Row of a variable's table, from the states of its parents."""
+        """Row index of a variable's table, from the states of its parents."""
         row: Any = torch.zeros(1, dtype=torch.long, device=self.concentration.device)
         for parent in self.parents[name]:
             row = row * len(self.states[parent]) + values[parent].long()
@@ -324,12 +314,12 @@ class BayesianNetwork(Pair):
         raise ValueError(f"given: expected a state of {name} ({', '.join(states)}), got {value!r}")
 
     def _eliminate(self, asked: Sequence[str], known: Mapping[str, int]) -> Tensor:
-        """Log probability of the evidence with each state of the target, all else summed out."""
+        """Joint log probability of the known states and each state of the target."""
         if not self.given:
             raise ValueError("tables: expected given ones, got those that are to be learnt; use with_tables(...)")
         if not asked and not known:
             return torch.zeros((), dtype=self._table(self.names[0]).dtype, device=self.concentration.device)
-        # What is neither asked, nor known, nor above sums to one.
+        # All variables but these and their ancestors sum to one.
         needed = {*asked, *known}.union(*(nx.ancestors(self.graph, n) for n in (*asked, *known)))
         symbol = {n: opt_einsum.get_symbol(k) for k, n in enumerate(self.names)}
         terms, factors = [], []
@@ -341,23 +331,23 @@ class BayesianNetwork(Pair):
         equation = f"{','.join(terms)}->{''.join(symbol[n] for n in asked)}"
         shapes = [tuple(f.shape) for f in factors]
         _, plan = opt_einsum.contract_path(equation, *shapes, shapes=True)
-        if plan.largest_intermediate > LARGEST:
+        if plan.largest_intermediate > MAX_TABLE:
             raise ValueError(
                 f"target: exact inference needs a table of {float(plan.largest_intermediate):.1e} numbers, expected at "
-                f"most {LARGEST:.1e}; ask prior_predictive, log_evidence or a sampler"
+                f"most {MAX_TABLE:.1e}; use prior_predictive, log_evidence or a sampler"
             )
         return contract(equation, *factors, backend="pyro.ops.einsum.torch_log")
 
 
 def _states(name: str, given: int | Sequence[str]) -> tuple[str, ...]:
-    found = tuple(map(str, range(given) if isinstance(given, int) else given))
-    if len(found) < 2 or len(set(found)) < len(found):
-        raise ValueError(f"states: expected at least two different ones of {name}, got {', '.join(found) or 'none'}")
-    return found
+    states = tuple(map(str, range(given) if isinstance(given, int) else given))
+    if len(states) < 2 or len(set(states)) < len(states):
+        raise ValueError(f"states: expected at least two different ones of {name}, got {', '.join(states) or 'none'}")
+    return states
 
 
 def _graph(parents: Mapping[str, Sequence[str]]) -> nx.DiGraph:
-    """The graph, checked."""
+    """The graph; raises if a parent is unknown or there is a cycle."""
     for name, above in parents.items():
         unknown = [n for n in above if n not in parents]
         if unknown:

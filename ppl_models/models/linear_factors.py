@@ -1,18 +1,19 @@
-r"""Linear factors: rows that are a few hidden causes, mixed linearly, and noise.
+r"""Linear factor models: each row is a linear mixture of a few latent factors, plus noise.
 
 .. math:: z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid z_n \sim \mathrm{N}(W z_n + \mu, \Psi)
 
-With diagonal :math:`\Psi` it is factor analysis, with :math:`\Psi = \sigma^2 I` probabilistic PCA. The guide is the
-exact posterior of z, so that the ELBO is the log evidence. The autoencoder beside them has a flat prior of z and a
-Delta as its guide; with linear networks it spans the subspace of PCA.
+Factor analysis has a diagonal :math:`\Psi`, probabilistic PCA has :math:`\Psi = \sigma^2 I`. Their guide is the exact
+posterior of z, so the ELBO is the log evidence. The deterministic autoencoder has a flat prior of z and a Delta guide;
+with linear networks it spans the subspace of PCA.
 
-Reference: Tipping and Bishop 1999, "Probabilistic Principal Component Analysis"; Bourlard and Kamp 1988,
+References: Tipping and Bishop 1999, "Probabilistic Principal Component Analysis"; Bourlard and Kamp 1988,
 "Auto-association by multilayer perceptrons and singular value decomposition".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
 
 import pyro
@@ -30,19 +31,14 @@ from ppl_models.models.parts.networks import check_network
 
 
 class FactorModel(Pair):
-    """What the three share: factors, or a code, of every row.
+    """Base class: latent factors z of each row, with prior N(0, I).
 
     Args:
         features: Number of features D, or their names.
         factors: Number of factors L, or their names.
 
-    Data: x (N, D). Sites: z (L,) and x (D,) of every row.
-
-    A subclass gives p(x | z), and its guide p(z | x), as distributions of an event of one dimension.
+    Data: x (N, D). Sites: z (L,) and x (D,) of each row.
     """
-
-    likelihood: Callable[[Tensor], dist.TorchDistribution]
-    posterior: Callable[[Tensor], dist.TorchDistribution]
 
     def __init__(self, features: int | Sequence[str], factors: int | Sequence[str]) -> None:
         super().__init__()
@@ -51,6 +47,14 @@ class FactorModel(Pair):
         self.register_buffer("origin", torch.zeros(self.factors))
         self.dims = {"z": ("factors",), "x": ("features",)}
 
+    @abstractmethod
+    def likelihood(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of factors (..., L), an event (D,)."""
+
+    @abstractmethod
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) of rows (..., D), an event (L,): the guide."""
+
     def model(self, x: Tensor | None = None) -> Tensor:
         """Draw or score factors and rows; return x."""
         with self.rows(x):
@@ -58,7 +62,7 @@ class FactorModel(Pair):
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """The factors of each row."""
+        """Draw or score the factors of each row."""
         with self.rows(x):
             pyro.sample("z", self.posterior(x))
 
@@ -67,25 +71,25 @@ class FactorModel(Pair):
         return dist.Normal(self.origin, 1.0).to_event(1)
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D)."""
+        """Raise ValueError unless x is a finite matrix (rows, D)."""
         if x is not None:
             check_matrix("x", x, self.features)
 
 
 class FactorAnalysis(FactorModel):
-    r"""Factor analysis: a noise variance for every feature.
+    r"""Factor analysis: one noise variance per feature.
 
     .. math:: p(x) = \mathrm{N}(\mu, W W^\top + \Psi), \qquad \Psi = \mathrm{diag}(\psi)
 
-    Args and sites are those of :class:`FactorModel`, with at most as many factors as features. A rotation of the
-    factors leaves p(x) as it is. The guide is exact and has no parameters of its own.
+    Arguments and sites are those of :class:`FactorModel`, with at most as many factors as features. p(x) is invariant
+    under rotations of the factors. The guide is exact and has no parameters of its own.
 
     Attributes:
-        loadings: W (D, L), in units of x; starts at independent draws from N(0, 1 / L).
-        mean: :math:`\mu` (D,), in units of x; starts at 0.
-        noise: :math:`\psi` (D,), variances in squared units of x; starts at 1.
+        loadings: W (D, L), in units of x; initialised by independent draws of N(0, 1 / L).
+        mean: :math:`\mu` (D,), in units of x; initialised at 0.
+        noise: :math:`\psi` (D,), noise variances in squared units of x; initialised at 1.
 
-    They are parameters of the model, set by assigning a tensor, and start where standardised data lie.
+    These are parameters, which can be set by assigning a tensor. Their initial values suit standardised data.
     """
 
     def __init__(self, features: int | Sequence[str], factors: int | Sequence[str]) -> None:
@@ -103,7 +107,7 @@ class FactorAnalysis(FactorModel):
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         r"""p(z | x) of rows (..., D): :math:`\mathrm{N}(M^{-1} W^\top \Psi^{-1} (x - \mu), M^{-1})`, an event (L,).
 
-        Its precision :math:`M = I + W^\top \Psi^{-1} W` is an L x L matrix, the same for all rows.
+        The precision :math:`M = I + W^\top \Psi^{-1} W` is an L x L matrix, the same for all rows.
         """
         weighted = self.loadings.mT / self.noise
         precision = torch.eye(self.factors, dtype=weighted.dtype, device=weighted.device) + weighted @ self.loadings
@@ -111,10 +115,10 @@ class FactorAnalysis(FactorModel):
         return dist.MultivariateNormal((x - self.mean) @ gain.mT, precision_matrix=precision)
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        r"""Exact log p(x) of rows (..., D): (...).
+        r"""Exact log p(x) of rows (..., D), in nats: (...).
 
-        By Bayes' rule :math:`p(x) = p(x \mid z) \, p(z) / p(z \mid x)` at any z, here at the posterior's mean: the
-        matrix inversion and determinant lemmas in one. No D x D matrix is built, and no difference of large numbers.
+        By Bayes' rule :math:`p(x) = p(x \mid z) \, p(z) / p(z \mid x)` at any z, here at the posterior mean. This
+        amounts to the matrix inversion and determinant lemmas, without a D x D matrix or differences of large numbers.
         """
         posterior = self.posterior(x)
         z = posterior.mean
@@ -122,19 +126,19 @@ class FactorAnalysis(FactorModel):
 
 
 class PPCA(FactorAnalysis):
-    r"""Probabilistic PCA: one noise variance for all features.
+    r"""Probabilistic PCA: the same noise variance for all features.
 
     .. math:: p(x) = \mathrm{N}(\mu, W W^\top + \sigma^2 I)
 
-    Args and sites are those of :class:`FactorAnalysis`, and so are the parameters but for ``noise``, which is
-    :math:`\sigma^2` () and starts at 1.
+    Arguments, sites and parameters are those of :class:`FactorAnalysis`, except that ``noise`` is the scalar
+    :math:`\sigma^2`.
 
     Example:
         >>> x = torch.tensor([[3.0, 3.0], [-3.0, -3.0], [1.0, -1.0], [-1.0, 1.0]])
         >>> pair = PPCA(features=2, factors=1).closed_form(x)
-        >>> print(f"{pair.noise.item():.3f}")  # the variance along (1, -1), and along (1, 1) it is 9
+        >>> print(f"{pair.noise.item():.3f}")  # the variance along (1, -1); along (1, 1) it is 9
         1.000
-        >>> (pair.loadings @ pair.loadings.mT).detach().round(decimals=3)  # 9 - 1, on each feature half
+        >>> (pair.loadings @ pair.loadings.mT).detach().round(decimals=3)  # 9 - 1, half of it in each feature
         tensor([[4., 4.],
                 [4., 4.]])
     """
@@ -144,7 +148,7 @@ class PPCA(FactorAnalysis):
         self.noise = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
     def closed_form(self, x: Tensor) -> Self:
-        r"""Set the parameters, in place, to those of maximum likelihood.
+        r"""Set the parameters, in place, to the maximum likelihood estimate.
 
         With eigenvalues :math:`\lambda_1 \ge \dots \ge \lambda_D` and eigenvectors :math:`u_j` of the covariance of x,
 
@@ -153,8 +157,8 @@ class PPCA(FactorAnalysis):
             \sigma^2 = \frac{1}{D - L} \sum_{j > L} \lambda_j, \qquad
             W = [u_1 \sqrt{\lambda_1 - \sigma^2}, \dots, u_L \sqrt{\lambda_L - \sigma^2}]
 
-        The covariance is that of maximum likelihood, divided by the number of rows N. Scikit-learn's PCA divides by
-        N - 1, also where it scores: its covariance of x is this one times N / (N - 1).
+        The covariance is divided by N. Scikit-learn's PCA divides by N - 1, in its score too: its covariance of x is
+        this one times N / (N - 1).
 
         Args:
             x: Rows (N, D).
@@ -163,18 +167,18 @@ class PPCA(FactorAnalysis):
             The pair itself.
 
         Raises:
-            ValueError: There are as many factors as features, or x does not vary outside of L directions:
-                :math:`\sigma^2` would be 0.
+            ValueError: There are as many factors as features, or x varies in L directions only: :math:`\sigma^2` would
+                be 0.
         """
         self.check(x=x)
-        left = self.features - self.factors
-        if left == 0:
+        rest = self.features - self.factors
+        if rest == 0:
             raise ValueError(f"factors: expected fewer than {self.features} (the features), got {self.factors}")
         values, vectors = torch.linalg.eigh(torch.cov(x.mT, correction=0))
-        noise = values[:left].mean()
+        noise = values[:rest].mean()
         if not noise > self.features * torch.finfo(x.dtype).eps * values[-1]:
             raise ValueError(f"x: expected rows that vary in more than {self.factors} directions, got no other")
-        loadings = vectors[:, left:] * (values[left:] - noise).clamp_min(0).sqrt()
+        loadings = vectors[:, rest:] * (values[rest:] - noise).clamp_min(0).sqrt()
         self.loadings = loadings.flip(-1).to(self.loadings)
         self.mean = x.mean(0).to(self.mean)
         self.noise = noise.to(self.noise)
@@ -182,21 +186,21 @@ class PPCA(FactorAnalysis):
 
 
 class Autoencoder(FactorModel):
-    r"""A deterministic autoencoder: the pair whose guide is a Delta at the encoder.
+    r"""Deterministic autoencoder: the pair whose guide is a Delta at the output of the encoder.
 
     .. math::
 
         p(z_n) \propto 1, \qquad x_n \mid z_n \sim \mathrm{N}(g(z_n), I), \qquad
         q(z_n \mid x_n) = \delta(z_n - f(x_n))
 
-    The ELBO is :math:`-\tfrac12 \sum_n \lVert x_n - g(f(x_n)) \rVert^2` and a constant. The flat prior is
-    N(0, I) under a mask: it adds nothing to the ELBO, and without data z is drawn from N(0, I).
+    The ELBO is :math:`-\tfrac12 \sum_n \lVert x_n - g(f(x_n)) \rVert^2` plus a constant. The flat prior is a masked
+    N(0, I): it adds nothing to the ELBO, and without data z is drawn from N(0, I).
 
     Args:
         encoder: f, from rows (..., D) to (..., L). Default: ``nn.Linear``.
         decoder: g, from codes (..., L) to (..., D). Default: ``nn.Linear``.
 
-    The rest are those of :class:`FactorModel`, and so are the sites.
+    The other arguments and the sites are those of :class:`FactorModel`.
     """
 
     def __init__(
@@ -214,7 +218,7 @@ class Autoencoder(FactorModel):
         check_network("decoder", self.decoder, self.factors, self.features)
 
     def prior(self) -> dist.TorchDistribution:
-        """Flat, and where it is drawn from N(0, I); an event (L,)."""
+        """A flat density, drawn from N(0, I); an event (L,)."""
         return super().prior().mask(False)
 
     def likelihood(self, z: Tensor) -> dist.TorchDistribution:
@@ -222,7 +226,7 @@ class Autoencoder(FactorModel):
         return dist.Normal(self.decode(z), 1.0).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """The code of each row (..., D), with certainty; an event (L,)."""
+        """A Delta at the codes of rows (..., D), an event (L,)."""
         return dist.Delta(self.encode(x), event_dim=1)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-r"""A first-order Markov chain over symbols: each given the one before it.
+r"""First-order Markov chain: sequences of symbols, each given the one before it.
 
 .. math:: p(x_n) = \pi(x_{n1}) \prod_{t=2}^T P(x_{nt} \mid x_{n,t-1})
 
-There are no latent sites: the guide is empty and the ELBO is the exact log likelihood. A sequence that ends early stays
-at a symbol of its own for the end, which no other follows.
+There are no latent sites: the guide is empty and the ELBO is the exact log likelihood. Shorter sequences are padded
+with a symbol of its own for the end.
 
 References: Markov 1913, who counted the letters of Eugene Onegin; Shannon 1948, "A Mathematical Theory of
 Communication", sections 2 and 3.
@@ -18,18 +18,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_matrix
+from ppl_models.models.checks import check_entries, check_matrix, check_positive
 from ppl_models.models.pair import Visible
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.labels import one_hot
 
 
-class Chain(Rowwise):
-    """Sequences of symbols 0 to K - 1, as floats.
+class MarkovSequence(Rowwise):
+    """Distribution of a sequence of symbols 0 to K - 1, as floats.
 
     Args:
         initial: Log probabilities of the first symbol (K,).
-        transition: Log probabilities of a symbol (columns) given the one before it (rows), (K, K).
+        transition: Log probabilities (K, K) of a symbol (columns) given the one before it (rows).
         length: T.
     """
 
@@ -57,15 +57,15 @@ class Chain(Rowwise):
     def complete(self, x: Tensor) -> Tensor:
         """Draw the symbols that are nan given all others, exactly: rows (N, T).
 
-        Forwards the probability of what is known so far at each place, backwards a draw of each symbol given the next.
+        Forward filtering, backward sampling.
         """
-        forward = [self._seen(x[:, 0]) + self.initial]
+        forward = [self._evidence(x[:, 0]) + self.initial]
         for t in range(1, x.shape[1]):
             ahead = (forward[-1][:, :, None] + self.transition).logsumexp(1)
-            forward.append(ahead + self._seen(x[:, t]))
-        never = (forward[-1] == -torch.inf).all(-1)
-        if never.any():
-            row = int(never.nonzero()[0])
+            forward.append(ahead + self._evidence(x[:, t]))
+        impossible = (forward[-1] == -torch.inf).all(-1)
+        if impossible.any():
+            row = int(impossible.nonzero()[0])
             raise ValueError(f"x: expected known symbols that can follow one another, got row {row} of probability 0")
         symbol = dist.Categorical(logits=forward[-1]).sample()
         drawn = [symbol]
@@ -74,23 +74,20 @@ class Chain(Rowwise):
             drawn.append(symbol)
         return torch.stack(drawn[::-1], 1).to(x.dtype)
 
-    def _seen(self, column: Tensor) -> Tensor:
-        """Log of whether a symbol agrees with what was seen at a place, (N, K)."""
+    def _evidence(self, column: Tensor) -> Tensor:
+        """Log likelihood (N, K) of each symbol at one position: 0 where it agrees or nothing is known, else -inf."""
         known = one_hot(column, len(self.initial), column.dtype).log()
         return torch.where(column.isnan()[:, None], torch.zeros_like(known), known)
 
 
 class MarkovChain(Visible):
-    r"""A first-order Markov chain.
+    r"""First-order Markov chain.
 
     Args:
-        length: Symbols of a sequence T, or their names.
+        length: Length T of the sequences, or names of the positions.
         symbols: Number of symbols K, or their names.
 
-    Data: x (N, T), symbols by number, as floats. Sites: x (T,) of every row.
-
-    Raises:
-        ValueError: A symbol is none of 0 to K - 1.
+    Data: x (N, T), symbols 0 to K - 1 as floats. Sites: x (T,) of each row.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
@@ -112,28 +109,29 @@ class MarkovChain(Visible):
         self.initial = nn.Parameter(torch.zeros(self.symbols))
         self.transition = nn.Parameter(torch.zeros(self.symbols, self.symbols))
 
-    def distribution(self) -> Chain:
+    def distribution(self) -> MarkovSequence:
         """p(x), an event (T,)."""
-        return Chain(self.initial.log_softmax(-1), self.transition.log_softmax(-1), self.length)
+        return MarkovSequence(self.initial.log_softmax(-1), self.transition.log_softmax(-1), self.length)
 
     @torch.no_grad()
     def estimate(self, x: Tensor, *, smoothing: float = 1.0) -> Self:
-        r"""Set the parameters to the maximum of the likelihood, by counting, and return the pair.
+        r"""Set the parameters, in place, from counts, and return the pair.
 
         Args:
-            smoothing: Added to every count: the mean of the posterior under a Dirichlet prior of that concentration.
+            x: Sequences (N, T).
+            smoothing: Added to each count. 0 gives the maximum likelihood estimate, other values the posterior mean
+                under a Dirichlet prior of that concentration.
         """
-        if not smoothing >= 0:
-            raise ValueError(f"smoothing: expected zero or a positive number, got {smoothing}")
+        check_positive("smoothing", smoothing, zero=True)
         first, pairs = self.count(x)
-        # A symbol that never comes keeps the distribution that it had.
+        # A symbol that never occurs keeps its transition probabilities.
         seen = (pairs.sum(-1, keepdim=True) > 0) | (smoothing > 0)
         self.initial.copy_((first + smoothing).log())
         self.transition.copy_(torch.where(seen, (pairs + smoothing).log(), self.transition.double()))
         return self
 
     def count(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """How often each symbol comes first (K,), and after each other (K, K)."""
+        """Counts of the first symbols (K,), and of the transitions (K, K)."""
         codes = x.long()
         first = codes[:, 0].bincount(minlength=self.symbols)
         pairs = (codes[:, :-1] * self.symbols + codes[:, 1:]).flatten().bincount(minlength=self.symbols**2)
@@ -147,10 +145,8 @@ class MarkovChain(Visible):
         return self.distribution().complete(x.repeat(draws, 1)).reshape(draws, *x.shape)
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a (rows, T) of symbols."""
-        if x is None:
-            return
-        check_matrix("x", x, self.length)
-        wrong = x[(x < 0) | (x >= self.symbols) | (x != x.round())]
-        if len(wrong):
-            raise ValueError(f"x: expected symbols 0 to {self.symbols - 1}, got {wrong[0].item():g}")
+        """Raise ValueError unless x is a matrix (rows, T) of symbols."""
+        if x is not None:
+            check_matrix("x", x, self.length)
+            wrong = (x < 0) | (x >= self.symbols) | (x != x.round())
+            check_entries("x", x, wrong, f"symbols 0 to {self.symbols - 1}")

@@ -1,12 +1,12 @@
-r"""Mixtures: rows that come from one of K components.
+r"""Finite mixtures: each row comes from one of K components.
 
 .. math::
 
     \pi \sim \mathrm{Dirichlet}(c), \qquad \theta_k \sim \text{prior}, \qquad
     z_n \sim \mathrm{Categorical}(\pi), \qquad x_n \mid z_n = k \sim p(x \mid \theta_k)
 
-The labels z are summed out by every method. Components are interchangeable, so that a posterior has K! copies of every
-mode; one is kept: a Gaussian mixture's components are ordered by the first entry of their means. ``maximise`` is the
+All methods sum the labels z out. The components are interchangeable, so the posterior has K! copies of each mode. A
+Gaussian mixture keeps one of them: its components are ordered by the first entry of their means. ``maximise`` is the
 M-step of ``inference.objectives.EM``.
 
 Reference: Bishop 2006, Pattern Recognition and Machine Learning, chapter 9.
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,45 +29,37 @@ from pyro.infer.autoguide import AutoNormal
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
-from ppl_models.models.checks import check_binary, check_labels, check_matrix
-from ppl_models.models.pair import Pair, continuous
-from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
+from ppl_models.models.checks import check_binary, check_labels, check_matrix, check_positive
+from ppl_models.models.pair import GuideFactory, Pair, continuous
+from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
-
-Guide = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 COVARIANCES = ("full", "tied", "diagonal", "spherical")
 
+START_ROWS = 2000
+"""Number of rows (or ten per component, if that is more) from which k-means++ draws the initial centres."""
 
-SEEN = 2000
-"""Rows, or ten a component if these are more, among which a start is drawn."""
-
-
-EMPTY = 10 * torch.finfo(torch.float64).eps
-"""Rows that are added to every component, as scikit-learn adds them: an empty one has a mean."""
+COUNT_OFFSET = 10 * torch.finfo(torch.float64).eps
+"""Added to the count of each component, as scikit-learn does, so that an empty component has a mean."""
 
 
 class Mixture(Pair):
-    r"""What the mixtures share: weights, labels, rows.
+    r"""Base class: weights, labels and rows.
 
     Args:
         features: Number of features D, or their names.
         components: Number of components K.
         concentration: Dirichlet concentration of the weights.
-        prior: False switches all priors off: EM then finds a maximum of the likelihood.
+        prior: False switches all priors off, so that EM finds a maximum likelihood estimate.
         guide: From the model to a guide of its parameters: AutoNormal (the default), AutoDelta, ...
 
-    Data: x (N, D); z (N,), integers, where the labels are known.
+    Data: x (N, D); z (N,), integers, if the labels are known.
 
-    A subclass draws the parameters of the components and gives the distribution of a row.
+    Attributes:
+        conjugate: Whether the M-step takes the prior into account.
     """
 
     conjugate = False
-
-    draw_parameters: Callable[[], tuple[Tensor, ...]]
-    likelihood: Callable[..., dist.TorchDistribution]
-    maximise_parameters: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
     def __init__(
         self,
@@ -75,23 +68,30 @@ class Mixture(Pair):
         *,
         concentration: float = 1.0,
         prior: bool = True,
-        guide: Guide = AutoNormal,
+        guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
         self.components = self.name_dimension("components", components)
-        if not concentration > 0:
-            raise ValueError(f"concentration: expected a positive number, got {concentration}")
+        check_positive("concentration", concentration)
         self.prior = prior
         self.register_buffer("concentration", torch.full((self.components,), float(concentration)))
         self.dims = {"x": ("features",), "weights": ("components",)}
         self.guide = guide(continuous(self.model))
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Tensor:
+    @abstractmethod
+    def draw_parameters(self) -> tuple[Tensor, ...]:
+        """Sample the parameters of the components; return tables with one row per component (..., K, width)."""
+
+    @abstractmethod
+    def likelihood(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """p(x | z) of the rows, an event (D,), from the table rows (..., N, width) of their components."""
+
+    @abstractmethod
+    def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """The M-step of the component parameters, by site, from responsibilities (N, K) and their sums (K,)."""
+
+    def model(self, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""
         with poutine.mask(mask=self.prior):
             weights = pyro.sample("weights", dist.Dirichlet(self.concentration))
@@ -101,35 +101,36 @@ class Mixture(Pair):
             return pyro.sample("x", self.likelihood(*(rows_by_label(p, z) for p in parameters)), obs=x)
 
     def maximise(self, responsibilities: Tensor, x: Tensor, **_: Any) -> dict[str, Tensor]:
-        """The M-step: the parameters that are best for responsibilities (N, K)."""
+        """The M-step: the parameters, by site, that maximise the objective for responsibilities (N, K)."""
         responsibilities = responsibilities.to(x)
-        counts = responsibilities.sum(0) + EMPTY
-        dead = (counts < 1e-3).nonzero().flatten().tolist()
-        if dead:
-            named = ", ".join(map(str, dead[:5]))
-            warnings.warn(f"components: {len(dead)} hold no rows any more ({named}); ask for fewer", stacklevel=2)
+        counts = responsibilities.sum(0) + COUNT_OFFSET
+        empty = (counts < 1e-3).nonzero().flatten().tolist()
+        if empty:
+            listed = ", ".join(map(str, empty[:5]))
+            warnings.warn(f"components: {len(empty)} have no rows left ({listed}); use fewer components", stacklevel=2)
         extra = self.concentration.to(x) - 1 if self.prior else torch.zeros_like(counts)
         weights = (counts + extra).clamp_min(0)
-        found = {"weights": weights / weights.sum(), **self.maximise_parameters(responsibilities, counts, x)}
-        return self.arrange(found)
+        return self.arrange(
+            {"weights": weights / weights.sum(), **self.maximise_parameters(responsibilities, counts, x)}
+        )
 
-    def arrange(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The components in the order that the model asks for."""
-        return found
+    def arrange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring the components into the order that the model requires."""
+        return values
 
     def start(self, x: Tensor, *, seed: int = 0) -> Tensor:
-        """Responsibilities (N, K) to start EM from: each row goes to the nearest of K rows, drawn by k-means++."""
+        """Initial responsibilities (N, K) for EM: each row belongs to the nearest of K centres of k-means++."""
         if len(x) < self.components:
             raise ValueError(f"x: expected at least as many rows as components ({self.components}), got {len(x)}")
-        few = max(SEEN, 10 * self.components)
-        seen = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:few].to(x.device)]
-        _, chosen = kmeans_plusplus(seen.detach().cpu().numpy(), self.components, random_state=seed)
-        centres = seen[torch.as_tensor(chosen, device=x.device).long()]
+        count = max(START_ROWS, 10 * self.components)
+        subset = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)]
+        _, chosen = kmeans_plusplus(subset.detach().cpu().numpy(), self.components, random_state=seed)
+        centres = subset[torch.as_tensor(chosen, device=x.device).long()]
         nearest = torch.cdist(x, centres).argmin(-1)
         return one_hot(nearest, self.components, x.dtype)
 
     def check(self, x: Any = None, z: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D) and z, if given, has a component for each."""
+        """Raise ValueError unless x is a finite matrix (rows, D) and z, if given, has a component for each row."""
         if x is not None:
             check_matrix("x", x, self.features)
         if z is not None:
@@ -137,7 +138,7 @@ class Mixture(Pair):
 
 
 class GaussianMixture(Mixture):
-    r"""Gaussian components.
+    r"""Mixture of Gaussians.
 
     .. math::
 
@@ -146,23 +147,24 @@ class GaussianMixture(Mixture):
         x_n \mid z_n = k \sim \mathrm{N}(\mu_k, \mathrm{diag}(\sigma_k) R_k \, \mathrm{diag}(\sigma_k))
 
     Args:
-        covariance: ``full``; ``tied``, one for all components; ``diagonal``; ``spherical``, one scale a component.
+        covariance: ``full``, ``diagonal``, ``spherical`` (one scale per component) or ``tied`` (one full covariance for
+            all components).
         mean: m, in units of x.
-        spread: s, in units of x.
-        scale: b, in units of x.
-        log_spread: :math:`\tau`.
+        mean_sd: s, in units of x.
+        scale: b, the prior median of a standard deviation, in units of x.
+        log_scale_sd: :math:`\tau`.
         correlation: :math:`\eta` of the LKJ prior.
-        floor: Least standard deviation that EM gives a component, in units of x, and for full covariances along any
-            direction: without it a component on one row has an infinite likelihood.
+        floor: Smallest standard deviation of a component in EM, in units of x, for full covariances along any
+            direction. Without it a component that holds one row has infinite likelihood.
 
-    The rest are those of :class:`Mixture`. Sites: weights (K,), means (K, D), scales (K, D), or (K, 1) if spherical and
-    (D,) if tied, correlations (K, D, D), or (D, D) if tied, as Cholesky factors, z, x.
+    The other arguments are those of :class:`Mixture`. Sites: weights (K,), means (K, D), scales (K, D) (spherical:
+    (K, 1), tied: (D,)), correlations (K, D, D) (tied: (D, D)) as Cholesky factors, z, x.
 
     Example:
         >>> pair = GaussianMixture(1, 2, covariance="diagonal", prior=False)
         >>> labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-        >>> found = pair.maximise(labels, torch.tensor([[2.0], [4.0], [0.0], [1.0]]))
-        >>> found["weights"], found["means"].flatten()  # sorted by the mean
+        >>> best = pair.maximise(labels, torch.tensor([[2.0], [4.0], [0.0], [1.0]]))
+        >>> best["weights"], best["means"].flatten()  # sorted by the mean
         (tensor([0.5000, 0.5000]), tensor([0.5000, 3.0000]))
     """
 
@@ -173,25 +175,23 @@ class GaussianMixture(Mixture):
         *,
         covariance: str = "full",
         mean: float = 0.0,
-        spread: float = 2.0,
+        mean_sd: float = 2.0,
         scale: float = 0.5,
-        log_spread: float = 0.5,
+        log_scale_sd: float = 0.5,
         correlation: float = 2.0,
         floor: float = 1e-3,
         **shared: Any,
     ) -> None:
         if covariance not in COVARIANCES:
             raise ValueError(f"covariance: expected one of {', '.join(COVARIANCES)}, got {covariance!r}")
-        positive = {"spread": spread, "scale": scale, "log_spread": log_spread, "correlation": correlation}
+        positive = {"mean_sd": mean_sd, "scale": scale, "log_scale_sd": log_scale_sd, "correlation": correlation}
         for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
-        if not floor >= 0:
-            raise ValueError(f"floor: expected zero or a positive number, got {floor}")
+            check_positive(name, value)
+        check_positive("floor", floor, zero=True)
         super().__init__(features, components, **shared)
         for name, value in {"mean": mean, **positive}.items():
             self.register_buffer(name, torch.tensor(float(value)))
-        # One feature has no correlations.
+        # With one feature there are no correlations.
         self.covariance, self.correlated = covariance, covariance in ("full", "tied") and self.features > 1
         self.floor = floor
         self.dims["means"] = ("components", "features")
@@ -199,28 +199,29 @@ class GaussianMixture(Mixture):
             self.dims["scales"] = ("features",)
 
     def draw_parameters(self) -> tuple[Tensor, ...]:
-        """Means (K, D); inverse scales (K, D), or whiteners (K, D * D); levels (K, 1)."""
+        """Sample the parameters; return means (K, D), inverse scales (K, D) or whiteners (K, D * D), levels (K, 1)."""
         shape = self.components, self.features
-        means = pyro.sample("means", SortedNormals(self.mean.expand(shape), self.spread.expand(shape)))
-        # A site outside of plates that is drawn many times has a one in place of the rows.
+        means = pyro.sample("means", SortedNormals(self.mean.expand(shape), self.mean_sd.expand(shape)))
+        # Draws of a site outside of plates have a 1 in the place of the rows.
         means = means.squeeze(-3) if means.dim() > 2 else means
         with nullcontext() if self.covariance == "tied" else pyro.plate("components", self.components, dim=-1):
             width = 1 if self.covariance == "spherical" else self.features
-            distribution = dist.LogNormal(self.scale.log(), self.log_spread).expand([width]).to_event(1)
+            distribution = dist.LogNormal(self.scale.log(), self.log_scale_sd).expand([width]).to_event(1)
             scales = pyro.sample("scales", distribution)
             factors = None
             if self.correlated:
                 factors = pyro.sample("correlations", dist.LKJCholesky(self.features, self.correlation))
         if factors is None:
-            scales = _spread_over(scales, shape)
+            scales = _broadcast_rows(scales, shape)
             return means, scales.reciprocal(), _level(scales)
         roots = scales[..., None] * factors
         identity = torch.eye(self.features, dtype=roots.dtype, device=roots.device)
         whiteners = torch.linalg.solve_triangular(roots, identity.expand_as(roots), upper=False).flatten(-2)
         whole = self.components, self.features**2
-        return means, _spread_over(whiteners, whole), _spread_over(_level(scales, factors), (self.components, 1))
+        return means, _broadcast_rows(whiteners, whole), _broadcast_rows(_level(scales, factors), (self.components, 1))
 
-    def likelihood(self, means: Tensor, inverse: Tensor, level: Tensor) -> dist.TorchDistribution:
+    def likelihood(self, *parameters: Tensor) -> dist.TorchDistribution:
+        means, inverse, level = parameters
         return Gaussians(means, inverse, level.squeeze(-1))
 
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -254,19 +255,19 @@ class GaussianMixture(Mixture):
     def _bounded(self, variances: Tensor) -> Tensor:
         if bool((variances < self.floor**2).any()):
             warnings.warn(
-                f"scales: a component has collapsed; its standard deviation is held at the floor {self.floor}",
+                f"scales: a component has collapsed; its standard deviation is set to the floor {self.floor}",
                 stacklevel=2,
             )
         return variances.clamp_min(self.floor**2)
 
-    def arrange(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        order = found["means"][:, 0].argsort()
+    def arrange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        order = values["means"][:, 0].argsort()
         shared = ("scales", "correlations") if self.covariance == "tied" else ()
-        return {n: v if n in shared else v[order] for n, v in found.items()}
+        return {n: v if n in shared else v[order] for n, v in values.items()}
 
 
 class BernoulliMixture(Mixture):
-    r"""Binary features, independent given the component, with a Beta prior.
+    r"""Mixture of independent binary features, with a Beta prior.
 
     .. math::
 
@@ -276,15 +277,14 @@ class BernoulliMixture(Mixture):
     Args:
         alpha: Additive smoothing: EM adds alpha zeros and alpha ones to each component.
 
-    The rest are those of :class:`Mixture`. Sites: weights (K,), probs (K, D), z, x. The components have no order: use
-    EM or one guide, not chains.
+    The other arguments are those of :class:`Mixture`. Sites: weights (K,), probs (K, D), z, x. The components have no
+    order, so use EM or a guide rather than chains.
     """
 
     conjugate = True
 
     def __init__(self, features: int | Sequence[str], components: int, *, alpha: float = 0.1, **shared: Any) -> None:
-        if not alpha >= 0:
-            raise ValueError(f"alpha: expected zero or a positive number, got {alpha}")
+        check_positive("alpha", alpha, zero=True)
         super().__init__(features, components, **shared)
         self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
         self.dims |= {"probs": ("features",)}
@@ -292,11 +292,10 @@ class BernoulliMixture(Mixture):
     def draw_parameters(self) -> tuple[Tensor, Tensor]:
         with pyro.plate("components", self.components, dim=-1):
             probs = pyro.sample("probs", dist.Beta(self.alpha + 1, self.alpha + 1).to_event(1))
-        probs = probs.clamp(1e-7, 1 - 1e-7)
-        absent = (-probs).log1p()
-        return probs.log() - absent, absent.sum(-1, keepdim=True)
+        return occurrence_parameters(probs)
 
-    def likelihood(self, logits: Tensor, absent: Tensor) -> dist.TorchDistribution:
+    def likelihood(self, *parameters: Tensor) -> dist.TorchDistribution:
+        logits, absent = parameters
         return Occurrences(logits, absent[..., 0])
 
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -304,13 +303,13 @@ class BernoulliMixture(Mixture):
         return {"probs": (responsibilities.mT @ x + alpha) / (counts[:, None] + 2 * alpha)}
 
     def check(self, x: Any = None, z: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary (rows, D) and z, if given, has a component for each."""
+        """Raise ValueError unless x is a binary matrix (rows, D) and z, if given, has a component for each row."""
         super().check(x, z)
         check_binary("x", x)
 
 
-def _spread_over(table: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A table of one row, or of one column, as one of K rows."""
+def _broadcast_rows(table: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Broadcast a table of one row or one column to a shape (K, width)."""
     return table.expand(torch.broadcast_shapes(table.shape, shape))
 
 

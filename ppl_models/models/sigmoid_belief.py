@@ -1,4 +1,4 @@
-r"""Sigmoid belief nets: layers of binary causes, each drawn given the layer above it.
+r"""Sigmoid belief networks: layers of binary units, each given the layer above it.
 
 .. math::
 
@@ -6,8 +6,8 @@ r"""Sigmoid belief nets: layers of binary causes, each drawn given the layer abo
     z_{nk} \mid z_{n,k+1} \sim \mathrm{Bernoulli}(\sigma(W_k z_{n,k+1} + b_k)), \qquad
     x_n \mid z_{n1} \sim \mathrm{Bernoulli}(\sigma(W_0 z_{n1} + b_0))
 
-The **sigmoid belief net** (Neal 1992) has a free mean-field guide: probabilities of its own for every row. The
-**Helmholtz machine** (Dayan et al. 1995) is the same model with a recognition network as guide, which reads any row.
+The **sigmoid belief network** (Neal 1992) has a mean-field guide with free parameters for each row. The **Helmholtz
+machine** (Dayan et al. 1995) is the same model with an amortised guide, a recognition network.
 
 References: Neal 1992, "Connectionist learning of belief networks"; Saul, Jaakkola and Jordan 1996 for the mean field;
 Dayan, Hinton, Neal and Zemel 1995, "The Helmholtz machine"; Hinton, Dayan, Frey and Neal 1995, "The wake-sleep
@@ -26,30 +26,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ppl_models.models.checks import check_binary, check_matrix
+from ppl_models.models.checks import MAX_TABLE, check_binary, check_matrix
 from ppl_models.models.pair import Pair
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import mlp
 
-LARGEST = 2**26
-"""Numbers that a table of an exact answer may hold."""
-
 
 class SigmoidBeliefNet(Pair):
-    r"""A sigmoid belief net with a free mean-field guide.
+    r"""Sigmoid belief network with a free mean-field guide.
 
-    The guide's log odds come to be, one for each row and unit, when it first sees data: :math:`q(z_n) = \prod_{ku}
-    \mathrm{Bernoulli}(\sigma(\lambda_{nku}))`.
+    .. math:: q(z_n) = \prod_{ku} \mathrm{Bernoulli}(z_{nku} \mid \sigma(\lambda_{nku}))
+
+    The first call of the guide creates the log odds :math:`\lambda`, one for each row and unit.
 
     Args:
         features: Number of features D, or their names.
-        layers: Units of each layer of causes, from x upwards.
+        layers: Number of units of each latent layer, from x upwards.
 
-    Data: x (N, D), zeros and ones. Sites: z_1 (units,), ..., z_L and x (D,) of every row, 0 or 1.
+    Data: x (N, D), zeros and ones. Sites: z_1 (units,), ..., z_L and x (D,) of each row, 0 or 1.
 
     Raises:
-        ValueError: A layer has no units; x is not binary; or the guide meets another number of rows.
+        ValueError: A layer has no units, x is not binary, or the number of rows N has changed.
 
     Example:
         >>> pair = SigmoidBeliefNet(4, layers=(2,))
@@ -72,7 +70,7 @@ class SigmoidBeliefNet(Pair):
         self.dims |= {name: (f"units_{k}",) for k, name in enumerate(self.sites, 1)}
 
     def model(self, x: Tensor | None = None) -> Tensor:
-        """Draw or score layers, from the top, and rows; return x."""
+        """Draw or score the layers, from the top, and the rows; return x."""
         with self.rows(x):
             logits = self.biases[-1]
             for k in range(len(self.layers), 0, -1):
@@ -80,27 +78,27 @@ class SigmoidBeliefNet(Pair):
             return pyro.sample("x", binary(logits), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Every unit of every row with a probability of its own."""
+        """Draw or score each unit of each row, with its own probability."""
         count = self.minibatch.size or len(x)
         with self.rows(x) as rows:
             for name, units in zip(self.sites, self.layers, strict=True):
-                pyro.sample(name, binary(self._own(f"{name}_logits", count, units)[rows]))
+                pyro.sample(name, binary(self._row_parameter(f"{name}_logits", count, units)[rows]))
 
     def conditional(self, site: str, values: Mapping[str, Tensor]) -> Generator[Tensor, Tensor, None]:
-        r"""Log weights (..., rows, 2) of the states of one unit after another, given all else.
+        r"""Log weights (..., rows, 2) of the states of one unit after another, given all others: for ``Gibbs``.
 
         .. math:: \mathrm{logit}\, p(z_u = 1 \mid \cdot) = a_u + \sum_i \big( y_i W_{iu}
             - \mathrm{softplus}(c_i + W_{iu}) + \mathrm{softplus}(c_i) \big)
 
-        with y the layer below, a what the layer above sends, and c what the other units of the layer send down. For
-        ``Gibbs``, which sends each unit's new state back.
+        with y the layer below, a the input from the layer above, and c the input that the other units of the layer send
+        to the layer below. The generator is sent the new state of each unit.
         """
         k = self.sites.index(site) + 1
         z, below = values[site], values["x" if k == 1 else f"z_{k - 1}"]
         prior = self.biases[k] if k == len(self.layers) else self._below(k + 1, values[f"z_{k + 1}"])
         weight = self.weights[k - 1]
         drive = self._below(k, z)
-        # The linear part of all units at once; only the rest changes as units are drawn.
+        # The linear part is the same throughout; the rest changes as units are drawn.
         odds = prior + below @ weight
         for u, column in enumerate(weight.mT):
             off = drive - z[..., u, None] * column
@@ -110,7 +108,7 @@ class SigmoidBeliefNet(Pair):
             drive = off + state[..., None] * column
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x) of rows (N, D), all states of all layers summed out: (N,).
+        """Exact log p(x) of rows (N, D), in nats, by summing over all states of all layers: (N,).
 
         Raises:
             ValueError: The layers have too many states.
@@ -134,25 +132,25 @@ class SigmoidBeliefNet(Pair):
         return joint.flatten(1).softmax(-1).reshape(joint.shape)
 
     def marginals(self, x: Tensor) -> dict[str, Tensor]:
-        """Exact probability of each unit (N, units) given rows (N, D), by site.
+        """Exact posterior probability of each unit (N, units) given rows (N, D), by site.
 
         Raises:
             ValueError: The layers have too many states.
         """
-        posterior, found = self.posterior(x), {}
+        posterior, marginals = self.posterior(x), {}
         for k, (name, units) in enumerate(zip(self.sites, self.layers, strict=True), 1):
-            alone = posterior.movedim(k, 1).reshape(len(x), 2**units, -1).sum(-1)
-            found[name] = alone @ states(units, self.origin)
-        return found
+            layer = posterior.movedim(k, 1).reshape(len(x), 2**units, -1).sum(-1)
+            marginals[name] = layer @ states(units, self.origin)
+        return marginals
 
     @torch.no_grad()
     def centre(self, x: Tensor) -> None:
-        """Start the biases of x from the log odds of its features' means over rows (N, D)."""
+        """Initialise the biases of x by the log odds of the feature means of rows (N, D)."""
         self.biases[0].copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
 
     @torch.no_grad()
     def fantasies(self, size: int) -> Tensor:
-        """Means of x (size, D) given causes drawn from the model."""
+        """Means of x (size, D) given latent units drawn from the model."""
         logits = self.biases[-1].expand(size, -1)
         for k in range(len(self.layers), 0, -1):
             logits = self._below(k, logits.sigmoid().bernoulli())
@@ -175,22 +173,22 @@ class SigmoidBeliefNet(Pair):
         return self.biases[0]
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary (rows, D)."""
+        """Raise ValueError unless x is a binary matrix (rows, D)."""
         if x is not None:
             check_matrix("x", x, self.features)
             check_binary("x", x)
 
     def _below(self, k: int, z: Tensor) -> Tensor:
-        """Log odds that layer k (..., units) sends to the one below it."""
+        """Log odds of the layer below layer k, given the units of layer k (..., units)."""
         return linear(z, self.weights[k - 1], self.biases[k - 1])
 
-    def _own(self, name: str, count: int, units: int) -> Tensor:
-        """A parameter for each row and unit."""
+    def _row_parameter(self, name: str, count: int, units: int) -> Tensor:
+        """A parameter with one entry per row and unit, created by the first call."""
         if name not in self._parameters:
             setattr(self, name, nn.Parameter(torch.zeros_like(self.origin).new_zeros(count, units)))
         value: Tensor = getattr(self, name)
         if len(value) != count:
-            raise ValueError(f"x: expected the {len(value)} rows that the guide knows, got {count}")
+            raise ValueError(f"x: expected the {len(value)} rows that the guide was fitted to, got {count}")
         return value
 
     def _emission(self, x: Tensor) -> Tensor:
@@ -214,23 +212,23 @@ class SigmoidBeliefNet(Pair):
         return prior, self._emission(x)
 
     def _check_size(self, numbers: int, units: int) -> None:
-        if numbers > LARGEST:
+        if numbers > MAX_TABLE:
             raise ValueError(
                 f"layers: exact answers over {units} units need {float(numbers):.1e} numbers, expected at most "
-                f"{float(LARGEST):.1e}; use log_evidence, whose samples need no table, or sample with kernel=Gibbs"
+                f"{float(MAX_TABLE):.1e}; use log_evidence, which samples, or sample with kernel=Gibbs"
             )
 
 
 class HelmholtzMachine(SigmoidBeliefNet):
-    r"""A sigmoid belief net with a recognition network as guide, whose layers run the other way.
+    r"""Sigmoid belief network with a recognition network, which runs bottom-up, as guide.
 
     .. math:: q(z \mid x) = \prod_k \mathrm{Bernoulli}(z_k \mid \sigma(R_k z_{k-1} + c_k)), \qquad z_0 = x
 
     Args:
-        baseline: Width of the hidden layer of a network that predicts the learning signal of each layer from x, for
-            ``TraceGraph_ELBO`` (Mnih and Gregor 2014, NVIL); 0: none.
+        baseline: Hidden width of the neural baselines of ``TraceGraph_ELBO``, which predict the learning signal of each
+            layer from x (Mnih and Gregor 2014, NVIL). 0: none.
 
-    The rest are those of :class:`SigmoidBeliefNet`.
+    The other arguments are those of :class:`SigmoidBeliefNet`.
     """
 
     def __init__(self, features: int | Sequence[str], layers: Sequence[int] = (200, 200), *, baseline: int = 0) -> None:
@@ -240,13 +238,8 @@ class HelmholtzMachine(SigmoidBeliefNet):
         self.thresholds = nn.ParameterList(torch.zeros(units) for units in layers)
         self.baselines = nn.ModuleList(mlp(self.features, baseline, 1) for _ in layers) if baseline else None
 
-    def guide(
-        self,
-        x: Tensor,
-        *,
-        observations: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """The layers of each row, from the bottom."""
+    def guide(self, x: Tensor, *, observations: Mapping[str, Tensor] | None = None) -> None:
+        """Draw or score the layers of each row, from the bottom; ``observations["x"]`` takes the place of x."""
         below = x if observations is None else observations["x"]
         with self.rows(x):
             for k, name in enumerate(self.sites):
@@ -271,12 +264,12 @@ class HelmholtzMachine(SigmoidBeliefNet):
 
 
 def binary(logits: Tensor) -> dist.TorchDistribution:
-    """Independent units of zeros and ones with log odds (..., units), as an event."""
-    # The check of x has seen that it is binary; torch's own reads every draw back.
+    """Independent binary units with log odds (..., units), as an event."""
+    # Pair.check has validated x; torch would validate every draw.
     return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
 
 
 def states(units: int, like: Tensor) -> Tensor:
-    """All states of so many binary units, (2^units, units), counting in binary, the first unit slowest."""
+    """All states of binary units, (2^units, units), in binary counting order with the first unit slowest."""
     count = torch.arange(2**units, device=like.device)
     return (count[:, None] >> torch.arange(units - 1, -1, -1, device=like.device) & 1).to(like.dtype)

@@ -1,4 +1,4 @@
-r"""Variational autoencoders: a few hidden causes of every row, decoded and encoded by networks.
+r"""Variational autoencoders: a few latent factors per row, with neural networks as decoder and encoder.
 
 .. math:: z_n \sim \mathrm{N}(0, I_L), \qquad x_n \mid z_n \sim p(x \mid g(z_n)), \qquad
     q(z_n \mid x_n) = \mathrm{N}(f_\mu(x_n), \mathrm{diag}(f_\sigma(x_n))^2)
@@ -19,7 +19,14 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_known_labels, check_labels, count_of, known_labels
+from ppl_models.models.checks import (
+    check_entries,
+    check_known_labels,
+    check_labels,
+    check_positive,
+    count_of,
+    known_labels,
+)
 from ppl_models.models.linear_factors import FactorModel
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
@@ -30,19 +37,20 @@ LIKELIHOODS = ("bernoulli", "continuous_bernoulli", "gaussian")
 
 
 class VAE(FactorModel):
-    r"""A variational autoencoder.
+    r"""Variational autoencoder.
 
     Args:
         features: Number of features D, or their names.
         factors: Number of factors L, or their names.
-        likelihood: ``bernoulli``: x in [0, 1], a density only for zeros and ones; ``continuous_bernoulli``: x in
-            [0, 1] (Loaiza-Ganem and Cunningham 2019); ``gaussian``: any x, with one noise variance that is learnt.
+        likelihood: ``bernoulli``, for x in [0, 1], a proper likelihood only of zeros and ones;
+            ``continuous_bernoulli``, for x in [0, 1] (Loaiza-Ganem and Cunningham 2019); ``gaussian``, for any x, with
+            one learnt noise variance.
         hidden: Widths of the hidden layers of both networks, from x to z.
         encoder: From rows (..., D) to means and log standard deviations (..., 2 L) of the guide. Default: tanh layers.
-        decoder: From factors (..., L) to logits, or means, of the rows (..., D). Default: tanh layers.
-        extra: Further inputs of both networks, which a subclass appends to x and to z.
+        decoder: From factors (..., L) to logits (``gaussian``: means) of the rows (..., D). Default: tanh layers.
+        extra: Number of further inputs that a subclass appends to x and to z in both networks.
 
-    Data: x (N, D). Sites: z (L,) and x (D,) of every row.
+    Data: x (N, D). Sites: z (L,) and x (D,) of each row.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -67,11 +75,11 @@ class VAE(FactorModel):
             raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
         super().__init__(features, factors)
         widths = self.features, *hidden
-        read, coded = self.features + extra, self.factors + extra
-        self.encoder = mlp(read, *hidden, 2 * self.factors) if encoder is None else encoder
-        self.decoder = mlp(coded, *reversed(widths)) if decoder is None else decoder
-        check_network("encoder", self.encoder, read, 2 * self.factors)
-        check_network("decoder", self.decoder, coded, self.features)
+        wide, narrow = self.features + extra, self.factors + extra
+        self.encoder = mlp(wide, *hidden, 2 * self.factors) if encoder is None else encoder
+        self.decoder = mlp(narrow, *reversed(widths)) if decoder is None else decoder
+        check_network("encoder", self.encoder, wide, 2 * self.factors)
+        check_network("decoder", self.decoder, narrow, self.features)
         self.kind = likelihood
         if likelihood == "gaussian":
             self.noise: Any = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
@@ -83,7 +91,7 @@ class VAE(FactorModel):
             return dist.Normal(out, self.noise.sqrt()).to_event(1)
         if self.kind == "continuous_bernoulli":
             return dist.ContinuousBernoulli(logits=out).to_event(1)
-        # Grey pixels are taken, as everybody takes them: the check of x has seen that they lie in [0, 1].
+        # Grey values are accepted, as is common practice; ``check`` has verified that they lie in [0, 1].
         return dist.Bernoulli(logits=out, validate_args=False).to_event(1)
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
@@ -91,11 +99,11 @@ class VAE(FactorModel):
         return normal(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Means of the factors (..., L) of rows (..., D)."""
+        """Posterior means of the factors (..., L) of rows (..., D)."""
         return self.encoder(x).chunk(2, -1)[0]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Means of the rows (..., D) of factors (..., L)."""
+        """Means of the rows (..., D) given factors (..., L)."""
         return self.likelihood(z).mean
 
     def active(self, x: Tensor, *, least: float = 0.01) -> Tensor:
@@ -112,32 +120,31 @@ class VAE(FactorModel):
         return shown | ({"manifold": grids.manifold(self)} if self.factors == 2 else {})
 
     def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D), of pixels in [0, 1] unless the likelihood is Gaussian."""
+        """Raise ValueError unless x is a finite matrix (rows, D), in [0, 1] unless the likelihood is Gaussian."""
         super().check(x)
-        if x is not None and self.kind != "gaussian" and bool(((x < 0) | (x > 1)).any()):
-            wrong = x[(x < 0) | (x > 1)][0].item()
-            raise ValueError(f"x: expected pixels in [0, 1] for a {self.kind} likelihood, got {wrong:g}")
+        if x is not None and self.kind != "gaussian":
+            check_entries("x", x, (x < 0) | (x > 1), f"pixels in [0, 1] for a {self.kind} likelihood")
 
 
 class SemiSupervisedVAE(VAE):
-    r"""M2: a VAE with a label beside its factors, for data of which few rows are labelled.
+    r"""Semi-supervised VAE (M2), for data with few labelled rows: the label is a second latent variable.
 
     .. math::
 
         y_n \sim \mathrm{Categorical}(1/K), \qquad x_n \mid y_n, z_n \sim p(x \mid g(z_n, y_n)), \qquad
         q(y_n, z_n \mid x_n) = q(y_n \mid x_n) \, \mathrm{N}(f_\mu(x_n, y_n), f_\sigma(x_n, y_n)^2)
 
-    The guide enumerates missing labels, for ``TraceEnum_ELBO``; at a known label it is certain. A known label also
-    teaches the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
+    The guide enumerates missing labels, for ``TraceEnum_ELBO``, and puts all mass on a known label. Known labels also
+    train the classifier q(y | x), by the term :math:`\alpha \log q(y_n \mid x_n)` of Kingma et al. 2014.
 
     Args:
         classes: Number of classes K, or their names.
-        auxiliary: :math:`\alpha`, the weight of that term for each labelled row.
+        auxiliary: :math:`\alpha`, the weight of this term per labelled row.
         classifier: From rows (..., D) to logits (..., K). Default: tanh layers.
 
-    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+    The other arguments are those of :class:`VAE`; encoder and decoder take the one-hot label after x and z.
 
-    Data: x (N, D); y (N,), floats with nan where the label is missing. Sites: y, z (L,), x (D,) of every row.
+    Data: x (N, D); y (N,), floats with nan where the label is missing. Sites: y, z (L,), x (D,) of each row.
 
     Reference: Kingma, Rezende, Mohamed and Welling 2014, "Semi-Supervised Learning with Deep Generative Models"
     (https://arxiv.org/abs/1406.5298).
@@ -157,35 +164,30 @@ class SemiSupervisedVAE(VAE):
         count = count_of(classes)
         if count < 2:
             raise ValueError(f"classes: expected at least two, got {count}")
-        if not auxiliary >= 0:
-            raise ValueError(f"auxiliary: expected zero or a positive number, got {auxiliary}")
+        check_positive("auxiliary", auxiliary, zero=True)
         super().__init__(features, factors, hidden=hidden, extra=count, **shared)
         self.classes = self.name_dimension("classes", classes)
         self.auxiliary = auxiliary
         self.classifier = mlp(self.features, *hidden, self.classes) if classifier is None else classifier
         check_network("classifier", self.classifier, self.features, self.classes)
-        self.register_buffer("even", torch.zeros(self.classes))
+        self.register_buffer("uniform_logits", torch.zeros(self.classes))
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Draw or score labels, factors and rows; return x."""
         with self.rows(x):
-            label = pyro.sample("y", dist.Categorical(logits=self.even))
+            label = pyro.sample("y", dist.Categorical(logits=self.uniform_logits))
             z = pyro.sample("z", self.prior())
             if y is not None:
-                # A wrong label is impossible: chains and likelihoods sum over the right one alone.
+                # Labels other than the known one get probability 0, also without the guide.
                 agrees = y.isnan() | (label == y)
-                pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(self.even))
+                pyro.factor("given", torch.where(agrees, 0.0, -torch.inf).to(self.uniform_logits))
             # In training alone: it is no part of the likelihood.
             if x is not None and y is not None and self.auxiliary and self.training:
-                self._teach(x, y)
+                self._classification_loss(x, y)
             return pyro.sample("x", self.likelihood(beside(z, label, self.classes)), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> None:
-        """The label of each row, certain where it is known, and its factors."""
+        """Draw or score the label, with certainty if it is known, and the factors of each row."""
         with self.rows(x):
             logits = self.classifier(x)
             if y is not None:
@@ -195,20 +197,20 @@ class SemiSupervisedVAE(VAE):
             pyro.sample("z", self.posterior(beside(x, label, self.classes)))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """q(y | x) of rows (..., D): probabilities of the classes (..., K)."""
+        """q(y | x): class probabilities (..., K) of rows (..., D)."""
         return self.classifier(x).softmax(-1)
 
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Means of x of each class."""
         return {"classes": grids.by_class(self)}
 
-    def _teach(self, x: Tensor, y: Tensor) -> None:
+    def _classification_loss(self, x: Tensor, y: Tensor) -> None:
         known = ~y.isnan()
         score = dist.Categorical(logits=self.classifier(x)).log_prob(y.nan_to_num().long())
         pyro.factor("taught", self.auxiliary * torch.where(known, score, 0.0))
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x fits the likelihood and y, if given, its rows, as floats."""
+        """Raise ValueError unless x fits the likelihood and y, if given, holds float labels of its rows."""
         super().check(x)
         if y is not None:
             check_labels("y", y, len(y) if x is None else len(x), self.classes, missing=True)
@@ -217,7 +219,9 @@ class SemiSupervisedVAE(VAE):
 
 
 class ConditionalVAE(VAE):
-    r"""A VAE of x given a label, which both networks read: the factors hold what the label leaves open.
+    r"""Conditional VAE p(x | y).
+
+    Encoder and decoder both take the label, so the factors z model only the variation within a class.
 
     .. math::
 
@@ -227,9 +231,9 @@ class ConditionalVAE(VAE):
     Args:
         classes: Number of classes K, or their names.
 
-    The rest are those of :class:`VAE`; encoder and decoder read the label in one-hot form after x and z.
+    The other arguments are those of :class:`VAE`; encoder and decoder take the one-hot label after x and z.
 
-    Data: x (N, D) and y (N,), integers; to draw rows of given labels, y alone. Sites: z (L,), x (D,) of every row.
+    Data: x (N, D) and y (N,), integers; to draw rows of given labels, y alone. Sites: z (L,), x (D,) of each row.
 
     Reference: Sohn, Lee and Yan 2015, "Learning Structured Output Representation using Deep Conditional Generative
     Models".
@@ -246,19 +250,15 @@ class ConditionalVAE(VAE):
         super().__init__(features, factors, extra=count, **shared)
         self.classes = self.name_dimension("classes", classes)
 
-    def model(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
-        """Draw or score factors and rows of the labels; return x."""
+    def model(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Draw or score factors and rows, given the labels; return x."""
         y = known_labels(y)
         with self.rows(y):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(beside(z, y, self.classes)), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> None:
-        """The factors of each row, given its label."""
+        """Draw or score the factors of each row, given its label."""
         with self.rows(x):
             pyro.sample("z", self.posterior(beside(x, known_labels(y), self.classes)))
 
@@ -267,13 +267,13 @@ class ConditionalVAE(VAE):
         return {"classes": grids.by_class(self)}
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x fits the likelihood and y has a class for every row."""
+        """Raise ValueError unless x fits the likelihood and y has a label for every row."""
         super().check(x)
         check_known_labels(x, y, self.classes)
 
 
 class HierarchicalVAE(VAE):
-    r"""A VAE with a chain of stochastic layers: causes of causes.
+    r"""VAE with a chain of stochastic layers.
 
     .. math::
 
@@ -282,13 +282,14 @@ class HierarchicalVAE(VAE):
         q(z \mid x) = q(z_1 \mid x) \prod_k q(z_{k+1} \mid z_k)
 
     Args:
-        factors: Number of factors of each layer, from x upwards: at least two layers.
+        factors: Number of factors of each of at least two layers, from x upwards.
         between: Widths of the hidden layers of the networks between two stochastic layers.
 
-    The rest are those of :class:`VAE`. Sites: z_1 (L_1,), ..., z_K (L_K,) and x (D,) of every row. ``encode`` and
-    ``decode`` go from x to the top layer and back by the means of the layers between.
+    The other arguments are those of :class:`VAE`. Sites: z_1 (L_1,), ..., z_K (L_K,) and x (D,) of each row. ``encode``
+    and ``decode`` go from x to the top layer and back through the means of the layers in between.
 
-    Reference: Burda, Grosse and Salakhutdinov 2016, whose two layers are (100, 50), between them (100, 100).
+    Reference: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders"
+    (https://arxiv.org/abs/1509.00519), for the default widths.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ class HierarchicalVAE(VAE):
         self.falling = nn.ModuleList(mlp(b, *reversed(between), 2 * a) for a, b in pairwise(factors))
 
     def model(self, x: Tensor | None = None) -> Tensor:
-        """Draw or score layers, from the top, and rows; return x."""
+        """Draw or score the layers, from the top, and the rows; return x."""
         with self.rows(x):
             z = pyro.sample(f"z_{len(self.falling) + 1}", self.prior())
             for k in range(len(self.falling), 0, -1):
@@ -318,34 +319,34 @@ class HierarchicalVAE(VAE):
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """The layers of each row, from the bottom."""
+        """Draw or score the layers of each row, from the bottom."""
         with self.rows(x):
             z = pyro.sample("z_1", self.posterior(x))
             for k, network in enumerate(self.rising, 2):
                 z = pyro.sample(f"z_{k}", normal(network(z)))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Means of the top layer (..., L_K) of rows (..., D), through the means of those below."""
+        """Means of the top layer (..., L_K) given rows (..., D), through the means of the layers below."""
         z = super().encode(x)
         for network in self.rising:
             z = network(z).chunk(2, -1)[0]
         return z
 
     def decode(self, z: Tensor) -> Tensor:
-        """Means of the rows (..., D) of the top layer (..., L_K), through the means of those below."""
+        """Means of the rows (..., D) given the top layer (..., L_K), through the means of the layers below."""
         for network in reversed(self.falling):
             z = network(z).chunk(2, -1)[0]
         return super().decode(z)
 
 
 def normal(out: Tensor) -> dist.TorchDistribution:
-    """A network's output (..., 2 L), means and log standard deviations, as a normal event (L,)."""
+    """Normal distribution, an event (L,), from a network's output (..., 2 L): means and log standard deviations."""
     loc, log_scale = out.chunk(2, -1)
     return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
 def beside(left: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Rows (..., W) with their labels (...) in one-hot form after them, (..., W + K)."""
+    """Concatenate rows (..., W) and their one-hot labels (...): (..., W + K)."""
     code = one_hot(label, classes, left.dtype)
     shape = torch.broadcast_shapes(left.shape[:-1], code.shape[:-1])
     return torch.cat([left.expand(*shape, -1), code.expand(*shape, -1)], -1)
