@@ -127,7 +127,7 @@ def test_heavy_tails() -> None:
         pyro.sample("t", dist.StudentT(double(3.0), 0.0, 1.0))
         pyro.sample("cauchy", dist.Cauchy(double(0.0), 1.0))
 
-    result = run(model, draws=1000)
+    result = run(model, chains=256, draws=250)
     for name, law in (("t", scipy.stats.t(3)), ("cauchy", scipy.stats.cauchy())):
         for p in (0.05, 0.25, 0.5, 0.75, 0.95):
             below = (posterior(result, name) < law.ppf(p)).astype(float)
@@ -147,7 +147,7 @@ def centred(y: Tensor) -> None:
 
 
 def test_a_funnel_is_told() -> None:
-    result = run(centred, EFFECTS)
+    result = run(centred, EFFECTS, draws=100, warmup=150)
     assert result.diagnosis.divergences
     told = [line for line in result.diagnosis.advice if "transitions diverged" in line]
     assert len(told) == 1 and "partial(ChEES, target_accept_prob" in told[0]
@@ -160,7 +160,7 @@ def test_two_modes_are_told() -> None:
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(z**2, 0.1), obs=x)
 
-    result = run(model, double(16.0)[None])
+    result = run(model, double(16.0)[None], draws=100, warmup=100)
     above = int((posterior(result, "z").mean(1) > 0).sum())
     assert 0 < above < 64
     assert f"{64 - above} stay near -4 and {above} near 4" in result.diagnosis.advice[0]
@@ -222,7 +222,7 @@ def test_constrained_sites() -> None:
         pyro.sample("ordered", dist.TransformedDistribution(normal, dist.transforms.OrderedTransform()))
         pyro.sample("between", dist.Uniform(double(-3.0), 7.0))
 
-    result = run(model, draws=300)
+    result = run(model, chains=192, draws=100, warmup=200)
     beta, wide = scipy.stats.beta(2, 5), scipy.stats.uniform(-3, 10)
     assert_normal(z_scores(posterior(result, "share"), beta.mean(), beta.std()))
     assert_normal(z_scores(posterior(result, "between"), wide.mean(), wide.std()))
@@ -284,10 +284,10 @@ def test_a_potential_in_place_of_a_model() -> None:
 def test_divergences_are_counted_by_chain() -> None:
     with isolated(0):
         kernel = ChEES(partial(centred, EFFECTS), jit_compile=False, num_chains=32)
-        kernel.setup(300)
+        kernel.setup(100)
         while kernel.warming:
             kernel.advance()
-        flags = torch.cat([kernel.advance().diverging for _ in range(30)])
+        flags = torch.cat([kernel.advance().diverging for _ in range(10)])
     found = kernel.diagnostics()["divergences"]
     assert sum(map(len, found.values())) == int(flags.sum()) > 0
     assert all(bool(flags[t, int(name.split()[1])]) for name, at in found.items() for t in at)
@@ -337,12 +337,12 @@ def test_moves_are_as_frequent_as_the_acceptance_says() -> None:
 
 
 def test_fused_blocks_are_the_traced_ones() -> None:
-    covariance = correlated(5)
+    covariance = correlated(3)
     with isolated(0):
         kernels = []
         for _ in range(2):
             pyro.set_rng_seed(0)
-            kernels.append(ChEES(partial(gaussian, covariance), num_chains=8, jit_compile=False))
+            kernels.append(ChEES(partial(gaussian, covariance), num_chains=8, block=2, jit_compile=False))
             kernels[-1].setup(20)
         traced, fused = kernels
         fused.fuse()

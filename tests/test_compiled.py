@@ -1,7 +1,11 @@
 """Compiled objectives: the numbers of the eager ones, fresh noise, nothing frozen, a word where it cannot be had."""
 
+import importlib
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyro
@@ -40,8 +44,9 @@ from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.methods import point
 
 quiet = partial(fit, progress=False)
-# Rows whose next of kin runs at every test; compiling takes up to half a minute each.
-KIN, SLOW = ("multinomial_naive_bayes", "ppca", "hierarchical_vae", "conditional_vae", "diffusion"), pytest.mark.slow
+ENTRIES = {name: entry for name, entry in ZOO.items() if name not in SAMPLERS}
+# Entries that differ in kind are fused in every run of the tests; fusing takes up to minutes.
+FUSED = ("logistic_regression", "vae", "helmholtz_machine", "markov_chain")
 X = torch.tensor([[0.3, -1.2], [2.0, 0.1], [-0.7, 0.4], [1.1, 1.9], [0.0, -0.5]]).double()
 
 
@@ -204,23 +209,34 @@ def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
     agree(*PAIRS[name], fuse=True)
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(r, id=n, marks=SLOW if n in KIN else ()) for n, r in ZOO.items() if n not in SAMPLERS]
-)
-def test_a_compiled_fit_of_every_row_is_the_eager_fit(row: Entry) -> None:
-    dataset = row.load()
-    few = {k: v[:40] for k, v in dataset.train.items()}
+def same_as_eager(entry: Entry, method: Any, execution: str, steps: int) -> None:
+    dataset = entry.load()
+    few = {k: v[:20] for k, v in dataset.train.items()}
+    pairs = []
+    for _ in range(2):
+        with isolated(0):
+            pairs.append(entry.pair(dataset, **brief(entry.name)))
+    run = partial(method, steps=steps, draws=30, progress=False)
+    runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
+    eager, compiled = (torch.as_tensor(r.losses) for r in runs)
+    assert [r.idata.attrs["execution"] for r in runs] == ["eager", execution]
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
+def test_a_traced_fit_of_every_entry_is_the_eager_fit(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fuse, block):
+        monkeypatch.setattr(module, "has_compiler", lambda: False)
     # A point for each site needs a continuous one.
-    for method in (fit,) if row.name in LABELS else (fit, point):
-        pairs = []
-        for _ in range(2):
-            with isolated(0):
-                pairs.append(row.pair(dataset, **brief(row.name)))
-        run = partial(method, steps=12, progress=False)
-        runs = [run(pair, few, compile=c) for pair, c in zip(pairs, (False, True), strict=True)]
-        eager, compiled = (torch.as_tensor(r.losses) for r in runs)
-        assert [r.idata.attrs["execution"] for r in runs] == ["eager", "fused"]
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    for method in (fit,) if entry.name in LABELS else (fit, point):
+        same_as_eager(entry, method, "traced", steps=5)
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, id=n, marks=() if n in FUSED else pytest.mark.slow) for n, e in ENTRIES.items()]
+)
+def test_a_fused_fit_is_the_eager_fit(entry: Entry) -> None:
+    same_as_eager(entry, fit, "fused", steps=12)
 
 
 def test_gradients_are_added_to_those_that_are_there() -> None:
@@ -423,6 +439,54 @@ def test_buffers_and_training_mode_are_not_frozen(fuse: bool) -> None:
     got, others = run(partial(Compiled, fuse=fuse))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(others, buffers)
+
+
+USERS = """
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import nn
+
+net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+
+def model(x):
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+def guide(x):
+    pyro.module("net", net)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+"""
+
+
+@pytest.mark.parametrize("name", ["pyro_vae", "torch_model", "inference_of_x"])
+def test_networks_of_a_users_file_are_found_whatever_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(objective: Any) -> list[Tensor]:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        with isolated(0):
+            user = importlib.import_module(name)
+            losses = descend(objective, (user.model, user.guide), 15)
+            user.net.eval()
+            return [loss for loss, _ in losses + descend(objective, (user.model, user.guide), 4)]
+
+    compiled = Compiled(Trace_ELBO(), fuse=False)
+    torch.testing.assert_close(run(compiled), run(Trace_ELBO()))
+    assert compiled.state == "traced"
+
+
+def test_the_program_used_longest_ago_is_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "_PROGRAMS", OrderedDict())
+    monkeypatch.setattr(policy, "FUSED_PROGRAMS", 2)
+    for key in ("a", "b", "a", "c"):
+        assert fuse._kept(key, lambda key=key: lambda: key)() == key
+    assert [key for key, _ in fuse._PROGRAMS] == ["a", "c"]
 
 
 def test_what_cannot_be_traced_runs_eagerly_and_names_the_site_and_the_line() -> None:

@@ -1,9 +1,13 @@
 """fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
 
 import importlib.util
+import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,8 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from inference import fit
+from inference.compiler.block import Block
+from inference.compiler.step import TracedStep
 from inference.objectives import (
     RenyiELBO,
     ReweightedWakeSleep,
@@ -24,6 +30,8 @@ from inference.objectives import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
+from inference.runners.base import interrupts_deferred
+from inference.runners.steps import CHECK_STEPS
 
 quiet = partial(fit, progress=False)
 Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
@@ -274,6 +282,65 @@ def test_interrupting_keeps_what_was_learned() -> None:
     assert set(result.params) == {"loc", "scale"}
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a shell may have switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("patience", [None, 5000], ids=["blocks", "single steps"])
+def test_losses_and_parameters_of_an_interrupted_fit_belong_to_one_step(patience, monkeypatch, ctrl_c) -> None:
+    def interrupting(take, calls):
+        def call(self, *inputs):
+            losses = take(self, *inputs)
+            if armed and calls(self) >= 150:
+                armed.clear()
+                signal.raise_signal(signal.SIGINT)
+            return losses
+
+        return call
+
+    def far(y: Tensor) -> None:
+        pyro.sample("noise", dist.Normal(torch.zeros(()).double(), 1.0))
+        model(y + 10)
+
+    def point(y: Tensor) -> None:
+        pyro.sample("noise", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("mu", dist.Delta(pyro.param("loc", torch.zeros(()).double())))
+
+    def run():
+        return quiet((far, point), Y, steps=400, compile=True, patience=patience)
+
+    armed: list[bool] = []
+    monkeypatch.setattr(TracedStep, "losses", interrupting(TracedStep.losses, lambda step: step.calls))
+    monkeypatch.setattr(Block, "__call__", interrupting(Block.__call__, lambda block: block._program.calls))
+    whole = run()
+    armed.append(True)
+    with pytest.warns(UserWarning, match="interrupted at step"):
+        result = run()
+    taken = len(result.losses)
+    assert 150 < taken < 400
+    np.testing.assert_allclose(result.losses, whole.losses[:taken])
+    # The noise cancels, so that the loss is a function of the parameter alone.
+    mu = result.params["loc"]
+    density = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu, 1.0).log_prob(Y + 10).sum()
+    assert float(-density) == pytest.approx(whole.losses[taken], rel=1e-9)
+    assert abs(whole.losses[taken] - whole.losses[taken - 1]) > 0.01
+
+
+def test_a_second_interrupt_is_not_deferred(ctrl_c) -> None:
+    with interrupts_deferred() as raise_deferred:
+        raise_deferred()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            raise_deferred()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_fitting_the_same_pair_again_goes_on() -> None:
     shared = AutoNormal(model)
     first = quiet((model, shared), Y, steps=300)
@@ -353,6 +420,8 @@ GROWTH = """
 import torch
 import inference.runners.steps as steps
 from inference import fit
+from inference.compiler.block import Block
+from inference.compiler.step import TracedStep
 from ppl_models.models.vae import VAE
 
 memory, take = [], steps.CompiledSteps.advance
@@ -369,6 +438,23 @@ print(memory[-1] - memory[1500])
 """
 
 
+def test_losses_are_not_kept_as_tensors() -> None:
+    made: list[weakref.ref] = []
+
+    class Steps:
+        def advance(self, batches) -> list[Tensor]:
+            loss = torch.zeros(())
+            made.append(weakref.ref(loss))
+            return [loss]
+
+        def check(self, now: bool = False) -> None:
+            assert sum(loss() is not None for loss in made) <= CHECK_STEPS
+
+    losses, _ = sys.modules["inference._fit"]._descend(Steps(), 250, repeat(None), None, "a fit", False)
+    assert losses.shape == (250,)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_steps() -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
