@@ -1,4 +1,4 @@
-"""Log evidence of rows: equal to exact answers, with errors that are what seeds spread, within bounded memory."""
+"""Log evidence of rows: equal to exact answers, with errors that match the variation over seeds, within bounded memory."""
 
 import math
 from collections.abc import Callable
@@ -300,15 +300,15 @@ def test_a_decoder_is_that_of_quadrature() -> None:
 def passes(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the latent site in each pass under a budget of 600 numbers, 16 particles before more rows."""
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(likelihood, "BUDGET", 600)
-    monkeypatch.setattr(likelihood, "WIDE", 16)
-    original = likelihood.Rows.model
+    monkeypatch.setattr(likelihood, "MAX_ELEMENTS", 600)
+    monkeypatch.setattr(likelihood, "PASS_PARTICLES", 16)
+    original = likelihood.LocalLatents.model
 
     def recorded(self: Any, draws: Any, count: int) -> Any:
         shapes.extend(tuple(v.shape) for v in draws.values())
         return original(self, draws, count)
 
-    monkeypatch.setattr(likelihood.Rows, "model", recorded)
+    monkeypatch.setattr(likelihood.LocalLatents, "model", recorded)
     return shapes
 
 
@@ -330,16 +330,18 @@ def test_annealed_chains_count_as_memory(passes) -> None:
 
 
 def test_a_budget_smaller_than_a_row_still_runs(monkeypatch) -> None:
-    monkeypatch.setattr(likelihood, "BUDGET", 1)
+    monkeypatch.setattr(likelihood, "MAX_ELEMENTS", 1)
     found = log_evidence(Linear(), X[:5], k=3, **QUIET)
     torch.testing.assert_close(found.values, TRUTH[:5], rtol=0, atol=1e-8)
 
 
 def test_states_that_are_summed_out_count_as_memory(monkeypatch) -> None:
-    monkeypatch.setattr(likelihood, "BUDGET", 60)
+    monkeypatch.setattr(likelihood, "MAX_ELEMENTS", 60)
     lengths: list[int] = []
-    original = likelihood.Rows.take
-    monkeypatch.setattr(likelihood.Rows, "take", lambda self, rows: lengths.append(len(rows)) or original(self, rows))
+    original = likelihood.LocalLatents.take
+    monkeypatch.setattr(
+        likelihood.LocalLatents, "take", lambda self, rows: lengths.append(len(rows)) or original(self, rows)
+    )
     log_evidence(mixture, torch.linspace(-4, 5, 50).double(), "exact", **QUIET)
     assert lengths == [20, 20, 10]
 
@@ -347,7 +349,7 @@ def test_states_that_are_summed_out_count_as_memory(monkeypatch) -> None:
 def test_passes_of_any_size_estimate_alike(monkeypatch) -> None:
     runs = []
     for budget in (300, 2000, 10_000_000):
-        monkeypatch.setattr(likelihood, "BUDGET", budget)
+        monkeypatch.setattr(likelihood, "MAX_ELEMENTS", budget)
         runs.append(log_evidence(Linear(0.3, 1.5), X, k=500, seed=budget, **QUIET))
     for run in runs:
         assert_within(run, TRUTH, 5.0)
@@ -496,7 +498,7 @@ def test_steps_are_tuned_to_each_row(alone) -> None:
         place, acceptance = annealed._transition(densities, place, 0.5, steps[-20:].mean(0), 5)
         rates.append(acceptance.mean(0))
     rate = torch.stack(rates).mean(0)
-    assert ((rate - annealed.ACCEPTANCE).abs() < 0.15).all(), rate
+    assert ((rate - annealed.TARGET_ACCEPTANCE).abs() < 0.15).all(), rate
     ratios = (steps[-20:].mean(0) / scales[:, 0]).log()
     assert (ratios - ratios.mean()).abs().max() < 0.5
 
@@ -651,9 +653,9 @@ def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so(model: Call
 def test_what_an_evidence_says() -> None:
     found = Evidence(torch.tensor([-1.0, -3.0]).double(), torch.tensor([0.3, 0.4]).double(), "lower")
     assert found.mean == -2.0 and found.standard_error == 1.0 and found.monte_carlo_error == pytest.approx(0.25)
-    assert str(found) == "log p(x) >= -2.00 ± 1 nats a row (2 rows; Monte Carlo error 0.25)"
+    assert str(found) == "log p(x) >= -2.00 ± 1 nats per row (2 rows; Monte Carlo error 0.25)"
     exact = Evidence(torch.tensor([-1.0, -3.0]), torch.zeros(2), "exact")
-    assert str(exact) == "log p(x) = -2.00 ± 1 nats a row (2 rows)"
+    assert str(exact) == "log p(x) = -2.00 ± 1 nats per row (2 rows)"
     assert math.isnan(Evidence(torch.zeros(1), torch.zeros(1), "upper").standard_error)
 
 
