@@ -331,7 +331,7 @@ def test_chains_that_do_not_accept_are_named() -> None:
     acceptance = np.full((4, 1000), 0.8)
     acceptance[1] = 0.01
     idata.sample_stats["acceptance_rate"] = (("chain", "draw"), acceptance)
-    assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\): .*")
+    assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\), so their .*")
 
 
 def test_many_chains_need_no_more_effective_draws_than_four() -> None:

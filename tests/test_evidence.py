@@ -1,4 +1,4 @@
-"""Log evidence of rows: equal to exact answers, with errors that match the variation over seeds, within bounded memory."""
+"""Log evidence of rows: against exact answers, errors against the variation over seeds, bounded memory."""
 
 import math
 from collections.abc import Callable

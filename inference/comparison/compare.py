@@ -33,7 +33,7 @@ def compare(
     Args:
         make_pair: Builds a new pair; called once per method, always from the same random state.
         data: Data of the fit: a tensor or a mapping of names to tensors.
-        methods: Callables ``(pair, data) -> Result`` by name, such as ``partial(fit, ...)`` or ``partial(sample, ...)``.
+        methods: Callables ``(pair, data) -> Result`` by name, for instance ``partial(fit, ...)``.
         truth: True posterior mean and standard deviation by site, each of the site's shape, or a callable
             ``(pair, data)`` that returns them (if it raises ArithmeticError, the truth is left out with a warning).
         heldout: Held-out rows, in the form of ``data``.
