@@ -140,7 +140,7 @@ def test_your_own_pair_as_a_class_and_as_functions(tmp_path, capsys):
 
 
 def test_tighter_bounds_find_more_factors(tmp_path, capsys):
-    table = load("tighter_bounds").main(steps=200, particles=100, out=tmp_path)
+    table = load("tighter_bounds").main(steps=400, particles=100, out=tmp_path)
     assert list(table.index) == ["ELBO", "IWAE-5", "IWAE-50", "IWAE-50 DReG"]
     assert np.isfinite(table.to_numpy()).all()
     # A single particle is the ELBO: it lies below what many give, by the guide's gap.
@@ -150,7 +150,7 @@ def test_tighter_bounds_find_more_factors(tmp_path, capsys):
 
 
 def test_an_encoder_misses_the_best_guide_of_its_family(tmp_path, capsys):
-    table = load("amortization_gap").main(steps=600, rows=10, out=tmp_path)
+    table = load("amortization_gap").main(steps=900, rows=20, out=tmp_path)
     for column in table:
         found = table[column]
         assert found["log p(x), HMC"] == pytest.approx(found["log p(x), grid"], abs=0.3)
@@ -170,7 +170,7 @@ def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
 
 
 def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
-    table = load("three_ways").main(rows=12, steps=500, chains=100, out=tmp_path)
+    table = load("three_ways").main(rows=12, steps=900, chains=100, out=tmp_path)
     check_image(tmp_path / "three_ways.png")
     # What is drawn from the posterior is right; a bound has a gap, and a guide an error that is no noise.
     assert table.error["Gibbs"] < 0.02 < min(table.error["SVI"], table.error["wake-sleep"])
