@@ -1,8 +1,8 @@
-"""What does an amortized guide cost? A VAE of digits: its encoder, the best guide of each row, HMC on the same decoder.
+"""What does an amortized guide cost? A VAE of digits: its encoder, the best guide per row, and HMC on the same decoder.
 
-log p(x) - ELBO is two gaps (Cremer, Li and Duvenaud 2018): that of the family, which the best normal distribution of
-a row leaves, and that of amortization, by which the encoder misses it. Two factors: a grid is exact. A posterior of two
-modes fools guides, and chains that stay where they began. Run: python examples/amortization_gap.py
+log p(x) - ELBO is the sum of two gaps (Cremer, Li and Duvenaud 2018): the approximation gap, which the best normal
+distribution per row leaves, and the amortization gap between that and the encoder. With two factors a grid is exact.
+A bimodal posterior misleads guides, and chains that stay in one mode. Run: python examples/amortization_gap.py
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def joint(pair: VAE, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 def free_guide(pair: VAE, x: torch.Tensor, steps: int) -> Normal:
-    """The best normal distribution of each row's code; the decoder stands still."""
+    """The best normal distribution of the code of each row, with the decoder fixed."""
     guide = AutoNormal(pair.model, init_loc_fn=init_to_value(values={"z": pair.encode(x)}), init_scale=0.3)
     objective = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
     fit((pair.model, guide), x, objective, steps=steps, draws=1)
@@ -36,7 +36,7 @@ def free_guide(pair: VAE, x: torch.Tensor, steps: int) -> Normal:
 
 
 def measure(pair: VAE, x: torch.Tensor, guides: dict[str, Normal]) -> pd.DataFrame:
-    """log p(x) of each row, by the grid and by annealed chains, and its ELBO under each guide."""
+    """log p(x) of each row, by the grid and by annealed chains, and its ELBO under each guide, in nats."""
     exact = torch.stack([joint(pair, row, GRID).logsumexp((0, 1)) for row in x]) + 2 * (SIDE[1] - SIDE[0]).log()
     rows = {"log p(x), grid": exact, "log p(x), HMC": log_evidence(pair, x, "annealed", temperatures=100).values}
     for name, guide in guides.items():
@@ -48,7 +48,7 @@ def measure(pair: VAE, x: torch.Tensor, guides: dict[str, Normal]) -> pd.DataFra
 
 
 def main(steps: int = 6000, rows: int = 100, seed: int = 0, out: Path = Path("results/amortization")) -> pd.DataFrame:
-    """Print the gaps of rows seen and unseen; draw unseen rows: posterior, HMC, guides to two standard deviations."""
+    """Print the gaps of training and test rows; plot posterior, HMC draws and guides (2 sd) of three test rows."""
     torch.manual_seed(seed)
     digits = load("digits", binarise=True)
     pair, table = VAE(digits.features, 2, hidden=(200,)), {}
@@ -56,9 +56,9 @@ def main(steps: int = 6000, rows: int = 100, seed: int = 0, out: Path = Path("re
     pair.requires_grad_(False).eval()
     for name, x in {"seen": digits.train["x"][:rows], "unseen": digits.test["x"][:rows]}.items():
         guides = {"encoder": pair.posterior(x).base_dist, "free guide": free_guide(pair, x, steps // 3)}
-        table[name] = (found := measure(pair, x, guides)).mean()
+        table[name] = (measured := measure(pair, x, guides)).mean()
     print((frame := pd.DataFrame(table)).to_string(float_format="{:.2f}".format))
-    order = found["amortization gap"].argsort().to_list()
+    order = measured["amortization gap"].argsort().to_list()
     shown = {"narrowest": order[0], "median": order[len(order) // 2], "widest": order[-1]}
     chains = sample(pair.model, x[list(shown.values())], draws=500, warmup=500, seed=seed).draws["z"]
     ends = torch.stack(chains.aminmax(dim=0), -1).transpose(0, 1).tolist()

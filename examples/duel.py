@@ -1,7 +1,7 @@
-"""What do the two players of a GAN do? Samples of the same noise over training, and where rows pass for real.
+"""What do the two players of a GAN do? Generated samples and the discriminator at several stages of training.
 
-A generator and a discriminator on a ring of eight modes are trained in stages; after each the same noise is drawn
-again, over the surface of the discriminator. With R1 the surface comes to rest at one half; without it, it does not.
+A generator and a discriminator are trained on a ring of eight modes. After each stage the same noise is mapped to
+samples, over a map of the discriminator. With R1 the discriminator converges to one half; without R1 it does not.
 Run: python examples/duel.py
 """
 
@@ -21,7 +21,7 @@ SHARED = {"batch": 256, "progress": False}
 
 
 def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) -> pd.DataFrame:
-    """Train both in stages, scaled by ``scale``; draw the page and print what each stage has found."""
+    """Train in stages, with steps multiplied by ``scale``; plot each stage and print the modes it covers."""
     x, centres, deviation = simulate_modes("ring", 20_000, seed)
     figure = Figure(figsize=(3 * len(STAGES), 6.4), layout="constrained")
     panels, rows = figure.subplots(2, len(STAGES)), []

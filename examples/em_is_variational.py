@@ -1,9 +1,9 @@
-"""Is EM a variational method? Every half step of EM climbs one bound, the ELBO, by turns in the guide and in the model.
+"""Is EM a variational method? Both steps of EM increase the ELBO: one in the guide, the other in the model.
 
-L(q, theta) = E_q[log p(x, z | theta) - log q(z)]: the E-step sets q to the posterior of the labels, where L is the log
-likelihood; the M-step moves theta with q at rest (Neal and Hinton 1998, "A view of the EM algorithm that justifies
-incremental, sparse, and other variants"). The data are the second principal component of wine, of three cultivars.
-Run: python examples/em_is_variational.py
+L(q, theta) = E_q[log p(x, z | theta) - log q(z)]: the E-step sets q to the posterior of the labels, where L equals the
+log likelihood; the M-step maximises L over theta with q fixed (Neal and Hinton 1998, "A view of the EM algorithm that
+justifies incremental, sparse, and other variants"). The data are the second principal component of wine, of three
+cultivars. Run: python examples/em_is_variational.py
 """
 
 from pathlib import Path
@@ -27,12 +27,12 @@ def joint(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def bound(responsibilities: Tensor, log_joint: Tensor) -> float:
-    """The ELBO of responsibilities (N, K), in nats a row."""
+    """The ELBO of responsibilities (N, K), in nats per row."""
     return float((responsibilities * (log_joint - responsibilities.clamp_min(1e-300).log())).sum(-1).mean())
 
 
 def main(steps: int = 12, components: int = 3, out: Path = Path("results/em")) -> pd.DataFrame:
-    """Climb by half steps, hold them against ``fit`` with the objective EM, print and draw both."""
+    """Run EM by hand, compare it with ``fit`` and the objective EM; print and plot both."""
     wine = load("wine", standardise=True, dtype=torch.double).train["x"]
     x = torch.pca_lowrank(wine, 2, niter=20)[0][:, 1:] * len(wine) ** 0.5
     pair = GaussianMixture(1, components, prior=False, guide=AutoDelta).double()
@@ -51,11 +51,11 @@ def main(steps: int = 12, components: int = 3, out: Path = Path("results/em")) -
     ladder = table[["after the M-step", "after the E-step"]].to_numpy().ravel()[1:]
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(torch.arange(1, 2 * steps) / 2, ladder, "-", color="0.6", label="the ELBO, half step by half step")
-    axes.plot(table.index[1:], table["after the M-step"].iloc[1:], "^", label="after the M-step (the model moved)")
-    axes.plot(table.index + 0.5, table["after the E-step"], "o", label="after the E-step (the guide moved)")
+    axes.plot(torch.arange(1, 2 * steps) / 2, ladder, "-", color="0.6", label="ELBO")
+    axes.plot(table.index[1:], table["after the M-step"].iloc[1:], "^", label="after the M-step (model updated)")
+    axes.plot(table.index + 0.5, table["after the E-step"], "o", label="after the E-step (guide updated)")
     axes.plot(table.index + 0.5, table["fit"], "x", color="k", label="fit(pair, x, EM(...))")
-    axes.set(xlabel="step", ylabel="nats a row", title="EM climbs one bound by turns")
+    axes.set(xlabel="step", ylabel="nats per row", title="Both steps of EM increase the ELBO")
     axes.legend(loc="lower right")
     figure.savefig(out / "ladder.png", dpi=120)
     return table

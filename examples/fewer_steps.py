@@ -1,8 +1,8 @@
-"""How few steps will do? The deterministic sampler of a diffusion chain against the stochastic one, step for step.
+"""How few steps are enough? Deterministic and stochastic sampling of a diffusion chain, with the same number of steps.
 
 Reference: Song, Meng and Ermon 2021, "Denoising Diffusion Implicit Models" (https://arxiv.org/abs/2010.02502), table 1:
-with 10 and 20 steps the deterministic sampler (eta = 0) is far better, and the gap closes as steps grow. So it is on
-the 8 x 8 digits: with 10 steps half of the distance, with 100 neither can be told from held-out digits.
+with 10 and 20 steps the deterministic sampler (eta = 0) is far better, and the gap closes with more steps. The same
+holds on the 8 x 8 digits: half the distance with 10 steps; with 100 steps neither differs from held-out digits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAYS = {"deterministic (eta = 0)": 0.0, "stochastic (eta = 1)": 1.0}
 
 
 def picture(table: pd.DataFrame, path: Path) -> None:
-    """Distance from held-out rows by number of steps, a line a sampler, with standard errors."""
+    """Distance from held-out rows by number of steps, one line per sampler, with standard errors."""
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for k, (way, part) in enumerate(table.groupby("sampler", sort=False)):
@@ -41,7 +41,7 @@ def picture(table: pd.DataFrame, path: Path) -> None:
 
 
 def main(steps: int = 2000, chain: int = 100, draws: int = 1000, seed: int = 0, out: Path = Path("results")) -> None:
-    """Train a chain on digits, and draw from it with fewer and fewer steps."""
+    """Train a diffusion chain on digits, and sample it with different numbers of steps."""
     row = find("diffusion")
     dataset = row.load()
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Three ways to the causes of an image: SVI, wake-sleep and Gibbs on one sigmoid belief net, beside all its states.
+"""Three ways to infer the causes of an image: SVI, wake-sleep and Gibbs on one sigmoid belief net, and enumeration.
 
-The net is given; what is sought is p(z | x) for rows drawn from it. The mean field (SVI) minimises KL(q, p) for each
-row: it settles on one explanation, and probabilities lean to 0 and 1. The sleep phase minimises KL(p, q) over dreams:
-probabilities are hedged and right on average, but one network without hidden units serves all rows, and no number of
-steps takes that error away. Gibbs draws from the posterior itself. Run: python examples/three_ways.py
+The net is known; the target is p(z | x) of rows drawn from it. The mean field (SVI) minimises KL(q, p) for each row: it
+picks one explanation, and probabilities are too close to 0 and 1. The sleep phase minimises KL(p, q) over dreams:
+probabilities are right on average, but one network without hidden units serves all rows, an error that more steps do
+not remove. Gibbs draws from the posterior itself. Run: python examples/three_ways.py
 """
 
 from pathlib import Path
@@ -20,11 +20,9 @@ from ppl_models import HelmholtzMachine, SigmoidBeliefNet
 
 BOUND = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
 
-BOUND = Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
-
 
 def a_net() -> HelmholtzMachine:
-    """A net whose causes compete: strong weights of both signs, a bias against each."""
+    """A net with competing causes: large weights of both signs, and negative biases."""
     with isolated(0):
         pair = HelmholtzMachine(10, (5, 3)).double()
         for weight, bias in zip(pair.weights, pair.biases, strict=False):
@@ -34,13 +32,13 @@ def a_net() -> HelmholtzMachine:
 
 
 def main(rows: int = 60, steps: int = 3000, chains: int = 200, out: Path = Path("results/three_ways")) -> pd.DataFrame:
-    """Find the causes three ways, print the errors and the bounds' gaps, draw them."""
+    """Infer the causes in three ways; print and plot the errors and the gaps of the bounds."""
     net = a_net()
     x = prior_predictive(net, size=rows, draws=1)["x"][0]
     free = SigmoidBeliefNet(net.features, net.layers).double()
     free.load_state_dict({n: v for n, v in net.state_dict().items() if n.startswith(("weights", "biases"))})
     for pair in (net, free):
-        # The model is given; only the guides learn.
+        # Only the guides are trained.
         for name, p in pair.named_parameters():
             p.requires_grad_(not name.startswith(("weights", "biases")))
         pair.train(False)
@@ -50,25 +48,25 @@ def main(rows: int = 60, steps: int = 3000, chains: int = 200, out: Path = Path(
         "wake-sleep": fit(net, x, WakeSleep(), steps=steps, learning_rate=0.05, draws=2000),
         "Gibbs": sample(net, x, chains=chains),
     }
-    table, found = [], {}
+    table, estimates = [], {}
     for name, result in results.items():
-        found[name] = torch.cat([result.draws[s].double().mean(0) for s in net.sites], 1)
+        estimates[name] = torch.cat([result.draws[s].double().mean(0) for s in net.sites], 1)
         pair = {"SVI": free, "wake-sleep": net}.get(name)
         with isolated(0):
             elbo = float("nan") if pair is None else -BOUND.loss(pair.model, pair.guide, x) / rows
-        error = float((found[name] - exact).square().mean().sqrt())
+        error = float((estimates[name] - exact).square().mean().sqrt())
         table.append({"error": error, "ELBO": elbo, "gap": evidence - elbo, "seconds": sum(result.seconds.values())})
     frame = pd.DataFrame(table, index=pd.Index(results, name="method"))
-    print(f"log p(x) = {evidence:.3f} nats a row\n{frame.round(3).to_string()}")
+    print(f"log p(x) = {evidence:.3f} nats per row\n{frame.round(3).to_string()}")
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "table.csv")
     figure = Figure(figsize=(10.5, 4.3), layout="constrained")
-    for axes, (name, value) in zip(figure.subplots(1, 3, sharey=True), found.items(), strict=True):
+    for axes, (name, value) in zip(figure.subplots(1, 3, sharey=True), estimates.items(), strict=True):
         axes.plot([0, 1], [0, 1], color="0.7")
         axes.plot(exact.flatten(), value.flatten(), ".", alpha=0.4)
         gap = "" if name == "Gibbs" else f", gap {frame.gap[name]:.2f} nats"
         axes.set(title=f"{name}: error {frame.error[name]:.3f}{gap}", xlabel="exact probability", aspect="equal")
-    figure.axes[0].set_ylabel("probability found")
+    figure.axes[0].set_ylabel("estimated probability")
     figure.savefig(out / "three_ways.png", dpi=120)
     return frame
 

@@ -1,9 +1,9 @@
 """Does a tighter bound make a better model, or a better guide? One VAE on digits by the ELBO, IWAE-5 and IWAE-50.
 
 Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders": more particles give a tighter bound, a better
-log p(x) and more active factors. But what it asks of the guide is less: its own ELBO falls (Rainforth et al. 2018,
-"Tighter Variational Bounds are Not Necessarily Better"). DReG (Tucker et al. 2019) takes noise out of the guide's
-gradient, and asks the same. Run: python examples/tighter_bounds.py
+log p(x) and more active factors. But they train the guide less: its own ELBO falls (Rainforth et al. 2018, "Tighter
+Variational Bounds are Not Necessarily Better"). DReG (Tucker et al. 2019) reduces the noise of the guide's gradient for
+the same bound. Run: python examples/tighter_bounds.py
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ OBJECTIVES = {
 
 
 def measure(pair: VAE, result: Result, test: torch.Tensor, particles: int) -> dict[str, float]:
-    """What a trained pair gives held-out rows, in nats a row, and the factors that it uses."""
+    """Bounds of a trained pair on held-out rows, in nats per row, and the number of active factors."""
     with torch.no_grad():
         active = int(pair.active(test).sum())
     truth = log_evidence(result, test, k=particles, progress=False)
@@ -45,7 +45,7 @@ def measure(pair: VAE, result: Result, test: torch.Tensor, particles: int) -> di
 def main(
     steps: int = 6000, particles: int = 2000, seed: int = 0, out: Path = Path("results/tighter_bounds")
 ) -> pd.DataFrame:
-    """Fit each objective from the same start; print, save and return the table, and draw the gaps."""
+    """Fit each objective from the same start; print, save and return the table, and plot the gaps."""
     images = load("digits", binarise=True)
     rows = {}
     for name, objective in OBJECTIVES.items():
@@ -63,7 +63,7 @@ def main(
     axes.plot(table.index, table["log p(x)"], "o-", label=f"log p(x), {particles:,} particles")
     axes.plot(table.index, table["ELBO"], "s--", label="ELBO of the same pair")
     axes.fill_between(range(len(table)), table["ELBO"], table["log p(x)"], alpha=0.15, label="the guide's gap")
-    axes.set(xlabel="trained by", ylabel="held-out nats a row", title="A tighter bound: model and guide")
+    axes.set(xlabel="trained by", ylabel="nats per held-out row", title="A tighter bound: model and guide")
     axes.legend()
     figure.savefig(out / "bounds.png", dpi=120)
     return table

@@ -1,9 +1,9 @@
-"""Wake-sleep or a bound? Four ways to train one Helmholtz machine, by the held-out bound they reach in a time.
+"""Wake-sleep or a bound? Four ways to train one Helmholtz machine, by held-out bound against time.
 
-Wake-sleep (Hinton et al. 1995) climbs no objective: its sleep phase fits the guide to dreams. Reweighted wake-sleep
-and VIMCO weigh ten particles of each row, NVIL climbs the ELBO with a learnt baseline, TraceGraph without one. Small
-images of digits, causes in two layers; log p(x) of held-out rows by 500 particles of each method's own guide.
-Run: python examples/wake_sleep_or_elbo.py
+Wake-sleep (Hinton et al. 1995) optimizes no single objective: its sleep phase fits the guide to dreams. Reweighted
+wake-sleep and VIMCO weigh ten particles of each row, NVIL climbs the ELBO with a learnt baseline, TraceGraph without
+one. Small images of digits, causes in two layers; log p(x) of held-out rows by 500 particles of each method's own
+guide. Run: python examples/wake_sleep_or_elbo.py
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ METHODS = {
 
 
 def learn(name: str, digits: Dataset, rounds: int, steps: int, batch: int) -> pd.DataFrame:
-    """Train by one method in rounds of so many steps; what held-out rows say after each."""
+    """Train by one method in rounds of ``steps`` steps; score held-out rows after each round, in nats per row."""
     with isolated(0):
         pair = HelmholtzMachine(digits.features, (40, 20), baseline=50 if "NVIL" in name else 0)
     pair.centre(digits.train["x"])
@@ -52,7 +52,7 @@ def learn(name: str, digits: Dataset, rounds: int, steps: int, batch: int) -> pd
 def main(
     rounds: int = 12, steps: int = 500, batch: int = 100, out: Path = Path("results/wake_sleep_or_elbo")
 ) -> pd.DataFrame:
-    """Train by each method, print where they end, draw how they get there."""
+    """Train by each method; print the final scores and plot them against time."""
     digits = load("digits", binarise=True)
     table = pd.concat([learn(name, digits, rounds, steps, batch) for name in METHODS])
     print(table.groupby("method", sort=False).last().round(2).to_string())

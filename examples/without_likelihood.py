@@ -1,7 +1,7 @@
-"""What does a model gain, and lose, that is trained without a likelihood? On a ring of 8 modes and a grid of 25.
+"""What does training without a likelihood gain and lose? Models of a ring of 8 modes and a grid of 25.
 
-A VAE covers all modes, and what lies between them. A GAN only has to pass for the data, and leaves out modes; penalties
-(R1, WGAN-GP) bring them back. A VAE-GAN does both at once. A diffusion chain has a likelihood, and finds all modes.
+A VAE covers all modes and the space between them. A GAN only has to fool the discriminator, and misses modes;
+penalties (R1, WGAN-GP) recover them. A VAE-GAN combines both. A diffusion chain has a likelihood, and covers all modes.
 """
 
 from itertools import product
@@ -24,8 +24,8 @@ SHARED = {"batch": 256, "draws": 1, "progress": False}
 
 
 def likely(x: Tensor, steps: int, seed: int, *, chain: bool) -> Tensor:
-    own = {"schedule": "log_snr", "spread": float(x.std())}
-    pair = DiffusionChain(2, **own, **WIDE) if chain else VAE(2, 2, likelihood="gaussian", **WIDE)
+    settings = {"schedule": "log_snr", "spread": float(x.std())}
+    pair = DiffusionChain(2, **settings, **WIDE) if chain else VAE(2, 2, likelihood="gaussian", **WIDE)
     fit(pair, x, Denoising(100, simple=True) if chain else None, steps=steps, learning_rate=0.002, seed=seed, **SHARED)
     return pair.generate(ROWS, seed=seed) if chain else pair.likelihood(torch.randn(ROWS, 2)).sample()
 
@@ -37,17 +37,17 @@ def gan(x: Tensor, steps: int, seed: int, **settings: object) -> Tensor:
 
 
 METHODS = {
-    "VAE": lambda *given: likely(*given, chain=False),
+    "VAE": lambda *args: likely(*args, chain=False),
     "GAN": gan,
-    "GAN, R1": lambda *given: gan(*given, r1=0.1),
-    "WGAN-GP": lambda *given: gan(*given, kind="wasserstein", penalty=0.1, turns=(5, 1)),
-    "VAE-GAN": lambda *given: gan(*given, r1=0.1, bound=Trace_ELBO),
-    "diffusion": lambda *given: likely(*given, chain=True),
+    "GAN, R1": lambda *args: gan(*args, r1=0.1),
+    "WGAN-GP": lambda *args: gan(*args, kind="wasserstein", penalty=0.1, turns=(5, 1)),
+    "VAE-GAN": lambda *args: gan(*args, r1=0.1, bound=Trace_ELBO),
+    "diffusion": lambda *args: likely(*args, chain=True),
 }
 
 
 def main(steps: int = 12_000, seeds: int = 10, out: Path = Path("results/without_likelihood")) -> pd.DataFrame:
-    """Train each method on each set from each seed; print and save the table, and draw the first seed's samples."""
+    """Train each method on each data set and seed; print and save the table, and plot samples of the first seed."""
     rows, figure = [], Figure(figsize=(2.4 * len(METHODS), 5.2), layout="constrained")
     panels = dict(zip(product(("ring", "grid"), METHODS), figure.subplots(2, len(METHODS)).flat, strict=True))
     for ((name, method), panel), seed in product(panels.items(), range(seeds)):

@@ -18,9 +18,9 @@ import inference
 from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
-FEW = "below 100 a chain: run more draws, or reparameterise what is correlated."
+FEW = "below 100 per chain: run more draws, or reparameterise correlated sites."
 ESS = rf"Effective sample size is \d+ for {{}}, {FEW}"
-POINT = r"A point estimate: its draws have no spread, .*"
+POINT = r"A point estimate: all draws are equal, .*"
 ONE_CHAIN = r"One chain has no R-hat: run at least two to see whether they agree\."
 DIVERGED = r"{} of {} transitions diverged: parts of the posterior were not reached; raise target_accept_prob .*"
 
@@ -141,7 +141,7 @@ def test_a_guide_that_is_too_narrow_has_a_large_k_and_is_not_to_be_trusted() -> 
     diagnosis = fit_guide(0.3)
     assert diagnosis.pareto_k is not None
     assert 0.7 < diagnosis.pareto_k < 1.5
-    said = rf"Pareto k of the guide is {diagnosis.pareto_k:.2f}, above 0\.7: its posterior is not to be trusted; .*"
+    said = rf"Pareto k of the guide is {diagnosis.pareto_k:.2f}, above 0\.7: its posterior is unreliable; .*"
     assert_advice(diagnosis, said)
 
 
@@ -158,7 +158,7 @@ def test_k_of_a_guide_grows_as_it_narrows() -> None:
         (0.5, None),
         (0.51, r"Pareto k of the guide is 0\.51, above 0\.5: usable for means after importance weighting; .*"),
         (0.7, r"Pareto k of the guide is 0\.70, above 0\.5: usable .*"),
-        (0.71, r"Pareto k of the guide is 0\.71, above 0\.7: its posterior is not to be trusted; .*"),
+        (0.71, r"Pareto k of the guide is 0\.71, above 0\.7: its posterior is unreliable; .*"),
         (np.inf, r"Pareto k of the guide is inf, above 0\.7: .*"),
         (np.nan, r"Pareto k could not be computed: the log density is not finite at some draws of the guide\."),
     ],
@@ -331,7 +331,7 @@ def test_chains_that_do_not_accept_are_named() -> None:
     acceptance = np.full((4, 1000), 0.8)
     acceptance[1] = 0.01
     idata.sample_stats["acceptance_rate"] = (("chain", "draw"), acceptance)
-    assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\): .*")
+    assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\), so their .*")
 
 
 def test_many_chains_need_no_more_effective_draws_than_four() -> None:

@@ -357,7 +357,7 @@ def test_a_wide_guide_is_told_by_pareto_k() -> None:
 
     result = quiet((model, narrow), Y, steps=0)
     assert result.diagnosis.pareto_k > 0.7
-    assert "not to be trusted" in result.diagnosis.advice[0]
+    assert "unreliable" in result.diagnosis.advice[0]
     assert "sample()" in str(result)
 
 

@@ -61,7 +61,7 @@ def exactly(x: Tensor) -> tuple[float, float, np.ndarray]:
 DATA = torch.tensor([-0.7, 0.1, 0.4, 1.2, 1.9, 2.2, 2.6, 3.1]).double()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
 def test_data_augmentation_has_the_posterior_that_summing_out_has(compiled: bool, alone) -> None:
     mean, sd, labels = exactly(DATA.numpy())
     result = quiet(two_groups, DATA, partial(Gibbs), draws=400, warmup=200, chains=100, compile=compiled)
@@ -146,7 +146,7 @@ def test_a_mixture_of_the_zoo_by_augmentation(alone) -> None:
     torch.manual_seed(0)
     rows = torch.cat([torch.rand(30, 6) < 0.9, torch.rand(20, 6) < 0.1]).double()
     pair = BernoulliMixture(6, 2, alpha=1.0).double()
-    drawn = quiet(pair, rows, Gibbs, draws=150, warmup=150, chains=32)
+    drawn = quiet(pair, rows, Gibbs, draws=150, warmup=150, chains=32, compile=False)
     summed = quiet(pair, rows, partial(ChEES), draws=150, warmup=150, chains=32, compile=False)
     # Labels may be exchanged between chains: what they cannot tell is compared.
     spread = {n: r.draws["probs"].sort(1).values.mean(0) for n, r in (("drawn", drawn), ("summed", summed))}

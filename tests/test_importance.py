@@ -73,7 +73,7 @@ def test_a_minibatch_counts_for_all_rows(doubly: bool) -> None:
 
 
 def test_the_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise() -> None:
-    made, k, count = pair(), 8, 2000
+    made, k, count = pair(), 8, 1000
     found: list[dict[str, Tensor]] = []
     for objective in (IWAE(k), IWAE(k, doubly=True)):
         each = []
@@ -111,7 +111,7 @@ def test_more_particles_make_a_tighter_bound_below_the_truth() -> None:
     assert bounds[2] > truth - 0.05
 
 
-@pytest.mark.parametrize("doubly", [False, True])
+@pytest.mark.parametrize("doubly", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_runs_as_a_program(doubly: bool) -> None:
     runs = []
     for compiled in (False, True):

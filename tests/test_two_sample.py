@@ -34,7 +34,7 @@ def test_modes_are_counted_by_hand() -> None:
     assert (found.found, found.total) == (2, 3)
     assert found.quality.value == pytest.approx(3 / 5)
     assert found.quality.error == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
-    np.testing.assert_allclose(found.shares, [3 / 5, 1 / 5, 1 / 5])
+    np.testing.assert_allclose(found.fractions, [3 / 5, 1 / 5, 1 / 5])
     assert found.reverse_kl == pytest.approx(0.6 * math.log(1.8) + 2 * 0.2 * math.log(0.6))
 
 
@@ -115,9 +115,9 @@ REFUSED = [
     (lambda: mmd(normal(1, 0), normal(5, 1)), r"x: expected at least two rows \(N, D\), got \(1, 2\)"),
     (
         lambda: energy_distance(normal(5, 0), normal(5, 1, width=3)),
-        r"y: expected rows like those of x \(2,\), got \(3,\)",
+        r"y: expected rows of shape \(2,\) as in x, got \(3,\)",
     ),
-    (lambda: precision(normal(5, 0), normal(5, 1) * math.nan), "y: expected finite numbers, got 10 that are not"),
+    (lambda: precision(normal(5, 0), normal(5, 1) * math.nan), "y: expected finite numbers, got 10 non-finite ones"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Several methods on one pair, side by side."""
+"""Comparison of methods on one pair."""

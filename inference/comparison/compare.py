@@ -1,4 +1,4 @@
-r"""Run several methods on one pair and judge them side by side."""
+r"""Compare methods of inference on one pair."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ def compare(
     label: str | None = None,
     seed: int = 0,
 ) -> Comparison:
-    r"""Run several methods on one pair and judge them side by side.
+    r"""Run several methods of inference on one pair and compare their results.
 
     Args:
-        make_pair: Builds a fresh pair; called once a method, always from the same random state.
+        make_pair: Builds a new pair; called once per method, always from the same random state.
         data: Data of the fit: a tensor or a mapping of names to tensors.
-        methods: Callables ``(pair, data) -> Result`` by name, mostly ``partial(fit, ...)`` or
-            ``partial(sample, ...)``.
-        truth: Mean and standard deviation (each of the site's shape) by site name, or a callable
-            ``(pair, data)`` that gives them (an ArithmeticError of it leaves the truth out, with a warning).
-        heldout: Rows that were not fitted, by name as ``data``.
-        label: Name of the labels, for accuracy and calibration, where ``heldout`` has them. None: the one finite site
-            of the model, if there is one.
-        seed: Seed that each pair is built from.
+        methods: Callables ``(pair, data) -> Result`` by name, for instance ``partial(fit, ...)``.
+        truth: True posterior mean and standard deviation by site, each of the site's shape, or a callable
+            ``(pair, data)`` that returns them (if it raises ArithmeticError, the truth is left out with a warning).
+        heldout: Held-out rows, in the form of ``data``.
+        label: Name of the labels in ``heldout``, for accuracy and calibration. Default: the one finite site of the
+            model, if there is one.
+        seed: Seed from which each pair is built.
 
     Returns:
-        A Comparison. A method that fails has an empty row in its table, and a warning says why.
+        A Comparison. A method that fails has an empty row in the table, and a warning gives the reason.
+
+    Raises:
+        ValueError: There are no methods.
+        RuntimeError: Every method failed (a single method raises its own error).
     """
     if not methods:
         raise ValueError("methods: expected at least one, got none")
@@ -57,7 +60,7 @@ def compare(
     for name, method in methods.items():
         try:
             results[name] = method(build(), data)
-            rows[name] = _judge(results[name], moments, heldout, label)
+            rows[name] = _score(results[name], moments, heldout, label)
         except Exception as error:
             if len(methods) == 1:
                 raise
@@ -77,7 +80,7 @@ def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Calla
         return {}
 
 
-def _judge(result: Result, truth: Moments, heldout: Any, label: str | None) -> dict[str, float]:
+def _score(result: Result, truth: Moments, heldout: Any, label: str | None) -> dict[str, float]:
     run = result.seconds["run"]
     diagnosis = result.diagnosis
     ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat

@@ -1,4 +1,4 @@
-r"""Scores of a Result: against a truth, and on held-out rows."""
+r"""Scores of a Result: errors against a true posterior, and predictions of held-out rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from inference.result import Result
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 PARTICLES = 500
-"""Particles of the guide with which a held-out row is scored whose latent sites are its own."""
+"""Particles of the guide per held-out row, for pairs with latent sites per row."""
 
 
 def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str, float]:
+    """Scores of held-out rows: log predictive density, and accuracy and calibration of labels."""
     if heldout is None:
         return {}
     if not result.bound.observes:
@@ -34,12 +35,12 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str,
     try:
         density = _density(result, heldout)
     except (ValueError, RuntimeError) as error:
-        # A guide of the fitted rows alone fails in torch, by a shape.
+        # A guide with parameters per fitted row fails in torch with a mismatch of shapes.
         said = " ".join(str(error).split())[:200]
         warnings.warn(f"held-out rows are not scored: {said}", stacklevel=4)
         return {}
-    spread = float(density.std()) if len(density) > 1 else math.nan
-    scores = {"lpd": float(density.mean()), "lpd_se": spread / math.sqrt(len(density))}
+    sd = float(density.std()) if len(density) > 1 else math.nan
+    scores = {"lpd": float(density.mean()), "lpd_se": sd / math.sqrt(len(density))}
     finite = [n for n, s in result.bound.sites.items() if s.finite]
     name = label or (finite[0] if len(finite) == 1 else "")
     # Labels that the fit drew, row by row, say nothing of other rows.
@@ -53,34 +54,34 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str,
 
 
 def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
-    """Generated rows against as many held-out ones, of a model without a likelihood; the mean over several sites."""
+    """Two-sample metrics of generated rows and as many held-out rows, for a model without a likelihood."""
     given = heldout if isinstance(heldout, Mapping) else {next(iter(result.bound.data)): heldout}
-    made = [n for n, s in result.bound.sites.items() if s.role == "deterministic" and n in given]
-    if not made:
+    generated_names = [n for n, s in result.bound.sites.items() if s.role == "deterministic" and n in given]
+    if not generated_names:
         return {}
-    data = {n: v for n, v in given.items() if n not in made}
+    data = {n: v for n, v in given.items() if n not in generated_names}
     parameters = parameters_of(result.bound.model)
-    if any(parameters[n].default is Parameter.empty for n in made):
+    if any(parameters[n].default is Parameter.empty for n in generated_names):
         # It generates rows of one domain from those of another.
         data = {**given, "real": False}
     with isolated(0), result.state():
-        drawn = draw_sites(bind(result.bound.pair, data).generator(len(given[made[0]])), {}, 1)
-    scores = [_two_sample(torch.as_tensor(given[n]), drawn[n][0]) for n in made]
+        generated = draw_sites(bind(result.bound.pair, data).generator(len(given[generated_names[0]])), {}, 1)
+    scores = [_two_sample(torch.as_tensor(given[n]), generated[n][0]) for n in generated_names]
     return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
 
 
-def _two_sample(real: Tensor, drawn: Tensor) -> dict[str, float]:
-    energy = two_sample.energy_distance(real, drawn)
+def _two_sample(real: Tensor, generated: Tensor) -> dict[str, float]:
+    energy = two_sample.energy_distance(real, generated)
     return {
         "energy": energy.value,
         "energy_se": energy.error,
-        "precision": two_sample.precision(real, drawn).value,
-        "recall": two_sample.recall(real, drawn).value,
+        "precision": two_sample.precision(real, generated).value,
+        "recall": two_sample.recall(real, generated).value,
     }
 
 
 def _density(result: Result, heldout: Any) -> Tensor:
-    """Log predictive density of each row; a latent of each row is integrated by particles of the guide."""
+    """Log predictive density of each row; latent sites per row are integrated out with particles of the guide."""
     bound = result.bound
     observed = {p for s in bound.select("observed").values() for p in s.plates}
     if bound.guided and all((observed - {None}) & set(bound.sites[n].plates) for n in bound.guided):
@@ -90,7 +91,7 @@ def _density(result: Result, heldout: Any) -> Tensor:
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
-    r"""Expected calibration error (Guo et al. 2017): mean of \|confidence - accuracy\| over confidence bins.
+    r"""Expected calibration error (Guo et al. 2017): mean over rows of \|confidence - accuracy\|, by confidence bin.
 
     Args:
         probabilities: Class probabilities (rows, classes).
@@ -102,33 +103,34 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
         0.4
     """
     confidence, guess = probabilities.double().max(-1)
-    right = (guess == labels).double()
-    which = (confidence * bins).long().clamp(max=bins - 1)
+    correct = (guess == labels).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
     zero = torch.zeros(bins, dtype=torch.double)
-    gap = zero.index_add(0, which, confidence) - zero.index_add(0, which, right)
+    gap = zero.index_add(0, index, confidence) - zero.index_add(0, index, correct)
     return float(gap.abs().sum() / len(labels))
 
 
 def truth_scores(result: Result, truth: Moments) -> dict[str, float]:
+    """Errors of posterior means and ratios of standard deviations, summarised over all quantities."""
     errors, ratios = standardised_errors(result, truth)
     if not len(errors):
         return {}
-    spread = ratios[ratios > 0]
+    positive = ratios[ratios > 0]
     return {
         "error_max": float(np.abs(errors).max()),
         "error_rms": float(np.sqrt((errors**2).mean())),
-        "sd_ratio": float(np.exp(np.log(spread).mean())) if len(spread) else 0.0,
+        "sd_ratio": float(np.exp(np.log(positive).mean())) if len(positive) else 0.0,
     }
 
 
 def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of all posterior means in posterior standard deviations, and ratios of standard deviations."""
+    """Errors of posterior means in true standard deviations, and ratios of standard deviations to the true ones."""
     errors, ratios = [], []
     for name, (mean, sd) in truth.items():
         if name in result.draws:
-            drawn, mean, sd = result.draws[name].double(), mean.double(), sd.double()
-            errors.append(((drawn.mean(0) - mean) / sd).flatten())
-            ratios.append((draws_sd(drawn) / sd).flatten())
+            draws, mean, sd = result.draws[name].double(), mean.double(), sd.double()
+            errors.append(((draws.mean(0) - mean) / sd).flatten())
+            ratios.append((draws_sd(draws) / sd).flatten())
     empty = torch.zeros(0, dtype=torch.double)
     return torch.cat([*errors, empty]).numpy(), torch.cat([*ratios, empty]).numpy()
 

@@ -21,25 +21,26 @@ from inference.diagnostics.convergence import quantity
 from inference.result import Result
 
 COLUMNS = {
-    "lpd": "log predictive density of a held-out row",
-    "lpd_se": "its standard error over rows",
-    "accuracy": "share of held-out labels that are right",
+    "lpd": "mean log predictive density of held-out rows, in nats",
+    "lpd_se": "standard error of lpd over rows",
+    "accuracy": "fraction of held-out labels predicted correctly",
     "ece": "expected calibration error of the labels, 10 bins",
     "error_max": "largest error of a posterior mean, in posterior standard deviations",
-    "error_rms": "root mean square of those errors",
-    "sd_ratio": "geometric mean of standard deviation over the true one",
+    "error_rms": "root mean square of these errors",
+    "sd_ratio": "geometric mean of the ratios of standard deviations to the true ones",
     "ess": "smallest bulk effective sample size",
-    "ess_per_s": "the same a second of running; none where R-hat is above 1.01",
+    "ess_per_s": "ess per second of running; empty if R-hat is above 1.01",
     "r_hat": "largest R-hat",
-    "divergences": "divergent transitions",
+    "divergences": "number of divergent transitions",
     "pareto_k": "Pareto k of the guide",
-    "energy": "energy distance of generated rows from held-out ones",
-    "energy_se": "its standard error over rows",
-    "precision": "share of generated rows near held-out ones",
-    "recall": "share of held-out rows near generated ones",
-    "seconds": "seconds of running, set-up left out",
-    "seconds_total": "seconds with set-up",
+    "energy": "energy distance between generated and held-out rows",
+    "energy_se": "standard error of energy over rows",
+    "precision": "fraction of generated rows close to held-out rows",
+    "recall": "fraction of held-out rows close to generated rows",
+    "seconds": "running time in seconds, without set-up",
+    "seconds_total": "running time in seconds, with set-up",
 }
+"""Columns of the table and what they mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,9 @@ class Comparison:
     """Results of several methods on one pair.
 
     Attributes:
-        table: One row a method; the columns are told in ``COLUMNS``.
-        results: The Result of each method that did not fail.
-        truth: Mean and standard deviation of each site that they are held against.
+        table: One row per method; see ``COLUMNS`` for the columns.
+        results: Result of each method that did not fail.
+        truth: True posterior mean and standard deviation, by site.
     """
 
     table: pd.DataFrame
@@ -57,11 +58,19 @@ class Comparison:
     truth: dict[str, tuple[Tensor, Tensor]]
 
     def plot(self, quantities: int = 12) -> Figure:
-        """Draw the methods' posteriors over one another with the truth, and all errors below."""
+        """Plot the posteriors of all methods with the truth, and below them the errors of all posterior means.
+
+        Args:
+            quantities: Maximum number of scalar quantities to show: those in which the methods differ most.
+        """
         return _plot(self, quantities)
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write ``table.csv`` and, of posteriors, ``posteriors.png`` and one NetCDF a method; return the paths."""
+        """Write ``table.csv`` and, if there are posteriors, ``posteriors.png`` and a NetCDF file per method.
+
+        Returns:
+            The paths of the files.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "table.csv"]
@@ -83,17 +92,17 @@ class Comparison:
 
 
 def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
-    """The scalar quantities in which the methods differ most, the sites sharing alike."""
+    """The scalar quantities in which the methods differ most, evenly divided over the sites."""
     draws = [r.draws for r in comparison.results.values()]
     names = list(dict.fromkeys(n for d in draws for n in d))
     ranked = []
     for name in names:
         have = [d[name] for d in draws if name in d]
         means = torch.stack([v.double().mean(0).flatten() for v in have])
-        spread = torch.stack([draws_sd(v).flatten() for v in have]).amax(0).clamp_min(1e-12)
-        apart = (means.amax(0) - means.amin(0)) / spread
-        ranked.append([(name, int(k)) for k in apart.argsort(descending=True)[:quantities]])
-    # The sites take turns, so that one with few elements leaves its room to the others.
+        sd = torch.stack([draws_sd(v).flatten() for v in have]).amax(0).clamp_min(1e-12)
+        difference = (means.amax(0) - means.amin(0)) / sd
+        ranked.append([(name, int(k)) for k in difference.argsort(descending=True)[:quantities]])
+    # The sites take turns, so that one with few elements leaves its places to the others.
     turns = [pick for turn in zip_longest(*ranked) for pick in turn if pick is not None]
     return sorted(turns[:quantities], key=lambda pick: names.index(pick[0]))
 

@@ -1,1 +1,1 @@
-"""Judgement of chains, guides and generated rows."""
+"""Diagnostics of chains, guides and generated rows."""

@@ -1,7 +1,7 @@
-r"""What each latent site says of the data: its divergence from the prior, and whether it is active.
+r"""How much each latent dimension encodes: its KL divergence from the prior, and whether it is active.
 
-The divergence :math:`\mathrm{KL}(q(z_j \mid x_n) \,\|\, p(z_j))` is the information, in nats, that a row leaves in a
-dimension of its latent site. A dimension without any has collapsed to the prior: the model does without it.
+:math:`\mathrm{KL}(q(z_j \mid x_n) \,\|\, p(z_j))` is the information about row n in dimension j, in nats. A dimension
+where it is zero for all rows has collapsed to the prior, and the model does not use it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,26 @@ from inference.core.bound import BoundPair
 from inference.draws.kl import kl_by_site
 from inference.draws.rows import is_point
 
-ACTIVE = 0.01
-"""Variance of the posterior's mean over rows above which a dimension is active (Burda et al. 2016)."""
+ACTIVE_VARIANCE = 0.01
+"""Variance of the posterior mean over rows above which a dimension is active (Burda et al. 2016)."""
 
 
-ROWS = 1000
-"""Rows that are looked at."""
+MAX_ROWS = 1000
+"""Maximum number of rows to average over; more are subsampled."""
 
 
 def local_latent_kl(bound: BoundPair) -> pd.DataFrame:
-    """:func:`latents` of a program, in the current parameter store."""
+    """KL divergence of each dimension of the continuous latent sites in the plate of rows.
+
+    Parameters are read from the current parameter store.
+
+    Returns:
+        One row per dimension: ``kl``, the mean over rows of the KL divergence of the guide from the prior in nats;
+        ``variance``, the variance over rows of the guide's mean; and ``active``, whether it is above 0.01.
+    """
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        few = torch.randperm(bound.rows)[:ROWS] if bound.takes_rows and bound.rows > ROWS else None
-        arguments = bound.arguments(few)
+        subsample = torch.randperm(bound.rows)[:MAX_ROWS] if bound.takes_rows and bound.rows > MAX_ROWS else None
+        arguments = bound.arguments(subsample)
         guide = poutine.trace(bound.guide).get_trace(**arguments)
         local = [n for n in bound.guided if _is_local(guide.nodes[n], bound.rows)]
         if not local:
@@ -40,19 +47,20 @@ def local_latent_kl(bound: BoundPair) -> pd.DataFrame:
 
 
 def _is_local(site: Any, rows: int) -> bool:
-    """Whether a site of the guide is continuous, has a spread, and lies in the plate of rows alone."""
+    """Whether a site of the guide is continuous, not a point mass, and only in the plate of rows."""
     plates = [f for f in site["cond_indep_stack"] if f.vectorized and f.full_size == rows]
     fn = site["fn"]
     return len(fn.batch_shape) == 1 and bool(plates) and fn.has_rsample and not is_point(fn)
 
 
 def _table(name: str, divergence: Tensor, site: Any) -> pd.DataFrame:
-    """Mean over rows of the divergence (rows, *event), and variance of the guide's mean."""
-    costs, means = (v.double().reshape(len(v), -1) for v in (divergence, site["fn"].mean))
-    costs, spread = costs.mean(0), means.var(0)
-    if len(costs) < len(spread):
-        # The dimensions are not told apart: one line for all of them.
-        spread = spread.amax()[None]
-    names = [f"{name}[{k}]" for k in range(len(costs))] if site["fn"].event_shape else [name]
-    columns = {"kl": costs.tolist(), "variance": spread.tolist(), "active": (spread > ACTIVE).tolist()}
+    """Mean over rows of the KL divergence (rows, *event), and variance over rows of the guide's mean."""
+    kl, means = (v.double().reshape(len(v), -1) for v in (divergence, site["fn"].mean))
+    kl, variance = kl.mean(0), means.var(0)
+    if len(kl) < len(variance):
+        # The divergence is known for the whole site only: one line for all of its dimensions.
+        variance = variance.amax()[None]
+    names = [f"{name}[{k}]" for k in range(len(kl))] if site["fn"].event_shape else [name]
+    active = (variance > ACTIVE_VARIANCE).tolist()
+    columns = {"kl": kl.tolist(), "variance": variance.tolist(), "active": active}
     return pd.DataFrame(columns, index=pd.Index(names, name="quantity"))

@@ -1,7 +1,7 @@
-r"""Do two samples come from one law? For models that can be drawn from and not scored.
+r"""Two-sample metrics, for models that can be sampled but have no likelihood.
 
-Every figure comes with a standard error over the rows at hand. Distances are Euclidean, of the features as they are
-given: scale them, or map images to features of a classifier, before rows are compared.
+Metrics come with a standard error over rows. Distances are Euclidean: scale the features, or map images to the
+features of a classifier, before comparing rows.
 
 References: Gretton et al. 2012, "A Kernel Two-Sample Test" (MMD); Szekely and Rizzo 2013 (energy distance); Lopez-Paz
 and Oquab 2017 (https://arxiv.org/abs/1610.06545; classifier test); Kynkaanniemi et al. 2019
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 MIN_COVERAGE = 0.5
-"""Coverage below which generated rows are said to leave out modes."""
+"""Coverage below which generated rows are reported to miss modes."""
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error."""
+    """A value and its standard error."""
 
     value: float
     error: float
@@ -39,56 +39,65 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Modes:
-    """What a sample makes of modes that are known.
+    """Coverage of known modes by a sample.
 
     Attributes:
-        found: Number of modes that at least one row of high quality lies at.
+        found: Number of modes with at least one high-quality row.
         total: Number of modes.
-        quality: Share of rows of high quality: within so many standard deviations of a mode.
-        reverse_kl: Divergence of the shares of rows whose nearest mode is each from equal shares, in nats.
-        shares: Those shares (modes,).
+        quality: Fraction of high-quality rows, those close to a mode.
+        reverse_kl: KL divergence, in nats, of ``fractions`` from the uniform distribution over modes.
+        fractions: Fraction of rows nearest to each mode, (modes,).
     """
 
     found: int
     total: int
     quality: Estimate
     reverse_kl: float
-    shares: np.ndarray
+    fractions: np.ndarray
 
 
 def modes(x: Tensor, centres: Tensor, sd: float, *, within: float = 3.0) -> Modes:
-    """Modes found, share of high quality and reverse KL of rows (N, D) against modes (K, D) of one standard deviation.
+    """Count the modes that a sample covers, with the fraction of high-quality rows and the reverse KL.
 
     Args:
-        within: Standard deviations from a mode up to which a row is of high quality, in Euclidean distance.
+        x: Rows (N, D).
+        centres: Modes (K, D).
+        sd: Standard deviation of every mode.
+        within: Maximum Euclidean distance of a high-quality row from its mode, in standard deviations.
+
+    Raises:
+        ValueError: There are fewer than two rows, or rows and modes are not finite or differ in shape.
     """
     _check(x, centres)
     distance, nearest = torch.cdist(x.double(), centres.double()).min(1)
     good = distance <= within * sd
     count = len(centres)
-    shares = nearest.bincount(minlength=count).double() / len(x)
+    fractions = nearest.bincount(minlength=count).double() / len(x)
     return Modes(
         found=len(nearest[good].unique()),
         total=count,
-        quality=_share(good.double().cpu().numpy()),
-        reverse_kl=reverse_kl(shares),
-        shares=shares.cpu().numpy(),
+        quality=_fraction(good.double().cpu().numpy()),
+        reverse_kl=reverse_kl(fractions),
+        fractions=fractions.cpu().numpy(),
     )
 
 
-def reverse_kl(shares: Tensor, target: Tensor | None = None) -> float:
-    """Divergence of shares (K,) from target shares, equal ones by default, in nats."""
-    aim = torch.full_like(shares, 1 / len(shares)) if target is None else target
-    return float(torch.special.xlogy(shares, shares / aim).sum())
+def reverse_kl(fractions: Tensor, target: Tensor | None = None) -> float:
+    """KL divergence, in nats, of fractions (K,) from target fractions, by default uniform."""
+    expected = torch.full_like(fractions, 1 / len(fractions)) if target is None else target
+    return float(torch.special.xlogy(fractions, fractions / expected).sum())
 
 
 def mmd(x: Tensor, y: Tensor, *, bandwidths: tuple[float, ...] | None = None) -> Estimate:
-    r"""Squared maximum mean discrepancy of rows (N, D) and (M, D), unbiased: about 0 for samples of one law.
+    r"""Unbiased squared maximum mean discrepancy; near 0 for two samples of the same distribution.
 
     .. math:: \mathrm{E}\,k(x, x') - 2\,\mathrm{E}\,k(x, y) + \mathrm{E}\,k(y, y')
 
     Args:
-        bandwidths: Of the Gaussian kernels whose mean k is. None: the median distance, a quarter and four times of it.
+        x: Rows (N, D).
+        y: Rows (M, D).
+        bandwidths: Bandwidths of the Gaussian kernels whose mean is k. Default: a quarter of the median distance, the
+            median distance, and four times the median distance.
     """
     _check(x, y)
     a, b, between = (torch.cdist(u.double(), v.double()) for u, v in ((x, x), (y, y), (x, y)))
@@ -103,7 +112,10 @@ def mmd(x: Tensor, y: Tensor, *, bandwidths: tuple[float, ...] | None = None) ->
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Estimate:
-    r"""Energy distance :math:`2\,\mathrm{E}|x - y| - \mathrm{E}|x - x'| - \mathrm{E}|y - y'|` of rows, unbiased."""
+    r"""Unbiased energy distance of rows (N, D) and (M, D); near 0 for two samples of the same distribution.
+
+    .. math:: 2\,\mathrm{E}|x - y| - \mathrm{E}|x - x'| - \mathrm{E}|y - y'|
+    """
     _check(x, y)
     return _discrepancy(*(-torch.cdist(u.double(), v.double()) for u, v in ((x, x), (y, y), (x, y))))
 
@@ -111,83 +123,86 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 def classifier_test(
     x: Tensor, y: Tensor, *, make: Callable[[], ClassifierMixin] | None = None, folds: int = 5, seed: int = 0
 ) -> Estimate:
-    """Share of held-out rows that a classifier tells right, one half for samples of one law of equal size.
+    """Cross-validated accuracy of a classifier of the two samples; one half if the distributions are the same.
 
     Args:
-        make: Makes a scikit-learn classifier. None: by nearest neighbours, as many as the root of the rows.
-        folds: Of the cross-validation.
+        x: Rows (N, D); the larger sample is cut to the size of the smaller.
+        y: Rows (M, D).
+        make: Returns a scikit-learn classifier. Default: k nearest neighbours, with k the root of the sample size.
+        folds: Number of folds of the cross-validation.
+        seed: Seed of the folds.
     """
     _check(x, y)
     size = min(len(x), len(y))
     rows = torch.cat([x[:size], y[:size]]).double().cpu().numpy()
     label = np.repeat([0, 1], size)
-    # Imported where it is asked for: it takes half a second, which every new process would pay.
+    # Imported here because it takes half a second, in every new process.
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
 
     classifier = KNeighborsClassifier(max(1, int(size**0.5))) if make is None else make()
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    right = cross_val_predict(classifier, rows, label, cv=split) == label
-    return _share(right.astype(float))
+    correct = cross_val_predict(classifier, rows, label, cv=split) == label
+    return _fraction(correct.astype(float))
 
 
 def precision(real: Tensor, generated: Tensor, *, k: int = 3) -> Estimate:
-    """Share of generated rows that lie in the ball of a real row that reaches to its k-th neighbour."""
+    """Fraction of generated rows (M, D) within the distance of some real row (N, D) to its k-th neighbour."""
     _check(real, generated)
-    return _share(_inside(real, generated, k))
+    return _fraction(_inside(real, generated, k))
 
 
 def recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Estimate:
-    """Share of real rows that lie in the ball of a generated row that reaches to its k-th neighbour."""
+    """Fraction of real rows (N, D) within the distance of some generated row (M, D) to its k-th neighbour."""
     return precision(generated, real, k=k)
 
 
 def coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Estimate:
-    """Share of real rows in whose own ball, up to the k-th neighbour, a generated row lies.
+    """Fraction of real rows (N, D) with a generated row (M, D) no farther than their k-th real neighbour.
 
-    Its expectation for two samples of one law and size is :math:`1 - 2^{-k}`, nearly; a generator that leaves out modes
-    leaves out their rows.
+    For two samples of the same distribution and size its expectation is nearly :math:`1 - 2^{-k}`; a generator that
+    misses modes fails to cover their rows.
     """
     _check(real, generated)
     rows, others = (v.double().flatten(1).cpu().numpy() for v in (real, generated))
-    return _share((_farthest(rows, others, 1) <= _farthest(rows, rows, k + 1)).astype(float))
+    return _fraction((_kth_distance(rows, others, 1) <= _kth_distance(rows, rows, k + 1)).astype(float))
 
 
 def _inside(centres: Tensor, rows: Tensor, k: int, block: int = 2000) -> np.ndarray:
-    """Whether each row lies in any centre's ball."""
+    """Whether each row is within the distance of any centre to its k-th neighbour."""
     c, r = (v.double().flatten(1).cpu() for v in (centres, rows))
-    reach = torch.as_tensor(_farthest(c.numpy(), c.numpy(), k + 1))
-    return np.concatenate([(torch.cdist(b, c) <= reach).any(1).double().numpy() for b in r.split(block)])
+    radius = torch.as_tensor(_kth_distance(c.numpy(), c.numpy(), k + 1))
+    return np.concatenate([(torch.cdist(b, c) <= radius).any(1).double().numpy() for b in r.split(block)])
 
 
-def _farthest(rows: np.ndarray, among: np.ndarray, k: int) -> np.ndarray:
-    """Distance of each row to the k-th nearest of the others, itself included where it is one of them."""
+def _kth_distance(rows: np.ndarray, among: np.ndarray, k: int) -> np.ndarray:
+    """Distance of each row to its k-th nearest in ``among``, counting itself if it is one of them."""
     from sklearn.neighbors import NearestNeighbors
 
     return NearestNeighbors(n_neighbors=k).fit(among).kneighbors(rows)[0][:, -1]
 
 
 def _discrepancy(xx: Tensor, yy: Tensor, xy: Tensor) -> Estimate:
-    """Unbiased E k(x, x') - 2 E k(x, y) + E k(y, y') from matrices of k, with the error of what rows vary by."""
+    """Unbiased E k(x, x') - 2 E k(x, y) + E k(y, y') from matrices of k, with its standard error over rows."""
     n, m = xy.shape
-    own = (xx.sum(1) - xx.diagonal()) / (n - 1), (yy.sum(1) - yy.diagonal()) / (m - 1)
-    value = own[0].mean() - 2 * xy.mean() + own[1].mean()
-    of_x, of_y = own[0] - xy.mean(1), own[1] - xy.mean(0)
-    # The linear part of the U-statistic, and the rest, which is all where both samples have one law. The rows' means
-    # vary by twice the rest beside the linear part.
+    within_x, within_y = (xx.sum(1) - xx.diagonal()) / (n - 1), (yy.sum(1) - yy.diagonal()) / (m - 1)
+    value = within_x.mean() - 2 * xy.mean() + within_y.mean()
+    of_x, of_y = within_x - xy.mean(1), within_y - xy.mean(0)
+    # The variance of the U-statistic has a linear and a quadratic part; only the latter remains if both samples have
+    # the same distribution. The variance of the row means holds twice the quadratic part besides the linear one.
     linear = 4 * of_x.var() / n + 4 * of_y.var() / m
-    rest = 2 * _interaction(xx) / n**2 + 2 * _interaction(yy) / m**2 + 4 * _interaction(xy) / (n * m)
-    return Estimate(float(value), float((linear - rest).maximum(rest).sqrt()))
+    quadratic = 2 * _interaction(xx) / n**2 + 2 * _interaction(yy) / m**2 + 4 * _interaction(xy) / (n * m)
+    return Estimate(float(value), float((linear - quadratic).maximum(quadratic).sqrt()))
 
 
 def _interaction(matrix: Tensor) -> Tensor:
-    """Mean square of a matrix less the means of its rows and columns."""
+    """Mean square of a matrix after centring its rows and columns."""
     return (matrix - matrix.mean(0) - matrix.mean(1, keepdim=True) + matrix.mean()).square().mean()
 
 
-def _share(hits: np.ndarray) -> Estimate:
-    share = float(hits.mean())
-    return Estimate(share, float((share * (1 - share) / len(hits)) ** 0.5))
+def _fraction(hits: np.ndarray) -> Estimate:
+    fraction = float(hits.mean())
+    return Estimate(fraction, float((fraction * (1 - fraction) / len(hits)) ** 0.5))
 
 
 def _check(x: Tensor, y: Tensor) -> None:
@@ -196,6 +211,6 @@ def _check(x: Tensor, y: Tensor) -> None:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected at least two rows (N, D), got {got}")
         if not value.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got {int((~value.isfinite()).sum())} that are not")
+            raise ValueError(f"{name}: expected finite numbers, got {int((~value.isfinite()).sum())} non-finite ones")
     if x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"y: expected rows like those of x {tuple(x.shape[1:])}, got {tuple(y.shape[1:])}")
+        raise ValueError(f"y: expected rows of shape {tuple(x.shape[1:])} as in x, got {tuple(y.shape[1:])}")

@@ -2,14 +2,14 @@ r"""Log evidence of each row of data under a model whose latent sites have a val
 
 .. math:: \log p(x_n) = \log \int p(x_n, z_n) \, dz_n
 
-``exact``: finite sites are summed out, or the pair knows its evidence. ``importance``: with draws of the guide,
+``exact`` sums finite sites out, or calls the pair's own ``log_evidence``. ``importance`` weights draws of the guide,
 
 .. math:: \log \frac1k \sum_{i=1}^{k} w_{ni}, \qquad
           w_{ni} = \frac{p(x_n, z_{ni})}{q(z_{ni} \mid x_n)}, \qquad z_{ni} \sim q(z \mid x_n)
 
-``annealed``: the same with weights of annealed importance sampling (see :mod:`inference.annealed`). Jensen's
-inequality makes both lower bounds in expectation; annealing from exact posterior draws back to the prior gives an upper
-one.
+``annealed`` uses the weights of annealed importance sampling instead (:mod:`inference.evidence.annealed`). By Jensen's
+inequality both are lower bounds in expectation; annealing from exact posterior draws back to the prior gives an upper
+bound.
 
 References: Burda, Grosse and Salakhutdinov 2016, "Importance Weighted Autoencoders" (https://arxiv.org/abs/1509.00519);
 Wu et al. 2017, "On the Quantitative Analysis of Decoder-Based Generative Models" (https://arxiv.org/abs/1611.04273).
@@ -39,7 +39,7 @@ from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
 from inference.evidence.annealed import anneal, schedule, tune
 from inference.result import Result, State
 
-PILOTS = 4
+TUNING_CHAINS = 4
 """Chains that tune the step sizes of annealing."""
 
 
@@ -58,8 +58,8 @@ class Evidence:
 
     Attributes:
         values: Log evidence (rows,), in double precision.
-        errors: Standard error (rows,) of each value, of the particles or chains alone; 0 where exact, nan of one
-            particle. It does not cover the gap of a bound.
+        errors: Monte Carlo standard error of each value, (rows,); 0 if exact, nan for a single particle. It does not
+            include the gap of a bound.
         kind: ``exact``, or a ``lower`` or ``upper`` bound in expectation.
     """
 
@@ -74,21 +74,21 @@ class Evidence:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, as an estimate for new rows: the rows' standard deviation over the root of their number.
+        """Standard error of the mean as an estimate for new rows: standard deviation over rows / sqrt(rows).
 
-        The rows' spread has the Monte Carlo error in it.
+        It includes the Monte Carlo error.
         """
         return float(self.values.std() / math.sqrt(len(self.values))) if len(self.values) > 1 else math.nan
 
     @property
     def monte_carlo_error(self) -> float:
-        """Of the mean over these very rows: what another seed would change."""
+        """Monte Carlo standard error of the mean over these rows, due to the seed."""
         return float(self.errors.square().sum().sqrt() / len(self.errors))
 
     def __str__(self) -> str:
         noise = "" if self.kind == "exact" else f"; Monte Carlo error {self.monte_carlo_error:.2g}"
         return (
-            f"log p(x) {SIGNS[self.kind]} {self.mean:.2f} ± {self.standard_error:.2g} nats a row "
+            f"log p(x) {SIGNS[self.kind]} {self.mean:.2f} ± {self.standard_error:.2g} nats per row "
             f"({len(self.values)} rows{noise})"
         )
 
@@ -110,38 +110,43 @@ def log_evidence(
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
-    r"""Estimate log p(x) of each row under a model whose latent sites lie in the plate of rows.
+    r"""Estimate log p(x) of each row under a model whose latent sites are in the plate of rows.
 
-    x is all that the model observes in a row. Finite sites that are not drawn are summed out exactly. Masks count;
-    scales, that of a minibatch's plate and any other, do not.
+    x stands for all observed sites of a row. Finite sites that are not drawn are summed out exactly. Masks apply;
+    scales, such as that of a minibatch's plate, are ignored.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple, a model (for ``exact`` and ``annealed``), or the Result of a fit,
-            whose trained parameters are then used. ``pyro.param`` of another pair begin anew.
-        data: A tensor or a mapping of names to tensors; None: the data of the Result.
-        estimator: ``exact``: sum out all latent sites, or ask the pair's ``log_evidence(x)`` (in nats a row) where it
-            has one. ``importance``: weigh particles of the guide; sites that it leaves out come from the prior.
-            ``annealed``: weigh chains of Hamiltonian transitions from the prior to the posterior; unconstrained
-            continuous sites only.
-        k: Particles a row.
-        chains: Annealed chains a row.
-        temperatures: Intermediate distributions, on a sigmoidal schedule.
-        leapfrogs: Leapfrogs of the transition at each of them.
-        step_size: Step size at the first of them; chains of a run before adapt it to each row and temperature.
-        start: Where chains begin: ``prior``, or ``guide``.
-        reverse: Anneal from the posterior back to the start, for an upper bound. The data must be simulated from the
-            model itself, by the ``latents``: these are then exact draws of the posterior. All chains of a row begin at
-            its one draw, whose own spread ``errors`` leave out.
+            whose trained parameters are used. Otherwise ``pyro.param`` statements start from their initial values.
+        data: A tensor or a mapping of names to tensors. Default: the data of the Result.
+        estimator: ``exact``: sum out all latent sites, or call the pair's ``log_evidence(x)`` (nats per row) if it has
+            one. ``importance``: weight particles of the guide; sites that the guide leaves out are drawn from the
+            prior. ``annealed``: weight chains of Hamiltonian transitions from the prior to the posterior, for
+            unconstrained continuous sites only.
+        k: Particles per row.
+        chains: Annealed chains per row.
+        temperatures: Number of intermediate distributions, on a sigmoid schedule.
+        leapfrogs: Leapfrog steps per transition; there is one transition per intermediate distribution.
+        step_size: Initial step size; separate chains adapt it to each row and temperature beforehand.
+        start: Distribution that chains start from: ``prior`` or ``guide``.
+        reverse: Whether to anneal from the posterior back to the start, for an upper bound. The data must be simulated
+            from the model with the given ``latents``, which are then exact draws of the posterior. All chains of a row
+            start at this one draw, whose sampling error ``errors`` does not include.
         latents: Values by site that the data were simulated from, for ``reverse``.
-        batch: Rows a pass. None: as many as the memory allows; all, if the pair does not take ``rows`` and ``size``.
-        seed: Seed of all randomness; the global random state is left as it was.
-        progress: Show a progress bar (on a terminal).
+        batch: Rows per pass. Default: as many as fit into memory, or all if the pair does not take ``rows`` and
+            ``size``.
+        seed: Seed of all randomness; the global random state is restored.
+        progress: Whether to show a progress bar (on a terminal).
 
     Returns:
         An Evidence with values and errors (rows,).
 
     Raises:
-        ValueError: An argument does not fit; a site lies outside of the plate of rows, or the estimator cannot take it.
+        ValueError: An argument is out of range, a site is outside the plate of rows, or the estimator does not support
+            a site.
+
+    References: Burda, Grosse and Salakhutdinov 2016 (https://arxiv.org/abs/1509.00519); Wu et al. 2017
+    (https://arxiv.org/abs/1611.04273).
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -154,8 +159,8 @@ def log_evidence(
         ...         pyro.sample("z", dist.Normal(0.5 * x, 1.0))
         >>> x = torch.tensor([-1.0, 0.0, 2.0])
         >>> print(log_evidence((model, guide), x, k=5000, progress=False))
-        log p(x) >= -1.68 ± 0.3 nats a row (3 rows; Monte Carlo error 0.0032)
-        >>> print(f"{dist.Normal(0.0, 2.0**0.5).log_prob(x).mean():.2f}")  # the exact one
+        log p(x) >= -1.68 ± 0.3 nats per row (3 rows; Monte Carlo error 0.0032)
+        >>> print(f"{dist.Normal(0.0, 2.0**0.5).log_prob(x).mean():.2f}")  # exact
         -1.68
     """
     bound = _bind(pair, data)
@@ -180,30 +185,30 @@ def log_evidence(
         if estimator == "exact":
             _check_finite(rows)
             return _over(rows, _exact, "exact", 1, 1, batch, progress)
-        own = _check_annealed(rows, start, latents)
+        tensors = _check_annealed(rows, start, latents)
         run = partial(_annealed, chains=chains, betas=schedule(temperatures), leapfrogs=leapfrogs, step=step_size)
-        run = partial(run, start=start, latents=own)
+        run = partial(run, start=start, latents=tensors)
         kind = "upper" if reverse else "lower"
-        return _over(rows, run, kind, max(chains, PILOTS), 2 * temperatures, batch, progress)
+        return _over(rows, run, kind, max(chains, TUNING_CHAINS), 2 * temperatures, batch, progress)
 
 
 def _over(
     whole: LocalLatents, run: Estimate, kind: str, together: int, rounds: int, batch: int | None, progress: bool
 ) -> Evidence:
-    """Run an estimator over minibatches of rows, small enough to hold so many draws of each."""
+    """Run an estimator over minibatches of rows, each small enough to hold ``together`` draws per row."""
     count, name = whole.bound.rows, whole.bound.name
     if batch is not None and batch < count and not whole.splits:
         raise ValueError("batch: expected a model and a guide that take size and rows (their plate's), got one without")
-    fitting = policy.latents_per_pass(whole.width * together) if whole.splits else count
-    found = []
+    default = policy.latents_per_pass(whole.width * together) if whole.splits else count
+    estimates = []
     with tqdm(total=count * rounds, desc=f"log p(x) of {name}", disable=None if progress else True, leave=False) as bar:
-        for rows in torch.arange(count, device=device_of(whole.bound)).split(batch or fitting):
+        for rows in torch.arange(count, device=device_of(whole.bound)).split(batch or default):
             part = whole.take(rows)
-            # One validated draw finds what is wrong with these rows; the passes check nothing.
+            # One draw with validation checks these rows; the passes run without it.
             part.model(part.prior(1), 1)
             with pyro.validation_enabled(False):
-                found.append(run(part, rows, bar.update))
-    values, errors = (torch.cat(v) for v in zip(*found, strict=True))
+                estimates.append(run(part, rows, bar.update))
+    values, errors = (torch.cat(v) for v in zip(*estimates, strict=True))
     return Evidence(values, errors, kind)
 
 
@@ -249,12 +254,12 @@ def _annealed(
     def done() -> None:
         tick(len(rows))
 
-    steps = tune(densities, begin(PILOTS), betas, leapfrogs, step, done)
+    steps = tune(densities, begin(TUNING_CHAINS), betas, leapfrogs, step, done)
     if latents is None:
         weights = anneal(densities, begin(chains), betas, leapfrogs, steps, done)
     else:
-        own = {n: v.index_select(part.axis(n), rows)[None] for n, v in latents.items()}
-        posterior = _pack(part, own).expand(chains, -1, -1)
+        draws = {n: v.index_select(part.axis(n), rows)[None] for n, v in latents.items()}
+        posterior = _pack(part, draws).expand(chains, -1, -1)
         weights = anneal(densities, posterior, betas.flip(0), leapfrogs, steps.flip(0), done)
     values, errors = _mean(weights.logsumexp(0), (2 * weights).logsumexp(0), chains)
     return values if latents is None else -values, errors
@@ -263,10 +268,10 @@ def _annealed(
 def _mean(total: Tensor, square: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Logarithm of the mean weight and its standard error, from log sums of weights and of their squares.
 
-    The error of a logarithm is the relative error of what it is taken of (the delta method).
+    By the delta method the error of the logarithm is the relative error of the mean weight.
     """
-    spread = ((square - 2 * total).exp() - 1 / count).clamp(min=0)
-    errors = (spread * count / (count - 1)).sqrt() if count > 1 else torch.full_like(total, torch.nan)
+    variance = ((square - 2 * total).exp() - 1 / count).clamp(min=0)
+    errors = (variance * count / (count - 1)).sqrt() if count > 1 else torch.full_like(total, torch.nan)
     return total - math.log(count), errors
 
 
@@ -293,7 +298,7 @@ def _bind(pair: Any, data: Any) -> BoundPair:
 
 
 def _state(pair: Any, bound: BoundPair) -> State:
-    """What the pair's parameters are: those of a fit, or as they stand, with modules in evaluation mode."""
+    """The pair's parameters: of the Result, or the current ones with modules in evaluation mode."""
     return pair.state if isinstance(pair, Result) else State(bound.modules)
 
 
@@ -320,7 +325,7 @@ def _check_finite(rows: LocalLatents) -> None:
 
 
 def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> dict[str, Tensor] | None:
-    """The latents as tensors; raises unless chains can move in all drawn sites and begin where they are asked to."""
+    """The latents as tensors; raises unless all drawn sites can be annealed from ``start``."""
     if not rows.drawn:
         raise ValueError(
             "model: expected a continuous latent site to anneal, got none; estimator exact sums finite ones"
@@ -340,8 +345,8 @@ def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> di
 
 def _latent(rows: LocalLatents, latents: Draws, name: str) -> Tensor:
     shape = rows.bound.sites[name].shape
-    given = torch.as_tensor(latents[name]) if name in latents else None
-    if given is None or tuple(given.shape) != shape:
-        got = ", ".join(latents) or "none" if given is None else tuple(given.shape)
+    value = torch.as_tensor(latents[name]) if name in latents else None
+    if value is None or tuple(value.shape) != shape:
+        got = ", ".join(latents) or "none" if value is None else tuple(value.shape)
         raise ValueError(f"latents: expected {name} of shape {shape}, got {got}")
-    return given
+    return value
