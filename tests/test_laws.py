@@ -114,6 +114,7 @@ import pyro, torch
 import pyro.distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from ppl_models import Pair
+from ppl_models.models.checks import check_matrix
 
 
 class PoissonRates(Pair):
@@ -126,6 +127,10 @@ class PoissonRates(Pair):
         rates = pyro.sample("rates", dist.Gamma(self.shape, 1.0).to_event(1))
         with self.rows(x):
             return pyro.sample("x", dist.Poisson(rates).to_event(1), obs=x)
+
+    def check(self, x=None, **_):
+        if x is not None:
+            check_matrix("x", x, len(self.shape))
 """
 ENTRY = """
 from functools import partial
