@@ -3,8 +3,8 @@ r"""The ledger: published figures and the figures that recipes here obtain.
 A :class:`Recipe` is a pair, its data, a method and a schedule, with the published figure, its source, its protocol and
 how it was checked. :func:`reproduce` runs it once per seed and appends a record, one line of JSON, to
 ``NAME.jsonl`` in a directory: the figure with its standard error over seeds, seconds, versions, machine, date, commit.
-:func:`table` is the table of all records. Figures are comparable under one protocol only: static and dynamic binarization
-of MNIST are different benchmarks, and a bound is not a likelihood.
+:func:`table` is the table of all records. Figures are comparable under one protocol only: static and dynamic
+binarization of MNIST are different benchmarks, and a bound is not a likelihood.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def table(directory: Path = RECORDS) -> str:
 
 def _mnist(source: str, protocol: str, sure: str = "recalled") -> Callable[..., Recipe]:
     """Recipes of the test NLL of static binarized MNIST from one source, given name, run and published figure."""
-    shared = {"title": "test NLL, nats", "source": source, "sure": sure}
-    return partial(Recipe, protocol=f"static binarized MNIST, {protocol}", **shared)
+    full = f"static binarized MNIST, {protocol}"
+    return partial(Recipe, title="test NLL, nats", source=source, protocol=full, sure=sure)
 
 
 _MADE = "Germain et al. 2015, table of MADE"
@@ -124,7 +124,8 @@ RECIPES: dict[str, Recipe] = {
             run=bars.bars,
             published=0.10,
             source="Hinton et al. 1995",
-            protocol="4 x 4 bars, distribution as recalled, 16-8-1 units, exact KL; best of 5 starts by the bound of RWS-10",
+            protocol="4 x 4 bars, distribution as recalled, 16-8-1 units, exact KL; "
+            "best of 5 starts by the bound of RWS-10",
             sure="recalled",
             seeds=10,
         ),
