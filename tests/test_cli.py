@@ -1,5 +1,7 @@
 """The command line: what it prints, writes and refuses."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import arviz as az
@@ -7,8 +9,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from inference import fit
 from ppl_models.cli import app
 from ppl_models.zoo.entries import ZOO, table
+from ppl_models.zoo.methods import exact
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,7 +31,9 @@ def test_list_shows_every_pair(run) -> None:
     assert all(name in answer.stdout for name in ZOO)
 
 
-def test_compare_prints_a_table_and_writes_its_files(run, tmp_path) -> None:
+def test_compare_prints_a_table_and_writes_its_files(run, tmp_path, monkeypatch) -> None:
+    methods = {"exact": exact, "SVI": partial(fit, steps=300, learning_rate=0.1)}
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
     answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "exact,SVI", "--out", tmp_path / "out")
     assert answer.exit_code == 0, answer.output
     assert "error_max" in answer.stdout
@@ -61,6 +67,21 @@ def test_a_gan_is_fitted_by_its_own_schedule_and_draws(run, tmp_path) -> None:
     folder = tmp_path / "results" / "conditional_gan-digits"
     assert {p.name for p in folder.iterdir()} == {"adversarial.csv", "samples.png"}
     assert list(pd.read_csv(folder / "adversarial.csv")) == ["step", "guide", "model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("semi_supervised_vae", {"svi.nc", "classes.png"}),
+        ("cyclegan", {"adversarial.csv", "forward.png", "backward.png"}),
+        ("autoencoder", {"svi.nc"}),
+    ],
+)
+def test_a_pair_of_any_data_is_fitted_to_the_end(run, tmp_path, name: str, written: set[str]) -> None:
+    answer = run("fit", name, "--steps", 5, "--draws", 4, "--out", tmp_path / "out")
+    assert answer.exit_code == 0, answer.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} == written
+    assert ("accuracy" in answer.stdout) == (name == "semi_supervised_vae")
 
 
 @pytest.mark.parametrize(

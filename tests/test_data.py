@@ -22,6 +22,7 @@ from sklearn.naive_bayes import BernoulliNB
 from sklearn.preprocessing import StandardScaler
 
 from ppl_models import data
+from ppl_models.data import sets
 from ppl_models.data.files import IDX, SHA256, UPSTREAM
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
@@ -196,7 +197,7 @@ def test_standardise_knows_the_training_split_alone(dtype: torch.dtype, toleranc
 
 def test_standardise_only_centres_a_constant_column(monkeypatch: pytest.MonkeyPatch) -> None:
     x = {"train": np.full((1000, 1), 0.1), "test": np.array([[0.1], [2.1]])}
-    monkeypatch.setitem(data._LOADERS, "constant", lambda: data._Raw(x, {}, ("constant",)))
+    monkeypatch.setitem(sets._LOADERS, "constant", lambda: sets._Raw(x, {}, ("constant",)))
     got = data.load("constant", standardise=True)
     assert (got.train["x"] == 0).all()
     torch.testing.assert_close(got.test["x"], torch.tensor([[0.0], [2.0]]))
@@ -237,7 +238,8 @@ def test_images_with_labels(name: str, train: list[int], test: list[int]) -> Non
     for split, counts in ((got.train, train), (got.test, test)):
         assert split["x"].shape == (sum(counts), 784) and split["y"].bincount().tolist() == counts
         assert split["x"].min() == 0 and split["x"].max() == 1
-        assert torch.equal(split["x"] * 255, (split["x"] * 255).round())
+        levels = split["x"] * 255
+        assert torch.equal(levels, levels.round())
     assert got.features[29] == "row_1_column_1" and len(got.features) == 784
     assert (got.classes[0], got.classes[9]) == {"mnist": ("0", "9")}.get(name, ("T-shirt/top", "Ankle boot"))
     binary = data.load(name, binarise=True)
@@ -249,7 +251,9 @@ def test_images_without_labels() -> None:
     got = data.load("binarized_mnist")
     assert got.valid is not None and got.classes == ()
     assert [tuple(s["x"].shape) for s in (got.train, got.valid, got.test)] == [(50000, 784)] + [(10000, 784)] * 2
-    assert all(set(s) == {"x"} and s["x"].unique().tolist() == [0, 1] for s in (got.train, got.valid, got.test))
+    for split in (got.train, got.valid, got.test):
+        assert set(split) == {"x"} and bool(((split["x"] == 0) | (split["x"] == 1)).all())
+        assert 0 < float(split["x"].mean()) < 1
     # A static binarization has the grey images' mean, and the test images are those of MNIST, by digit.
     grey = data.load("mnist").test
     sorted_grey = grey["x"][grey["y"].sort(stable=True).indices]
@@ -305,7 +309,8 @@ def test_sms_text_has_the_letters_of_the_same_messages() -> None:
     assert got.train["x"].shape == (3901, 160) and got.classes == words.classes
     assert torch.equal(got.train["y"], words.train["y"])
     code = {c: k for k, c in enumerate(got.symbols)}
-    free = "".join(got.symbols[int(k)] if k < code["other"] else "_" for k in got.train["x"].flatten()).count("free")
+    letters = (*got.symbols[: code["other"]], "_", "_")
+    free = "".join(letters[k] for k in got.train["x"].flatten().long().tolist()).count("free")
     assert free > 0.9 * words.train["x"][:, words.features.index("free")].sum()
 
 
@@ -522,7 +527,7 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
         data.load("minst")
     with pytest.raises(ValueError, match=r"got 'qqq' \(nearest: none\)$"):
         data.load("qqq")
-    assert data.names() == tuple(data._LOADERS) and len(data.names()) == 13
+    assert data.names() == tuple(sets._LOADERS) and len(data.names()) == 14
 
 
 def test_arguments_that_cannot_be() -> None:
@@ -622,3 +627,45 @@ def test_pixels_in_the_unit_interval() -> None:
     whole, unit = data.load("digits"), data.load("digits", unit=True)
     assert float(whole.train["x"].max()) == 16 and float(unit.train["x"].max()) == 1
     assert torch.equal(16 * unit.test["x"], whole.test["x"])
+
+
+def test_turned_digits_are_two_domains_of_other_rows() -> None:
+    whole, got = data.load("digits", unit=True), data.load("turned_digits", unit=True)
+    for split, digits in ((got.train, whole.train["x"]), (got.test, whole.test["x"])):
+        a, b = split["a"], split["b"]
+        upright = torch.rot90(1 - b.unflatten(1, (8, 8)), -1, (1, 2)).flatten(1)
+        assert a.shape == b.shape == (len(digits) // 2, 64)
+        assert torch.equal(a, digits[: len(a)]) and torch.equal(upright, digits[-len(b) :])
+    assert got.classes == () and got.shape == (8, 8)
+
+
+def test_few_labels_are_kept_equally_many_per_class() -> None:
+    whole, got = data.load("digits"), data.load("digits", labels=30)
+    known = ~got.train["y"].isnan()
+    assert got.train["y"].dtype == got.test["y"].dtype == torch.float32
+    assert got.train["y"][known].long().bincount().tolist() == [3] * 10
+    assert torch.equal(got.train["y"][known].long(), whole.train["y"][known])
+    assert torch.equal(got.test["y"].long(), whole.test["y"])
+    other = data.hide_labels(whole.train["y"].float(), 30, seed=1)
+    assert not torch.equal(other.isnan(), ~known)
+    for count in (35, 0, 2000):
+        with pytest.raises(ValueError, match=f"labels: expected a multiple of 10 .* got {count}"):
+            data.load("digits", labels=count)
+    with pytest.raises(ValueError, match="labels: expected a set with labels, got descriptions"):
+        data.load("descriptions", labels=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "levels"), [("digits", (8, 8), 17), ("wine", None, None), ("descriptions", None, None)]
+)
+def test_images_have_a_shape_and_levels(name: str, shape: tuple[int, int] | None, levels: int | None) -> None:
+    got = data.load(name)
+    assert got.shape == shape and got.levels == levels
+    assert data.load(name, binarise=True).levels == (levels and 2)
+
+
+@needs_files
+def test_pixels_of_files_have_their_levels() -> None:
+    for name, levels in (("binarized_mnist", 2), ("mnist", 256)):
+        got = data.load(name)
+        assert got.shape == (28, 28) and got.levels == levels

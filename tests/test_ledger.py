@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -58,7 +59,14 @@ def test_a_recipe_says_what_it_is(entry: Recipe) -> None:
     assert entry.source and entry.protocol and entry.title
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def by_function(name: str) -> Any:
+    """A recipe is slow to test where one before it runs the same function at another setting."""
+    functions = [getattr(r.run, "func", r.run) for r in RECIPES.values()]
+    place = list(RECIPES).index(name)
+    return pytest.param(name, marks=pytest.mark.slow if functions[place] in functions[:place] else ())
+
+
+@pytest.mark.parametrize("name", map(by_function, RECIPES))
 def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_path, monkeypatch) -> None:
     try:
         data.load("binarized_mnist"), data.load("mnist")

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LABELS, SAMPLERS, WITHOUT, brief
+from laws import Case
 from pyro.infer import NUTS
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
@@ -18,10 +18,16 @@ from inference.compiler.capture import Untraceable, traced
 from inference.compiler.potential import BatchedPotential, CompiledPotential, compile_kernel
 from inference.core.handlers import isolated
 from ppl_models.zoo.entries import ZOO
-from ppl_models.zoo.entry import Entry
 
-LATENT = {name: row for name, row in ZOO.items() if name not in (*WITHOUT, *LABELS, *SAMPLERS)}
-ROWS = pytest.mark.parametrize("row", LATENT.values(), ids=list(LATENT))
+
+@pytest.fixture(params=ZOO.values(), ids=list(ZOO))
+def case(request) -> Case:
+    """The entries that have a potential: a likelihood, and a continuous latent site."""
+    case = Case(request.param)
+    if not case.likelihood or not case.latent or case.finite:
+        pytest.skip("no potential")
+    return case
+
 
 quiet = partial(sample, progress=False)
 
@@ -66,12 +72,9 @@ def agree(model, at_once: bool = False) -> None:
             torch.testing.assert_close(ours[name], gradients[name], rtol=1e-7, atol=1e-7)
 
 
-@ROWS
-def test_the_traced_potential_of_every_row_is_pyros(row: Entry) -> None:
-    dataset = row.load()
+def test_the_traced_potential_of_every_row_is_pyros(case: Case) -> None:
     with isolated(0):
-        pair = row.pair(dataset, **brief(row.name))
-        agree(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
+        agree(partial(case.pair().model, **case.data))
 
 
 def agree_for_many(model) -> None:
@@ -89,12 +92,9 @@ def agree_for_many(model) -> None:
             torch.testing.assert_close(named[name][k], expected[name], rtol=1e-3, atol=1e-3)
 
 
-@ROWS
-def test_many_chains_of_every_row_have_pyros_potential(row: Entry) -> None:
-    dataset = row.load()
+def test_many_chains_of_every_row_have_pyros_potential(case: Case) -> None:
     with isolated(0):
-        pair = row.pair(dataset, **brief(row.name))
-        agree_for_many(partial(pair.model, **{k: v[:40] for k, v in dataset.train.items()}))
+        agree_for_many(partial(case.pair().model, **case.data))
 
 
 @pytest.mark.parametrize("name", PLAIN)

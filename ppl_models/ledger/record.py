@@ -1,4 +1,4 @@
-r"""A recipe, and the record that a run of it leaves."""
+r"""A recipe for a published figure, and the record of a run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Run = Callable[[bool, int], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published figure and how it is obtained here.
+    """One published figure and how it is reproduced here.
 
     Attributes:
         name: Its name on the command line.
         title: What is measured, with its unit.
-        run: From ``quick`` (a size for tests) and a seed to figures by name, ``figure`` among them.
-        published: The published figure; None where nobody has published one.
+        run: From ``quick`` (a size for tests) and a seed to results by name; ``figure`` is the one to compare.
+        published: The published figure; None if there is none.
         source: Where it was published.
         protocol: Data, split and estimator that make it comparable.
         sure: A key of ``GRADES``.
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def origin(self) -> str:
-        """Where the published figure is from, and how sure it is."""
+        """Source of the published figure, and how it was checked."""
         return self.source if self.published is None else f"{self.source} ({GRADES[self.sure]})"
 
 
@@ -68,8 +68,8 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
 
     Args:
         recipe: What to run.
-        directory: Where records are kept; made if it is not there.
-        quick: Run the size for tests; its record says so and is left out of the table.
+        directory: Where records are kept; created if missing.
+        quick: Run the size for tests; the record is marked and left out of the table.
         seeds: Number of seeds; None: the recipe's.
 
     Returns:
@@ -77,15 +77,15 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
     """
     count = seeds or (1 if quick else recipe.seeds)
     started = perf_counter()
-    found = [recipe.run(quick, seed) for seed in range(count)]
-    values = torch.tensor([f["figure"] for f in found], dtype=torch.float64)
+    runs = [recipe.run(quick, seed) for seed in range(count)]
+    values = torch.tensor([run["figure"] for run in runs], dtype=torch.float64)
     record: dict[str, Any] = {
         "recipe": recipe.name,
         "figure": float(values.mean()),
         "standard_error": float(values.std() / count**0.5) if count > 1 else None,
         "seeds": count,
         "quick": quick,
-        "details": {k: [round(f[k], 4) for f in found] for k in found[0]},
+        "details": {k: [round(run[k], 4) for run in runs] for k in runs[0]},
         "seconds": round(perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "pyro-ppl")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -102,6 +102,7 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
 
 
 def shown_figure(record: Mapping[str, Any]) -> str:
+    """The figure of a record with its standard error."""
     error = record["standard_error"]
     return f"{record['figure']:.2f}" + (f" ± {error:.2f}" if error else "")
 
@@ -109,7 +110,7 @@ def shown_figure(record: Mapping[str, Any]) -> str:
 def _commit() -> str:
     try:
         here = Path(__file__).parent
-        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

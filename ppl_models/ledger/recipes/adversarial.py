@@ -1,9 +1,10 @@
-r"""Runs of adversarial training."""
+r"""Recipes of adversarial training."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,100 +19,104 @@ from inference import isolated, two_sample
 from inference.objectives import Adversarial
 from ppl_models import data
 from ppl_models.data import simulate_modes
+from ppl_models.ledger.recipes.trained import trained
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
 from ppl_models.models.parts.networks import LateFusion, conv_decoder, conv_encoder, mlp
-from ppl_models.models.parts.warps import RandomWarp, Warp
+from ppl_models.models.parts.warps import Warp
 from ppl_models.zoo.methods import adversaries
+
+duelled = partial(trained, method=adversaries)
+"""A GAN built from its seed and trained by adversaries."""
 
 
 def dropped_modes(quick: bool, seed: int, *, name: str, steps: int, r1: float) -> dict[str, float]:
-    """Modes of a ring or a grid that a GAN with R1 finds, on 100,000 rows of it, beside the plain GAN."""
+    """Modes of a ring or a grid found by a GAN with R1, and by the plain GAN."""
     rows, steps, drawn = (2000, 60, 2000) if quick else (100_000, steps, 100_000)
     x, centres, deviation = simulate_modes(name, rows, seed)
-    found: dict[str, float] = {}
+    schedule: dict[str, Any] = {"steps": steps, "batch": 256, "learning_rate": 0.001}
+    metrics: dict[str, float] = {}
     for label, penalty in (("", r1), ("plain ", 0.0)):
-        with isolated(seed):
-            pair = GAN(2, 2, hidden=(128, 128, 128))
-        adversaries(pair, x, Adversarial(r1=penalty), steps=steps, batch=256, learning_rate=0.001, seed=seed)
-        seen = two_sample.modes(pair.generate(drawn, seed=seed), centres, deviation)
-        found[f"{label}modes" if label else "figure"] = seen.found
-        found[f"{label}quality, %"] = 100 * seen.quality.value
-        found[f"{label}reverse KL"] = seen.reverse_kl
-    return found
+        pair, _ = duelled(lambda: GAN(2, 2, hidden=(128, 128, 128)), x, Adversarial(r1=penalty), seed=seed, **schedule)
+        modes = two_sample.modes(pair.generate(drawn, seed=seed), centres, deviation)
+        metrics[f"{label}modes" if label else "figure"] = modes.found
+        metrics[f"{label}quality, %"] = 100 * modes.quality.value
+        metrics[f"{label}reverse KL"] = modes.reverse_kl
+    return metrics
 
 
 def conditional_gan(quick: bool, seed: int) -> dict[str, float]:
-    """Percent of a conditional GAN's digits that a classifier trained here takes for what was asked."""
+    """Percent of a conditional GAN's digits that a classifier assigns to the label asked for."""
     images = data.load("mnist")
     few, steps, drawn = (400, 20, 100) if quick else (None, 20_000, 10_000)
     x, y = images.train["x"][:few], images.train["y"][:few]
-    with isolated(seed):
-        pair = ConditionalGAN(images.features, images.classes, 50, **dcgan(50 + 10, 10))
-    adversaries(pair, {"x": x, "y": y}, Adversarial(r1=1.0), steps=steps, batch=64, learning_rate=5e-4, seed=seed)
-    judge = classifier(x, y, quick)
+    schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 5e-4}
+    make = lambda: ConditionalGAN(images.features, images.classes, 50, **dcgan(50 + 10, 10))  # noqa: E731
+    pair, _ = duelled(make, {"x": x, "y": y}, Adversarial(r1=1.0), seed=seed, **schedule)
+    network = classifier(x, y, quick)
     asked = torch.arange(drawn) % 10
-    right = judge.predict(pair.generate(drawn, seed=seed, y=asked).numpy()) == asked.numpy()
-    test = judge.score(images.test["x"][:few].numpy(), images.test["y"][:few].numpy())
+    right = network.predict(pair.generate(drawn, seed=seed, y=asked).numpy()) == asked.numpy()
+    test = network.score(images.test["x"][:few].numpy(), images.test["y"][:few].numpy())
     return {"figure": 100 * float(right.mean()), "the classifier on test images, %": 100 * float(test)}
 
 
 def stacked_mnist(quick: bool, seed: int) -> dict[str, float]:
-    """Modes of 1,000 that a DCGAN with R1 finds on three digits in three planes, in 26,000 samples."""
+    """Modes, of 1,000, found by a DCGAN with R1 on three digits in three planes, in 26,000 samples."""
     images = data.load("mnist")
     few, rows, steps, drawn = (400, 400, 6, 300) if quick else (None, 60_000, 50_000, 26_000)
     random = torch.Generator().manual_seed(seed)
     x, y = images.train["x"][:few], images.train["y"][:few]
     x = x[torch.randint(len(x), (rows, 3), generator=random)].flatten(1)
-    with isolated(seed):
-        pair = GAN(x.shape[1], 100, **dcgan(100, 0, planes=3))
-    adversaries(pair, x, Adversarial(r1=1.0), steps=steps, batch=64, learning_rate=2e-4, seed=seed)
-    judge = classifier(images.train["x"][:few], y, quick)
-    planes = judge.predict(pair.generate(drawn, seed=seed).reshape(-1, 784).numpy()).reshape(-1, 3)
-    shares = torch.bincount(torch.as_tensor(planes @ [100, 10, 1]), minlength=1000).double() / drawn
-    return {"figure": int((shares > 0).sum()), "reverse KL": two_sample.reverse_kl(shares)}
+    schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 2e-4}
+    make = lambda: GAN(x.shape[1], 100, **dcgan(100, 0, planes=3))  # noqa: E731
+    pair, _ = duelled(make, x, Adversarial(r1=1.0), seed=seed, **schedule)
+    network = classifier(images.train["x"][:few], y, quick)
+    planes = network.predict(pair.generate(drawn, seed=seed).reshape(-1, 784).numpy()).reshape(-1, 3)
+    fractions = torch.bincount(torch.as_tensor(planes @ [100, 10, 1]), minlength=1000).double() / drawn
+    return {"figure": int((fractions > 0).sum()), "reverse KL": two_sample.reverse_kl(fractions)}
 
 
 def coded(quick: bool, seed: int) -> dict[str, float]:
-    """Percent of an InfoGAN's digits that a classifier takes for the digit of their code, codes and digits matched.
+    """Percent of an InfoGAN's digits that a classifier assigns to the digit matched to their code.
 
-    Of four starts it is the one whose code tells most of the data: labels have no part in it.
+    Of four starts the one whose code has the most information on the data is taken, without labels.
     """
     digits = data.load("digits")
     few, steps, starts, drawn = (200, 20, 2, 100) if quick else (None, 6000, 4, 2000)
     x, y = digits.train["x"][:few] / 16, digits.train["y"][:few]
-    judge = SVC().fit(x.numpy(), y.numpy())
+    machine = SVC().fit(x.numpy(), y.numpy())
     asked = torch.arange(drawn) % 10
-    found: list[tuple[float, float]] = []
+
+    def make() -> InfoGAN:
+        generator = nn.Sequential(mlp(8 + 10, 256, 256, 64, activation=nn.ReLU), nn.Sigmoid())
+        trunk = nn.Sequential(RandomWarp((8, 8)), mlp(64, 256, 256, activation=Leaky), Leaky())
+        return InfoGAN(digits.features, 10, 8, generator=generator, trunk=trunk)
+
+    schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1}
+    runs: list[tuple[float, float]] = []
     for start in range(starts * seed, starts * (seed + 1)):
-        with isolated(start):
-            maker = nn.Sequential(mlp(8 + 10, 256, 256, 64, activation=nn.ReLU), nn.Sigmoid())
-            trunk = nn.Sequential(RandomWarp((8, 8)), mlp(64, 256, 256, activation=Leaky), Leaky())
-            pair = InfoGAN(digits.features, 10, 8, generator=maker, trunk=trunk)
-        objective = Adversarial(r1=1.0, information=("c",))
-        schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1}
-        adversaries(pair, x, objective, seed=start, **schedule)
-        seen = judge.predict(pair.generate(drawn, seed=seed).numpy())
-        table = confusion_matrix(asked, seen, labels=range(10), normalize="all")
+        pair, _ = duelled(make, x, Adversarial(r1=1.0, information=("c",)), seed=start, **schedule)
+        predicted = machine.predict(pair.generate(drawn, seed=seed).numpy())
+        table = confusion_matrix(asked, predicted, labels=range(10), normalize="all")
         with isolated(start), torch.no_grad():
             one, other = (pair.reader(pair.trunk(x)).softmax(-1).double() for _ in range(2))
-        told = float(mutual_information(one.mT @ other + other.mT @ one))
-        found.append((told, 100 * float(table[linear_sum_assignment(-table)].sum())))
+        information = float(mutual_information(one.mT @ other + other.mT @ one))
+        runs.append((information, 100 * float(table[linear_sum_assignment(-table)].sum())))
     rows = digits.test["x"].numpy() / 16, digits.test["y"].numpy()
-    figures = sorted(figure for _, figure in found)
+    figures = sorted(figure for _, figure in runs)
     return {
-        "figure": max(found)[1],
+        "figure": max(runs)[1],
         "of the starts' upper median": figures[starts // 2],
-        "information, nats": max(found)[0],
-        "the classifier on test images, %": 100 * float(judge.score(*rows)),
+        "information, nats": max(runs)[0],
+        "the classifier on test images, %": 100 * float(machine.score(*rows)),
     }
 
 
 def unpaired(quick: bool, seed: int) -> dict[str, float]:
-    """Squared error, in percent of the variance, of the map that a CycleGAN finds to turned and inverted digits.
+    """Squared error, in percent of the variance, of a CycleGAN's map to turned and inverted digits.
 
-    It starts from each quarter of a turn, and goes on from where images look most like those of the other domain.
+    It starts from each quarter of a turn and continues the start with the smallest energy distance.
     """
     images = data.load("mnist")
     few, rows, short, long = (200, 100, 4, 8) if quick else (20_000, 1000, 300, 1500)
@@ -134,14 +139,14 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
     for quarter in range(4):
         with isolated(seed):
             there, back = (Warp(shape, angle=sign * quarter * math.pi / 2) for sign in (1, -1))
-            judges = conv_encoder(shape, 1, activation=Leaky), conv_encoder(shape, 1, activation=Leaky)
-            pair = CycleGAN((784, 784), scale=80.0, forward_map=there, backward_map=back, discriminators=judges)
+            networks = conv_encoder(shape, 1, activation=Leaky), conv_encoder(shape, 1, activation=Leaky)
+            pair = CycleGAN((784, 784), scale=80.0, forward_map=there, backward_map=back, discriminators=networks)
         starts.append((train(pair, short, 0.005), quarter, pair))
     (best, _, pair), (second, *_), *_ = sorted(starts)
     distance = train(pair, long, 0.002)
 
-    def error(found: Tensor, truth: Tensor) -> float:
-        return 100 * float((found - truth).square().mean() / truth.var(0).mean())
+    def error(mapped: Tensor, truth: Tensor) -> float:
+        return 100 * float((mapped - truth).square().mean() / truth.var(0).mean())
 
     return {
         "figure": error(pair.translate(one), 1 - turned(one, 1)),
@@ -155,22 +160,21 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
 def dcgan(inputs: int, labels: int, *, planes: int = 1) -> dict[str, Any]:
     """Convolutional networks of images of 28 x 28: a generator of noise and labels, a discriminator of image and label.
 
-    Labels come after the pixels, where convolutions cannot read them: a dense layer joins what both make of theirs.
+    Labels come after the pixels, where convolutions cannot read them: a dense layer joins both.
     """
     shape, pixels = (28, 28), planes * 784
-    made = conv_decoder(inputs, shape, channels=(64, 32), planes=planes, activation=nn.ReLU, normalise=True)
+    generator = conv_decoder(inputs, shape, channels=(64, 32), planes=planes, activation=nn.ReLU, normalise=True)
     outputs = 128 if labels else 1
-    judge: nn.Module = conv_encoder(shape, outputs, channels=(32, 64), planes=planes, activation=Leaky)
+    discriminator: nn.Module = conv_encoder(shape, outputs, channels=(32, 64), planes=planes, activation=Leaky)
     if labels:
-        judge = LateFusion(
-            judge, pixels, nn.Sequential(Leaky(), nn.Linear(outputs + labels, 128), Leaky(), nn.Linear(128, 1))
-        )
-    return {"generator": nn.Sequential(made, nn.Sigmoid()), "discriminator": judge}
+        dense = nn.Sequential(Leaky(), nn.Linear(outputs + labels, 128), Leaky(), nn.Linear(128, 1))
+        discriminator = LateFusion(discriminator, pixels, dense)
+    return {"generator": nn.Sequential(generator, nn.Sigmoid()), "discriminator": discriminator}
 
 
 def classifier(x: Tensor, y: Tensor, quick: bool) -> MLPClassifier:
-    """A network of scikit-learn that tells digits, fitted here."""
-    judge = MLPClassifier((256,), early_stopping=not quick, max_iter=5 if quick else 30, random_state=0)
+    """A network of scikit-learn fitted to classify digits."""
+    network = MLPClassifier((256,), early_stopping=not quick, max_iter=5 if quick else 30, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return judge.fit(x.numpy(), y.numpy())
+        return network.fit(x.numpy(), y.numpy())

@@ -1,8 +1,9 @@
-r"""Runs whose figure is a test log likelihood of static binarized MNIST."""
+r"""Recipes whose figure is the test negative log likelihood (NLL) of static binarized MNIST, in nats per image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,33 @@ from pyro.infer.autoguide import AutoDelta
 from scipy.special import logsumexp
 from torch import Tensor
 
-from inference import fit, isolated, log_evidence, pointwise_log_likelihood
+from inference import Result, fit, log_evidence, pointwise_log_likelihood
 from inference.objectives import EM, IWAE
 from ppl_models import data
+from ppl_models.ledger.recipes.trained import trained
 from ppl_models.models.autoregressive import Autoregressive
 from ppl_models.models.mixture import BernoulliMixture
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
 from ppl_models.models.vae import VAE
 
 
-def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
-    """Test NLL of a Bernoulli mixture fitted by EM, in nats an image, exact."""
+def _rows(train: int | None, test: int | None) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names of the pixels, and so many training and test images (None: all)."""
     images = data.load("binarized_mnist")
+    return images.features, images.train["x"][:train], images.test["x"][:test]
+
+
+def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
+    """Exact test NLL of a Bernoulli mixture fitted by EM."""
     count, few, steps = (20, 500, 5) if quick else (components, None, 40)
-    x, test = images.train["x"][:few], images.test["x"][:few]
-    pair = BernoulliMixture(images.features, count, alpha=0.1, concentration=2.0, guide=AutoDelta)
-    start = pair.start(x, seed=seed)
-    result = fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), steps=steps, draws=1, seed=seed)
+    pixels, x, test = _rows(few, few)
+
+    def by_em(pair: BernoulliMixture, x: Tensor, **arguments: Any) -> Result:
+        start = pair.start(x, seed=seed)
+        return fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), **arguments)
+
+    make = partial(BernoulliMixture, pixels, count, alpha=0.1, concentration=2.0, guide=AutoDelta)
+    _, result = trained(make, x, method=by_em, steps=steps, draws=1, seed=seed)
     return {
         "figure": -float(pointwise_log_likelihood(result, test).double().mean()),
         "the same by numpy": -_by_numpy(result.draws, test),
@@ -37,31 +48,27 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
 
 
 def vae(quick: bool, seed: int, *, particles: int) -> dict[str, float]:
-    """Test NLL of a VAE with one stochastic layer, in nats an image, by importance sampling with 5,000 particles."""
-    images = data.load("binarized_mnist")
+    """Test NLL of a VAE with one stochastic layer, by importance sampling with 5,000 particles."""
     few, steps, k, rows = (300, 20, 20, 20) if quick else (None, 100 * 500, 5000, None)
-    x, test = images.train["x"][:few], images.test["x"][:rows]
-    with isolated(seed):
-        pair = VAE(images.features, 50)
+    pixels, x, test = _rows(few, rows)
     objective = IWAE(particles) if particles > 1 else Trace_ELBO()
-    result = fit(pair, x, objective, steps=steps, batch=100, learning_rate=0.002, draws=1, seed=seed)
-    found = log_evidence(result, test, k=k)
+    schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": 0.002, "draws": 1}
+    pair, result = trained(lambda: VAE(pixels, 50), x, objective, seed=seed, **schedule)
+    evidence = log_evidence(result, test, k=k)
     with torch.no_grad():
         active = int(pair.active(x).sum())
     bound = result.losses[-max(1, steps // 100) :].mean() / len(x)
-    return {"figure": -found.mean, "train bound": float(bound), "active factors": active}
+    return {"figure": -evidence.mean, "train bound": float(bound), "active factors": active}
 
 
 def autoregressive(
     quick: bool, seed: int, *, make: Callable[..., Autoregressive], epochs: int, learning_rate: float
 ) -> dict[str, float]:
-    """Test NLL of an autoregressive pair fitted by maximum likelihood, in nats an image, exact."""
-    images = data.load("binarized_mnist")
+    """Exact test NLL of an autoregressive pair fitted by maximum likelihood."""
     few, steps, rows = (100, 4, 20) if quick else (None, epochs * 500, None)
-    x, test = images.train["x"][:few], images.test["x"][:rows]
-    with isolated(seed):
-        pair = make(images.features)
-    result = fit(pair, x, steps=steps, batch=100, learning_rate=learning_rate, draws=1, seed=seed)
+    pixels, x, test = _rows(few, rows)
+    schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": learning_rate, "draws": 1}
+    _, result = trained(lambda: make(pixels), x, seed=seed, **schedule)
     bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
     return {"figure": -log_evidence(result, test, "exact", batch=100).mean, "train": float(bound)}
 
@@ -69,21 +76,24 @@ def autoregressive(
 def belief_net(
     quick: bool, seed: int, *, layers: Sequence[int], objective: Callable[[], Any], epochs: int
 ) -> dict[str, float]:
-    """Test NLL of a Helmholtz machine, in nats an image, by importance sampling with 5,000 particles."""
-    images = data.load("binarized_mnist")
+    """Test NLL of a Helmholtz machine, by importance sampling with 5,000 particles."""
     few, steps, k, rows = (200, 20, 20, 20) if quick else (None, epochs * 500, 5000, None)
-    x, test = images.train["x"][:few], images.test["x"][:rows]
-    with isolated(seed):
-        pair = HelmholtzMachine(images.features, layers)
-    pair.centre(x)
-    result = fit(pair, x, objective, steps=steps, batch=100, learning_rate=0.003, draws=1, seed=seed)
-    found = log_evidence(result, test, k=k, seed=seed)
+    pixels, x, test = _rows(few, rows)
+
+    def make() -> HelmholtzMachine:
+        pair = HelmholtzMachine(pixels, layers)
+        pair.centre(x)
+        return pair
+
+    schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": 0.003, "draws": 1}
+    _, result = trained(make, x, objective, seed=seed, **schedule)
+    evidence = log_evidence(result, test, k=k, seed=seed)
     bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
-    return {"figure": -found.mean, "Monte Carlo error": found.monte_carlo_error, "train bound": float(bound)}
+    return {"figure": -evidence.mean, "Monte Carlo error": evidence.monte_carlo_error, "train bound": float(bound)}
 
 
 def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
-    """Mean log likelihood of a Bernoulli mixture without torch and Pyro, in float64."""
+    """Mean log likelihood of a Bernoulli mixture by NumPy alone, in float64."""
     probs, weights = (draws[n][0].double().numpy() for n in ("probs", "weights"))
     probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().numpy()
     joint = rows @ np.log(probs).T + (1 - rows) @ np.log1p(-probs).T + np.log(weights)

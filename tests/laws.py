@@ -1,0 +1,377 @@
+"""Laws that hold for every pair. A test file has them by ``from laws import *`` and ``ENTRIES``, a list of entries.
+
+A law that cannot hold for a kind of pair is skipped by a property of its model: no latent sites, no likelihood.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import NUTS, Trace_ELBO, TraceEnum_ELBO
+from torch import Tensor
+
+from inference import Result, classify, fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
+from inference.core.bound import BoundPair, bind, enumerate_finite, sites_of
+from inference.core.handlers import isolated
+from inference.draws import engine
+from ppl_models.models.pair import Pair
+from ppl_models.zoo.entry import Entry
+
+ROWS = 40
+quick_fit = partial(fit, steps=5, draws=30, progress=False)
+
+
+class Case:
+    """An entry, made small, on few rows; its fit and its chains are run once, for all laws that only read them."""
+
+    def __init__(self, entry: Entry, earlier: tuple[Entry, ...] = ()) -> None:
+        self.entry, self.earlier = entry, earlier
+
+    @cached_property
+    def dataset(self) -> Any:
+        whole = self.entry.load()
+        train, test = ({k: v[:ROWS] for k, v in split.items()} for split in (whole.train, whole.test))
+        return replace(whole, train=train, test=test)
+
+    @property
+    def data(self) -> dict[str, Tensor]:
+        return dict(self.dataset.train)
+
+    def pair(self, seed: int = 0) -> Pair:
+        with isolated(seed):
+            return self.entry.pair(self.dataset, **self.entry.small)
+
+    @cached_property
+    def bound(self) -> BoundPair:
+        return bind(self.pair(), self.data)
+
+    @property
+    def likelihood(self) -> bool:
+        return self.bound.observes
+
+    @property
+    def latent(self) -> bool:
+        return bool(self.bound.select("latent"))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all latent sites are finite, so that there is no potential."""
+        return all(s.units for s in self.bound.select("latent").values())
+
+    @property
+    def label(self) -> str | None:
+        finite = [n for n, s in self.bound.sites.items() if s.finite]
+        return finite[0] if len(finite) == 1 and finite[0] in self.data else None
+
+    @cached_property
+    def kind(self) -> Any:
+        """What a kernel meets: latent sites per row or of all rows, continuous or finite, and parameters."""
+        sites = self.bound.select("latent").values()
+        with isolated(0), torch.no_grad():
+            trace = poutine.trace(self.bound.model).get_trace(**self.bound.arguments())
+        return frozenset(("rows" in s.plates, min(s.units, 2)) for s in sites), bool(list(trace.param_nodes))
+
+    @property
+    def chained(self) -> bool:
+        """Whether chains of it say what those of no entry before it said."""
+        if not (self.likelihood and self.latent):
+            return False
+        earlier = (case for case in map(Case, self.earlier) if case.likelihood and case.latent)
+        return all(case.kind != self.kind for case in earlier)
+
+    def fit(self, pair: Pair, **arguments: Any) -> Result:
+        if self.likelihood:
+            return quick_fit(pair, self.data, **arguments)
+        return partial(self.entry.fit, batch=ROWS, **quick_fit.keywords)(pair, self.data, **arguments)
+
+    def sample(self, pair: Pair) -> Result:
+        units = [s.units for s in self.bound.select("latent").values()]
+        kernel = None if max(units) > 1 else partial(NUTS, max_tree_depth=4)
+        return sample(pair, self.data, kernel, draws=6, warmup=12, chains=2, seed=3, progress=False)
+
+    @cached_property
+    def fitted(self) -> Result:
+        return self.fit(self.pair(), seed=3)
+
+    @cached_property
+    def chains(self) -> Result:
+        return self.sample(self.pair())
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the guide has nothing to draw, or a point."""
+        return all(bool((v == v[:1]).all()) for v in self.fitted.draws.values())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        entries = tuple(metafunc.module.ENTRIES)
+        cases = [Case(e, entries[:k]) for k, e in enumerate(entries)]
+        metafunc.parametrize("case", cases, ids=[e.name for e in entries], scope="module")
+
+
+@pytest.fixture
+def likely(case: Case) -> Case:
+    if not case.likelihood:
+        pytest.skip("no likelihood")
+    return case
+
+
+@pytest.fixture
+def latent(likely: Case) -> Case:
+    if not likely.latent:
+        pytest.skip("no latent sites")
+    return likely
+
+
+@pytest.fixture
+def chained(latent: Case) -> Case:
+    if not latent.chained:
+        pytest.skip("chains of an entry before it say the same")
+    return latent
+
+
+def stored() -> dict[str, Tensor]:
+    return {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
+
+
+@pytest.fixture
+def occupied_store() -> Iterator[Any]:
+    """A global parameter store in use by somebody else, and the random state with it."""
+    pyro.clear_param_store()
+    pyro.param("theirs", torch.tensor([1.0, 2.0]), constraint=dist.constraints.positive)
+    pyro.param("guide.locs.weights", torch.tensor(99.0))
+    torch.manual_seed(123)
+    before, state = stored(), torch.get_rng_state().clone()
+
+    def unchanged() -> None:
+        after = stored()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[n], before[n]) for n in before)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    yield unchanged
+    pyro.clear_param_store()
+
+
+def test_model_and_guide_have_the_same_sites_under_the_same_plates(likely: Case) -> None:
+    bound = likely.bound
+    with isolated(0), torch.no_grad():
+        guide = sites_of(poutine.trace(bound.guide).get_trace(**bound.arguments()))
+    latent = bound.select("latent")
+    # An autoguide of a joint normal has one auxiliary site more; it is no site of the model.
+    shared = {n: s for n, s in guide.items() if n in bound.sites}
+    # What a guide leaves out is summed out.
+    assert shared.keys() == latent.keys() - set(bound.enumerated)
+    for name, site in shared.items():
+        assert site.shape == latent[name].shape
+        assert site.plates == latent[name].plates
+
+
+def test_the_fit_of_the_entry_moves_every_parameter(case: Case) -> None:
+    pair = case.pair()
+    case.fit(pair, steps=0) if case.likelihood else None  # some parameters come to be with the data
+    before = {n: p.detach().clone() for n, p in pair.named_parameters()}
+    assert before
+    result = partial(case.entry.fit, batch=ROWS)(pair, case.data, steps=1, draws=1, progress=False)
+    assert np.isfinite(result.losses).all()
+    assert [n for n, p in pair.named_parameters() if torch.equal(p, before[n])] == []
+
+
+def test_a_gradient_of_the_bound_reaches_every_parameter_that_the_pair_runs(likely: Case) -> None:
+    pair = likely.pair()
+    result = likely.fit(pair, steps=1)
+    bound = bind(pair, likely.data)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if bound.summed else Trace_ELBO()
+    with isolated(0):
+        loss = elbo.loss_and_grads(enumerate_finite(bound), bound.guide, **likely.data)
+    assert np.isfinite(loss)
+    run = {n: p for n, p in pair.named_parameters() if p.grad is not None}
+    # What the bound does not run is an adversary's, which the fit of the entry moves.
+    assert run and len(result.params) == len(run)
+    assert [n for n, p in run.items() if not p.grad.abs().sum() > 0] == []
+
+
+def test_the_same_seed_gives_the_same_result(case: Case) -> None:
+    one, two, other = case.fitted, *(case.fit(case.pair(), seed=s) for s in (3, 4))
+    assert np.array_equal(one.losses, two.losses)
+    # An exact guide has the same losses whatever it draws, and so has one with nothing to draw.
+    exact = one.draws and one.diagnosis.pareto_k == -np.inf
+    assert exact or (case.likelihood and case.fixed) or not np.array_equal(one.losses, other.losses)
+    for name, value in one.draws.items():
+        assert torch.equal(value, two.draws[name])
+        assert case.fixed or not torch.equal(value, other.draws[name])
+
+
+def test_without_latent_sites_there_is_nothing_to_sample(likely: Case) -> None:
+    if likely.latent:
+        pytest.skip("latent sites")
+    with pytest.raises(ValueError, match="model: expected a latent site to sample, got none"):
+        sample(likely.pair(), likely.data)
+
+
+def test_chains_are_reproducible_and_differ(chained: Case) -> None:
+    two = chained.sample(chained.pair())
+    for name, value in chained.chains.draws.items():
+        assert torch.equal(value, two.draws[name])
+        first, second = value[:6], value[6:]
+        assert not torch.equal(first, second)
+
+
+def test_every_public_call_leaves_the_store_and_the_random_state_alone(case: Case, occupied_store) -> None:
+    pair, data = case.pair(), case.data
+    occupied_store()
+    result = case.fit(pair, draws=5)
+    occupied_store()
+    calls = [lambda: classify(result, data, label=case.label)] if case.label and case.label not in result.draws else []
+    if case.likelihood:
+        calls += [
+            lambda: prior_predictive(pair, data, draws=3),
+            lambda: posterior_predictive(result, data),
+            lambda: pointwise_log_likelihood(result, data),
+            lambda: result.draw(3),
+        ]
+    calls += [lambda: case.sample(pair)] if case.chained else []
+    for call in calls:
+        call()
+        occupied_store()
+
+
+def test_a_verb_leaves_the_store_alone_when_it_fails(case: Case, occupied_store) -> None:
+    first = next(iter(case.data))
+    data = {**case.data, first: case.data[first] * torch.nan}
+    with pytest.raises(ValueError, match=f"{first}: expected finite"):
+        quick_fit(case.pair(), data)
+    occupied_store()
+
+
+def test_two_pairs_of_a_class_train_apart(case: Case) -> None:
+    first = case.pair()
+    case.fit(first, steps=20, draws=1)
+    frozen = {n: p.detach().clone() for n, p in first.named_parameters()}
+    second = case.fit(case.pair(), seed=3)
+    assert np.array_equal(second.losses, case.fitted.losses)
+    assert all(torch.equal(p, frozen[n]) for n, p in first.named_parameters())
+
+
+def test_state_dict_round_trip(case: Case) -> None:
+    pair, copy = case.pair(), case.pair(seed=7)
+    case.fit(pair, draws=1)
+    case.fit(copy, steps=0, draws=1)
+    copy.load_state_dict(pair.state_dict())
+    one, two = (case.fit(p, steps=0) for p in (pair, copy))
+    assert one.params.keys() == two.params.keys()
+    assert all(torch.equal(v, two.params[n]) for n, v in one.params.items())
+    for name, value in one.draws.items():
+        assert torch.equal(value, two.draws[name])
+
+
+def test_prior_draws_have_the_shapes_of_the_sites(likely: Case) -> None:
+    pair, sites, result = likely.pair(), likely.bound.sites, likely.fitted
+    inputs = {k: v for k, v in likely.data.items() if k not in sites}
+    drawn = prior_predictive(pair, inputs, size=None if inputs else ROWS, draws=7)
+    assert drawn.keys() == sites.keys()
+    for name, value in drawn.items():
+        assert tuple(value.shape) == (7, *sites[name].shape), name
+    assert result.size == (30 if likely.latent else 1)
+    replicated = posterior_predictive(result)
+    assert {n: tuple(v.shape) for n, v in replicated.items()} == {
+        n: (result.size, *s.shape) for n, s in likely.bound.select("observed").items()
+    }
+
+
+@pytest.mark.parametrize("verb", ["fit", "sample"])
+def test_the_result_has_its_groups_and_draws_more(latent: Case, verb: str) -> None:
+    if verb == "sample" and not latent.chained:
+        pytest.skip("chains of an entry before it say the same")
+    result = latent.fitted if verb == "fit" else latent.chains
+    groups = {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
+    assert groups <= set(result.idata.groups())
+    chains = result.idata.posterior.sizes["chain"]
+    for name, value in result.draws.items():
+        assert np.array_equal(result.idata.posterior[name].values.reshape(value.shape), value.numpy())
+    pointwise = sum(v.values for v in result.idata.log_likelihood.data_vars.values()).reshape(result.size, -1)
+    np.testing.assert_allclose(pointwise, pointwise_log_likelihood(result).numpy(), rtol=1e-6)
+    more = result.draw(2 * chains + 1)
+    again = result.draw(2 * chains + 1)
+    for name, value in result.draws.items():
+        assert more[name].shape == (2 * chains + 1, *value.shape[1:])
+        assert torch.equal(more[name], again[name])
+        assert (verb == "fit" and latent.fixed) or not torch.equal(more[name], value[: len(more[name])])
+
+
+def test_a_result_draws_from_where_it_was_made_when_its_pair_trains_on(likely: Case) -> None:
+    pair = likely.pair()
+    first = likely.fit(pair, draws=5)
+    before = first.draw(4)
+    likely.fit(pair, steps=30, learning_rate=0.05, draws=1)
+    moved = {n: p.detach().clone() for n, p in pair.named_parameters()}
+    after = first.draw(4)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(p, moved[n]) for n, p in pair.named_parameters())
+
+
+def test_all_draws_at_once_score_as_they_do_one_by_one(likely: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = likely.fitted
+    bound = result.bound
+    with isolated(), result.state(), torch.no_grad():
+        together = engine.log_joint(bound, result.draws)
+        single = [{n: v[k : k + 1] for n, v in result.draws.items()} for k in range(result.size)]
+        apart = torch.cat([engine._score(bound, d, None, "joint") for d in single])
+    torch.testing.assert_close(together, apart)
+
+
+def test_minibatches_estimate_the_full_loss_without_bias(likely: Case) -> None:
+    pair, data = likely.pair(), likely.data
+    likely.fit(pair, steps=0, draws=1)
+    bound = bind(pair, data)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if bound.summed else Trace_ELBO()
+
+    def loss(rows: Tensor | None, seed: int = 5) -> float:
+        with isolated(seed):
+            return elbo.loss(enumerate_finite(bound), bound.guide, **bound.arguments(rows))
+
+    def bias(seed: int) -> float:
+        parts = [loss(rows, seed) for rows in torch.arange(ROWS).split(16)]
+        return float(np.dot(np.array([16, 16, 8]) / ROWS, parts)) - loss(None, seed)
+
+    if likely.fixed or not any("rows" in bound.sites[n].plates for n in bound.guided):
+        # The noise is the same, for it has nothing to do with the rows.
+        assert abs(bias(5)) < (1e-9 if likely.entry.dtype == torch.float64 else 1e-6) * abs(loss(None))
+        return
+    found = np.array([bias(seed) for seed in range(60)])
+    assert abs(found.mean()) < 4 * found.std() / 60**0.5 + 1e-9 * abs(loss(None))
+    assert found.std() < 0.05 * abs(loss(None))
+
+
+def test_without_a_likelihood_it_is_fitted_and_compared_like_any_pair(case: Case, occupied_store) -> None:
+    if case.likelihood:
+        pytest.skip("a likelihood")
+    methods = {n: partial(m, steps=5, batch=20, progress=False) for n, m in case.entry.methods.items()}
+    one, two = (case.entry.compare(case.dataset, methods) for _ in range(2))
+    assert list(one.table.index) == list(case.entry.methods)
+    assert one.table[["energy", "energy_se", "precision", "recall"]].notna().all(axis=None)
+    pd.testing.assert_frame_equal(
+        one.table.drop(columns=["seconds", "seconds_total"]),
+        two.table[one.table.columns].drop(columns=["seconds", "seconds_total"]),
+    )
+    occupied_store()
+    with pytest.raises(ValueError, match="needs a likelihood"):
+        quick_fit(case.pair(), case.data)
+
+
+def test_pictures_are_grids_of_the_size_of_an_image(case: Case) -> None:
+    shape = case.dataset.shape
+    for images, title in case.pair().pictures(**case.dataset.test).values() if shape else ():
+        assert images.dim() == 3 and images.shape[-1] == shape[0] * shape[1] and title
