@@ -22,7 +22,7 @@ from torch import Tensor
 from inference import Result, classify, fit, pointwise_log_likelihood, posterior_predictive, prior_predictive, sample
 from inference.core.bound import BoundPair, bind, enumerate_finite, sites_of
 from inference.core.handlers import isolated
-from inference.draws import engine
+from inference.draws import scoring
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.entry import Entry
 
@@ -326,9 +326,9 @@ def test_all_draws_at_once_score_as_they_do_one_by_one(likely: Case) -> None:
         result = likely.fitted
     bound = result.bound
     with isolated(), result.state(), torch.no_grad():
-        together = engine.log_joint(bound, result.draws)
+        together = scoring.log_joint(bound, result.draws)
         single = [{n: v[k : k + 1] for n, v in result.draws.items()} for k in range(result.size)]
-        apart = torch.cat([engine._score(bound, d, None, "joint") for d in single])
+        apart = torch.cat([scoring.score(bound, d, "joint", at_once=False) for d in single])
     torch.testing.assert_close(together, apart)
 
 

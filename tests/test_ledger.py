@@ -66,7 +66,7 @@ def by_function(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow if functions[place] in functions[:place] else ())
 
 
-@pytest.mark.parametrize("name", map(by_function, RECIPES))
+@pytest.mark.parametrize("name", [by_function(n) for n in RECIPES])
 def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_path, monkeypatch) -> None:
     try:
         data.load("binarized_mnist"), data.load("mnist")

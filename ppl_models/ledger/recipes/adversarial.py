@@ -24,7 +24,7 @@ from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
 from ppl_models.models.parts.networks import LateFusion, conv_decoder, conv_encoder, mlp
-from ppl_models.models.parts.warps import Warp
+from ppl_models.models.parts.warps import RandomWarp, Warp
 from ppl_models.zoo.methods import adversaries
 
 duelled = partial(trained, method=adversaries)
