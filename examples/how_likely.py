@@ -24,7 +24,7 @@ from ppl_models import find, flow
 
 
 def picture(bound: Any, density: float, path: Path) -> None:
-    """The bound's terms, in bits a dimension, from the last step down to the image."""
+    """The bound's terms, in bits per dimension, from the last step down to the image."""
     each = bound.step_kl.double().mean(0).numpy() / bound.dimensions / math.log(2)
     steps = range(2, len(each) + 2)
     figure = Figure(figsize=(8, 3.6), layout="constrained")
