@@ -127,7 +127,7 @@ def test_heavy_tails() -> None:
         pyro.sample("t", dist.StudentT(double(3.0), 0.0, 1.0))
         pyro.sample("cauchy", dist.Cauchy(double(0.0), 1.0))
 
-    result = run(model, chains=256, draws=250)
+    result = run(model, draws=1000)
     for name, law in (("t", scipy.stats.t(3)), ("cauchy", scipy.stats.cauchy())):
         for p in (0.05, 0.25, 0.5, 0.75, 0.95):
             below = (posterior(result, name) < law.ppf(p)).astype(float)
@@ -160,7 +160,7 @@ def test_two_modes_are_told() -> None:
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(z**2, 0.1), obs=x)
 
-    result = run(model, double(16.0)[None], draws=100, warmup=100)
+    result = run(model, double(16.0)[None], draws=100)
     above = int((posterior(result, "z").mean(1) > 0).sum())
     assert 0 < above < 64
     assert f"{64 - above} stay near -4 and {above} near 4" in result.diagnosis.advice[0]
@@ -222,7 +222,7 @@ def test_constrained_sites() -> None:
         pyro.sample("ordered", dist.TransformedDistribution(normal, dist.transforms.OrderedTransform()))
         pyro.sample("between", dist.Uniform(double(-3.0), 7.0))
 
-    result = run(model, chains=192, draws=100, warmup=200)
+    result = run(model, chains=128, draws=150, warmup=200)
     beta, wide = scipy.stats.beta(2, 5), scipy.stats.uniform(-3, 10)
     assert_normal(z_scores(posterior(result, "share"), beta.mean(), beta.std()))
     assert_normal(z_scores(posterior(result, "between"), wide.mean(), wide.std()))

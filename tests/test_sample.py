@@ -183,7 +183,7 @@ def test_divergences_of_a_funnel_are_told() -> None:
         v = pyro.sample("v", dist.Normal(torch.zeros(()).double(), 3.0))
         pyro.sample("x", dist.Normal(torch.zeros(9).double(), (v / 2).exp()[..., None]).to_event(1))
 
-    result = quiet(funnel, draws=100, warmup=100, chains=2)
+    result = quiet(funnel, draws=200, warmup=200, chains=2)
     assert result.diagnosis.divergences > 0
     assert int(result.idata.sample_stats.diverging.sum()) == result.diagnosis.divergences
     assert "diverged" in str(result)
