@@ -196,7 +196,7 @@ def blobs() -> Tensor:
 def test_chains_on_the_marginal_agree_with_svi_and_find_the_components() -> None:
     x = blobs()
     pair = GaussianMixture(2, 3, covariance="diagonal").double()
-    result = sample(pair, x, progress=False)
+    result = sample(pair, x, warmup=300, draws=200, progress=False, compile=False)
     assert result.diagnosis.worst_r_hat < 1.01, result.diagnosis
     means = result.draws["means"].mean(0)
     truth = torch.stack([part.mean(0) for part in x.split(60)])
@@ -206,7 +206,9 @@ def test_chains_on_the_marginal_agree_with_svi_and_find_the_components() -> None
     assert torch.equal(labels, torch.arange(3).repeat_interleave(60))
     drawn = result.idata.posterior["z"].values
     assert (drawn.reshape(-1, 180)[-1] == labels.numpy()).mean() > 0.98
-    svi = fit(GaussianMixture(2, 3, covariance="diagonal").double(), x, steps=1500, progress=False)
+    svi = fit(
+        GaussianMixture(2, 3, covariance="diagonal").double(), x, steps=1000, draws=200, progress=False, compile=False
+    )
     torch.testing.assert_close(svi.draws["means"].mean(0), means, atol=0.1, rtol=0)
 
 
