@@ -31,13 +31,13 @@ def test_a_record_has_the_figure_and_its_standard_error_over_seeds(tmp_path, mon
     written = [json.loads(line) for line in (tmp_path / "made.jsonl").read_text().splitlines()]
     assert [r["figure"] for r in written] == [2.0, 1.0]
     assert written[1]["standard_error"] is None
-    monkeypatch.setattr(ledger, "RECIPES", {"made": recipe()})
+    monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe()})
     assert ledger.records(tmp_path) == written
     assert "| 2.5 | 1.00 | 1 |" in ledger.table(tmp_path)
 
 
 def test_quick_records_stay_out_of_the_table(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ledger, "RECIPES", {"made": recipe()})
+    monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe()})
     assert ledger.reproduce(recipe(), tmp_path, quick=True)["seeds"] == 1
     assert "| 2.5 | - | - |" in ledger.table(tmp_path)
     ledger.reproduce(recipe(), tmp_path)
@@ -66,7 +66,7 @@ def by_function(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow if functions[place] in functions[:place] else ())
 
 
-@pytest.mark.parametrize("name", [by_function(n) for n in RECIPES])
+@pytest.mark.parametrize("name", [by_function(name) for name in RECIPES])
 def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_path, monkeypatch) -> None:
     try:
         data.load("binarized_mnist"), data.load("mnist")
