@@ -65,7 +65,8 @@ def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor
     def read(drawn: Any, count: int | None) -> dict[str, Tensor]:
         return {"": contract(drawn, sample_names(drawn), [], count), **_values(bound, wanted)(drawn, count)}
 
-    values = run(bound, bound.guide, {}, size, read)
+    # Draws of their own memory: those of a point are views of its parameter.
+    values = {n: v.clone() for n, v in run(bound, bound.guide, {}, size, read).items()}
     return values, values.pop("")
 
 
