@@ -24,7 +24,7 @@ SHARED = {"batch": 256, "draws": 1, "progress": False}
 
 
 def likely(x: Tensor, steps: int, seed: int, *, chain: bool) -> Tensor:
-    settings = {"schedule": "log_snr", "spread": float(x.std())}
+    settings = {"schedule": "log_snr", "scale": float(x.std())}
     pair = DiffusionChain(2, **settings, **WIDE) if chain else VAE(2, 2, likelihood="gaussian", **WIDE)
     fit(pair, x, Denoising(100, simple=True) if chain else None, steps=steps, learning_rate=0.002, seed=seed, **SHARED)
     return pair.generate(ROWS, seed=seed) if chain else pair.likelihood(torch.randn(ROWS, 2)).sample()

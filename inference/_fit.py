@@ -118,10 +118,10 @@ def fit(
         learning_rate=learning_rate,
         compile=compile,
     )
+    Objective.of(Trace_ELBO() if objective is None else objective).check(bound)
     started = perf_counter()
     with isolated(seed):
         chosen = _objective(bound, objective)
-        Objective.of(chosen).check(bound)
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         with subnormals_flushed():

@@ -136,7 +136,7 @@ def test_random_edges_of_a_minibatch_are_the_bound_on_average(importance: bool) 
         loss, step, cost = objective._loss(pair.model, pair.guide, (x[chosen],), {"size": 2000, "rows": chosen})
         losses.append(loss.item())
         if importance:
-            objective._take(step, cost)
+            objective._record(step, cost)
     truth, error = -float(pair.bound(x, draws=6).total.sum()), np.std(losses[30:]) / 100**0.5
     assert error < 0.01 * truth
     assert np.mean(losses[30:]) == pytest.approx(truth, abs=4.5 * error)
@@ -153,7 +153,7 @@ def test_importance_spares_variance_where_steps_cost_unlike() -> None:
             loss, step, cost = objective._loss(pair.model, pair.guide, (x,), {})
             losses.append(loss.item())
             if importance:
-                objective._take(step, cost)
+                objective._record(step, cost)
         sd[importance] = np.std(losses[40:])
     assert sd[True] < 0.7 * sd[False]
 

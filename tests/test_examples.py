@@ -149,6 +149,7 @@ def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     check_image(tmp_path / "bounds.png")
 
 
+@pytest.mark.slow
 def test_an_encoder_misses_the_best_guide_of_its_family(tmp_path, capsys):
     table = load("amortization_gap").main(steps=900, rows=20, out=tmp_path)
     for column in table:

@@ -142,6 +142,7 @@ def test_a_network_with_missing_states_is_completed_as_queries_say(alone) -> Non
     assert float(sprinkler[1]) == pytest.approx(float(net.query("sprinkler", {"wet": 0, "rain": 1})[1]), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_the_zoo_by_augmentation(alone) -> None:
     torch.manual_seed(0)
     rows = torch.cat([torch.rand(30, 6) < 0.9, torch.rand(20, 6) < 0.1]).double()

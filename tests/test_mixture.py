@@ -193,6 +193,7 @@ def blobs() -> Tensor:
     ).double()
 
 
+@pytest.mark.slow
 def test_chains_on_the_marginal_agree_with_svi_and_find_the_components() -> None:
     x = blobs()
     pair = GaussianMixture(2, 3, covariance="diagonal").double()

@@ -178,6 +178,7 @@ def test_a_chain_that_fails_says_which_and_why() -> None:
         quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
 
 
+@pytest.mark.slow
 def test_divergences_of_a_funnel_are_told() -> None:
     def funnel() -> None:
         v = pyro.sample("v", dist.Normal(torch.zeros(()).double(), 3.0))

@@ -150,7 +150,7 @@ def test_the_free_guide_knows_its_rows_and_no_others(alone) -> None:
     result = quick_fit(pair, x, steps=5, draws=7, batch=2)
     assert result.draws["z_1"].shape == (7, 4, 4)
     assert result.params["z_1_logits"].shape == (4, 4)
-    with pytest.raises(ValueError, match="data: expected the 4 rows of the fit, for its guide has z_1, z_2"):
+    with pytest.raises(ValueError, match="data: expected the 4 rows of the fit, whose guide has no z_1, z_2"):
         posterior_predictive(result, torch.cat([x, x[:2]]))
     with pytest.raises(ValueError, match="x: expected the 4 rows that the guide was fitted to, got 3"):
         quick_fit(pair, x[:3], steps=5)
