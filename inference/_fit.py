@@ -84,7 +84,8 @@ def fit(
 
     Returns:
         A Result. An interrupt (Ctrl-C), or a loss or gradient that is not finite, ends the fit early with the last good
-        parameters and a warning.
+        parameters and a warning. The step that is under way, or its compilation, is finished first; a second Ctrl-C
+        interrupts it.
 
     Raises:
         ValueError: An argument does not fit the pair or the data.

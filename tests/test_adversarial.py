@@ -473,7 +473,7 @@ REFUSED = [
     (lambda: Adversarial(turns=(0, 1)), r"turns: expected steps of the guide and of the model, .*, got \(0, 1\)"),
     (lambda: Adversarial(information="c"), r"information: expected names of sites, such as \('c',\), got 'c'"),
     (lambda: quiet(gan(), X, Trace_ELBO, steps=2), "objective: Trace_ELBO needs a likelihood, .*; use Adversarial"),
-    (lambda: quiet(gan(), X, steps=2), "objective: TraceGraph_ELBO needs a likelihood, .*; use Adversarial"),
+    (lambda: quiet(gan(), X, steps=2), "objective: Trace_ELBO needs a likelihood, .*; use Adversarial"),
     (
         lambda: quiet((nameless, judging), X, Adversarial, steps=2),
         "model: expected a deterministic or observed site for the guide",
