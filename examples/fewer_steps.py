@@ -46,7 +46,7 @@ def main(steps: int = 2000, chain: int = 100, draws: int = 1000, seed: int = 0, 
     dataset = row.load()
     torch.manual_seed(seed)
     pair = row.pair(dataset, steps=chain)
-    print(row.fit(pair, dataset.train, steps=steps, seed=seed))  # type: ignore[call-arg]
+    print(row.fit(pair, dataset.train, steps=steps, seed=seed))
     real = dataset.test["x"]
     lines = []
     for count in sorted({min(s, chain) for s in (5, 10, 20, 50, chain)}):

@@ -44,7 +44,7 @@ def main(steps: int = 2000, chain: int = 100, rows: int = 200, seed: int = 0, ou
     dataset = row.load()
     torch.manual_seed(seed)
     pair = row.pair(dataset, steps=chain)
-    print(row.fit(pair, dataset.train, steps=steps, seed=seed))  # type: ignore[call-arg]
+    print(row.fit(pair, dataset.train, steps=steps, seed=seed))
     x = dataset.test["x"][:rows]
     bound = pair.bound(x, draws=2, seed=seed)
     density = flow.log_evidence(pair, x, divergence="hutchinson", tolerance=1e-3, seed=seed).double()

@@ -98,7 +98,7 @@ def fit(
         model = entry.pair(dataset)
         options = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         chosen = {name: value for name, value in options.items() if value is not None}
-        result = entry.fit(model, dataset.train, draws=draws, seed=seed, **chosen)  # type: ignore[call-arg]
+        result = entry.fit(model, dataset.train, draws=draws, seed=seed, **chosen)
         _report(result, folder)
         if entry.report:
             _print_whole(_frame(entry.report(model, dataset.test)))
@@ -143,7 +143,7 @@ def compare(
         names = methods.split(",") if methods else list(entry.methods)
         chosen = {name: entry.methods[_known("method", name, entry.methods)] for name in names}
         entry, dataset, folder = _prepare(pair, data_name, out_dir)
-        seeded: dict[str, Method] = {name: partial(method, seed=seed) for name, method in chosen.items()}  # type: ignore[call-arg]
+        seeded: dict[str, Method] = {name: partial(method, seed=seed) for name, method in chosen.items()}
         comparison = entry.compare(dataset, seeded, seed=seed)
         _show(comparison, entry, dataset)
         for path in comparison.save(folder):
