@@ -16,8 +16,8 @@ from inference.diagnostics.convergence import R_HAT
 from inference.result import Result
 
 Method = Callable[..., Result]
-"""A way to fit or sample, mostly ``partial(fit, ...)`` or ``partial(sample, ...)``. ``compare`` calls it with a pair and
-its data; the zoo and the command line also pass settings of the verb, such as ``seed``."""
+"""A way to fit or sample, mostly ``partial(fit, ...)`` or ``partial(sample, ...)``. ``compare`` calls it with a pair
+and its data; the zoo and the command line also pass settings of the verb, such as ``seed``."""
 
 
 def compare(
