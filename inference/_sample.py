@@ -94,7 +94,9 @@ def sample(
                 made = run_batched(bound, partial(ChEES, eager=False), draws, warmup, chains, compile, progress)
                 return _conclude(bound, made, perf_counter() - started)
             except Untraceable as error:
-                warnings.warn(f"{bound.name}: NUTS in place of ChEES, for it cannot be traced: {error}", stacklevel=2)
+                warnings.warn(
+                    f"{bound.name}: NUTS in place of ChEES, because it cannot be traced: {error}", stacklevel=2
+                )
         factory = kernel or NUTS
         example = factory(partial(bound.model, **bound.arguments()))
         if not Kernel.of(example).draws_finite:

@@ -441,7 +441,7 @@ def steered() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
 def test_what_cannot_be_traced_is_run_by_nuts_with_one_line() -> None:
-    with pytest.warns(UserWarning, match="NUTS in place of ChEES, for it cannot be traced") as said:
+    with pytest.warns(UserWarning, match="NUTS in place of ChEES, because it cannot be traced") as said:
         result = quiet(steered, draws=10, warmup=10, compile=False)
     assert len([w for w in said if "traced" in str(w.message)]) == 1
     assert result.method == "NUTS"

@@ -25,7 +25,7 @@ def run_batched(
     mode: bool | str,
     progress: bool,
 ) -> ChainRun:
-    """Run a ``Batched`` kernel; lengths that are None are its defaults, and ``mode`` says whether to compile."""
+    """Run a ``BatchedKernel``; lengths that are None are its defaults, and ``mode`` says whether to compile."""
     started = perf_counter()
     kernel: Any = factory(partial(bound.model, **bound.arguments()))
     kernel.adopt(bound.asked)
