@@ -433,7 +433,7 @@ ENTRIES = (
     _of(
         _GANS,
         name="infogan",
-        title="GAN with a code of ten states that the rows tell",
+        title="InfoGAN: a GAN with a code of ten states that is read from the rows",
         make=InfoGAN,
         arguments=_infogan,
         methods={"InfoGAN": _INFO},
