@@ -117,7 +117,7 @@ def test_an_encoder_inverts_the_generator() -> None:
     x = torch.randn(2000, 1) @ torch.tensor([[1.0, 2.0]])
     with isolated(0):
         pair = BiGAN(2, 1, hidden=(32, 32))
-    train(pair, x, Adversarial(r1=0.1), steps=1000, batch=200, learning_rate=0.004, compile=False)
+    train(pair, x, Adversarial(r1=0.1), steps=2500, batch=200, learning_rate=0.003)
     with torch.no_grad():
         code = pair.encode(x)
         back = pair.generator(code)
@@ -132,7 +132,7 @@ def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
         with isolated(0):
             pair = AdversarialAutoencoder(2, 2, hidden=(64, 64))
         objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=weight)
-        train(pair, 3 * x, objective, steps=800, batch=200, learning_rate=0.003, draws=1, compile=False)
+        train(pair, 3 * x, objective, steps=2000, batch=200, learning_rate=0.003, draws=1)
         with torch.no_grad():
             code = pair.encode(3 * x)
             errors[weight] = float((pair.decode(code) - 3 * x).square().mean())
