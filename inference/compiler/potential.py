@@ -27,6 +27,7 @@ from inference.compiler.passes import (
     pack_constants,
     share_products,
 )
+from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
 
@@ -197,7 +198,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         calls: Calls of the potential that lie ahead.
         mode: True: fuse. "auto": trace or fuse if the calls ahead are worth its cost. False: leave the kernel.
     """
-    potential: Any = getattr(kernel, "potential_fn", None)
+    potential: Any = Kernel.of(kernel).potential_fn
     example = kernel.initial_params if potential is not None else {}
     if not example or not policy.worth_tracing(calls, mode):
         return "eager"

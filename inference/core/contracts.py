@@ -183,10 +183,15 @@ class Kernel(MCMCKernel):
     Attributes:
         batched: Whether the kernel is a :class:`BatchedKernel`. Chains of another kernel run in processes of their own.
         draws_finite: Whether the kernel draws finite sites itself. Otherwise they are summed out.
+        potential_fn: Potential energy of unconstrained values by name, which ``sample`` may replace by a compiled one;
+            None: the kernel has none.
+        transforms: Transforms by name from constrained to unconstrained values.
     """
 
     batched: bool = False
     draws_finite: bool = False
+    potential_fn: Callable[..., Tensor] | None = None
+    transforms: Mapping[str, Any] | None = None
 
     @staticmethod
     def of(kernel: MCMCKernel) -> Kernel:

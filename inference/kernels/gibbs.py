@@ -115,7 +115,7 @@ class Gibbs(BatchedKernel):
             self.conditional = pair.conditional
 
     @property
-    def transforms(self) -> dict[str, Any]:
+    def transforms(self) -> dict[str, Any]:  # type: ignore[override]
         """Transforms from constrained to unconstrained values of the continuous sites."""
         return {} if self._rest is None else self._rest.transforms
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.compiler.potential import compile_kernel
 from inference.core.bound import BoundPair
+from inference.core.contracts import Kernel
 from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
 
 
@@ -132,7 +133,7 @@ class _Watched:
         self._kernel = kernel
         self._hmc: Any = kernel if isinstance(kernel, HMC) else None
         self._averages = isinstance(kernel, HMC | RandomWalkKernel)
-        self._potential: Any = potential or getattr(kernel, "potential_fn", None)
+        self._potential: Any = potential or Kernel.of(kernel).potential_fn
         self._calls = 0
         if self._potential is not None:
             self._kernel.potential_fn = self._counted
@@ -162,7 +163,7 @@ class _Watched:
 
     def values(self, states: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
         r"""Constrained values by site (draws, \*shape) of unconstrained states."""
-        transforms = getattr(self._kernel, "transforms", None) or {}
+        transforms = Kernel.of(self._kernel).transforms or {}
         stacked = {n: torch.stack([s[n] for s in states]) for n in (states[0] if states else ())}
         values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
         return {n: v.detach().cpu().numpy() for n, v in values.items()}
