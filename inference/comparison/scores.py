@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from inspect import Parameter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference.core.bound import bind, parameters_of
+from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.diagnostics import two_sample
 from inference.draws.scoring import draw_sites
@@ -55,18 +54,19 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str,
 
 def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
     """Two-sample metrics of generated rows and as many held-out rows, for a model without a likelihood."""
-    given = heldout if isinstance(heldout, Mapping) else {next(iter(result.bound.data)): heldout}
-    generated_names = [n for n, s in result.bound.sites.items() if s.role == "deterministic" and n in given]
-    if not generated_names:
+    data = heldout if isinstance(heldout, Mapping) else {next(iter(result.bound.data)): heldout}
+    names = [n for n in result.bound.generated if n in data]
+    if not names:
         return {}
-    data = {n: v for n, v in given.items() if n not in generated_names}
-    parameters = parameters_of(result.bound.model)
-    if any(parameters[n].default is Parameter.empty for n in generated_names):
-        # It generates rows of one domain from those of another.
-        data = {**given, "real": False}
+    generate_like = result.bound.asked.generate_like
     with isolated(0), result.state():
-        generated = draw_sites(bind(result.bound.pair, data).generator(len(given[generated_names[0]])), {}, 1)
-    scores = [_two_sample(torch.as_tensor(given[n]), generated[n][0]) for n in generated_names]
+        if generate_like is not None:
+            generated = generate_like(**data)
+        else:
+            inputs = bind(result.bound.pair, {n: v for n, v in data.items() if n not in names})
+            drawn = draw_sites(inputs.generator(len(data[names[0]])), {}, 1)
+            generated = {n: drawn[n][0] for n in names}
+    scores = [_two_sample(torch.as_tensor(data[n]), generated[n]) for n in names]
     return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
 
 

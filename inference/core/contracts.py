@@ -58,6 +58,9 @@ class Pair:
         conditional: The exact conditionals of a site's units, as :class:`inference.kernels.Gibbs` describes them; None:
             the model's own density is used.
         log_evidence: From the data to the exact log p(x) of each row, in nats, (rows,); None: not known.
+        generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
+            the model draws them.
+        steps: Number of steps of a diffusion chain; None for other pairs.
     """
 
     model: Callable[..., Any]
@@ -67,6 +70,8 @@ class Pair:
     rowwise: bool = False
     conditional: Callable[..., Any] | None = None
     log_evidence: Callable[..., Tensor] | None = None
+    generate_like: Callable[..., Mapping[str, Tensor]] | None = None
+    steps: int | None = None
 
     @staticmethod
     def of(pair: Any) -> Pair:

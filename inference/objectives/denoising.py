@@ -122,9 +122,8 @@ class Denoising(Trace_ELBO, Objective):
     def check(self, bound: BoundPair) -> None:
         """Raise a ValueError unless the pair has the number of steps of this objective."""
         super().check(bound)
-        steps = getattr(bound.pair, "steps", self.steps)
-        if steps != self.steps:
-            raise ValueError(f"steps: expected {steps}, those of the pair, got {self.steps}")
+        if bound.asked.steps not in (None, self.steps):
+            raise ValueError(f"steps: expected {bound.asked.steps}, those of the pair, got {self.steps}")
 
     def draw(self, rows: int, device: Any = None) -> tuple[Tensor, Tensor]:
         """Draw a step per row, (rows,), and its weight, 1 / ((T + 1) times its probability)."""

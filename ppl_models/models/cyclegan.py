@@ -97,6 +97,10 @@ class CycleGAN(Pair):
         with evaluation(self):
             return self.backward_map(x) if back else self.forward_map(x)
 
+    def generate_like(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """Rows of each domain translated from those of the other, to compare with rows of that domain."""
+        return {"a": self.translate(b, back=True), "b": self.translate(a)}
+
     def pictures(self, a: Tensor, b: Tensor, **_: Any) -> dict[str, Grid]:
         """Rows of each domain, each above its translation."""
         return {
