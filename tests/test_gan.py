@@ -219,6 +219,27 @@ def test_generated_rows_are_scored_against_held_out_ones_in_the_table() -> None:
     assert one.energy_se.item() == pytest.approx(drawn.error, rel=0.2)
 
 
+def test_translated_rows_are_scored_against_held_out_ones_of_their_own_domain() -> None:
+    """Maps that are the true ones leave no distance but that of two samples; a map off by 3 leaves that distance."""
+
+    def moved(by: float) -> nn.Linear:
+        network = nn.Linear(2, 2)
+        network.load_state_dict({"weight": torch.eye(2), "bias": torch.full((2,), by)})
+        return network
+
+    a, b = (torch.randn(400, 2, generator=torch.Generator().manual_seed(k)) + 5 * k for k in range(2))
+    methods = {"maps": partial(fit, objective=Adversarial(), steps=0, progress=False)}
+    tables = {}
+    for error in (0.0, 3.0):
+        maps = {"forward_map": moved(5.0 + error), "backward_map": moved(-5.0)}
+        held = {"a": a, "b": b}
+        tables[error] = compare(lambda m=maps: CycleGAN((2, 2), **m), held, methods, heldout=held).table
+    assert abs(tables[0.0].energy.item()) < 4 * tables[0.0].energy_se.item()
+    off = 0.5 * (energy_distance(a, b - 5).value + energy_distance(b, a + 8).value)
+    assert tables[3.0].energy.item() == pytest.approx(off, rel=1e-4)
+    assert off > 1
+
+
 def test_a_generator_has_no_likelihood_and_its_noisy_model_the_exact_one() -> None:
     pair = GAN(3, 2, generator=nn.Linear(2, 3)).double()
     x = pair.generate(5, seed=1) + 0.3 * torch.randn(5, 3).double()
