@@ -2,18 +2,29 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
+import seeds
 import torch
 
 from inference.core.handlers import isolated
 
 pytest.register_assert_rewrite("laws")
+if seeds.SHIFT:
+    seeds.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers side by side: two threads each would wait for each other at every operation.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeds_of_documentation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The examples of documentation print the figures of their own seeds."""
+    with seeds.unmoved() if request.module.__name__ in ("test_doctests", "test_readme") else nullcontext():
+        yield
 
 
 @pytest.fixture
