@@ -18,6 +18,7 @@ from torch import Tensor
 from inference.core.bound import BoundPair
 from inference.draws import engine
 from inference.draws.engine import Draws
+from inference.draws.scoring import values_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,6 @@ class LocalLatents:
         bound: The pair, bound to these rows.
         plate: Name of the plate of rows.
         drawn: Latent sites that are drawn; the others are summed out.
-        lifts: Whether model and guide run for all draws at once.
         splits: Whether they can be run on a minibatch.
         width: Size of the largest site for one row and one draw, in numbers.
     """
@@ -36,7 +36,6 @@ class LocalLatents:
     bound: BoundPair
     plate: str
     drawn: tuple[str, ...]
-    lifts: bool
     splits: bool
     width: int = 1
 
@@ -52,15 +51,15 @@ class LocalLatents:
         r"""Sites that the guide draws, (count, \*shape), and their log density, (count, rows); ``draws`` are given."""
         names = [n for n in self.bound.sites if n in self.bound.guided]
 
-        def read(trace: Any, number: int | None) -> dict[str, Tensor]:
-            return {"": self._density(trace, engine.sample_names(trace), number), **self._values(trace, names, number)}
+        def read(trace: Any) -> dict[str, Tensor]:
+            return {"": self._density(trace, engine.sample_names(trace)), **self._values(trace, names)}
 
         values = self._run(self.bound.guide, draws, count, read)
         return values, values.pop("")
 
     def prior(self, count: int) -> dict[str, Tensor]:
         r"""The drawn sites, (count, \*shape), from the model."""
-        return self._run(self.bound.model, {}, count, lambda t, number: self._values(t, self.drawn, number))
+        return self._run(self.bound.model, {}, count, lambda trace: self._values(trace, self.drawn))
 
     def model(self, draws: Draws, count: int) -> tuple[Tensor, Tensor]:
         """Log density (count, rows) of draws and data, and of draws alone.
@@ -69,10 +68,10 @@ class LocalLatents:
         """
         latent = self.bound.select("latent")
 
-        def read(trace: Any, number: int | None) -> dict[str, Tensor]:
+        def read(trace: Any) -> dict[str, Tensor]:
             names = [n for n in engine.sample_names(trace) if n in draws or n not in self.drawn]
             prior = [n for n in names if n in latent]
-            return {"joint": self._density(trace, names, number), "prior": self._density(trace, prior, number)}
+            return {"joint": self._density(trace, names), "prior": self._density(trace, prior)}
 
         density = self._run(self.bound.model, draws, count, read, summed=True)
         return density["joint"], density["prior"]
@@ -81,17 +80,15 @@ class LocalLatents:
         self, half: Any, draws: Draws, count: int, read: engine.Read, *, summed: bool = False
     ) -> dict[str, Tensor]:
         wrap = engine.enumerated if summed else None
-        unscaled: engine.Read = lambda trace, number: read(_unscaled(trace), number)  # noqa: E731
-        return engine.run(self.bound, half, draws, count, unscaled, wrap=wrap, at_once=self.lifts)
+        return engine.run(self.bound, half, draws, count, lambda trace: read(_unscaled(trace)), wrap=wrap)
 
-    def _values(self, trace: Any, names: Sequence[str], count: int | None) -> dict[str, Tensor]:
-        sites, depth = self.bound.sites, self.bound.depth
-        return {n: engine.unstack(trace.nodes[n]["value"], sites[n], depth, count) for n in names}
+    def _values(self, trace: Any, names: Sequence[str]) -> dict[str, Tensor]:
+        return values_of(trace, {n: self.bound.sites[n] for n in names})
 
-    def _density(self, trace: Any, names: list[str], count: int | None) -> Tensor:
+    def _density(self, trace: Any, names: list[str]) -> Tensor:
         if not names:
-            return torch.zeros(count or 1, self.bound.rows, device=device_of(self.bound))
-        return engine.contract(trace, names, [self.plate], count)
+            return torch.zeros(self.bound.rows, device=engine.device_of(self.bound))
+        return engine.contract(trace, names, [self.plate])
 
 
 def probe(bound: BoundPair, guided: bool) -> LocalLatents:
@@ -99,16 +96,16 @@ def probe(bound: BoundPair, guided: bool) -> LocalLatents:
     # An autoguide takes its shapes from its first run, which must see all rows.
     by_guide = bound.guided if guided else frozenset()
     drawn = tuple(n for n, s in bound.select("latent").items() if n in by_guide or not s.finite)
-    start = torch.arange(min(2, bound.rows), device=device_of(bound))
+    start = torch.arange(min(2, bound.rows), device=engine.device_of(bound))
     part = _minibatch(bound, start) if bound.takes_rows else bound
-    rows = LocalLatents(part, "", drawn, lifts=False, splits=bound.takes_rows)
-    trace = engine.trace(part, part.model, rows.prior(1), None, engine.enumerated)
+    rows = LocalLatents(part, "", drawn, splits=bound.takes_rows)
+    trace = engine.trace(part, part.model, {n: v[0] for n, v in rows.prior(1).items()}, engine.enumerated)
     nodes = {n: trace.nodes[n] for n in engine.sample_names(trace)}
     numbers = max(math.prod((*node["fn"].batch_shape, *node["fn"].event_shape)) for node in nodes.values())
     rows = replace(rows, plate=_plate(nodes, bound), width=-(-numbers // part.rows))
     if guided:
         rows = _with_guide(rows, bound)
-    return replace(rows, bound=bound, lifts=_broadcasts(rows, guided))
+    return replace(rows, bound=bound)
 
 
 def _plate(nodes: dict[str, Any], bound: BoundPair) -> str:
@@ -158,7 +155,7 @@ def _frames(node: Any) -> dict[str, Any]:
 
 def guide_sites(rows: LocalLatents) -> dict[str, Any]:
     """Nodes of the guide's sites."""
-    trace = engine.trace(rows.bound, rows.bound.guide, {}, None)
+    trace = engine.trace(rows.bound, rows.bound.guide, {})
     return {n: trace.nodes[n] for n in engine.sample_names(trace)}
 
 
@@ -167,24 +164,6 @@ def is_point(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
-
-
-def _broadcasts(rows: LocalLatents, guided: bool) -> bool:
-    """Whether two draws run at once give what they give one by one; if not, a warning says why."""
-    many, half = replace(rows, lifts=True), "model"
-    try:
-        draws = many.prior(2)
-        together, apart = many.model(draws, 2)[0], rows.model(draws, 2)[0]
-        if engine.agree(together, apart):
-            half = "guide"
-            if guided:
-                many.guide({}, 2)
-            return True
-        reason: Any = f"log density {together.tolist()} at once, {apart.tolist()} one by one"
-    except engine.REFUSALS as error:
-        reason = error
-    engine.warn_slow(rows.bound, half, reason)
-    return False
 
 
 def _unscaled(trace: Any) -> Any:
@@ -196,9 +175,4 @@ def _unscaled(trace: Any) -> Any:
 
 
 def _minibatch(bound: BoundPair, rows: Tensor) -> BoundPair:
-    return replace(bound, data=bound.arguments(rows), memo={})
-
-
-def device_of(bound: BoundPair) -> torch.device:
-    """Where the data are."""
-    return next(v.device for v in bound.data.values() if isinstance(v, Tensor) and v.dim())
+    return replace(bound, data=bound.arguments(rows), memo=bound.memo)

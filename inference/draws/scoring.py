@@ -7,6 +7,7 @@ Finite sites without draws are summed out exactly,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 
 from inference.core.bound import BoundPair, Site
-from inference.draws.engine import PLATE, Draws, check_draws, contract, enumerated, run, sample_names, unstack
+from inference.draws.engine import Draws, check_draws, contract, enumerated, run, sample_names
 
 
 def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
@@ -52,7 +53,7 @@ def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
 
     if not wanted:
         return {}
-    return run(bound, bound.model, draws, None, _values(bound, wanted), wrap=drawn if free else None)
+    return run(bound, bound.model, draws, None, lambda trace: values_of(trace, wanted), wrap=drawn if free else None)
 
 
 @torch.no_grad()
@@ -62,8 +63,8 @@ def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor
     if not wanted:
         return {}, torch.zeros(size)
 
-    def read(drawn: Any, count: int | None) -> dict[str, Tensor]:
-        return {"": contract(drawn, sample_names(drawn), [], count), **_values(bound, wanted)(drawn, count)}
+    def read(drawn: Any) -> dict[str, Tensor]:
+        return {"": contract(drawn, sample_names(drawn), []), **values_of(drawn, wanted)}
 
     # Draws of their own memory: those of a point are views of its parameter.
     values = {n: v.clone() for n, v in run(bound, bound.guide, {}, size, read).items()}
@@ -74,49 +75,40 @@ def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor
 def draw_sites(bound: BoundPair, draws: Draws, count: int) -> dict[str, Tensor]:
     """Draw the sites of a :meth:`BoundPair.generator` that have no draws, given those that have."""
     known = {n: v for n, v in draws.items() if n in bound.sites}
-    return run(bound, bound.model, known, count, _values(bound, bound.sites))
+    return run(bound, bound.model, known, count, lambda trace: values_of(trace, bound.sites))
 
 
-def _values(bound: BoundPair, sites: dict[str, Site]) -> Any:
-    """Reads the values of sites off a trace."""
-
-    def read(drawn: Any, count: int | None) -> dict[str, Tensor]:
-        return {n: unstack(drawn.nodes[n]["value"], s, bound.depth, count) for n, s in sites.items()}
-
-    return read
+def values_of(trace: Any, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Values of sites in a trace of one draw, of the sites' shapes."""
+    return {n: trace.nodes[n]["value"].expand(s.shape) for n, s in sites.items()}
 
 
 @torch.no_grad()
-def score(bound: BoundPair, draws: Draws, what: str, *, at_once: bool | None = None) -> Tensor:
-    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or that of a site (S, \*its plates).
-
-    Args:
-        at_once: As :func:`inference.draws.engine.run` takes it.
-    """
+def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
+    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or that of a site (S, \*its plates)."""
     check_draws(bound, draws)
     free = [s.name for s in bound.select("latent").values() if s.name not in draws]
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:
         raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
 
-    def read(scored: Any, count: int | None) -> dict[str, Tensor]:
+    def read(trace: Any) -> dict[str, Tensor]:
         if what not in ("joint", "rows"):
-            return {"": _score_of_site(scored.nodes[what], bound.sites[what], bound.depth, count)}
-        names = [n for n in sample_names(scored) if what == "joint" or n not in draws]
-        return {"": contract(scored, names, [] if what == "joint" else _common_plates(scored, names), count)}
+            return {"": _score_of_site(trace.nodes[what], bound.sites[what])}
+        names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
+        return {"": contract(trace, names, [] if what == "joint" else common_plates(trace, names))}
 
-    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None, at_once=at_once)[""]
+    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None)[""]
 
 
-def _common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
+def common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
     """Plates that all sites share, outermost dimension first."""
     stacks = [{f.name: f.dim or 0 for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized} for n in names]
-    shared = set.intersection(*map(set, stacks)) - {PLATE} if stacks else set()
+    shared = set.intersection(*map(set, stacks)) if stacks else set()
     return sorted(shared, key=lambda name: stacks[0][name])
 
 
-def _score_of_site(node: Any, site: Site, depth: int, count: int | None) -> Tensor:
+def _score_of_site(node: Any, site: Site) -> Tensor:
     value = node["fn"].log_prob(node["value"])
     value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
-    plain = Site(**{**vars(site), "shape": site.shape[: site.batch]})
-    return unstack(value, plain, depth, count)
+    return value.expand(site.shape[: site.batch])

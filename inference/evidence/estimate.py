@@ -35,7 +35,7 @@ from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import isolated
 from inference.draws import engine
 from inference.draws.engine import Draws
-from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
+from inference.draws.rows import LocalLatents, guide_sites, probe
 from inference.evidence.annealed import anneal, schedule, tune
 from inference.result import Result, State
 
@@ -202,7 +202,7 @@ def _over(
     default = policy.latents_per_pass(whole.width * together) if whole.splits else count
     estimates = []
     with tqdm(total=count * rounds, desc=f"log p(x) of {name}", disable=None if progress else True, leave=False) as bar:
-        for rows in torch.arange(count, device=device_of(whole.bound)).split(batch or default):
+        for rows in torch.arange(count, device=engine.device_of(whole.bound)).split(batch or default):
             part = whole.take(rows)
             # One draw with validation checks these rows; the passes run without it.
             part.model(part.prior(1), 1)
@@ -330,7 +330,7 @@ def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> di
         raise ValueError(
             "model: expected a continuous latent site to anneal, got none; estimator exact sums finite ones"
         )
-    trace = engine.trace(rows.bound, rows.bound.model, {}, None)
+    trace = engine.trace(rows.bound, rows.bound.model, {})
     for name in rows.drawn:
         support = trace.nodes[name]["fn"].support
         while isinstance(support, constraints.independent):

@@ -262,8 +262,8 @@ class Gibbs(BatchedKernel):
     def _joint(self, values: Mapping[str, Tensor], keep: tuple[str, ...]) -> Tensor:
         r"""Log joint density of each draw, per element of the plates in ``keep``: (draws, \*plates)."""
 
-        def read(trace: Any, count: int | None) -> dict[str, Tensor]:
-            return {"": engine.contract(trace, engine.sample_names(trace), list(keep), count)}
+        def read(trace: Any) -> dict[str, Tensor]:
+            return {"": engine.contract(trace, engine.sample_names(trace), list(keep))}
 
         return engine.run(self._bound, self._bound.model, values, None, read)[""]
 
