@@ -119,7 +119,7 @@ def test_summed_out_sites_are_those_of_brute_force() -> None:
         torch.testing.assert_close(prediction.log_joint(bound, {"stay": stay}), joint)
 
 
-def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so() -> None:
+def test_a_model_written_for_one_draw_is_mapped() -> None:
     def stubborn(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
         with pyro.plate("rows", len(x), dim=-1):
@@ -131,11 +131,11 @@ def test_a_model_that_does_not_broadcast_runs_one_by_one_and_says_so() -> None:
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)
 
 
-def test_a_model_that_broadcasts_wrongly_is_found_out() -> None:
+def test_a_model_that_would_mix_draws_is_that_of_one_draw() -> None:
     def sly(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
         with pyro.plate("rows", len(x), dim=-1):
-            # Runs for many draws at once, but every draw gets the mean over all of them.
+            # In a plate of draws every draw would get the mean over all of them.
             pyro.sample("y", dist.Normal(w.mean() * x, 1.0), obs=y)
 
     result = fitted(sly)
@@ -149,7 +149,11 @@ def test_a_model_that_its_values_steer_runs_draw_by_draw_and_says_so() -> None:
         with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("y", dist.Normal(w * x if w > 0 else 2 * w * x, 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="steered: the model does not broadcast over draws .*; they run one by one"):
+    message = "steered: the model cannot be mapped over draws .its course depends on the value of a draw.; they run"
+    with pytest.warns(UserWarning, match=message):
+        UserWarning,
+        match="steered: the model cannot be mapped over draws .its course depends on the value of a draw.; they run one by one",
+    ):
         result = fitted(steered)
     w = result.draws["w"][:, None]
     by_hand = dist.Normal(torch.where(w > 0, w, 2 * w) * X, 1.0).log_prob(DATA["y"])
@@ -160,10 +164,14 @@ def test_a_model_that_leaves_torch_for_numpy_is_not_frozen() -> None:
     def elsewhere(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
         slope = float(np.sin(w.detach().numpy()))
-        with pyro.plate("rows", len(x), dim=-1):
+    message = "elsewhere: the model cannot be mapped over draws .its course depends on the value of a draw.; they run"
+    with pytest.warns(UserWarning, match=message):
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="elsewhere: the model does not broadcast over draws .*; they run one by one"):
+    with pytest.warns(
+        UserWarning,
+        match="elsewhere: the model cannot be mapped over draws .its course depends on the value of a draw.; they run one by one",
+    ):
         result = fitted(elsewhere)
     by_hand = dist.Normal(result.draws["w"][:, None].sin() * X, 1.0).log_prob(DATA["y"])
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)

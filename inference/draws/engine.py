@@ -91,6 +91,8 @@ def sample_names(trace: poutine.Trace) -> list[str]:
 def contract(trace: Any, names: list[str], keep: list[str]) -> Tensor:
     """Sum the sites' log densities over all plates but the kept and log-sum-exp over enumerated dimensions."""
     trace.compute_log_prob(site_filter=lambda name, _: name in names)
+    if not any((trace.nodes[name]["infer"] or {}).get("_dim_to_id") for name in names):
+        return _summed(trace, names, keep)
     trace.symbolize_dims()
     frames = {f.name: f for n in names for f in trace.nodes[n]["cond_indep_stack"] if f.vectorized}
     symbol = {name: trace.plate_to_symbol[name] for name in frames}
@@ -111,6 +113,24 @@ def contract(trace: Any, names: list[str], keep: list[str]) -> Tensor:
     shape = [int(frames[k].size) if k in frames else 1 for k in keep]
     present = [size if k in symbol and symbol[k] in order else 1 for k, size in zip(keep, shape, strict=True)]
     return total.reshape(present).expand(shape)
+
+
+def _summed(trace: Any, names: list[str], keep: list[str]) -> Tensor:
+    """:func:`contract` where nothing is enumerated: a sum over all plates but the kept."""
+    total, sizes = torch.zeros(()), dict.fromkeys(keep, 1)
+    for name in names:
+        density = torch.as_tensor(trace.nodes[name]["log_prob"])
+        dims = {
+            f.name: f.dim for f in trace.nodes[name]["cond_indep_stack"] if f.vectorized and -f.dim <= density.dim()
+        }
+        kept = {k: density.dim() + dims[k] for k in keep if k in dims}
+        order = [*kept.values(), *(d for d in range(density.dim()) if d not in kept.values())]
+        density = (
+            density.permute(order).flatten(len(kept)).sum(-1) if len(kept) < density.dim() else density.permute(order)
+        )
+        sizes |= dict(zip(kept, density.shape, strict=True))
+        total = total + density.reshape([sizes[k] if k in kept else 1 for k in keep])
+    return total.expand(list(sizes.values()))
 
 
 def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, wrap: Wrap | None) -> dict[str, Tensor]:
@@ -136,8 +156,6 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
             raise ValueError(f"{bound.name}: {error}") from None
         except REFUSALS as error:
             torch.set_rng_state(state)
-            import os, traceback
-            if os.environ.get("TB"): traceback.print_exc()
             obstacle = str(error) or type(error).__name__
     if obstacle:
         bound.memo[key] = None
@@ -171,8 +189,15 @@ def _width(bound: BoundPair) -> int:
 
 def _warn_slow(bound: BoundPair, half: str, reason: str) -> None:
     """Warn that a half runs draw by draw, and why."""
-    short = " ".join(str(reason).split())[:160]
+    short = _shortly(reason)
     warnings.warn(f"{bound.name}: the {half} cannot be mapped over draws ({short}); they run one by one", stacklevel=2)
+
+
+def _shortly(reason: str) -> str:
+    """What keeps a program from being mapped, in a few words."""
+    if "data-dependent" in reason or ".item()" in reason or "data pointer" in reason or "dynamic shape" in reason:
+        return "its course depends on the value of a draw"
+    return " ".join(reason.split("Trace Shapes:")[0].split())[:160]
 
 
 def check_draws(bound: BoundPair, draws: Draws) -> None:

@@ -88,7 +88,8 @@ def mapped(
     """
     names: list[str] = []
     refusals: list[str] = []
-    varies = {n: bool((v != v[:1]).any()) for n, v in draws.items()}
+    # What all draws share, such as a point estimate, is computed once.
+    varies = {n: v.requires_grad or bool((v != v[:1]).any()) for n, v in draws.items()}
 
     def one(tick: Tensor, *values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         with _Rules(tick, buffers) as rules:

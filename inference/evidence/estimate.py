@@ -30,13 +30,14 @@ from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from inference.compiler import policy
+from inference.compiler.capture import Untraceable, traced
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import isolated
 from inference.draws import engine
 from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, guide_sites, probe
-from inference.evidence.annealed import anneal, schedule, tune
+from inference.evidence.annealed import Densities, anneal, schedule, tune
 from inference.result import Result, State
 
 TUNING_CHAINS = 4
@@ -254,15 +255,25 @@ def _annealed(
     def done() -> None:
         tick(len(rows))
 
-    steps = tune(densities, begin(TUNING_CHAINS), betas, leapfrogs, step, done)
+    first = begin(TUNING_CHAINS)
+    steps = tune(_traced(densities, first), first, betas, leapfrogs, step, done)
     if latents is None:
-        weights = anneal(densities, begin(chains), betas, leapfrogs, steps, done)
+        positions = begin(chains)
     else:
         draws = {n: v.index_select(part.axis(n), rows)[None] for n, v in latents.items()}
-        posterior = _pack(part, draws).expand(chains, -1, -1)
-        weights = anneal(densities, posterior, betas.flip(0), leapfrogs, steps.flip(0), done)
+        positions = _pack(part, draws).expand(chains, -1, -1)
+        betas, steps = betas.flip(0), steps.flip(0)
+    weights = anneal(_traced(densities, positions), positions, betas, leapfrogs, steps, done)
     values, errors = _mean(weights.logsumexp(0), (2 * weights).logsumexp(0), chains)
     return values if latents is None else -values, errors
+
+
+def _traced(densities: Densities, like: Tensor) -> Densities:
+    """The densities of positions like these as a graph of tensor operations, where they have one."""
+    try:
+        return traced(densities, like.detach().requires_grad_())
+    except Untraceable:
+        return densities
 
 
 def _mean(total: Tensor, square: Tensor, count: int) -> tuple[Tensor, Tensor]:
