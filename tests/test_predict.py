@@ -149,11 +149,7 @@ def test_a_model_that_its_values_steer_runs_draw_by_draw_and_says_so() -> None:
         with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("y", dist.Normal(w * x if w > 0 else 2 * w * x, 1.0), obs=y)
 
-    message = "steered: the model cannot be mapped over draws .its course depends on the value of a draw.; they run"
-    with pytest.warns(UserWarning, match=message):
-        UserWarning,
-        match="steered: the model cannot be mapped over draws .its course depends on the value of a draw.; they run one by one",
-    ):
+    with pytest.warns(UserWarning, match="steered: the model cannot be mapped .*depends on the value"):
         result = fitted(steered)
     w = result.draws["w"][:, None]
     by_hand = dist.Normal(torch.where(w > 0, w, 2 * w) * X, 1.0).log_prob(DATA["y"])
@@ -164,14 +160,10 @@ def test_a_model_that_leaves_torch_for_numpy_is_not_frozen() -> None:
     def elsewhere(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
         slope = float(np.sin(w.detach().numpy()))
-    message = "elsewhere: the model cannot be mapped over draws .its course depends on the value of a draw.; they run"
-    with pytest.warns(UserWarning, match=message):
+        with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
-    with pytest.warns(
-        UserWarning,
-        match="elsewhere: the model cannot be mapped over draws .its course depends on the value of a draw.; they run one by one",
-    ):
+    with pytest.warns(UserWarning, match="elsewhere: the model cannot be mapped .*depends on the value"):
         result = fitted(elsewhere)
     by_hand = dist.Normal(result.draws["w"][:, None].sin() * X, 1.0).log_prob(DATA["y"])
     torch.testing.assert_close(pointwise_log_likelihood(result), by_hand)

@@ -152,7 +152,7 @@ class _Rules(TorchFunctionMode):
         known = frame.f_locals
         limit = type(known["constraint" if "param" in known else "support"]).__name__.strip("_")
         what = f"{known['param']} in {limit}" if "param" in known else f"a value in {limit}"
-        self.checks.append((f"{type(known['self']).__name__}: expected {what}", torch.as_tensor(value)))
+        self.checks.append((f"{type(known['self']).__name__}: expected {what}", torch.as_tensor(known["valid"]).all()))
         return True
 
 
