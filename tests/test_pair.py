@@ -5,6 +5,7 @@ from copy import deepcopy
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -185,6 +186,17 @@ def test_what_a_subclass_owes_is_abstract() -> None:
 def test_names_of_a_dimension_are_its_coordinates() -> None:
     pair = RowMeans()
     assert pair.name_dimension("units", 3) == 3 and pair.coords == {}
-    assert pair.name_dimension("units", "ab") == 2 and pair.coords == {"units": ["a", "b"]}
+    assert pair.name_dimension("units", ["a", "b"]) == 2 and pair.coords == {"units": ["a", "b"]}
+    assert pair.name_dimension("units", np.int64(4)) == 4
     with pytest.raises(ValueError, match="units: expected at least one, got 0"):
         pair.name_dimension("units", 0)
+    for wrong, line in (
+        ("abc", "a number or a sequence of names, got 'abc'"),
+        (2.5, "a number or a sequence of names, got 2.5"),
+        (True, "a number or a sequence of names, got True"),
+        (-3, "at least one, got -3"),
+        (("a", "b", "a"), "different names, got 'a' twice"),
+        ((), r"at least one, got \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^units: expected {line}$"):
+            pair.name_dimension("units", wrong)
