@@ -389,7 +389,7 @@ def _states(name: str, of_all: Any) -> tuple[str, ...]:
     given = of_all[name] if isinstance(of_all, Mapping) else of_all
     if not isinstance(given, Integral | Sequence) or isinstance(given, str | bool):
         raise ValueError(f"states: expected a number or a sequence of names for {name}, got {given!r}")
-    if isinstance(given, Integral) and given > MAX_STATES:
+    if isinstance(given, Integral) and int(given) > MAX_STATES:
         raise ValueError(f"states: expected at most {MAX_STATES} of {name}, got {given}")
     states = tuple(map(str, given if isinstance(given, Sequence) else range(int(given))))
     if len(states) < 2 or len(set(states)) < len(states):
