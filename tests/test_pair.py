@@ -2,7 +2,7 @@
 
 import inspect
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
+from inference import fit, log_evidence, sample
 from ppl_models.models.pair import HALVES, Pair, Visible, continuous
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -200,3 +201,20 @@ def test_names_of_a_dimension_are_its_coordinates() -> None:
     ):
         with pytest.raises(ValueError, match=f"^units: expected {line}$"):
             pair.name_dimension("units", wrong)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        partial(fit, steps=2, progress=False),
+        partial(sample, draws=4, warmup=2, chains=2, progress=False, compile=False),
+        partial(log_evidence, k=2),
+    ],
+    ids=["fit", "sample", "log_evidence"],
+)
+def test_a_seed_is_an_integer_from_zero_also_one_of_numpy(verb: Any) -> None:
+    for seed in (-1, 2.5, "a"):
+        with pytest.raises(ValueError, match=f"^seed: expected an integer of at least 0, got {seed!r}$"):
+            verb(RowMeans(), X, seed=seed)
+    one, two = (verb(RowMeans(), X, seed=seed) for seed in (3, np.int64(3)))
+    assert one.mean == two.mean if hasattr(one, "mean") else torch.equal(one.draws["mean"], two.draws["mean"])

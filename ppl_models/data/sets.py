@@ -2,11 +2,12 @@ r"""Real data sets by name, and simulated ones with the truth that made them.
 
 :func:`load` returns a :class:`Dataset`: rows to fit and rows to hold out. A set without a split of its
 own is always split the same way (30 % held out, stratified by label, seed 0), so that results on one set
-can be compared.
-Texts are split by distinct rows: all copies of a text are on one side. In four other sets rows to
-hold out are also rows to fit, as different plants or documents have the same measurements or words
-(:attr:`Dataset.repeated` counts them): 1 of 45 in ``iris``, 17 of 900 in ``xwindows`` (its own split), 2056 of 4873 in
-``news20_w100`` and 37 of 1650 in ``sms_spam``. ``breast_cancer``, ``wine``, ``iris`` and ``digits`` are those of scikit-learn;
+can be compared. Texts are split by distinct rows: all copies of a text are on one side. In four other sets
+rows to hold out are also rows to fit, as different plants or documents have the same measurements or words
+(:attr:`Dataset.repeated` counts them): 1 of 45 in ``iris``, 17 of 900 in ``xwindows`` (its own split),
+2056 of 4873 in ``news20_w100`` and 37 of 1650 in ``sms_spam``.
+
+``breast_cancer``, ``wine``, ``iris`` and ``digits`` are those of scikit-learn;
 ``turned_digits`` has two domains without pairs, a, half of the digits, and b, the other half turned by a
 quarter and inverted; ``descriptions`` are the letters of scikit-learn's texts on its data sets. From files:
 
