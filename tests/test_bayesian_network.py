@@ -148,7 +148,7 @@ def test_d_separation_is_independence_in_a_net_of_random_tables(seed: int) -> No
 
 
 def test_special_nets_have_the_parameters_of_theory() -> None:
-    names = "abcdef"
+    names = list("abcdef")
     assert BayesianNetwork.independent(names).parameter_count == 6
     assert BayesianNetwork.markov_chain(names).parameter_count == 11
     assert BayesianNetwork.full(names).parameter_count == 63
