@@ -386,6 +386,7 @@ BLOCKS = {
     "draw_logits",
     "likelihood",
     "maximise_parameters",
+    "scaled",
     *HALVES,
 }
 """Methods of which halves are made: they run under handlers, with data that have been checked."""

@@ -167,7 +167,7 @@ class BayesianNetwork(Pair):
                 class.
         """
         text = source if isinstance(source, str) and "{" in source else Path(source).read_text(encoding="utf8")
-        return cls(**read_bif(text))
+        return cls(**read_bif(text, MAX_TABLE))
 
     @property
     def parameter_count(self) -> int:

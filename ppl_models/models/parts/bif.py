@@ -18,8 +18,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ppl_models.models.checks import MAX_TABLE
-
 _TOKEN = re.compile(
     r"""(?:\s|//[^\n]*|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)+
     | "(?P<quoted>[^"]*)" | (?P<mark>[{}()\[\];,|]) | (?P<word>(?:[^\s{}()\[\];,|"/]|/(?![/*]))+)""",
@@ -34,8 +32,12 @@ class _Entry(NamedTuple):
     numbers: list[float]
 
 
-def read_bif(text: str) -> dict[str, Any]:
+def read_bif(text: str, largest: int = 2**26) -> dict[str, Any]:
     """Arguments of a ``BayesianNetwork`` (``parents``, ``states``, ``tables``) from a BIF text, in linear time.
+
+    Args:
+        text: The content of a file.
+        largest: Largest size of all tables together, in numbers.
 
     Raises:
         ValueError: The text is not in the format or has no variable; a variable, a state or a row is unknown, missing
@@ -55,8 +57,8 @@ def read_bif(text: str) -> dict[str, Any]:
         if name in tables:
             raise ValueError(f"source: expected one block of probabilities of {name}, got two")
         total += math.prod(len(states[n]) for n in (name, *above))
-        if total > MAX_TABLE:
-            most = f"at most {MAX_TABLE:.1e} numbers"
+        if total > largest:
+            most = f"at most {largest:.1e} numbers"
             raise ValueError(f"source: expected tables of {most} in all, got {float(total):.1e} with that of {name}")
         parents[name], tables[name] = above, _table(name, above, states, entries)
     missing = [n for n in states if n not in tables]
