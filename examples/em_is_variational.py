@@ -35,7 +35,7 @@ def main(steps: int = 12, components: int = 3, out: Path = Path("results/em")) -
     """Run EM by hand, compare it with ``fit`` and the objective EM; print and plot both."""
     wine = load("wine", standardise=True, dtype=torch.double).train["x"]
     x = torch.pca_lowrank(wine, 2, niter=20)[0][:, 1:] * len(wine) ** 0.5
-    pair = GaussianMixture(1, components, prior=False, guide=AutoDelta).double()
+    pair = GaussianMixture(1, components=components, prior=False, guide=AutoDelta).double()
     start = pair.start(x)
     q, parameters, climbed = start, pair.maximise(start, x), []
     for step in range(steps):

@@ -3,6 +3,8 @@
 A law that cannot hold for a kind of pair is skipped by a property of its model: no latent sites, no likelihood.
 """
 
+import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +25,8 @@ from inference import Result, classify, fit, pointwise_log_likelihood, posterior
 from inference.core.bound import BoundPair, bind, enumerate_finite, sites_of
 from inference.core.handlers import isolated
 from inference.draws import scoring
-from ppl_models.models.pair import Pair
+from ppl_models.models.linear_factors import FactorModel
+from ppl_models.models.pair import HALVES, Pair
 from ppl_models.zoo.entry import Entry
 
 ROWS = 40
@@ -369,6 +372,108 @@ def test_without_a_likelihood_it_is_fitted_and_compared_like_any_pair(case: Case
     occupied_store()
     with pytest.raises(ValueError, match="needs a likelihood"):
         quick_fit(case.pair(), case.data)
+
+
+FINITE = {"mean", "shift"}
+"""Arguments of constructors that take any finite number."""
+FROM_ZERO = {"alpha", "floor", "auxiliary", "baseline", "drop", "seed"}
+"""Arguments of constructors for which zero says something."""
+BLOCKS = {
+    "real_or_generated",
+    "sample_real",
+    "generated",
+    "read",
+    "draw_logits",
+    "likelihood",
+    "maximise_parameters",
+    "scaled",
+    *HALVES,
+}
+"""Methods of which halves are made: they run under handlers, with data that have been checked."""
+TAKES_MISSING = {("impute", "x"), ("log_evidence", "x")}
+"""Methods and arguments for which nan is a value that is missing; other pairs refuse it."""
+
+
+def constructors(entry: Entry) -> dict[str, inspect.Parameter]:
+    """The arguments of a pair's constructors that are numbers or sizes, by name."""
+    kind: Any = getattr(entry.make, "__self__", entry.make)
+    functions = [entry.make, *(c.__dict__["__init__"] for c in kind.__mro__ if "__init__" in c.__dict__)]
+    known: dict[str, inspect.Parameter] = {}
+    for function in functions:
+        taken = inspect.signature(function).parameters.values()
+        known |= {p.name: p for p in taken if p.name not in known}
+        if all(p.kind is not p.VAR_KEYWORD for p in taken):
+            break
+    numbers = {n: p for n, p in known.items() if re.search(r"\b(int|float)\b", str(p.annotation))}
+    return {n: p for n, p in numbers.items() if n not in ("inputs", "extra")}  # those that a subclass sets
+
+
+def test_a_constructor_names_the_number_that_it_cannot_use(case: Case) -> None:
+    for name in constructors(case.entry):
+        wrong = [torch.nan, torch.inf, "abc"]
+        wrong += [] if name in FINITE else [-1]
+        wrong += [] if name in FINITE | FROM_ZERO else [0]
+        for value in wrong:
+            arguments = {**case.entry.arguments(case.dataset), **case.entry.small, name: value}
+            if name == "symbols" and value == "abc":
+                continue  # the characters of a text
+            with isolated(0), pytest.raises((ValueError, TypeError), match=rf"^{name}\b.*: expected .*, got ") as error:
+                case.entry.make(**arguments)
+            assert "\n" not in str(error.value)
+
+
+def methods(pair: Pair) -> dict[str, Any]:
+    """The public methods of a pair that are its own."""
+    found = {n: getattr(pair, n) for n in dir(type(pair)) if not n.startswith("_") and n not in BLOCKS | {"check"}}
+    return {
+        n: f for n, f in found.items() if inspect.ismethod(f) and f.__self__ is pair and "inference" not in f.__module__
+    }
+
+
+def wrong_values(pair: Pair, data: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """Values of a data argument that the check of the pair refuses, as a verb does."""
+    right = data.get(name, torch.zeros(ROWS, 3))
+    found: dict[str, Any] = {"no tensor": 0.5, "nan": right * torch.nan, "out of range": torch.full_like(right, -7)}
+    found["wrong width"] = right[..., :-1] if right.dim() > 1 else right[:-1]
+    refused = {}
+    for kind, value in found.items():
+        try:
+            pair.check(**{**data, name: value})
+        except ValueError as error:
+            refused[kind] = (value, str(error))
+    return refused
+
+
+def test_every_method_refuses_the_data_that_a_verb_refuses(case: Case) -> None:
+    pair, data = case.pair(), case.data
+    pair.check(**data)
+    checks = [n for n, p in inspect.signature(pair.check).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    sizes = {"count": ROWS, "name": case.dataset.features[0]}
+    for method, call in methods(pair).items():
+        takes = inspect.signature(call).parameters
+        rest = {n: v for n, v in {**sizes, **data}.items() if n in takes}
+        if "responsibilities" in takes:
+            rest["responsibilities"] = torch.ones(ROWS, pair.components) / pair.components
+        for name in (n for n in checks if n in takes):
+            for kind, (value, _) in wrong_values(pair, data, name).items():
+                if kind == "nan" and (method, name) in TAKES_MISSING and not isinstance(pair, FactorModel):
+                    continue
+                with isolated(0), pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as error:
+                    call(**{**rest, name: value})
+                assert "\n" not in str(error.value), (method, name, kind)
+
+
+def test_seeds_of_methods_are_integers_from_zero(case: Case) -> None:
+    pair = case.pair()
+    for call in methods(pair).values():
+        takes = inspect.signature(call).parameters
+        if "seed" not in takes:
+            continue
+        given = {n: v for n, v in {"count": ROWS, **case.data}.items() if n in takes}
+        with pytest.raises(ValueError, match="^seed: expected an integer of at least 0, got -1$"):
+            call(**given, seed=-1)
+        one, two = (call(**given, seed=seed) for seed in (3, np.int64(3)))
+        assert torch.equal(one, two) if isinstance(one, Tensor) else one.bits() == two.bits()
 
 
 def test_pictures_are_grids_of_the_size_of_an_image(case: Case) -> None:

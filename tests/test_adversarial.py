@@ -483,7 +483,7 @@ REFUSED = [
     (lambda: quiet(gan(), X, Adversarial(information=("c",)), steps=2), "information: expected a site of the guide"),
     (lambda: gan(pack=0), "pack: expected an integer of at least 1, got 0"),
     (lambda: quiet(gan(pack=5), X[:4], Adversarial, steps=2), r"x: expected at least 5 rows at a time \(pack\), got 4"),
-    (lambda: InfoGAN(3, 1), "codes: expected at least 2, got 1"),
+    (lambda: InfoGAN(3, 1), "codes: expected an integer of at least 2, got 1"),
     (lambda: quiet(ConditionalGAN(3, 4, 2), X, Adversarial, steps=2), "y: expected the label of every row, got none"),
     (lambda: quiet(gan(), X * math.nan, Adversarial, steps=2), "x: expected finite numbers"),
     (lambda: gan(generator=torch.nn.Linear(3, 3)), "generator: expected inputs of width 2"),

@@ -139,11 +139,11 @@ def test_networks_learn_digits(make) -> None:
 REFUSED = [
     (lambda: fit(FVSBN(3), torch.full((2, 3), 0.5)), "x: expected zeros and ones, got 0.5"),
     (lambda: fit(FVSBN(3), torch.zeros(2, 4)), r"x: expected \(rows, 3\), got \(2, 4\)"),
-    (lambda: NADE(3, hidden=0), "hidden: expected at least 1, got 0"),
-    (lambda: MADE(3, orders=0), "orders: expected at least 1, got 0"),
-    (lambda: MADE(1), "features: expected at least two, got 1"),
+    (lambda: NADE(3, hidden=0), "hidden: expected an integer of at least 1, got 0"),
+    (lambda: MADE(3, orders=0), "orders: expected an integer of at least 1, got 0"),
+    (lambda: MADE(1), "features: expected at least 2, got 1"),
     (lambda: FVSBN(3).impute(torch.tensor([[0.0, 2.0, torch.nan]])), "x: expected zeros and ones, got 2"),
-    (lambda: FVSBN(3).impute(torch.zeros(1, 3), particles=0), "particles, draws: expected positive numbers, got 0, 1"),
+    (lambda: FVSBN(3).impute(torch.zeros(1, 3), particles=0), "particles: expected an integer of at least 1, got 0"),
 ]
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from inference.core.handlers import isolated
 from inference.draws.scoring import log_joint
 from ppl_models import data
 from ppl_models.models.bayesian_network import BayesianNetwork
+from ppl_models.models.parts.bif import read_bif
 
 ASIA = """
 // Lauritzen and Spiegelhalter 1988.
@@ -146,7 +148,7 @@ def test_d_separation_is_independence_in_a_net_of_random_tables(seed: int) -> No
 
 
 def test_special_nets_have_the_parameters_of_theory() -> None:
-    names = "abcdef"
+    names = list("abcdef")
     assert BayesianNetwork.independent(names).parameter_count == 6
     assert BayesianNetwork.markov_chain(names).parameter_count == 11
     assert BayesianNetwork.full(names).parameter_count == 63
@@ -327,12 +329,28 @@ REFUSED = [
     (lambda: BayesianNetwork.from_bif("network {}"), "source: expected a network .*, got no variable"),
     (
         lambda: BayesianNetwork.from_bif(ASIA.replace("(no) 0.05, 0.95;", "")),
-        "source: expected one line per state of the parents of xray, got too few",
+        "source: expected one line per state of the parents of xray .*, got too few",
     ),
     (
         lambda: BayesianNetwork.from_bif(ASIA.replace("( tub | asia )", "( tub | asai )")),
         r"source: expected known variables in probability \(tub \| asai\), got asai",
     ),
+    (lambda: BayesianNetwork(A, states="abc"), "states: expected a number or a sequence of names for a, got 'abc'"),
+    (lambda: BayesianNetwork(A, states={"a": 2}), "states: expected those of every variable, got none of b"),
+    (lambda: BayesianNetwork({"a": (), "b": ("a", "a")}), "parents: expected different ones of b, got a, a"),
+    (lambda: BayesianNetwork.independent(["a", "b", "a"]), "names: expected different names, got 'a' twice"),
+    (
+        lambda: BayesianNetwork({"a": ()}, tables={"a": torch.tensor([torch.nan, 0.5])}),
+        "tables: expected rows of probabilities that sum to 1, got nan, 0.5 at a",
+    ),
+    (
+        lambda: BayesianNetwork({"a": ()}, tables={"a": torch.ones(2) / 2, "c": torch.ones(2) / 2}),
+        "tables: expected those of a, got 'c'",
+    ),
+    (lambda: BayesianNetwork(A).moments(torch.full((3, 2), 2.0)), "x: expected states 0 to 1 of a, got 2"),
+    (lambda: BayesianNetwork(A).count(torch.zeros(3, 2), "c"), "name: expected one of a, b, got 'c'"),
+    (lambda: BayesianNetwork.chow_liu(torch.full((3, 2), 5.0), ("a", "b")), "x: expected states 0 to 1, got 5"),
+    (lambda: BayesianNetwork.chow_liu(torch.zeros(3, 2), ("a", "b", "c")), r"x: expected \(rows, 3\), got \(3, 2\)"),
 ]
 
 
@@ -367,3 +385,205 @@ def test_a_file_is_read(tmp_path) -> None:
     net = BayesianNetwork.from_bif(path)
     assert net.parents["dysp"] == ("bronc", "either")
     assert net.states["xray"] == ("yes", "no")
+
+
+Truth = dict[str, tuple[tuple[str, ...], np.ndarray]]
+"""Parents of each variable, and its probabilities (*states of the parents, states)."""
+
+
+def truth_of(seed: int, count: int) -> Truth:
+    """A random net of two or three states: its numbers, which know nothing of the code."""
+    dice, rng = random.Random(seed), np.random.default_rng(seed)
+    names = [f"v{k}" for k in range(count)]
+    sizes = {n: dice.choice([2, 2, 3]) for n in names}
+    truth: Truth = {}
+    for k, name in enumerate(names):
+        above = tuple(dice.sample(names[:k], dice.randint(0, min(k, 3))))
+        truth[name] = above, rng.dirichlet(np.ones(sizes[name]), [sizes[n] for n in above])
+    return truth
+
+
+def joint_of(truth: Truth) -> np.ndarray:
+    """The joint probabilities, a dimension per variable, as a product of tables."""
+    names, whole = list(truth), np.ones(())
+    for name, (above, table) in truth.items():
+        scope = [*above, name]
+        order = sorted(range(len(scope)), key=lambda k: names.index(scope[k]))
+        shape = [table.shape[scope.index(n)] if n in scope else 1 for n in names]
+        whole = whole * table.transpose(order).reshape(shape)
+    return whole
+
+
+def numbers(values: np.ndarray, between: str = ", ") -> str:
+    return between.join(f"{v:.17g}" for v in values.ravel())
+
+
+def bnlearn(name: str, above: tuple[str, ...], table: np.ndarray) -> str:
+    """As the bnlearn repository writes it."""
+    if not above:
+        return f"probability ( {name} ) {{\n  table {numbers(table)};\n}}"
+    rows = [f"  ({', '.join(f's{k}' for k in at)}) {numbers(table[at])};" for at in np.ndindex(table.shape[:-1])]
+    return "\n".join([f"probability ( {name} | {', '.join(above)} ) {{", *rows, "}"])
+
+
+def javabayes(name: str, above: tuple[str, ...], table: np.ndarray) -> str:
+    """As JavaBayes writes it: quotation marks, no bar, and a table whose first dimension is the variable's own."""
+    listed = "  ".join(f'"{n}"' for n in (name, *above))
+    whole = numbers(np.moveaxis(table, -1, 0), " ")
+    return f'probability (  {listed} ) {{ //{1 + len(above)} variable(s)\n\ttable {whole} ;\n\tproperty "a; {{b" ;\n}}'
+
+
+def agrum(name: str, above: tuple[str, ...], table: np.ndarray) -> str:
+    """As aGrUM writes it: ``default`` for a root, and here for the rows that equal the last one."""
+    if not above:
+        return f"probability ({name}) {{\n   default {numbers(table, ' ')};\n}}"
+    last = table[tuple(np.array(table.shape[:-1]) - 1)]
+    kept = [at for at in np.ndindex(table.shape[:-1]) if not np.array_equal(table[at], last)]
+    rows = [f"   ({', '.join(f's{k}' for k in at)}) {numbers(table[at], ' ')};" for at in kept]
+    return "\n".join([f"probability ({name} | {', '.join(above)}) {{", f"   default {numbers(last, ' ')};", *rows, "}"])
+
+
+DIALECTS = {"bnlearn": bnlearn, "javabayes": javabayes, "agrum": agrum}
+
+
+def written(truth: Truth, dialect: str) -> str:
+    """A net in a dialect of the format."""
+    quote = '"' if dialect == "javabayes" else ""
+    lines = [f"network {quote}a net{quote} {{ property by us ; }}" if quote else "network unknown {\n}"]
+    for name, (_, table) in truth.items():
+        states = ("  " if quote else ", ").join(f"{quote}s{k}{quote}" for k in range(table.shape[-1]))
+        extra = 'property "position = (73, 165)" ; /* { */' if quote else ""
+        kind = f"type discrete[{table.shape[-1]}] {{ {states} }};"
+        lines.append(f"variable {quote}{name}{quote} {{ // of {table.shape[-1]}\n  {kind} {extra}\n}}")
+    lines += [DIALECTS[dialect](name, above, table) for name, (above, table) in truth.items()]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_a_file_of_each_dialect_has_the_probabilities_of_an_enumeration(dialect: str) -> None:
+    truth = truth_of(3, 14)
+    truth["v13"][1][..., :] = truth["v13"][1].reshape(-1, truth["v13"][1].shape[-1])[-1]  # rows for a default
+    whole, names = joint_of(truth), list(truth)
+    net = BayesianNetwork.from_bif(written(truth, dialect))
+    assert list(net.names) == names and net.states["v0"][:2] == ("s0", "s1")
+    for k, name in enumerate(names):
+        rest = tuple(j for j in range(len(names)) if j != k)
+        np.testing.assert_allclose(net.query(name).numpy(), whole.sum(rest), atol=1e-9)
+    dice = random.Random(1)
+    for _ in range(10):
+        target, *known = dice.sample(range(len(names)), 4)
+        states = {j: dice.randrange(whole.shape[j]) for j in known}
+        part = whole[tuple(states.get(j, slice(None)) for j in range(len(names)))]
+        left = [j for j in range(len(names)) if j not in states]
+        found = part.sum(tuple(k for k, j in enumerate(left) if j != target))
+        answer = net.query(names[target], {names[j]: f"s{s}" for j, s in states.items()})
+        np.testing.assert_allclose(answer.numpy(), found / found.sum(), atol=1e-9)
+
+
+def test_the_dog_problem_of_the_format_itself() -> None:
+    # Charniak 1991, as JavaBayes writes it; the probabilities are those of his figure 2.
+    net = BayesianNetwork.from_bif("""
+        network "Dog-Problem" { }
+        variable "light-on" { type discrete[2] { "true" "false" }; }
+        variable "dog-out" { type discrete[2] { "true" "false" }; }
+        variable "bowel-problem" { type discrete[2] { "true" "false" }; }
+        variable "family-out" { type discrete[2] { "true" "false" }; }
+        probability ( "light-on" "family-out" ) { table 0.6 0.05 0.4 0.95 ; }
+        probability ( "bowel-problem" ) { table 0.01 0.99 ; }
+        probability ( "dog-out" "bowel-problem" "family-out" ) { table 0.99 0.97 0.9 0.3 0.01 0.03 0.1 0.7 ; }
+        probability ( "family-out" ) { table 0.15 0.85 ; }
+    """)
+    cells = {("true", "true"): 0.99, ("true", "false"): 0.97, ("false", "true"): 0.9, ("false", "false"): 0.3}
+    for (bowel, family), expected in cells.items():
+        got = net.query("dog-out", {"bowel-problem": bowel, "family-out": family})
+        assert float(got[0]) == pytest.approx(expected)
+    assert float(net.query("light-on")[0]) == pytest.approx(0.15 * 0.6 + 0.85 * 0.05)
+
+
+NUMBERS = ("0.25", ".25", "25e-2", "2.5E-1", "+0.25", "0.250000000000000000000001")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_are_read_in_every_form(number: str) -> None:
+    text = f"variable a {{ type discrete [ 2 ] {{ x, y }}; }} probability ( a ) {{ table {number}, 75e-2; }}"
+    assert BayesianNetwork.from_bif(text).query("a").tolist() == pytest.approx([0.25, 0.75])
+
+
+TWO = """
+variable a { type discrete [ 2 ] { x, y }; }
+variable b { type discrete [ 2 ] { x, y }; }
+probability ( a ) { table 0.5, 0.5; }
+"""
+BAD_FILES = [
+    ("probability ( b | a ) { (x) 0.1, 0.9; (y) 0.2, 0.8; (x) 0.3, 0.7; }", r"one line per .* of b, got \(x\) twice"),
+    ("probability ( b | a ) { default 0.1, 0.9; default 0.2, 0.8; }", "one line per .* of b, got default twice"),
+    ("probability ( b ) { table 0.5, 0.5; } probability ( b ) { table 0.1, 0.9; }", "one block .* of b, got two"),
+    ("probability ( b | a ) { table 0.1 0.2 0.9 0.8; (x) 0.1, 0.9; }", "one table of b or rows, got a table and 1"),
+    ("probability ( b | a ) { (x) 0.1, 0.9; }", "one line per .* of b .2., or default, got too few .1."),
+    ("probability ( b | a ) { (x) 1.0; (y) 0.2, 0.8; }", "2 probabilities in each line of b, got 1"),
+    ("probability ( b | a ) { table 0.5, 0.5; }", "4 probabilities in each line of b, got 2"),
+    ("probability ( b | a ) { (z) 0.1, 0.9; (y) 0.2, 0.8; }", "a state of a in a row of b, got z"),
+    ("probability ( b | a ) { (x, y) 0.1, 0.9; }", r"a state of each parent of b \(1\), got \(x, y\)"),
+    ("probability ( b | a ) { (x) 0.1, much; }", "probabilities of b, got 'much'"),
+    ("", "probabilities of every variable, got none of b"),
+    ("variable a { type discrete [ 2 ] { x, y }; }", "different variables, got a twice"),
+    ("variable c { type discrete [ 3 ] { x, y }; }", "3 different states of c, got x, y"),
+    ("variable c { type continuous; }", "type discrete of c in line 5, got 'continuous'"),
+    ('variable "c { }', "a closing quotation mark or end of a comment in line 5"),
+    ("probability ( b | a ) { (x) 0.1, 0.9", "a word or ';' in line 5, got 'the end'"),
+    ("nodes", "network, variable or probability in line 5, got 'nodes'"),
+]
+
+
+@pytest.mark.parametrize(("more", "line"), BAD_FILES, ids=[str(k) for k in range(len(BAD_FILES))])
+def test_a_file_that_is_not_legal_is_refused_in_one_line(more: str, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^source: expected {line}") as error:
+        BayesianNetwork.from_bif(TWO + more)
+    assert "\n" not in str(error.value)
+
+
+def test_the_table_of_a_file_that_is_too_large_is_refused_before_it_is_made() -> None:
+    names = [f"v{k}" for k in range(31)]
+    lines = [f"variable {n} {{ type discrete [ 2 ] {{ x, y }}; }}" for n in names]
+    lines += [f"probability ( {n} ) {{ default 0.5 0.5; }}" for n in names[:-1]]
+    lines += [f"probability ( v30 | {', '.join(names[:-1])} ) {{ default 0.5 0.5; }}"]
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"^source: expected tables of at most 6.7e\+07 .*, got 2.1e\+09 .* v30$"):
+        BayesianNetwork.from_bif("\n".join(lines))
+    parents = {n: () for n in names[:-1]} | {"v30": tuple(names[:-1])}
+    with pytest.raises(
+        ValueError, match=r"^parents: expected tables of at most 6.7e\+07 .*, got 2.1e\+09 of v30, which"
+    ):
+        BayesianNetwork(parents)
+    with pytest.raises(ValueError, match="^states: expected at most 65536 of v0, got 1000000000$"):
+        BayesianNetwork(parents, states=10**9)
+    assert time.monotonic() - begin < 20
+
+
+def test_reading_takes_time_in_proportion_to_the_size_of_a_file() -> None:
+    def seconds(count: int) -> float:
+        truth = {f"v{k}": ((f"v{k - 1}",) if k else (), np.full([2] * (1 + (k > 0)), 0.5)) for k in range(count)}
+        # A comment without an end and a long property cost nothing either.
+        text = written(truth, "bnlearn") + "\n" + "/* * */ " * count
+        best = math.inf
+        for _ in range(5):
+            begin = time.process_time()
+            read_bif(text)
+            best = min(best, time.process_time() - begin)
+        return best
+
+    # Twice the size: twice the time, or four times if it were quadratic.
+    assert seconds(1000) < 3 * seconds(500)
+
+
+def test_log_evidence_of_a_state_that_does_not_exist_is_refused_by_name() -> None:
+    net = asia()
+    rows = torch.zeros(3, 8)
+    for value, got in ((2.0, "2"), (-1.0, "-1"), (0.5, "0.5")):
+        rows[1, 6] = value
+        with pytest.raises(ValueError, match=f"^x: expected states 0 to 1 of xray, or nan .*, got {got}$"):
+            net.log_evidence(rows)
+    rows[1, 6] = torch.nan
+    assert float(net.log_evidence(rows)[1]) == pytest.approx(
+        float(net.log_evidence(torch.tensor([[0.0] * 8, [0.0] * 6 + [1.0, 0.0]])).logsumexp(0))
+    )

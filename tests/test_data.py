@@ -1,10 +1,13 @@
 """Data sets: what is in them, how they are split and transformed, and every way to a file or an error."""
 
+import contextlib
 import gzip
 import hashlib
 import io
 import os
+import re
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,19 +26,26 @@ from sklearn.preprocessing import StandardScaler
 
 from ppl_models import data
 from ppl_models.data import sets
-from ppl_models.data.files import IDX, SHA256, UPSTREAM
+from ppl_models.data.files import IDX, SHA256, SIZES, UPSTREAM
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
+FILES = {"mnist", "fashion_mnist", "binarized_mnist", "omniglot", "xwindows", "news20_w100", "sms_spam", "sms_text"}
 needs_files = pytest.mark.skipif(not REAL, reason="PPL_MODELS_DATA is not set")
 
 
 class Pages(ThreadingHTTPServer):
-    """Serves bytes by path: of a path in ``halves`` only the first half, and what it lacks is a 404."""
+    """Serves bytes by path: of a path in ``halves`` only the first half, and what it lacks is a 404.
+
+    What is in ``endless`` it sends over and over, up to 256 MB; what is in ``compressed`` it says to have compressed.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), PagesHandler)
         self.pages: dict[str, bytes] = {}
         self.halves: set[str] = set()
+        self.endless: set[str] = set()
+        self.compressed: set[str] = set()
+        self.sent = 0
         self.asked: list[str] = []
 
     @property
@@ -53,6 +63,15 @@ class PagesHandler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
+        if self.path in self.server.endless:
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                while self.server.sent < 2**28:
+                    self.wfile.write(body)
+                    self.server.sent += len(body)
+            return
+        if self.path in self.server.compressed:
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if self.path in self.server.halves else body)
@@ -82,11 +101,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bytes]], None]:
-    """Declares files by their path in the layout, with the hashes of the bytes given."""
+    """Declares files by their path in the layout, with the hashes and the sizes of the bytes given."""
 
     def declare(files: dict[str, bytes]) -> None:
         for path, content in files.items():
             monkeypatch.setitem(SHA256, path, hashlib.sha256(content).hexdigest())
+            monkeypatch.setitem(SIZES, path, len(content))
 
     return declare
 
@@ -145,10 +165,6 @@ def amat(bits: np.ndarray) -> bytes:
     text[:, ::2] = bits + ord("0")
     text[:, -1] = ord("\n")
     return text.tobytes()
-
-
-def numbers_hash(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(array.astype(np.uint8).tobytes() for array in arrays)).hexdigest()
 
 
 # scikit-learn's sets
@@ -296,7 +312,7 @@ def test_sms_spam_counts_words_of_the_training_split() -> None:
     got = data.load("sms_spam")
     counts = got.train["y"].bincount() + got.test["y"].bincount()
     assert counts.tolist() == [4827, 747] and got.classes == ("ham", "spam")
-    assert len(got.train["y"]) == 3901 and len(got.features) == got.train["x"].shape[1] == got.test["x"].shape[1]
+    assert len(got.train["y"]) == 3924 and len(got.features) == got.train["x"].shape[1] == got.test["x"].shape[1]
     assert (got.train["x"] > 0).sum(0).min() == 2 and got.train["x"].max() > 2
     free = got.train["x"][:, got.features.index("free")]
     assert free[got.train["y"] == 1].mean() > 5 * free[got.train["y"] == 0].mean()
@@ -306,7 +322,7 @@ def test_sms_spam_counts_words_of_the_training_split() -> None:
 @needs_files
 def test_sms_text_has_the_letters_of_the_same_messages() -> None:
     got, words = data.load("sms_text"), data.load("sms_spam")
-    assert got.train["x"].shape == (3901, 160) and got.classes == words.classes
+    assert got.train["x"].shape == (3924, 160) and got.classes == words.classes
     assert torch.equal(got.train["y"], words.train["y"])
     code = {c: k for k, c in enumerate(got.symbols)}
     letters = (*got.symbols[: code["other"]], "_", "_")
@@ -315,7 +331,9 @@ def test_sms_text_has_the_letters_of_the_same_messages() -> None:
 
 
 @needs_files
-def test_files_of_upstream_give_the_same_sets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_upstream_give_the_same_sets(
+    cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Upstream's files written back from the real ones have the hashes of the table, and load as equals."""
     sets = ("binarized_mnist", "sms_spam", "xwindows", "news20_w100")
     monkeypatch.setenv("PPL_MODELS_DATA", REAL)
@@ -333,6 +351,8 @@ def test_files_of_upstream_give_the_same_sets(cache: Path, monkeypatch: pytest.M
     with np.load(Path(REAL) / "text/news20_w100.npz") as z:
         bits, y, words, groups = np.unpackbits(z["x"], axis=1, count=100), z["y"], z["words"], z["groups"]
     (cache / "text/20news_w100.mat").write_bytes(news_mat(bits, y, words.tolist(), groups.tolist()))
+    # Upstream's two files, which another program wrote, hold the same numbers.
+    table({f"text/{file.name}": file.read_bytes() for file in (cache / "text").glob("*.mat")})
     monkeypatch.delenv("PPL_MODELS_DATA")
     for name in sets:
         got = data.load(name)
@@ -452,19 +472,23 @@ def test_texts_of_the_static_binarization(
         np.testing.assert_array_equal(getattr(got, split)["x"], expected)
 
 
-def test_matlab_files_are_checked_by_their_numbers(server: Pages, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matlab_file_is_read_after_its_hash_was_checked(
+    server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 2, (40, 12), np.uint8), np.arange(40) % 2
     words = [f"word{column}" for column in range(12)]
     good = news_mat(x, y, words, ["a.*", "b.*"])
     other = news_mat(1 - x, y, words, ["a.*", "b.*"])
-    monkeypatch.setitem(SHA256, "text/20news_w100.mat", numbers_hash(np.packbits(x, axis=1), y))
+    table({"text/20news_w100.mat": good})
     monkeypatch.setitem(UPSTREAM, "text/news20_w100.npz", (f"{server.url}/20news_w100.mat",))
-    for bad in (other, good[: len(good) // 2], b"not a matlab file"):
+    read, loadmat = [], scipy.io.loadmat
+    monkeypatch.setattr(scipy.io, "loadmat", lambda path: read.append(path) or loadmat(path))
+    for bad in (other[: len(good)], good[: len(good) // 2], b"not a matlab file"):
         server.pages = {"/20news_w100.mat": bad}
-        with pytest.raises(FileNotFoundError, match=r"text/news20_w100.npz: .*expected numbers with sha256"):
+        with pytest.raises(FileNotFoundError, match=r"text/news20_w100.npz: .*does not match the known hash"):
             data.load("news20_w100")
-        assert files_under(cache) == []
+        assert files_under(cache) == [] and read == []
     server.pages = {"/20news_w100.mat": good}
     got = data.load("news20_w100")
     assert got.classes == ("a.*", "b.*") and got.features == tuple(words)
@@ -474,19 +498,61 @@ def test_matlab_files_are_checked_by_their_numbers(server: Pages, cache: Path, m
     np.testing.assert_array_equal(got.train["y"], y_train)
 
 
-def test_matlab_file_with_a_split(server: Pages, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matlab_file_with_a_split(
+    server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     arrays = {f"x{split}": rng.integers(0, 2, (6, 12), np.uint8) for split in ("train", "test")}
     arrays |= {f"y{split}": rng.integers(0, 2, 6, np.uint8) for split in ("train", "test")}
-    server.pages = {"/XwindowsDocData.mat": xwindows_mat(arrays, [f"word{column}" for column in range(12)])}
-    packed = [np.packbits(arrays[key], axis=1) for key in ("xtest", "xtrain")]
-    known = numbers_hash(*packed, arrays["ytest"], arrays["ytrain"])
-    monkeypatch.setitem(SHA256, "text/XwindowsDocData.mat", known)
+    content = xwindows_mat(arrays, [f"word{column}" for column in range(12)])
+    table({"text/XwindowsDocData.mat": content})
+    server.pages = {"/XwindowsDocData.mat": content}
     monkeypatch.setitem(UPSTREAM, "text/xwindows.npz", (f"{server.url}/XwindowsDocData.mat",))
     got = data.load("xwindows")
     assert got.features[11] == "word11"
     np.testing.assert_array_equal(got.test["x"], arrays["xtest"])
     np.testing.assert_array_equal(got.train["y"], arrays["ytrain"])
+
+
+def test_a_download_that_is_longer_than_its_file_is_broken_off(
+    server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tiny_mnist()
+    table(files)
+    first = f"/mnist/{IDX[0]}"
+    server.pages = {f"/{path}": content for path, content in files.items()}
+    server.endless = {first}
+    monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
+    for path in files:
+        monkeypatch.setitem(UPSTREAM, path, ())
+    size = len(files[f"mnist/{IDX[0]}"])
+    with pytest.raises(FileNotFoundError, match=f"{server.url}{first}: ValueError: expected {size} bytes, got more"):
+        data.load("mnist")
+    # What the sockets hold, and no more.
+    assert server.sent < 2**25 and files_under(cache) == []
+
+
+def test_a_download_that_grows_when_unpacked_is_not_unpacked(
+    server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tiny_mnist()
+    table(files)
+    path = f"mnist/{IDX[0]}"
+    bomb = gzip.compress(bytes(2**26), mtime=0)
+    server.pages = {f"/{path}": bomb}
+    server.compressed = {f"/{path}"}
+    monkeypatch.setitem(SIZES, path, 2**20)
+    monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
+    monkeypatch.setitem(UPSTREAM, path, ())
+    tracemalloc.start()
+    with pytest.raises(FileNotFoundError, match="does not match the known hash"):
+        data.load("mnist")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(bomb) < 2**17 and peak < 2**23 and files_under(cache) == []
+    # A server that sends a compressed file as such, and says so, is understood.
+    server.pages = {f"/{name}": content for name, content in files.items()}
+    assert data.load("mnist").train["x"].shape == (6, 784)
 
 
 def test_bag_of_words_from_the_plain_file(
@@ -495,8 +561,9 @@ def test_bag_of_words_from_the_plain_file(
     table: Callable[[dict[str, bytes]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lines = [f"ham\tsee you at home\u2028{word}" for word in ("six", "seven", "eight", "nine", "ten")] * 2
-    lines += ["spam\twin win win a prize", "spam\twin a prize"] * 3
+    lines = [f"ham\tsee you at home\u2028{word}" for word in ("six", "seven", "eight", "nine", "ten")]
+    lines += [line.replace("home", "work") for line in lines]
+    lines += [f"spam\t{win} a prize {word}" for win in ("win win win", "win") for word in ("six", "seven", "eight")]
     content = "".join(f"{line}\n" for line in lines).encode()
     table({"text/SMSSpamCollection": content})
     server.pages = {"/SMSSpamCollection": content}
@@ -600,7 +667,7 @@ def test_simulated_rows_depend_on_their_seed_alone() -> None:
 
 
 def test_simulation_refuses_nothing_to_simulate() -> None:
-    with pytest.raises(ValueError, match=r"^rows: expected at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^rows: expected an integer of at least 1, got 0$"):
         data.simulate_naive_bayes(0)
     with pytest.raises(ValueError, match=r"^dtype: expected a floating point type, got torch.int32$"):
         data.simulate_naive_bayes(3, dtype=torch.int32)
@@ -669,3 +736,43 @@ def test_pixels_of_files_have_their_levels() -> None:
     for name, levels in (("binarized_mnist", 2), ("mnist", 256)):
         got = data.load(name)
         assert got.shape == (28, 28) and got.levels == levels
+
+
+@pytest.mark.parametrize("name", data.names())
+def test_rows_to_hold_out_that_are_also_rows_to_fit_are_counted_and_said(name: str) -> None:
+    if name in FILES and not REAL:
+        pytest.skip("PPL_MODELS_DATA is not set")
+    got = data.load(name)
+    columns = [n for n in got.train if n != "y"]
+    both = [{tuple(row) for row in got.train[n].tolist()} for n in columns]
+    found = sum(tuple(row) in known for n, known in zip(columns, both, strict=True) for row in got.test[n].tolist())
+    count = len(got.test[columns[0]])
+    said = re.findall(rf"(\d+) of (\d+)\s+in\s+``{name}``", sets.__doc__ or "")
+    assert got.repeated == found
+    assert said == ([(str(found), str(count))] if found else [])
+
+
+def test_copies_of_a_text_are_on_one_side_in_the_same_order_as_without_them() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 3, (200, 3))
+    labels = (rows.sum(1) > 2).astype(int)
+    at = sets._split_distinct(rows, labels)
+    assert sorted([*at["train"], *at["test"]]) == list(range(200))
+    assert not {tuple(r) for r in rows[at["train"]]} & {tuple(r) for r in rows[at["test"]]}
+    distinct = np.arange(200)[:, None]
+    at = sets._split_distinct(distinct, labels)
+    train, test = train_test_split(np.arange(200), test_size=0.3, stratify=labels, random_state=0)
+    assert at["train"].tolist() == train.tolist() and at["test"].tolist() == test.tolist()
+
+
+def test_seeds_are_integers_from_zero_by_name() -> None:
+    calls = [
+        lambda seed: data.simulate_naive_bayes(10, seed=seed)[0]["x"],
+        lambda seed: data.simulate_modes("ring", 10, seed=seed)[0],
+        lambda seed: data.hide_labels(torch.tensor([0.0, 1.0] * 5), 4, seed=seed),
+    ]
+    for call in calls:
+        assert torch.equal(call(3).nan_to_num(-1), call(np.int64(3)).nan_to_num(-1))
+        for seed in (-1, 1.5, "a", None):
+            with pytest.raises(ValueError, match=f"^seed: expected an integer of at least 0, got {seed!r}$"):
+                call(seed)

@@ -146,7 +146,7 @@ def test_a_network_with_missing_states_is_completed_as_queries_say(alone) -> Non
 def test_a_mixture_of_the_zoo_by_augmentation(alone) -> None:
     torch.manual_seed(0)
     rows = torch.cat([torch.rand(30, 6) < 0.9, torch.rand(20, 6) < 0.1]).double()
-    pair = BernoulliMixture(6, 2, alpha=1.0).double()
+    pair = BernoulliMixture(6, components=2, alpha=1.0).double()
     drawn = quiet(pair, rows, Gibbs, draws=150, warmup=150, chains=32, compile=False)
     summed = quiet(pair, rows, partial(ChEES), draws=150, warmup=150, chains=32, compile=False)
     # Labels may be exchanged between chains: what they cannot tell is compared.

@@ -84,7 +84,7 @@ def test_draws_have_the_chains_law(alone) -> None:
 def test_text_is_learnt_letter_after_letter() -> None:
     text = data.load("descriptions", dtype=torch.float64)
     pair = MarkovChain(text.features, text.symbols).double().estimate(text.train["x"])
-    alone = MarkovChain(text.features, text.symbols).double()
+    alone = MarkovChain(1, text.symbols).double()
     first, _ = alone.count(text.train["x"].reshape(-1, 1))
     often = text.test["x"].long().flatten().bincount(minlength=len(first))
     independent = often * ((first + 1) / (first + 1).sum()).log()
@@ -104,12 +104,12 @@ def test_text_is_learnt_letter_after_letter() -> None:
         (lambda: chain().check(torch.full((2, 4), 0.5)), "x: expected symbols 0 to 2, got 0.5"),
         (lambda: chain().check(torch.zeros(2, 5)), r"x: expected \(rows, 4\), got \(2, 5\)"),
         (lambda: chain().estimate(torch.zeros(2, 4), smoothing=-1.0), "smoothing: expected zero or a positive number"),
-        (lambda: chain().impute(torch.zeros(2, 4), draws=0), "draws: expected a positive number, got 0"),
+        (lambda: chain().impute(torch.zeros(2, 4), draws=0), "draws: expected an integer of at least 1, got 0"),
         (
             lambda: MarkovChain(3, 3).estimate(torch.zeros(2, 3), smoothing=0.0).impute(torch.ones(1, 3)),
             "x: expected known symbols that can follow one another, got row 0 of probability 0",
         ),
-        (lambda: MarkovChain(0, 3), "features: expected at least one, got 0"),
+        (lambda: MarkovChain(0, 3), "length: expected at least one, got 0"),
     ],
 )
 def test_bad_input_gets_one_line(call, said: str) -> None:

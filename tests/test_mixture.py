@@ -35,7 +35,7 @@ def em(pair, x: Tensor, steps: int = 30, start: Tensor | None = None, **argument
 
 
 def points(components: int, features: int = 4, **arguments) -> GaussianMixture:
-    return GaussianMixture(features, components, prior=False, guide=AutoDelta, **arguments).double()
+    return GaussianMixture(features, components=components, prior=False, guide=AutoDelta, **arguments).double()
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -86,7 +86,7 @@ def test_two_components_in_one_dimension() -> None:
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_the_method_of_the_zoo_leaves_the_pair_as_it_was(prior: bool) -> None:
-    pair = GaussianMixture(4, 3, prior=prior).double()
+    pair = GaussianMixture(4, components=3, prior=prior).double()
     before = {n: v.clone() for n, v in pair.state_dict().items()}
     result = methods.em(pair, {"x": X}, steps=30, draws=1, progress=False)
     assert pair.prior is prior
@@ -98,7 +98,7 @@ def test_the_method_of_the_zoo_leaves_the_pair_as_it_was(prior: bool) -> None:
 
 @pytest.mark.parametrize("prior", [False, True])
 def test_a_bernoulli_mixture_by_em_is_em_by_hand(prior: bool) -> None:
-    pair = BernoulliMixture(4, 3, alpha=0.7, concentration=2.5, prior=prior, guide=AutoDelta).double()
+    pair = BernoulliMixture(4, components=3, alpha=0.7, concentration=2.5, prior=prior, guide=AutoDelta).double()
     start, x = pair.start(ZEROS_ONES, seed=1), ZEROS_ONES.numpy()
     smooth, extra = (0.7, 1.5) if prior else (0.0, 0.0)
     r, losses = start.numpy(), []
@@ -121,7 +121,7 @@ def test_a_bernoulli_mixture_by_em_is_em_by_hand(prior: bool) -> None:
 
 
 def test_with_a_prior_the_loss_of_em_is_the_joint_density() -> None:
-    pair = BernoulliMixture(4, 3, alpha=0.7, concentration=2.5, guide=AutoDelta).double()
+    pair = BernoulliMixture(4, components=3, alpha=0.7, concentration=2.5, guide=AutoDelta).double()
     before, after = (em(pair, ZEROS_ONES, steps, pair.start(ZEROS_ONES)) for steps in (5, 6))
     point = before.draws
     priors = dist.Beta(1.7, 1.7).log_prob(point["probs"][0]).sum()
@@ -196,7 +196,7 @@ def blobs() -> Tensor:
 @pytest.mark.slow
 def test_chains_on_the_marginal_agree_with_svi_and_find_the_components() -> None:
     x = blobs()
-    pair = GaussianMixture(2, 3, covariance="diagonal").double()
+    pair = GaussianMixture(2, components=3, covariance="diagonal").double()
     result = sample(pair, x, warmup=300, draws=200, progress=False, compile=False)
     assert result.diagnosis.worst_r_hat < 1.01, result.diagnosis
     means = result.draws["means"].mean(0)
@@ -208,14 +208,19 @@ def test_chains_on_the_marginal_agree_with_svi_and_find_the_components() -> None
     drawn = result.idata.posterior["z"].values
     assert (drawn.reshape(-1, 180)[-1] == labels.numpy()).mean() > 0.98
     svi = fit(
-        GaussianMixture(2, 3, covariance="diagonal").double(), x, steps=1000, draws=200, progress=False, compile=False
+        GaussianMixture(2, components=3, covariance="diagonal").double(),
+        x,
+        steps=1000,
+        draws=200,
+        progress=False,
+        compile=False,
     )
     torch.testing.assert_close(svi.draws["means"].mean(0), means, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_prior_draws_keep_the_order(covariance: str) -> None:
-    pair = GaussianMixture(3, 4, covariance=covariance).double()
+    pair = GaussianMixture(3, components=4, covariance=covariance).double()
     draws = prior_predictive(pair, size=6, draws=50)
     first = draws["means"][:, :, 0]
     assert bool((first[:, 1:] > first[:, :-1]).all())
@@ -238,18 +243,24 @@ def test_a_component_that_dies_is_said() -> None:
 
 
 REFUSED = [
-    (lambda: GaussianMixture(2, 3, covariance="round"), "covariance: expected one of full, tied, diagonal, spherical"),
-    (lambda: GaussianMixture(2, 3, scale=0.0), "scale: expected a positive number, got 0.0"),
-    (lambda: GaussianMixture(2, 3, floor=-1.0), "floor: expected zero or a positive number, got -1.0"),
-    (lambda: GaussianMixture(2, 0), "components: expected at least one, got 0"),
-    (lambda: BernoulliMixture(2, 3, alpha=-1.0), "alpha: expected zero or a positive number, got -1.0"),
-    (lambda: BernoulliMixture(2, 3, concentration=0.0), "concentration: expected a positive number, got 0.0"),
+    (
+        lambda: GaussianMixture(2, components=3, covariance="round"),
+        "covariance: expected one of full, tied, diagonal, spherical",
+    ),
+    (lambda: GaussianMixture(2, components=3, scale=0.0), "scale: expected a positive number, got 0.0"),
+    (lambda: GaussianMixture(2, components=3, floor=-1.0), "floor: expected zero or a positive number, got -1.0"),
+    (lambda: GaussianMixture(2, components=0), "components: expected an integer of at least 1, got 0"),
+    (lambda: BernoulliMixture(2, components=3, alpha=-1.0), "alpha: expected zero or a positive number, got -1.0"),
+    (
+        lambda: BernoulliMixture(2, components=3, concentration=0.0),
+        "concentration: expected a positive number, got 0.0",
+    ),
     (lambda: em(points(9, 2), X[:5, :2]), r"x: expected at least as many rows as components \(9\), got 5"),
     (lambda: em(points(2), X[:, :2]), r"x: expected \(rows, 4\), got \(150, 2\)"),
-    (lambda: em(BernoulliMixture(4, 2, guide=AutoDelta).double(), X), "x: expected zeros and ones, got"),
-    (lambda: em(GaussianMixture(4, 2, guide=AutoDelta).double(), X), "prior: expected False for EM"),
+    (lambda: em(BernoulliMixture(4, components=2, guide=AutoDelta).double(), X), "x: expected zeros and ones, got"),
+    (lambda: em(GaussianMixture(4, components=2, guide=AutoDelta).double(), X), "prior: expected False for EM"),
     (lambda: em(points(2), X, batch=10), "batch: EM expected all rows at every step, got a minibatch"),
-    (lambda: em(GaussianMixture(4, 2, prior=False).double(), X), "guide: expected a point mass at weights"),
+    (lambda: em(GaussianMixture(4, components=2, prior=False).double(), X), "guide: expected a point mass at weights"),
     (lambda: fit(points(2), {"x": X, "z": torch.full((150,), 7)}, progress=False), "z: expected labels 0 to 1, got 7"),
 ]
 

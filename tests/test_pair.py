@@ -2,9 +2,10 @@
 
 import inspect
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,6 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
+from inference import fit, log_evidence, sample
 from ppl_models.models.pair import HALVES, Pair, Visible, continuous
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -185,6 +187,34 @@ def test_what_a_subclass_owes_is_abstract() -> None:
 def test_names_of_a_dimension_are_its_coordinates() -> None:
     pair = RowMeans()
     assert pair.name_dimension("units", 3) == 3 and pair.coords == {}
-    assert pair.name_dimension("units", "ab") == 2 and pair.coords == {"units": ["a", "b"]}
+    assert pair.name_dimension("units", ["a", "b"]) == 2 and pair.coords == {"units": ["a", "b"]}
+    assert pair.name_dimension("units", np.int64(4)) == 4
     with pytest.raises(ValueError, match="units: expected at least one, got 0"):
         pair.name_dimension("units", 0)
+    for wrong, line in (
+        ("abc", "a number or a sequence of names, got 'abc'"),
+        (2.5, "a number or a sequence of names, got 2.5"),
+        (True, "a number or a sequence of names, got True"),
+        (-3, "at least one, got -3"),
+        (("a", "b", "a"), "different names, got 'a' twice"),
+        ((), r"at least one, got \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^units: expected {line}$"):
+            pair.name_dimension("units", wrong)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        partial(fit, steps=2, progress=False),
+        partial(sample, draws=4, warmup=2, chains=2, progress=False, compile=False),
+        partial(log_evidence, k=2),
+    ],
+    ids=["fit", "sample", "log_evidence"],
+)
+def test_a_seed_is_an_integer_from_zero_also_one_of_numpy(verb: Any) -> None:
+    for seed in (-1, 2.5, "a"):
+        with pytest.raises(ValueError, match=f"^seed: expected an integer of at least 0, got {seed!r}$"):
+            verb(RowMeans(), X, seed=seed)
+    one, two = (verb(RowMeans(), X, seed=seed) for seed in (3, np.int64(3)))
+    assert one.mean == two.mean if hasattr(one, "mean") else torch.equal(one.draws["mean"], two.draws["mean"])

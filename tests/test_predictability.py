@@ -123,7 +123,7 @@ def deaf(x: Tensor) -> None:
 
 
 REFUSED = [
-    (lambda: FactorialCode(3, 1), "units: expected at least 2, as they predict each other, got 1"),
+    (lambda: FactorialCode(3, 1), "units: expected at least 2, got 1"),
     (lambda: Predictability(Trace_ELBO, weight=-1.0), "weight: expected zero or a positive number, got -1.0"),
     (lambda: fit((seen, deaf), torch.zeros(4), Predictability(Trace_ELBO), steps=1), "guide: .* an argument predict"),
     (

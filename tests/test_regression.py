@@ -176,9 +176,9 @@ def test_moments_are_the_same_every_time_and_leave_the_random_state_alone() -> N
 
 
 def test_moments_of_too_few_draws_are_refused() -> None:
-    line = r"^importance sampling: \d+ effective draws of 4000, expected at least 5000$"
+    line = r"^importance sampling: \d+ effective draws of 5000, expected at least 5000$"
     with pytest.raises(ArithmeticError, match=line):
-        make("logistic", 2).moments(**draw(2), draws=4000)
+        make("logistic", 2).moments(**draw(2), draws=5000)
 
 
 def standardised_errors(result: inference.Result, moments: dict[str, tuple[Tensor, Tensor]]) -> np.ndarray:
@@ -391,7 +391,7 @@ def test_data_that_do_not_fit_are_refused_in_one_line(name: str, case: str) -> N
 
 @pairs
 def test_sizes_that_make_no_classifier_are_refused_in_one_line(name: str) -> None:
-    refuses(lambda: make(name, 1), "classes: expected at least two, got 1")
+    refuses(lambda: make(name, 1), "classes: expected at least 2, got 1")
     refuses(lambda: make(name, 2, 0), "features: expected at least one, got 0")
     refuses(lambda: inference.fit(make(name, 3), {"x": draw(3)["x"]}), r"data: the model observes nothing, .*; got x")
     line = r"batch: expected 1 to 30 \(the rows of the data\), got 31"
@@ -399,4 +399,4 @@ def test_sizes_that_make_no_classifier_are_refused_in_one_line(name: str) -> Non
 
 
 def test_a_layer_without_units_is_refused_in_one_line() -> None:
-    refuses(lambda: make("neural", 2, hidden=0), "units: expected at least one, got 0")
+    refuses(lambda: make("neural", 2, hidden=0), "hidden: expected an integer of at least 1, got 0")

@@ -175,7 +175,7 @@ def test_data_that_were_dreamed_reach_the_guide_through_observations(alone) -> N
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: SigmoidBeliefNet(3, ()), r"layers: expected at least one layer of at least one unit, got \(\)"),
+        (lambda: SigmoidBeliefNet(3, ()), r"layers: expected a sequence of positive integers, at least 1, got \(\)"),
         (lambda: HelmholtzMachine(3, (2, 0)), r"layers: expected .* at least one unit, got \(2, 0\)"),
         (
             lambda: SigmoidBeliefNet(3).log_evidence(torch.zeros(2, 3)),

@@ -257,13 +257,13 @@ def test_m2_learns_from_few_labels_and_many_rows() -> None:
 
 
 REFUSED = [
-    (lambda: HierarchicalVAE(6, (3,)), r"factors: expected at least two layers of at least one factor, got \(3,\)"),
+    (lambda: HierarchicalVAE(6, (3,)), r"factors: expected a sequence of positive integers, at least 2, got \(3,\)"),
     (lambda: fit(ConditionalVAE(6, 2, 3), torch.rand(4, 6)), "y: expected the label of every row, got none"),
     (
         lambda: fit(ConditionalVAE(6, 2, 3), {"x": torch.rand(4, 6), "y": torch.tensor([0, 1, 2, 3])}),
         "y: expected labels 0 to 2, got 3",
     ),
-    (lambda: SemiSupervisedVAE(6, 2, 1), "classes: expected at least two, got 1"),
+    (lambda: SemiSupervisedVAE(6, 2, 1), "classes: expected at least 2, got 1"),
     (lambda: SemiSupervisedVAE(6, 2, 3, auxiliary=-1.0), "auxiliary: expected zero or a positive number, got -1.0"),
     (lambda: SemiSupervisedVAE(6, 2, 3, encoder=nn.Linear(6, 4)), "encoder: expected inputs of width 9, got an error"),
     (

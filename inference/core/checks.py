@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise a ValueError unless the value is an integer and at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int | Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 

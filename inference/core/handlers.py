@@ -11,15 +11,23 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.util import get_rng_state, set_rng_state
 
+from inference.core.checks import check_count
+
 
 @contextmanager
 def isolated(seed: int | None = None) -> Iterator[None]:
-    """Run in a parameter store of one's own and leave the store and the random state as they were."""
+    """Run in a parameter store of one's own and leave the store and the random state as they were.
+
+    Args:
+        seed: An integer of at least 0, also one of NumPy; None: the random state goes on.
+    """
+    if seed is not None:
+        check_count("seed", seed, 0)
     state = get_rng_state()
     try:
         with pyro.get_param_store().scope():
             if seed is not None:
-                pyro.set_rng_seed(seed)
+                pyro.set_rng_seed(int(seed))
             yield
     finally:
         set_rng_state(state)

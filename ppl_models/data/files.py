@@ -8,48 +8,53 @@ have the same layout.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pooch
+import requests
+import urllib3
+from tqdm.auto import tqdm
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-# In the form of `sha256sum`, by the path in the layout: upstream's files and those made from them. Upstream does not
-# publish a hash of the two `.mat` files: their lines are hashes of the numbers.
+# SHA-256, size in bytes and path in the layout: upstream's files and those made from them.
 _TABLE = """\
-440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609  mnist/train-images-idx3-ubyte.gz
-3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c  mnist/train-labels-idx1-ubyte.gz
-8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6  mnist/t10k-images-idx3-ubyte.gz
-f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6  mnist/t10k-labels-idx1-ubyte.gz
-3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84  fashion_mnist/train-images-idx3-ubyte.gz
-a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845  fashion_mnist/train-labels-idx1-ubyte.gz
-346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073  fashion_mnist/t10k-images-idx3-ubyte.gz
-67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5  fashion_mnist/t10k-labels-idx1-ubyte.gz
-50de2c8299a5a297789293ab2c30f6fc3cb8c359a15e5e88d5501aa18ebb8fa5  binarized_mnist/binarized_mnist.npz
-ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d  binarized_mnist/binarized_mnist_train.amat
-1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2  binarized_mnist/binarized_mnist_valid.amat
-e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c  binarized_mnist/binarized_mnist_test.amat
-2fe18524c0a251017c43a4a790ad8b3b199fe61fa2d06cb0b34dfa87dcef117e  omniglot/omniglot_28x28.npz
-a2d76b394a84df0205cfa21c784cb66407d34cd09fbd8b272a15078bcdc00904  text/xwindows.npz
-d935d55b143dc6a5cb9c17f75299ac4e1d163d1e9ed215942ad0829a70b51142  text/XwindowsDocData.mat
-342dec7cfde24c2332006f52d199d8a22f8c752a5428c95066cf96c74e6c7378  text/news20_w100.npz
-693cd8a86fe77ebd01f4b61d1d1ae1be88e59293b21c0e5546068a1b4fd47478  text/20news_w100.mat
-8fd20918904042e5104c4d5d22642f1332b0bc670c55df3a8688a1ea7b2e9e8d  text/SMSSpamCollection.gz
-7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d  text/SMSSpamCollection
+440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609   9912422  mnist/train-images-idx3-ubyte.gz
+3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c     28881  mnist/train-labels-idx1-ubyte.gz
+8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6   1648877  mnist/t10k-images-idx3-ubyte.gz
+f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6      4542  mnist/t10k-labels-idx1-ubyte.gz
+3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84  26421880  fashion_mnist/train-images-idx3-ubyte.gz
+a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845     29515  fashion_mnist/train-labels-idx1-ubyte.gz
+346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073   4422102  fashion_mnist/t10k-images-idx3-ubyte.gz
+67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5      5148  fashion_mnist/t10k-labels-idx1-ubyte.gz
+50de2c8299a5a297789293ab2c30f6fc3cb8c359a15e5e88d5501aa18ebb8fa5   2295919  binarized_mnist/binarized_mnist.npz
+ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d  78400000  binarized_mnist/binarized_mnist_train.amat
+1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2  15680000  binarized_mnist/binarized_mnist_valid.amat
+e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c  15680000  binarized_mnist/binarized_mnist_test.amat
+2fe18524c0a251017c43a4a790ad8b3b199fe61fa2d06cb0b34dfa87dcef117e   3011506  omniglot/omniglot_28x28.npz
+a2d76b394a84df0205cfa21c784cb66407d34cd09fbd8b272a15078bcdc00904     28665  text/xwindows.npz
+b78ddcafda5c885795e3c28f48c6003e50308ba6043135fde8d327e89f7dc7d1     50031  text/XwindowsDocData.mat
+342dec7cfde24c2332006f52d199d8a22f8c752a5428c95066cf96c74e6c7378     61041  text/news20_w100.npz
+6667c5459e22eb544a854bff1443edaaea71735cf1af7b12cc5d986e74af7064    416176  text/20news_w100.mat
+8fd20918904042e5104c4d5d22642f1332b0bc670c55df3a8688a1ea7b2e9e8d    206683  text/SMSSpamCollection.gz
+7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d    477907  text/SMSSpamCollection
 """
 
 
-SHA256 = {path: sha256 for sha256, path in map(str.split, _TABLE.splitlines())}
+SHA256 = {path: sha256 for sha256, _, path in map(str.split, _TABLE.splitlines())}
+
+
+SIZES = {path: int(size) for _, size, path in map(str.split, _TABLE.splitlines())}
+"""Size in bytes of each file: a download that is longer is broken off."""
 
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -123,13 +128,25 @@ def _download(url: str, kept: Path, folder: str) -> Path:
     if path.is_file() and _digest(path) == SHA256[file]:
         return path
     path.unlink(missing_ok=True)
-    sha256 = None if path.suffix == ".mat" else SHA256[file]
     with _quiet_pooch():
-        pooch.retrieve(url, sha256, path.name, path.parent, progressbar=sys.stderr.isatty())
-    if (got := _digest(path)) != SHA256[file]:
-        path.unlink()
-        raise ValueError(f"expected numbers with sha256 {SHA256[file]}, got {got}")
+        pooch.retrieve(url, SHA256[file], path.name, path.parent, downloader=partial(_stream, size=SIZES[file]))
     return path
+
+
+def _stream(url: str, output: str, _: Any, *, size: int) -> None:
+    """Download to a file at most a known number of bytes, as they are: nothing that a server compressed is unpacked."""
+    bar = tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+    asked = {"Accept-Encoding": "identity"}
+    with bar, requests.get(url, stream=True, timeout=30, headers=asked) as response, Path(output).open("wb") as file:
+        response.raise_for_status()
+        try:
+            for block in response.raw.stream(2**16, decode_content=False):
+                bar.update(len(block))
+                if file.tell() + len(block) > size:
+                    raise ValueError(f"expected {size} bytes, got more")
+                file.write(block)
+        except urllib3.exceptions.HTTPError as error:
+            raise OSError(str(error)) from None
 
 
 @contextmanager
@@ -151,14 +168,7 @@ def _digest(path: Path) -> str:
 
 @cache
 def _digest_once(path: Path, size: int, modified: int) -> str:
-    if path.suffix != ".mat":
-        return str(pooch.file_hash(str(path)))
-    try:
-        arrays = _matlab(path)
-    except Exception as error:  # a broken file may raise anything in the parser
-        return f"{type(error).__name__}: {error}"
-    numbers = [arrays[key].tobytes() for key in sorted(arrays) if arrays[key].dtype == np.uint8]
-    return hashlib.sha256(b"".join(numbers)).hexdigest()
+    return str(pooch.file_hash(str(path)))
 
 
 def read_arrays(file: str) -> Arrays:

@@ -3,6 +3,8 @@ r"""Simulated data with the truth that made them."""
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +31,10 @@ def simulate_naive_bayes(
         ValueError: A count is below 1, or ``dtype`` is no floating point type.
     """
     for argument, count in (("rows", rows), ("features", features), ("classes", classes)):
-        if count < 1:
-            raise ValueError(f"{argument}: expected at least 1, got {count}")
+        check_count(argument, count)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating point type, got {dtype}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_source(seed)
     uniform = partial(torch.rand, generator=generator, dtype=torch.float64)
     # Sums of five exponentials are Gamma(5): torch's own Dirichlet takes no generator.
     gammas = -torch.log1p(-uniform(5, classes)).sum(0)
@@ -64,14 +65,25 @@ def simulate_modes(name: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor,
     """
     if name not in ("ring", "grid"):
         raise ValueError(f"name: expected ring or grid, got {name!r}")
-    if rows < 1:
-        raise ValueError(f"rows: expected at least 1, got {rows}")
+    check_count("rows", rows)
     if name == "ring":
         angle = 2 * torch.pi * torch.arange(8) / 8
         centres, deviation = torch.stack([angle.cos(), angle.sin()], 1), 0.01
     else:
         line = torch.arange(-4.0, 5.0, 2.0)
         centres, deviation = torch.cartesian_prod(line, line), 0.05
-    random = torch.Generator().manual_seed(seed)
+    random = random_source(seed)
     which = torch.randint(len(centres), (rows,), generator=random)
     return centres[which] + deviation * torch.randn(rows, 2, generator=random), centres, deviation
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless the value is an integer of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def random_source(seed: Any) -> torch.Generator:
+    """A random generator from a seed, an integer of at least 0."""
+    check_count("seed", seed, 0)
+    return torch.Generator().manual_seed(int(seed))

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
-from ppl_models.models.checks import check_binary, check_matrix
+from ppl_models.models.checks import (
+    check_binary,
+    check_count,
+    check_matrix,
+    check_widths,
+    count_of,
+    known_or_zero,
+    random_source,
+)
 from ppl_models.models.pair import Visible
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Rowwise
@@ -123,10 +131,9 @@ class Autoregressive(Visible):
         Returns:
             Completed rows (draws, N, D).
         """
-        if particles < 1 or draws < 1:
-            raise ValueError(f"particles, draws: expected positive numbers, got {particles}, {draws}")
-        check_matrix("x", x.nan_to_num(), self.features)
-        check_binary("x", x.nan_to_num())
+        check_count("draws", draws)
+        check_count("particles", particles)
+        self.check(known_or_zero(x))
         distribution, kept = self.distribution(), []
         count = -(-particles // len(distribution.logits))
         for row in x:
@@ -180,8 +187,7 @@ class NADE(Autoregressive):
 
     def __init__(self, features: int | Sequence[str], *, hidden: int = 500) -> None:
         super().__init__(features)
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden}")
+        check_count("hidden", hidden)
         self.inward = nn.Parameter(torch.randn(self.features, hidden) / self.features**0.5)
         self.outward = nn.Parameter(torch.randn(self.features, hidden) / hidden**0.5)
         self.threshold = nn.Parameter(torch.zeros(hidden))
@@ -229,15 +235,14 @@ class MADE(Autoregressive):
     def __init__(
         self, features: int | Sequence[str], *, hidden: Sequence[int] = (500,), orders: int = 1, seed: int = 0
     ) -> None:
+        count_of("features", features, 2)
+        check_widths("hidden", hidden, 0)
+        check_count("orders", orders)
         super().__init__(features)
-        if self.features < 2:
-            raise ValueError(f"features: expected at least two, got {self.features}")
-        if orders < 1:
-            raise ValueError(f"orders: expected at least 1, got {orders}")
         widths = (self.features, *hidden, self.features)
         self.weights = nn.ParameterList(nn.Linear(a, b).weight for a, b in pairwise(widths))
         self.biases = nn.ParameterList(torch.zeros(b) for b in widths[1:])
-        random = torch.Generator().manual_seed(seed)
+        random = random_source(seed)
         order = [
             torch.randperm(self.features, generator=random) if k else torch.arange(self.features) for k in range(orders)
         ]

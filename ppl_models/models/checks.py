@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MAX_TABLE = 2**26
 """Largest table, in numbers, that an exact answer may build."""
 
 
-def count_of(given: int | Sequence[str]) -> int:
-    """Size of a dimension that is given as a number or as names."""
-    return given if isinstance(given, int) else len(given)
+def count_of(name: str, given: Any, least: int = 1) -> int:
+    """Size of a dimension that is given as a number or as different names; raise unless it is at least ``least``."""
+    if isinstance(given, str | bytes) or not (isinstance(given, Integral) or _listed(given)) or given is True:
+        raise ValueError(f"{name}: expected a number or a sequence of names, got {given!r}")
+    names = [] if isinstance(given, Integral) else list(map(str, given))
+    size = int(given) if isinstance(given, Integral) else len(names)
+    if size < least:
+        raise ValueError(f"{name}: expected at least {'one' if least == 1 else least}, got {given!r}")
+    twice = next((n for k, n in enumerate(names) if n in names[:k]), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise ValueError(f"{name}: expected different names, got {twice!r} twice")
+    return size
+
+
+def _listed(given: Any) -> bool:
+    return isinstance(given, Iterable) and hasattr(given, "__len__") and not isinstance(given, Tensor | dict | set)
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless the value is an integer of at least ``least``."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
-def check_positive(name: str, value: float, *, zero: bool = False) -> None:
-    """Raise unless the value is a positive number, or zero where that is allowed."""
+def check_widths(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless the value is a sequence of at least ``least`` widths, each a positive integer."""
+    fits = isinstance(value, Sequence | torch.Size) and not isinstance(value, str) and len(value) >= least
+    if not fits or any(not isinstance(v, Integral) or isinstance(v, bool) or v < 1 for v in value):
+        many = f", at least {least}" if least else ""
+        raise ValueError(f"{name}: expected a sequence of positive integers{many}, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, expected: str = "a finite number") -> None:
+    """Raise unless the value is a finite number."""
+    number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number):
+        raise ValueError(f"{name}: expected {expected}, got {number!r}")
+
+
+def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise unless the value is a finite positive number, or zero where that is allowed."""
+    expected = f"{'zero or ' if zero else ''}a positive number"
+    check_number(name, value, expected=expected)
     if not (value > 0 or (zero and value == 0)):
-        raise ValueError(f"{name}: expected {'zero or ' if zero else ''}a positive number, got {value}")
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_fraction(name: str, value: Any, *, one: bool = True) -> None:
+    """Raise unless the value is a number from 0 to 1, or to below 1."""
+    expected = f"a fraction from 0 to {'' if one else 'below '}1"
+    check_number(name, value, expected=expected)
+    if not 0 <= value <= 1 or (value == 1 and not one):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise unless the value is one of those known."""
+    if value not in tuple(known):
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def random_source(seed: Any, name: str = "seed") -> torch.Generator:
+    """A random generator on the CPU from a seed, an integer of at least 0."""
+    check_count(name, seed, 0)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def check_matrix(name: str, value: Any, width: int) -> None:
@@ -42,6 +95,11 @@ def check_matrix(name: str, value: Any, width: int) -> None:
         row, column = bad.nonzero()[0].tolist()
         got = f"{value[row, column].item()} at row {row}, column {column} ({int(bad.sum())} in all)"
         raise ValueError(f"{name}: expected finite numbers, got {got}")
+
+
+def known_or_zero(value: Any) -> Any:
+    """A tensor with zeros in place of nan, where these are no error; anything else as it is."""
+    return value.nan_to_num() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def check_binary(name: str, value: Tensor | None) -> None:

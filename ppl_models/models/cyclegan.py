@@ -21,9 +21,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_matrix
+from ppl_models.models.checks import check_matrix, check_positive, check_widths
 from ppl_models.models.gan import Leaky
-from ppl_models.models.pair import Pair
+from ppl_models.models.pair import Pair, as_matrix, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import Residual, check_network, evaluation, mlp
@@ -56,8 +56,9 @@ class CycleGAN(Pair):
         discriminators: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
+        check_positive("scale", scale)
+        check_widths("features", features, 2)
+        check_widths("hidden", hidden, 0)
         self.features, self.scale = tuple(features), scale
         a, b = self.features
         default = mlp(a, *hidden, 1, activation=Leaky), mlp(b, *hidden, 1, activation=Leaky)
@@ -94,13 +95,16 @@ class CycleGAN(Pair):
     @torch.no_grad()
     def translate(self, x: Tensor, *, back: bool = False) -> Tensor:
         """Translate rows of a to b, or with ``back`` rows of b to a, in evaluation mode."""
+        check_matrix("x", as_matrix(x), self.features[1 if back else 0])
         with evaluation(self):
             return self.backward_map(x) if back else self.forward_map(x)
 
+    @checked
     def generate_like(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """Rows of each domain translated from those of the other, to compare with rows of that domain."""
         return {"a": self.translate(b, back=True), "b": self.translate(a)}
 
+    @checked
     def pictures(self, a: Tensor, b: Tensor, **_: Any) -> dict[str, Grid]:
         """Rows of each domain, each above its translation."""
         return {

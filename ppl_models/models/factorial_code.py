@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import count_of
+from ppl_models.models.checks import check_count, check_matrix, check_widths, count_of
 from ppl_models.models.linear_factors import Autoencoder
 from ppl_models.models.parts.information import pairwise_information
 from ppl_models.models.parts.networks import mlp
@@ -73,9 +73,10 @@ class FactorialCode(Autoencoder):
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
-        wide, narrow = count_of(features), count_of(units)
-        if narrow < 2:
-            raise ValueError(f"units: expected at least 2, as they predict each other, got {narrow}")
+        # At least two units, as they predict each other.
+        wide, narrow = count_of("features", features), count_of("units", units, 2)
+        check_widths("hidden", hidden, 0)
+        check_widths("predictors", predictors, 0)
         encoder = mlp(wide, *hidden, narrow) if encoder is None else encoder
         super().__init__(
             features,
@@ -99,4 +100,6 @@ def mutual_information(code: Tensor, bins: int = 10) -> Tensor:
     Units are discretised into bins of equal width. Probabilities are the frequencies of the rows, which biases the
     estimate upwards: independent units with b occupied bins have about (b - 1)^2 / (2 N log 2) bits.
     """
+    check_matrix("code", code, code.shape[-1])
+    check_count("bins", bins, 2)
     return pairwise_information((code * bins).long().clamp(0, bins - 1), bins) / math.log(2)

@@ -17,6 +17,7 @@ and Dumoulin et al. 2017 (BiGAN, ALI); Lin et al. 2018 (https://arxiv.org/abs/17
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -24,8 +25,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_count, check_known_labels, check_matrix, count_of, known_labels
-from ppl_models.models.pair import Pair
+from ppl_models.models.checks import (
+    check_count,
+    check_known_labels,
+    check_labels,
+    check_matrix,
+    check_positive,
+    check_widths,
+    count_of,
+    known_labels,
+    random_source,
+)
+from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network, evaluation, mlp
@@ -63,6 +74,7 @@ class AdversarialPair(Pair):
             pack: Number of rows that it reads together.
         """
         check_count("pack", pack)
+        check_widths("hidden", hidden, 0)
         self.pack = pack
         self.discriminator = mlp(pack * inputs, *hidden, 1, activation=Leaky) if network is None else network
         check_network("discriminator", self.discriminator, pack * inputs, 1)
@@ -168,8 +180,9 @@ class GAN(AdversarialPair):
         inputs: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.features = self.name_dimension("features", features)
-        self.noise = self.name_dimension("noise", noise)
+        check_count("noise", noise)
+        check_widths("hidden", hidden, 0)
+        self.features, self.noise = self.name_dimension("features", features), int(noise)
         of_generator, of_discriminator = (self.noise, self.features) if inputs is None else inputs
         if generator is None:
             generator = mlp(of_generator, *hidden, self.features, activation=nn.ReLU)
@@ -205,14 +218,21 @@ class GAN(AdversarialPair):
         """Generated rows."""
         return {"samples": grids.samples(self)}
 
+    def each_in_turn(self, name: str, given: Tensor | None, count: int, states: int) -> Tensor:
+        """The states (count,) that rows are generated of: those given, which are checked, or all of them in turn."""
+        check_count("count", count)
+        if given is not None:
+            check_labels(name, given, count, states, missing=False)
+            return given
+        return torch.arange(count, device=self.origin.device) % states
+
     def noisy(self, scale: float) -> Callable[..., None]:
         r"""The model :math:`x \sim \mathrm{N}(G(z), s^2 I)`, which has a likelihood, unlike the generator.
 
         ``log_evidence(pair.noisy(0.1), x, "annealed")`` estimates it (Wu et al. 2017,
         https://arxiv.org/abs/1611.04273). The estimate depends on the scale s as much as on the generator.
         """
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
+        check_positive("scale", scale)
 
         def model(x: Tensor, *, size: int | None = None, rows: Tensor | None = None) -> None:
             with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
@@ -221,11 +241,13 @@ class GAN(AdversarialPair):
 
         return model
 
-    def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite (rows, D)."""
+    def check(self, x: Any = None, *, z: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite (rows, D), and z, noise of rows, a finite (rows, L)."""
         if x is not None:
             check_matrix("x", x, self.features)
             self._check_packs(len(x))
+        if z is not None:
+            check_matrix("z", z, self.noise)
 
 
 class ConditionalGAN(GAN):
@@ -242,8 +264,9 @@ class ConditionalGAN(GAN):
     def __init__(
         self, features: int | Sequence[str], classes: int | Sequence[str], noise: int = 20, **shared: Any
     ) -> None:
-        count = count_of(classes)
-        super().__init__(features, noise, inputs=(noise + count, count_of(features) + count), **shared)
+        check_count("noise", noise)
+        count, wide = count_of("classes", classes), count_of("features", features)
+        super().__init__(features, noise, inputs=(noise + count, wide + count), **shared)
         self.classes = self.name_dimension("classes", classes)
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, *, real: bool | None = None) -> Tensor:
@@ -263,7 +286,7 @@ class ConditionalGAN(GAN):
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, y: Tensor | None = None) -> Tensor:
         """Generate rows (count, D) of the labels y (count,), by default all labels in turn."""
-        labels = torch.arange(count, device=self.origin.device) % self.classes if y is None else y
+        labels = self.each_in_turn("y", y, count, self.classes)
         with evaluation(self):
             return self.generator(beside(normal_noise(count, self.origin, seed), labels, self.classes))
 
@@ -301,8 +324,9 @@ class InfoGAN(GAN):
         generator: nn.Module | None = None,
         trunk: nn.Module | None = None,
     ) -> None:
-        if codes < 2:
-            raise ValueError(f"codes: expected at least 2, got {codes}")
+        check_count("noise", noise)
+        check_count("codes", codes, 2)
+        check_widths("hidden", hidden)
         width = hidden[-1]
         inputs, discriminator = (noise + codes, width), nn.Linear(width, 1)
         super().__init__(
@@ -332,7 +356,7 @@ class InfoGAN(GAN):
     @torch.no_grad()
     def generate(self, count: int, *, seed: int = 0, c: Tensor | None = None) -> Tensor:
         """Generate rows (count, D) of the codes c (count,), by default all codes in turn."""
-        codes = torch.arange(count, device=self.origin.device) % self.codes if c is None else c
+        codes = self.each_in_turn("c", c, count, self.codes)
         with evaluation(self):
             return self.generator(beside(normal_noise(count, self.origin, seed), codes, self.codes))
 
@@ -367,7 +391,10 @@ class BiGAN(GAN):
         encoder: nn.Module | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(features, noise, hidden=hidden, inputs=(noise, count_of(features) + noise), **shared)
+        check_count("noise", noise)
+        super().__init__(
+            features, noise, hidden=hidden, inputs=(noise, count_of("features", features) + noise), **shared
+        )
         self.encoder = mlp(self.features, *hidden, 2 * noise, activation=Leaky) if encoder is None else encoder
         check_network("encoder", self.encoder, self.features, 2 * noise)
 
@@ -375,14 +402,17 @@ class BiGAN(GAN):
         """Encode each row, and classify it with its code, or a pack of them, as real or generated."""
         self.sample_real(x, lambda x: (x, pyro.sample("z", normal(self.encoder(x)))))
 
+    @partial(checked, leading=True)
     def encode(self, x: Tensor) -> Tensor:
         """Means of q(z | x) (..., L) of rows (..., D)."""
         return self.encoder(x).chunk(2, -1)[0]
 
+    @partial(checked, leading=True)
     def decode(self, z: Tensor) -> Tensor:
         """Rows (..., D) of noise (..., L)."""
         return self.generator(z)
 
+    @checked
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Generated rows, and reconstructions."""
         return {**super().pictures(), "reconstructions": grids.reconstructions(self, x)}
@@ -390,4 +420,5 @@ class BiGAN(GAN):
 
 def normal_noise(count: int, like: Tensor, seed: int) -> Tensor:
     """Draws (count, L) from N(0, I) of the type and device of a vector (L,); a seed gives the same on every device."""
-    return torch.randn(count, len(like), generator=torch.Generator().manual_seed(seed)).to(like)
+    check_count("count", count)
+    return torch.randn(count, len(like), generator=random_source(seed)).to(like)

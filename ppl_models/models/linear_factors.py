@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import pyro
@@ -24,7 +25,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from ppl_models.models.checks import check_matrix
-from ppl_models.models.pair import Pair
+from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
@@ -70,10 +71,12 @@ class FactorModel(Pair):
         """p(z): N(0, I), an event (L,)."""
         return dist.Normal(self.origin, 1.0).to_event(1)
 
-    def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a finite matrix (rows, D)."""
+    def check(self, x: Any = None, *, z: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a finite matrix (rows, D), and z, factors of rows, a finite (rows, L)."""
         if x is not None:
             check_matrix("x", x, self.features)
+        if z is not None:
+            check_matrix("z", z, self.factors)
 
 
 class FactorAnalysis(FactorModel):
@@ -100,10 +103,12 @@ class FactorAnalysis(FactorModel):
         self.mean: Any = PyroParam(torch.zeros(self.features))
         self.noise: Any = PyroParam(torch.ones(self.features), constraint=constraints.positive)
 
+    @partial(checked, leading=True)
     def likelihood(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) of factors (..., L), an event (D,)."""
         return dist.Normal(z @ self.loadings.mT + self.mean, self.noise.sqrt()).to_event(1)
 
+    @partial(checked, leading=True)
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         r"""p(z | x) of rows (..., D): :math:`\mathrm{N}(M^{-1} W^\top \Psi^{-1} (x - \mu), M^{-1})`, an event (L,).
 
@@ -114,6 +119,7 @@ class FactorAnalysis(FactorModel):
         gain = torch.cholesky_solve(weighted, torch.linalg.cholesky(precision))
         return dist.MultivariateNormal((x - self.mean) @ gain.mT, precision_matrix=precision)
 
+    @partial(checked, leading=True)
     def log_evidence(self, x: Tensor) -> Tensor:
         r"""Exact log p(x) of rows (..., D), in nats: (...).
 
@@ -147,6 +153,7 @@ class PPCA(FactorAnalysis):
         super().__init__(features, factors)
         self.noise = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
+    @checked
     def closed_form(self, x: Tensor) -> Self:
         r"""Set the parameters, in place, to the maximum likelihood estimate.
 
@@ -170,7 +177,6 @@ class PPCA(FactorAnalysis):
             ValueError: There are as many factors as features, or x varies in L directions only: :math:`\sigma^2` would
                 be 0.
         """
-        self.check(x=x)
         rest = self.features - self.factors
         if rest == 0:
             raise ValueError(f"factors: expected fewer than {self.features} (the features), got {self.factors}")
@@ -221,22 +227,27 @@ class Autoencoder(FactorModel):
         """A flat density, drawn from N(0, I); an event (L,)."""
         return super().prior().mask(False)
 
+    @partial(checked, leading=True)
     def likelihood(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) of codes (..., L), an event (D,)."""
         return dist.Normal(self.decode(z), 1.0).to_event(1)
 
+    @partial(checked, leading=True)
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """A Delta at the codes of rows (..., D), an event (L,)."""
         return dist.Delta(self.encode(x), event_dim=1)
 
+    @partial(checked, leading=True)
     def encode(self, x: Tensor) -> Tensor:
         """Codes (..., L) of rows (..., D)."""
         return self.encoder(x)
 
+    @partial(checked, leading=True)
     def decode(self, z: Tensor) -> Tensor:
         """Rows (..., D) of codes (..., L)."""
         return self.decoder(z)
 
+    @checked
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Reconstructions of rows."""
         return {"reconstructions": grids.reconstructions(self, x)}

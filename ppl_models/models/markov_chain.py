@@ -18,8 +18,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_entries, check_matrix, check_positive
-from ppl_models.models.pair import Visible
+from ppl_models.models.checks import check_count, check_entries, check_matrix, check_positive, count_of, known_or_zero
+from ppl_models.models.pair import Visible, checked
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.labels import one_hot
 
@@ -85,7 +85,7 @@ class MarkovChain(Visible):
 
     Args:
         length: Length T of the sequences, or names of the positions.
-        symbols: Number of symbols K, or their names.
+        symbols: Number of symbols K, or their names; a text stands for its characters.
 
     Data: x (N, T), symbols 0 to K - 1 as floats. Sites: x (T,) of each row.
 
@@ -103,8 +103,9 @@ class MarkovChain(Visible):
 
     def __init__(self, length: int | Sequence[str], symbols: int | Sequence[str]) -> None:
         super().__init__()
+        count_of("length", length)
         self.length = self.name_dimension("features", length)
-        self.symbols = self.name_dimension("symbols", symbols)
+        self.symbols = self.name_dimension("symbols", tuple(symbols) if isinstance(symbols, str) else symbols)
         self.dims = {"x": ("features",)}
         self.initial = nn.Parameter(torch.zeros(self.symbols))
         self.transition = nn.Parameter(torch.zeros(self.symbols, self.symbols))
@@ -113,6 +114,7 @@ class MarkovChain(Visible):
         """p(x), an event (T,)."""
         return MarkovSequence(self.initial.log_softmax(-1), self.transition.log_softmax(-1), self.length)
 
+    @checked
     @torch.no_grad()
     def estimate(self, x: Tensor, *, smoothing: float = 1.0) -> Self:
         r"""Set the parameters, in place, from counts, and return the pair.
@@ -130,6 +132,7 @@ class MarkovChain(Visible):
         self.transition.copy_(torch.where(seen, (pairs + smoothing).log(), self.transition.double()))
         return self
 
+    @checked
     def count(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Counts of the first symbols (K,), and of the transitions (K, K)."""
         codes = x.long()
@@ -139,9 +142,8 @@ class MarkovChain(Visible):
 
     def impute(self, x: Tensor, draws: int = 1) -> Tensor:
         """Draw the missing symbols (nan) of rows (N, T) given all known ones, exactly: (draws, N, T)."""
-        if draws < 1:
-            raise ValueError(f"draws: expected a positive number, got {draws}")
-        self.check(x.nan_to_num())
+        check_count("draws", draws)
+        self.check(known_or_zero(x))
         return self.distribution().complete(x.repeat(draws, 1)).reshape(draws, *x.shape)
 
     def check(self, x: Any = None, **_: Any) -> None:

@@ -29,8 +29,17 @@ from pyro.infer.autoguide import AutoNormal
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
-from ppl_models.models.checks import check_binary, check_labels, check_matrix, check_positive
-from ppl_models.models.pair import GuideFactory, Pair, continuous
+from ppl_models.models.checks import (
+    check_binary,
+    check_count,
+    check_labels,
+    check_matrix,
+    check_number,
+    check_one_of,
+    check_positive,
+    random_source,
+)
+from ppl_models.models.pair import GuideFactory, Pair, checked, continuous
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -64,15 +73,16 @@ class Mixture(Pair):
     def __init__(
         self,
         features: int | Sequence[str],
-        components: int,
         *,
+        components: int,
         concentration: float = 1.0,
         prior: bool = True,
         guide: GuideFactory = AutoNormal,
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
-        self.components = self.name_dimension("components", components)
+        check_count("components", components)
+        self.components = int(components)
         check_positive("concentration", concentration)
         self.prior = prior
         self.register_buffer("concentration", torch.full((self.components,), float(concentration)))
@@ -100,8 +110,14 @@ class Mixture(Pair):
             z = pyro.sample("z", dist.Categorical(logits=weights.clamp_min(1e-30).log()), obs=z)
             return pyro.sample("x", self.likelihood(*(rows_by_label(p, z) for p in parameters)), obs=x)
 
+    @checked
     def maximise(self, responsibilities: Tensor, x: Tensor, **_: Any) -> dict[str, Tensor]:
         """The M-step: the parameters, by site, that maximise the objective for responsibilities (N, K)."""
+        check_matrix("responsibilities", responsibilities, self.components)
+        if len(responsibilities) != len(x):
+            raise ValueError(
+                f"responsibilities: expected a row for each of the {len(x)} of x, got {len(responsibilities)}"
+            )
         responsibilities = responsibilities.to(x)
         counts = responsibilities.sum(0) + COUNT_OFFSET
         empty = (counts < 1e-3).nonzero().flatten().tolist()
@@ -118,13 +134,14 @@ class Mixture(Pair):
         """Bring the components into the order that the model requires."""
         return values
 
+    @checked
     def start(self, x: Tensor, *, seed: int = 0) -> Tensor:
         """Initial responsibilities (N, K) for EM: each row belongs to the nearest of K centres of k-means++."""
         if len(x) < self.components:
             raise ValueError(f"x: expected at least as many rows as components ({self.components}), got {len(x)}")
         count = max(START_ROWS, 10 * self.components)
-        subset = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)]
-        _, chosen = kmeans_plusplus(subset.detach().cpu().numpy(), self.components, random_state=seed)
+        subset = x[torch.randperm(len(x), generator=random_source(seed))[:count].to(x.device)]
+        _, chosen = kmeans_plusplus(subset.detach().cpu().numpy(), self.components, random_state=int(seed) % 2**32)
         centres = subset[torch.as_tensor(chosen, device=x.device).long()]
         nearest = torch.cdist(x, centres).argmin(-1)
         return one_hot(nearest, self.components, x.dtype)
@@ -161,7 +178,7 @@ class GaussianMixture(Mixture):
     (K, 1), tied: (D,)), correlations (K, D, D) (tied: (D, D)) as Cholesky factors, z, x.
 
     Example:
-        >>> pair = GaussianMixture(1, 2, covariance="diagonal", prior=False)
+        >>> pair = GaussianMixture(1, components=2, covariance="diagonal", prior=False)
         >>> labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
         >>> best = pair.maximise(labels, torch.tensor([[2.0], [4.0], [0.0], [1.0]]))
         >>> best["weights"], best["means"].flatten()  # sorted by the mean
@@ -171,8 +188,8 @@ class GaussianMixture(Mixture):
     def __init__(
         self,
         features: int | Sequence[str],
-        components: int,
         *,
+        components: int,
         covariance: str = "full",
         mean: float = 0.0,
         mean_sd: float = 2.0,
@@ -182,13 +199,13 @@ class GaussianMixture(Mixture):
         floor: float = 1e-3,
         **shared: Any,
     ) -> None:
-        if covariance not in COVARIANCES:
-            raise ValueError(f"covariance: expected one of {', '.join(COVARIANCES)}, got {covariance!r}")
+        check_one_of("covariance", covariance, COVARIANCES)
+        check_number("mean", mean)
         positive = {"mean_sd": mean_sd, "scale": scale, "log_scale_sd": log_scale_sd, "correlation": correlation}
         for name, value in positive.items():
             check_positive(name, value)
         check_positive("floor", floor, zero=True)
-        super().__init__(features, components, **shared)
+        super().__init__(features, components=components, **shared)
         for name, value in {"mean": mean, **positive}.items():
             self.register_buffer(name, torch.tensor(float(value)))
         # With one feature there are no correlations.
@@ -283,9 +300,9 @@ class BernoulliMixture(Mixture):
 
     conjugate = True
 
-    def __init__(self, features: int | Sequence[str], components: int, *, alpha: float = 0.1, **shared: Any) -> None:
+    def __init__(self, features: int | Sequence[str], *, components: int, alpha: float = 0.1, **shared: Any) -> None:
         check_positive("alpha", alpha, zero=True)
-        super().__init__(features, components, **shared)
+        super().__init__(features, components=components, **shared)
         self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
         self.dims |= {"probs": ("features",)}
 

@@ -26,8 +26,16 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions.utils import probs_to_logits
 
-from ppl_models.models.checks import check_binary, check_entries, check_labels, check_matrix
-from ppl_models.models.pair import GuideFactory, Moments, Pair, continuous
+from ppl_models.models.checks import (
+    check_binary,
+    check_count,
+    check_entries,
+    check_labels,
+    check_matrix,
+    check_number,
+    check_positive,
+)
+from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
 from ppl_models.models.parts.distributions import (
     Counts,
     LabelledGaussians,
@@ -63,6 +71,7 @@ class NaiveBayes(Pair):
         super().__init__()
         self.features = self.name_dimension("features", features)
         self.classes = self.name_dimension("classes", classes)
+        check_positive("concentration", concentration)
         self.prior = prior
         self.register_buffer("concentration", torch.full((self.classes,), float(concentration)))
         self.dims = {"x": ("features",), "weights": ("classes",)}
@@ -101,6 +110,7 @@ class NaiveBayes(Pair):
         with pyro.plate("classes", self.classes, dim=-1):
             self.draw_posterior(*counts)
 
+    @checked
     def count(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sufficient statistics of each class: rows (K,), sum (K, D) and sum of squared deviations (K, D)."""
         if y is None or (y.is_floating_point() and bool(y.isnan().any())):
@@ -113,6 +123,7 @@ class NaiveBayes(Pair):
         centred = x - member @ (total / rows.clamp_min(1)[:, None])
         return rows, total, member.mT @ centred**2
 
+    @checked
     def moments(self, x: Tensor, y: Tensor | None = None) -> Moments:
         """Exact posterior mean and standard deviation of each site, if all labels are known."""
         counts = self.count(x, y)
@@ -157,8 +168,11 @@ class GaussianNaiveBayes(NaiveBayes):
         scale: float = 1.0,
         **shared: Any,
     ) -> None:
+        check_number("mean", mean)
         super().__init__(features, classes, **shared)
         for name, value in {"mean": mean, "strength": strength, "shape": shape, "scale": scale}.items():
+            if name != "mean":
+                check_positive(name, value)
             self.register_buffer(name, torch.full((self.features,), float(value)))
         self.dims |= {"means": ("features",), "variances": ("features",)}
 
@@ -219,6 +233,7 @@ class BernoulliNaiveBayes(NaiveBayes):
     def __init__(
         self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, alpha: float = 1.0, **shared: Any
     ) -> None:
+        check_positive("alpha", alpha, zero=True)
         super().__init__(features, classes, **shared)
         self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
         self.dims |= {"probs": ("features",)}
@@ -272,8 +287,10 @@ class MultinomialNaiveBayes(NaiveBayes):
         length: int = 100,
         **shared: Any,
     ) -> None:
+        check_positive("alpha", alpha, zero=True)
         super().__init__(features, classes, **shared)
         self.register_buffer("alpha", torch.full((self.features,), float(alpha)))
+        check_count("length", length)
         self.length = length
         self.dims |= {"probs": ("features",)}
 

@@ -11,12 +11,14 @@ import inspect
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.nn import PyroModule, pyro_method
+from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -30,6 +32,9 @@ GuideFactory = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation of each site."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Minibatch(NamedTuple):
@@ -113,7 +118,10 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
         return pyro.plate("rows", size, subsample=None if rows is None else rows.long(), dim=-1)
 
     def check(self, **data: Any) -> None:
-        """Raise ValueError, in one line, if the data do not fit the pair. ``fit`` and ``sample`` call it first."""
+        """Raise ValueError, in one line, if the data do not fit the pair.
+
+        ``fit`` and ``sample`` call it first, and so does every method that is :func:`checked`.
+        """
 
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Grids of images by name, from rows of data by name: what a pair of images generates or reconstructs."""
@@ -121,12 +129,38 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
 
     def name_dimension(self, dimension: str, given: int | Sequence[str]) -> int:
         """Size of a dimension that is given as a number or as names; names become coordinates."""
-        size = count_of(given)
-        if size < 1:
-            raise ValueError(f"{dimension}: expected at least one, got {given!r}")
-        if not isinstance(given, int):
+        size = count_of(dimension, given)
+        if not isinstance(given, int | Integral):
             self.coords[dimension] = [str(name) for name in given]
         return size
+
+
+def checked(method: Method, *, leading: bool = False) -> Method:
+    """Let a method check its data first, by :meth:`Pair.check`: those of its arguments that the check knows by name.
+
+    Within a model or guide that runs under handlers nothing is checked: it runs at every step, may be traced, and its
+    data have been checked by its verb.
+
+    Args:
+        method: A method of a pair.
+        leading: Whether it takes rows with any leading dimensions (..., D), rather than a matrix.
+    """
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def call(self: Pair, *args: Any, **named: Any) -> Any:
+        if not am_i_wrapped():
+            given = signature.bind(self, *args, **named).arguments
+            known = inspect.signature(self.check).parameters
+            self.check(**{n: as_matrix(v) if leading else v for n, v in given.items() if n in known})
+        return method(self, *args, **named)
+
+    return call  # type: ignore[return-value]
+
+
+def as_matrix(rows: Any) -> Any:
+    """Rows (..., D) as a matrix."""
+    return rows.reshape(-1, rows.shape[-1]) if isinstance(rows, Tensor) and rows.dim() and rows.numel() else rows
 
 
 def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,6 +221,7 @@ class Visible(Pair):
         with self.rows(x):
             return pyro.sample("x", self.distribution(), obs=x)
 
+    @checked
     def log_evidence(self, x: Tensor) -> Tensor:
         """Exact log p(x) of each row, in nats: (N,)."""
         return self.distribution().log_prob(x)

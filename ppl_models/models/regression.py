@@ -20,8 +20,15 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from ppl_models.models.checks import check_labels, check_matrix
-from ppl_models.models.pair import GuideFactory, Moments, Pair
+from ppl_models.models.checks import (
+    check_count,
+    check_known_labels,
+    check_labels,
+    check_matrix,
+    check_positive,
+    count_of,
+)
+from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 
 
 class Classifier(Pair):
@@ -40,9 +47,8 @@ class Classifier(Pair):
     ) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
+        count_of("classes", classes, 2)
         self.classes = self.name_dimension("classes", classes)
-        if self.classes < 2:
-            raise ValueError(f"classes: expected at least two, got {self.classes}")
         self.guide = guide(self.model)
 
     @abstractmethod
@@ -91,6 +97,8 @@ class LogisticRegression(Classifier):
         intercept_scale: float = 10.0,
         guide: GuideFactory = AutoNormal,
     ) -> None:
+        check_positive("scale", scale)
+        check_positive("intercept_scale", intercept_scale)
         super().__init__(features, classes, guide=guide)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("intercept_scale", torch.tensor(float(intercept_scale)))
@@ -104,6 +112,7 @@ class LogisticRegression(Classifier):
             weights, intercept = weights.unsqueeze(-2), intercept.unsqueeze(-1)
         return affine(x, weights, intercept)
 
+    @checked
     def moments(self, x: Tensor, y: Tensor, *, draws: int = 200_000) -> Moments:
         """Posterior mean and standard deviation of each site by importance sampling.
 
@@ -112,6 +121,8 @@ class LogisticRegression(Classifier):
         Raises:
             ArithmeticError: The effective sample size is below 5,000: the posterior is too far from a t.
         """
+        check_count("draws", draws, 5000)
+        check_known_labels(x, y, self.classes)
         outputs = 1 if self.classes == 2 else self.classes
         inputs = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         scales = torch.cat([self.scale.expand(self.features), self.intercept_scale.expand(1)]).to(x.dtype)
@@ -158,8 +169,10 @@ class NeuralClassifier(Classifier):
         scale: float = 1.0,
         guide: GuideFactory = AutoNormal,
     ) -> None:
+        check_count("hidden", hidden)
+        check_positive("scale", scale)
         super().__init__(features, classes, guide=guide)
-        self.hidden = self.name_dimension("units", hidden)
+        self.hidden = int(hidden)
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.dims = {
             "hidden_weights": ("units", "features"),

@@ -17,6 +17,7 @@ algorithm for unsupervised neural networks".
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from ppl_models.models.checks import MAX_TABLE, check_binary, check_matrix
-from ppl_models.models.pair import Pair
+from ppl_models.models.checks import MAX_TABLE, check_binary, check_count, check_matrix, check_widths
+from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import mlp
@@ -59,8 +60,7 @@ class SigmoidBeliefNet(Pair):
     def __init__(self, features: int | Sequence[str], layers: Sequence[int] = (200, 200)) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
-        if not layers or min(layers) < 1:
-            raise ValueError(f"layers: expected at least one layer of at least one unit, got {tuple(layers)}")
+        check_widths("layers", layers)
         self.layers = tuple(layers)
         self.sites = tuple(f"z_{k}" for k, _ in enumerate(layers, 1))
         widths = (self.features, *layers)
@@ -107,6 +107,7 @@ class SigmoidBeliefNet(Pair):
             state = yield torch.stack([torch.zeros_like(weights), weights], -1)
             drive = off + state[..., None] * column
 
+    @checked
     def log_evidence(self, x: Tensor) -> Tensor:
         """Exact log p(x) of rows (N, D), in nats, by summing over all states of all layers: (N,).
 
@@ -116,6 +117,7 @@ class SigmoidBeliefNet(Pair):
         prior, emission = self._enumerated(x)
         return torch.logsumexp(emission + prior, -1)
 
+    @checked
     def posterior(self, x: Tensor) -> Tensor:
         r"""Exact p(z | x) of rows (N, D): (N, 2^units of z_1, ..., 2^units of z_L), in the order of :func:`states`.
 
@@ -131,6 +133,7 @@ class SigmoidBeliefNet(Pair):
         joint = joint + binary(self.biases[-1]).log_prob(top)
         return joint.flatten(1).softmax(-1).reshape(joint.shape)
 
+    @checked
     def marginals(self, x: Tensor) -> dict[str, Tensor]:
         """Exact posterior probability of each unit (N, units) given rows (N, D), by site.
 
@@ -143,6 +146,7 @@ class SigmoidBeliefNet(Pair):
             marginals[name] = layer @ states(units, self.origin)
         return marginals
 
+    @checked
     @torch.no_grad()
     def centre(self, x: Tensor) -> None:
         """Initialise the biases of x by the log odds of the feature means of rows (N, D)."""
@@ -151,6 +155,7 @@ class SigmoidBeliefNet(Pair):
     @torch.no_grad()
     def fantasies(self, size: int) -> Tensor:
         """Means of x (size, D) given latent units drawn from the model."""
+        check_count("size", size)
         logits = self.biases[-1].expand(size, -1)
         for k in range(len(self.layers), 0, -1):
             logits = self._below(k, logits.sigmoid().bernoulli())
@@ -161,6 +166,7 @@ class SigmoidBeliefNet(Pair):
         samples = grids.drawn(self.fantasies, "means of x given causes drawn from the model")
         return {"prior": samples, "fields": grids.fields(self)}
 
+    @partial(checked, leading=True)
     def decode(self, z: Tensor) -> Tensor:
         """Means of the rows (..., D) of the top layer (..., units), through the means of those below."""
         for k in range(len(self.layers), 0, -1):
@@ -172,11 +178,13 @@ class SigmoidBeliefNet(Pair):
         """A tensor of the type and device of the parameters."""
         return self.biases[0]
 
-    def check(self, x: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary matrix (rows, D)."""
+    def check(self, x: Any = None, *, z: Any = None, **_: Any) -> None:
+        """Raise ValueError unless x is a binary matrix (rows, D), and z, units of the top layer, has its width."""
         if x is not None:
             check_matrix("x", x, self.features)
             check_binary("x", x)
+        if z is not None:
+            check_matrix("z", z, self.layers[-1])
 
     def _below(self, k: int, z: Tensor) -> Tensor:
         """Log odds of the layer below layer k, given the units of layer k (..., units)."""
@@ -232,6 +240,7 @@ class HelmholtzMachine(SigmoidBeliefNet):
     """
 
     def __init__(self, features: int | Sequence[str], layers: Sequence[int] = (200, 200), *, baseline: int = 0) -> None:
+        check_count("baseline", baseline, 0)
         super().__init__(features, layers)
         widths = (self.features, *layers)
         self.recognition = nn.ParameterList(nn.init.xavier_uniform_(torch.empty(b, a)) for a, b in pairwise(widths))
@@ -246,12 +255,14 @@ class HelmholtzMachine(SigmoidBeliefNet):
                 distribution = binary(linear(below, self.recognition[k], self.thresholds[k]))
                 below = pyro.sample(name, distribution, infer=self._baseline(k, x))
 
+    @partial(checked, leading=True)
     def encode(self, x: Tensor) -> Tensor:
         """Means of the top layer (..., units) of rows (..., D), through the means of those below."""
         for weight, threshold in zip(self.recognition, self.thresholds, strict=True):
             x = linear(x, weight, threshold).sigmoid()
         return x
 
+    @checked
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Samples of the model, reconstructions, and the weights of the lowest layer."""
         return {**super().pictures(), "reconstructions": grids.reconstructions(self, x)}

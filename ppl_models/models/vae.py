@@ -9,6 +9,7 @@ Reference: Kingma and Welling 2014, "Auto-Encoding Variational Bayes" (https://a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,17 +18,23 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroParam
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ppl_models.models.checks import (
+    check_count,
     check_entries,
     check_known_labels,
     check_labels,
+    check_matrix,
+    check_one_of,
     check_positive,
+    check_widths,
     count_of,
     known_labels,
 )
 from ppl_models.models.linear_factors import FactorModel
+from ppl_models.models.pair import as_matrix, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.labels import one_hot
@@ -71,8 +78,9 @@ class VAE(FactorModel):
         decoder: nn.Module | None = None,
         extra: int = 0,
     ) -> None:
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+        check_one_of("likelihood", likelihood, LIKELIHOODS)
+        check_widths("hidden", hidden, 0)
+        check_count("extra", extra, 0)
         super().__init__(features, factors)
         widths = self.features, *hidden
         wide, narrow = self.features + extra, self.factors + extra
@@ -80,12 +88,13 @@ class VAE(FactorModel):
         self.decoder = mlp(narrow, *reversed(widths)) if decoder is None else decoder
         check_network("encoder", self.encoder, wide, 2 * self.factors)
         check_network("decoder", self.decoder, narrow, self.features)
-        self.kind = likelihood
+        self.kind, self._widths, self._extra = likelihood, {"x": self.features, "z": self.factors}, extra
         if likelihood == "gaussian":
             self.noise: Any = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
 
     def likelihood(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) of factors (..., L), an event (D,)."""
+        self._check_inputs("z", z)
         out = self.decoder(z)
         if self.kind == "gaussian":
             return dist.Normal(out, self.noise.sqrt()).to_event(1)
@@ -96,20 +105,25 @@ class VAE(FactorModel):
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of rows (..., D), an event (L,)."""
+        self._check_inputs("x", x)
         return normal(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
         """Posterior means of the factors (..., L) of rows (..., D)."""
+        self._check_inputs("x", x)
         return self.encoder(x).chunk(2, -1)[0]
 
     def decode(self, z: Tensor) -> Tensor:
         """Means of the rows (..., D) given factors (..., L)."""
         return self.likelihood(z).mean
 
+    @checked
     def active(self, x: Tensor, *, least: float = 0.01) -> Tensor:
         r"""Active factors (L,): :math:`\mathrm{Var}_n(\mathrm{E}_q[z \mid x_n]) > 0.01` (Burda et al. 2016)."""
+        check_positive("least", least, zero=True)
         return self.encode(x).var(0) > least
 
+    @checked
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Prior samples, reconstructions and traversals; with two factors also the manifold."""
         shown = {
@@ -119,9 +133,16 @@ class VAE(FactorModel):
         }
         return shown | ({"manifold": grids.manifold(self)} if self.factors == 2 else {})
 
-    def check(self, x: Any = None, **_: Any) -> None:
+    def _check_inputs(self, name: str, rows: Any) -> None:
+        """Check inputs of a network: rows or factors, beside one-hot labels where a subclass appends them."""
+        if not am_i_wrapped():
+            check_matrix(name, as_matrix(rows), self._widths[name] + self._extra)
+            if name == "x":
+                VAE.check(self, as_matrix(rows)[:, : self.features])
+
+    def check(self, x: Any = None, *, z: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite matrix (rows, D), in [0, 1] unless the likelihood is Gaussian."""
-        super().check(x)
+        super().check(x, z=z)
         if x is not None and self.kind != "gaussian":
             check_entries("x", x, (x < 0) | (x > 1), f"pixels in [0, 1] for a {self.kind} likelihood")
 
@@ -161,9 +182,7 @@ class SemiSupervisedVAE(VAE):
         classifier: nn.Module | None = None,
         **shared: Any,
     ) -> None:
-        count = count_of(classes)
-        if count < 2:
-            raise ValueError(f"classes: expected at least two, got {count}")
+        count = count_of("classes", classes, 2)
         check_positive("auxiliary", auxiliary, zero=True)
         super().__init__(features, factors, hidden=hidden, extra=count, **shared)
         self.classes = self.name_dimension("classes", classes)
@@ -196,6 +215,7 @@ class SemiSupervisedVAE(VAE):
             label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
             pyro.sample("z", self.posterior(beside(x, label, self.classes)))
 
+    @partial(checked, leading=True)
     def probabilities(self, x: Tensor) -> Tensor:
         """q(y | x): class probabilities (..., K) of rows (..., D)."""
         return self.classifier(x).softmax(-1)
@@ -246,7 +266,7 @@ class ConditionalVAE(VAE):
         classes: int | Sequence[str],
         **shared: Any,
     ) -> None:
-        count = count_of(classes)
+        count = count_of("classes", classes)
         super().__init__(features, factors, extra=count, **shared)
         self.classes = self.name_dimension("classes", classes)
 
@@ -300,8 +320,8 @@ class HierarchicalVAE(VAE):
         between: Sequence[int] = (100, 100),
         **shared: Any,
     ) -> None:
-        if len(factors) < 2 or min(factors) < 1:
-            raise ValueError(f"factors: expected at least two layers of at least one factor, got {tuple(factors)}")
+        check_widths("factors", factors, 2)
+        check_widths("between", between, 0)
         super().__init__(features, factors[0], **shared)
         layers = {f"z_{k}": (f"factors_{k}",) for k, _ in enumerate(factors, 1)}
         self.dims = {"x": ("features",), **layers}
@@ -325,6 +345,7 @@ class HierarchicalVAE(VAE):
             for k, network in enumerate(self.rising, 2):
                 z = pyro.sample(f"z_{k}", normal(network(z)))
 
+    @partial(checked, leading=True)
     def encode(self, x: Tensor) -> Tensor:
         """Means of the top layer (..., L_K) given rows (..., D), through the means of the layers below."""
         z = super().encode(x)
@@ -332,6 +353,7 @@ class HierarchicalVAE(VAE):
             z = network(z).chunk(2, -1)[0]
         return z
 
+    @partial(checked, leading=True)
     def decode(self, z: Tensor) -> Tensor:
         """Means of the rows (..., D) given the top layer (..., L_K), through the means of the layers below."""
         for network in reversed(self.falling):

@@ -15,9 +15,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import count_of
+from ppl_models.models.checks import check_widths, count_of
 from ppl_models.models.gan import AdversarialPair, normal_noise
 from ppl_models.models.linear_factors import Autoencoder
+from ppl_models.models.pair import checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import evaluation, mlp
@@ -109,7 +110,8 @@ class AdversarialAutoencoder(WithLikelihood, Autoencoder):
         discriminator: nn.Module | None = None,
         pack: int = 1,
     ) -> None:
-        wide, narrow = count_of(features), count_of(factors)
+        wide, narrow = count_of("features", features), count_of("factors", factors)
+        check_widths("hidden", hidden, 0)
         Autoencoder.__init__(
             self,
             features,
@@ -128,6 +130,7 @@ class AdversarialAutoencoder(WithLikelihood, Autoencoder):
         """Codes of rows (N, D)."""
         return (pyro.sample("z", self.posterior(x)),)
 
+    @checked
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Rows of codes drawn from N(0, I), and reconstructions."""
         return {"prior": grids.prior_samples(self), **super().pictures(x)}

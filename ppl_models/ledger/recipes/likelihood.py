@@ -38,7 +38,7 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
         start = pair.start(x, seed=seed)
         return fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), **arguments)
 
-    make = partial(BernoulliMixture, pixels, count, alpha=0.1, concentration=2.0, guide=AutoDelta)
+    make = partial(BernoulliMixture, pixels, components=count, alpha=0.1, concentration=2.0, guide=AutoDelta)
     _, result = trained(make, x, method=by_em, steps=steps, draws=1, seed=seed)
     return {
         "figure": -float(pointwise_log_likelihood(result, test).double().mean()),

@@ -24,13 +24,25 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_count, check_known_labels, check_matrix, known_labels
+from ppl_models.models.checks import (
+    check_count,
+    check_entries,
+    check_fraction,
+    check_known_labels,
+    check_matrix,
+    check_number,
+    check_one_of,
+    check_widths,
+    known_labels,
+)
 from ppl_models.models.diffusion import sampling
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import alpha_bar_of
+from ppl_models.models.pair import as_matrix
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.grids import Grid
@@ -123,11 +135,10 @@ class DiffusionChain(Noising):
             ("variance", variance, VARIANCES),
             ("likelihood", likelihood, LIKELIHOODS),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            check_one_of(name, value, known)
         check_count("levels", levels, 2)
-        if not 0 <= drop < 1:
-            raise ValueError(f"drop: expected a fraction from 0 to below 1, got {drop!r}")
+        check_fraction("drop", drop, one=False)
+        check_widths("hidden", hidden)
         super().__init__(features, alpha_bar_of(schedule, steps))
         self.classes = 0 if classes is None else self.name_dimension("classes", classes)
         self.prediction, self.variance, self.likelihood = prediction, variance, likelihood
@@ -145,6 +156,8 @@ class DiffusionChain(Noising):
         self.dims = {"x": ("features",), **{f"x_{t}": ("features",) for t in range(1, self.steps + 1)}}
 
     def _set_scale(self, name: str, value: float | Tensor | None, default: float) -> None:
+        if not isinstance(value, Tensor | None):
+            check_number(name, value)
         numbers = torch.as_tensor(default if value is None else value, dtype=torch.get_default_dtype())
         if numbers.shape not in ((), (self.features,)) or not bool(numbers.isfinite().all()):
             raise ValueError(f"{name}: expected finite numbers, one or {self.features}, got {value!r}")
@@ -219,17 +232,16 @@ class DiffusionChain(Noising):
         Args:
             t: Steps, an integer or (...,).
             y: Labels, broadcast against the rows.
-            guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, the output with labels and without.
+            guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, the prediction with labels and without. A learned
+                variance is that with labels: extrapolated it would be no variance of any step.
         """
+        check_number("guidance", guidance)
         y = self.class_labels(y)
         t = torch.tensor(t, device=x_t.device).expand(x_t.shape[:-1]) if isinstance(t, int) else t
-        output = self._run_network(x_t, t, y)
+        output, variance_logit = self._run_network(x_t, t, y)
         if guidance:
-            without = self._run_network(x_t, t, torch.full_like(known_labels(y), self.classes))
+            without, _ = self._run_network(x_t, t, torch.full_like(known_labels(y), self.classes))
             output = (1 + guidance) * output - guidance * without
-        variance_logit: Tensor | None = None
-        if self.variance == "learned":
-            output, variance_logit = output.chunk(2, -1)
         gain, sigma = self.alpha_bar(t).sqrt(), self.noise_variance(t).sqrt()
         if self.prediction == "noise":
             x0 = (x_t - sigma * output) / gain
@@ -241,9 +253,14 @@ class DiffusionChain(Noising):
             x0 = x0.clamp(self.scaled(torch.zeros_like(x0)), self.scaled(torch.ones_like(x0)))
         return Prediction(output, x0, (x_t - gain * x0) / sigma, variance_logit)
 
-    def _run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def _run_network(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The prediction, and the logit of the variance if it is learned."""
         labels = () if y is None else (y.expand(x_t.shape[:-1]),)
-        return self.network(x_t, t.expand(x_t.shape[:-1]), *labels)
+        out: Tensor = self.network(x_t, t.expand(x_t.shape[:-1]), *labels)
+        if self.variance != "learned":
+            return out, None
+        prediction, variance_logit = out.chunk(2, -1)
+        return prediction, variance_logit
 
     def step_distribution(self, x_t: Tensor, prediction: Prediction, t: int | Tensor) -> dist.TorchDistribution:
         """p(x_{t-1} | x_t) from a prediction; at t = 1 that of the scaled rows x_0."""
@@ -271,6 +288,8 @@ class DiffusionChain(Noising):
 
     def scaled(self, x: Tensor) -> Tensor:
         """Rows (..., D) less ``shift``, divided by ``scale``: the units of the chain."""
+        if not am_i_wrapped():
+            check_matrix("x", as_matrix(x), self.features)
         return (x - self.shift) / self.scale
 
     def unscaled(self, x0: Tensor) -> Tensor:
@@ -282,12 +301,21 @@ class DiffusionChain(Noising):
         """Labels as integers; None if the pair has no classes.
 
         Raises:
-            ValueError: The pair has classes, and y is None.
+            ValueError: The pair has classes, and y is None or not of 0 to K, where K stands for no label.
         """
-        return known_labels(y).long() if self.classes else None
+        if not self.classes:
+            return None
+        y = known_labels(y)
+        if not am_i_wrapped():
+            if not isinstance(y, Tensor):
+                raise ValueError(f"y: expected a tensor of labels, got {type(y).__name__}")
+            known = (y >= 0) & (y <= self.classes) & (y == y.round())
+            check_entries("y", y, ~known, f"labels 0 to {self.classes - 1}")
+        return y.long()
 
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Generated rows, the chain forward and back, and rows by the number of deterministic steps."""
+        self._check_rows(x)
         samples = grids.samples_by(self, "y", self.classes) if self.classes else grids.samples(self)
         return {"samples": samples, "chain": grids.chain(self, x), "steps": grids.by_steps(self)}
 
@@ -295,9 +323,7 @@ class DiffusionChain(Noising):
         """Raise ValueError unless x is a finite (rows, D), of pixels with the stated levels if it holds pixels, and y
         has a class for every row."""
         if x is not None:
-            check_matrix("x", x, self.features)
-            if self.likelihood == "pixels":
-                self._check_pixels(x)
+            self._check_rows(x)
         if self.classes:
             check_known_labels(x, y, self.classes)
         if step is not None and x is not None:
@@ -306,6 +332,11 @@ class DiffusionChain(Noising):
             if t.shape != x.shape[:1] or len(wrong):
                 got = f"{wrong[0].item()}" if len(wrong) else tuple(t.shape)
                 raise ValueError(f"step: expected one per row, 1 to {self.steps + 1}, got {got}")
+
+    def _check_rows(self, x: Any) -> None:
+        check_matrix("x", x, self.features)
+        if self.likelihood == "pixels":
+            self._check_pixels(x)
 
     def _check_pixels(self, x: Tensor) -> None:
         outside = x[(x < 0) | (x > 1)]

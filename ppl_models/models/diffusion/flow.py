@@ -22,10 +22,11 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ppl_models.models.checks import check_count, check_matrix
+from ppl_models.models.checks import check_count, check_matrix, check_one_of, check_positive, random_source
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.diffusion.noising import draw
 from ppl_models.models.diffusion.schedules import timesteps
+from ppl_models.models.pair import as_matrix
 from ppl_models.models.parts.networks import evaluation
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -50,13 +51,14 @@ def log_density(
         batch: Number of rows solved together.
         seed: Seed of Hutchinson's probes, one per row.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    check_one_of("divergence", divergence, DIVERGENCES)
+    check_positive("tolerance", tolerance)
+    check_count("batch", batch)
+    source = random_source(seed)
     check_matrix("x_1", x_1, pair.features)
     x_1, probes = x_1.detach(), None
     if divergence == "hutchinson":
-        random = torch.Generator().manual_seed(seed)
-        probes = torch.randint(2, x_1.shape, generator=random).to(x_1) * 2 - 1
+        probes = torch.randint(2, x_1.shape, generator=source).to(x_1) * 2 - 1
     with evaluation(pair):
         parts = [
             _solve(pair, x_1[k], None if y is None else y[k], None if probes is None else probes[k], tolerance)
@@ -90,7 +92,7 @@ def log_evidence(
     """
     pair.check(x, y)
     check_count("draws", draws)
-    random = torch.Generator().manual_seed(seed)
+    random = random_source(seed)
     noised = pair.noised(pair.scaled(x), 1)
     labels = pair.class_labels(y)
     total = torch.zeros(len(x)).to(x)
@@ -127,6 +129,7 @@ def encode(pair: DiffusionChain, x: Tensor, y: Tensor | None = None, *, steps: i
 @torch.no_grad()
 def decode(pair: DiffusionChain, x_T: Tensor, y: Tensor | None = None, *, steps: int | None = None) -> Tensor:
     """Rows (N, D) from noise x_T (N, D) by the deterministic implicit sampler."""
+    check_matrix("x_T", as_matrix(x_T), pair.features)
     taken = pair.steps if steps is None else steps
     *_, x0 = pair.denoise_steps(x_T, torch.Generator(), steps=taken, y=y)
     return pair.unscaled(x0)
@@ -136,6 +139,7 @@ def interpolate(
     pair: DiffusionChain, a: Tensor, b: Tensor, count: int = 8, *, steps: int | None = None, y: Tensor | None = None
 ) -> Tensor:
     """Rows (N, count, D) between rows a and b (N, D), by spherical interpolation of their noise x_T."""
+    check_count("count", count, 2)
     first, last = encode(pair, a, y, steps=steps), encode(pair, b, y, steps=steps)
     cosine = (first * last).sum(-1, keepdim=True) / (first.norm(dim=-1) * last.norm(dim=-1))[..., None]
     angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos()[:, None]

@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_models.models.checks import check_count, check_labels, check_matrix, known_labels
+from ppl_models.models.checks import (
+    check_count,
+    check_labels,
+    check_matrix,
+    check_positive,
+    known_labels,
+    random_source,
+)
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.diffusion.noising import noise_like
 from ppl_models.models.parts.networks import evaluation
@@ -45,7 +52,8 @@ def mask_matrix(observed: Tensor) -> Tensor:
 def pooling_matrix(shape: tuple[int, int], side: int) -> Tensor:
     """The matrix (M, D) of average pooling over squares of ``side`` pixels: for super-resolution."""
     height, width = shape
-    if side < 1 or height % side or width % side:
+    check_count("side", side)
+    if height % side or width % side:
         raise ValueError(f"side: expected a divisor of {height} and {width}, got {side}")
     row, column = torch.arange(height) // side, torch.arange(width) // side
     block = (row[:, None] * (width // side) + column).flatten()
@@ -71,7 +79,7 @@ def denoise(
     t, gain = _step_of_noise(pair, sd)
     x_t = (gain * pair.scaled(x))[:, None].expand(-1, draws, -1)
     labels = None if y is None else y[:, None].expand(-1, draws)
-    *_, x0 = pair.denoise_steps(x_t, torch.Generator().manual_seed(seed), start=t, y=labels)
+    *_, x0 = pair.denoise_steps(x_t, random_source(seed), start=t, y=labels)
     return pair.unscaled(x0)
 
 
@@ -117,13 +125,13 @@ def restore(
         raise ValueError(
             f"observed: expected (rows, {len(matrix)}), one column per row of the matrix, got {tuple(observed.shape)}"
         )
-    if not sd > 0:
-        raise ValueError(f"sd: expected a positive number, got {sd!r}")
+    check_positive("sd", sd)
     check_count("particles", particles)
     observed, matrix = observed.to(pair.origin), matrix.to(pair.origin)
     check_matrix("observed", observed, len(matrix))
+    check_matrix("matrix", matrix, pair.features)
     _check_labels(pair, y, len(observed))
-    random = torch.Generator().manual_seed(seed)
+    random = random_source(seed)
     view = _View(matrix * pair.scale, (observed - matrix @ pair.shift)[:, None], sd)
     labels = None if y is None else y.long()[:, None].expand(-1, particles)
     x_T = noise_like(pair.origin.expand(len(observed), particles, -1), random)
@@ -216,8 +224,7 @@ def _step_of_noise(pair: DiffusionChain, sd: float) -> tuple[int, Tensor]:
     scale = pair.scale
     if not bool((scale == scale[0]).all()):
         raise ValueError(f"pair: expected one scale for all features, got {scale.min():g} to {scale.max():g}")
-    if not sd > 0:
-        raise ValueError(f"sd: expected a positive number, got {sd!r}")
+    check_positive("sd", sd)
     levels = (-0.5 * pair.log_snr[1:]).exp() * scale[0]
     if not levels[0] / 1.5 <= sd <= levels[-1] * 1.5:
         raise ValueError(

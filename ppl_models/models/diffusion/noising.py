@@ -15,8 +15,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
+from ppl_models.models.checks import check_entries
 from ppl_models.models.diffusion.schedules import at_steps, log_snr_of
 from ppl_models.models.pair import Pair
 
@@ -89,7 +91,13 @@ class Noising(Pair):
         return self.beta(inner) * self.noise_variance(inner - 1) / self.noise_variance(inner), self.beta(t)
 
     def _log_snr_at(self, t: int | Tensor) -> Tensor:
-        return self.log_snr[t] if isinstance(t, int) else at_steps(self.log_snr, t)[..., None]
+        if isinstance(t, Tensor):
+            if not am_i_wrapped():
+                check_entries("t", t, ~((t >= 0) & (t <= self.steps)), f"steps 0 to {self.steps}")
+            return at_steps(self.log_snr, t)[..., None]
+        if not 0 <= t <= self.steps:
+            raise ValueError(f"t: expected steps 0 to {self.steps}, got {t!r}")
+        return self.log_snr[t]
 
 
 def normal_event(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

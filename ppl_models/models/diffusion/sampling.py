@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_models.models.checks import check_count, check_labels
+from ppl_models.models.checks import (
+    check_count,
+    check_fraction,
+    check_labels,
+    check_matrix,
+    check_number,
+    random_source,
+)
 from ppl_models.models.diffusion.noising import draw, noise_like
 from ppl_models.models.diffusion.schedules import timesteps
+from ppl_models.models.pair import as_matrix
 from ppl_models.models.parts.networks import evaluation
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ def bound(pair: DiffusionChain, x: Tensor, y: Tensor | None = None, *, draws: in
     pair.check(x, y)
     check_count("draws", draws)
     x0, labels = pair.scaled(x), pair.class_labels(y)
-    random = torch.Generator().manual_seed(seed)
+    random = random_source(seed)
     step_kl = torch.zeros(len(x), pair.steps - 1).to(x0)
     reconstruction = torch.zeros(len(x)).to(x0)
     with evaluation(pair):
@@ -117,6 +125,7 @@ def generate(
         ValueError: More steps than the chain has, or an argument out of its range.
     """
     check_count("count", count)
+    check_number("guidance", guidance)
     if guidance and not (pair.classes and pair.drop):
         raise ValueError("guidance: expected a pair with classes and drop above 0, got one without")
     if eta and steps is None:
@@ -125,7 +134,7 @@ def generate(
         check_labels("y", y, count, pair.classes, missing=False)
     if y is None and pair.classes:
         y = torch.arange(count, device=pair.origin.device) % pair.classes
-    random = torch.Generator().manual_seed(seed)
+    random = random_source(seed)
     x_T = noise_like(pair.origin.expand(count, -1), random)
     *_, x0 = denoise_steps(pair, x_T, random, steps=steps, eta=eta, y=y, guidance=guidance)
     return pair.unscaled(x0)
@@ -153,8 +162,8 @@ def denoise_steps(
     The other arguments are those of :func:`generate`.
     """
     start = pair.steps if start is None else start
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a fraction from 0 to 1, got {eta!r}")
+    check_fraction("eta", eta)
+    check_matrix("x_t", as_matrix(x_t), pair.features)
     taken = timesteps(start, start if steps is None else steps)
     y = pair.class_labels(y)
     for t, s in zip(taken, [*taken[1:], 0], strict=True):

@@ -3,6 +3,7 @@ r"""Noise schedules of a diffusion chain, :math:`\bar\alpha_t` by step, and the 
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -81,6 +82,6 @@ def at_steps(table: Tensor, t: Tensor) -> Tensor:
 
 def timesteps(start: int, steps: int) -> list[int]:
     """That many steps of the chain in descending order, evenly spaced from ``start`` to 1."""
-    if not isinstance(steps, int) or not 1 <= steps <= start:
+    if not isinstance(steps, Integral) or not 1 <= steps <= start:
         raise ValueError(f"steps: expected 1 to {start} (those of the chain), got {steps!r}")
     return [round(start - k * (start - 1) / max(steps - 1, 1)) for k in range(steps)]
