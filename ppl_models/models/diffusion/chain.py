@@ -219,17 +219,17 @@ class DiffusionChain(Noising):
         Args:
             t: Steps, an integer or (...,).
             y: Labels, broadcast against the rows.
-            guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, the output with labels and without.
+            guidance: w of :math:`(1 + w) f(x_t, y) - w f(x_t)`, the output with labels and without. A learned variance
+                is that with labels.
         """
         y = self.class_labels(y)
         t = torch.tensor(t, device=x_t.device).expand(x_t.shape[:-1]) if isinstance(t, int) else t
-        output = self._run_network(x_t, t, y)
-        if guidance:
-            without = self._run_network(x_t, t, torch.full_like(known_labels(y), self.classes))
-            output = (1 + guidance) * output - guidance * without
-        variance_logit: Tensor | None = None
+        output, variance_logit = self._run_network(x_t, t, y), None
         if self.variance == "learned":
             output, variance_logit = output.chunk(2, -1)
+        if guidance:
+            without = self._run_network(x_t, t, torch.full_like(known_labels(y), self.classes))
+            output = (1 + guidance) * output - guidance * without[..., : output.shape[-1]]
         gain, sigma = self.alpha_bar(t).sqrt(), self.noise_variance(t).sqrt()
         if self.prediction == "noise":
             x0 = (x_t - sigma * output) / gain
