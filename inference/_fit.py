@@ -30,8 +30,9 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import pareto_k
+from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, advise_guide, pareto_k
 from inference.diagnostics.latents import local_latent_kl
+from inference.diagnostics.losses import still_falling
 from inference.draws import scoring
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
@@ -108,7 +109,7 @@ def fit(
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
     probe = {} if objective is None else Objective.of(objective).probe
-    bound = replace(whole, data={**whole.data, **probe}, memo={})
+    bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(
         bound,
         steps=steps,
@@ -119,9 +120,15 @@ def fit(
         learning_rate=learning_rate,
         compile=compile,
     )
-    Objective.of(Trace_ELBO() if objective is None else objective).check(bound)
+    asked = Objective.of(Trace_ELBO() if objective is None else objective)
+    asked.check(bound)
+    if batch is not None and asked.all_rows:
+        raise ValueError(f"batch: {type(objective).__name__} expected all rows at every step: {asked.all_rows}")
+    if asked.has_posterior:
+        _check_guide(bound)
     started = perf_counter()
-    with isolated(seed):
+    # A caller's no_grad would leave every parameter where it is.
+    with isolated(seed), torch.enable_grad():
         chosen = _objective(bound, objective)
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
@@ -278,6 +285,20 @@ def _check(
         raise ValueError(f"batch: expected 1 to {bound.rows} (the rows of the data), got {batch!r}")
 
 
+def _check_guide(bound: BoundPair) -> None:
+    """Raise a ValueError unless the guide draws the model's latent sites, except those that are summed out."""
+    if bound.unguided:
+        named = ", ".join(bound.unguided)
+        raise ValueError(
+            f"guide: expected all latent sites of the model, got none named {named}; draw it in the guide (from its "
+            "prior, if that is meant)"
+        )
+    if bound.alien:
+        observed = [n for n in bound.alien if n in bound.select("observed")]
+        why = "which the model observes" if observed else 'or ones with infer={"is_auxiliary": True}'
+        raise ValueError(f"guide: expected latent sites of the model, got {', '.join(observed or bound.alien)}, {why}")
+
+
 def _conclude(
     bound: BoundPair, objective: ELBO, execution: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
@@ -286,9 +307,13 @@ def _conclude(
     def make() -> Posterior | Sequence[str]:
         if not asked.has_posterior:
             return asked.advise(bound, losses)
-        values, density = scoring.sample_guide(bound, _affordable(bound, draws))
+        try:
+            values, density = scoring.sample_guide(bound, _affordable(bound, draws))
+        except Exception as error:
+            # Whatever it is, the parameters that have been learned are kept.
+            return (f"Posterior draws could not be made ({_first_line(error)}); the parameters are in params.",)
         k = _pareto_k(bound, values, density)
-        return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
+        return Posterior(values, pareto_k=k, latent_kl=_latent_kl(bound))
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         if not asked.has_posterior:
@@ -296,7 +321,31 @@ def _conclude(
         return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
-    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    result = conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    return _judge_losses(result) if asked.has_posterior else result
+
+
+def _judge_losses(result: Result) -> Result:
+    """The result of a fit that was not over when its steps ended says so, in place of what it says of the guide."""
+    diagnosis, unfinished = result.diagnosis, still_falling(result.losses)
+    k = diagnosis.pareto_k
+    if not unfinished or (k is not None and k <= PARETO_K[1]):
+        return result
+    rest = [a for a in diagnosis.advice if a not in (*advise_guide(k), POINT_ESTIMATE)]
+    return replace(result, diagnosis=replace(diagnosis, advice=(*unfinished, *rest)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _latent_kl(bound: BoundPair) -> Any:
+    """KL divergence of the latent sites by dimension; None, with a warning, where it cannot be computed."""
+    try:
+        return local_latent_kl(bound)
+    except Exception as error:
+        warnings.warn(f"{bound.name}: KL of the latent sites left out: {_first_line(error)}", stacklevel=5)
+        return None
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:
@@ -324,6 +373,6 @@ def _pareto_k(bound: BoundPair, posterior: dict[str, Tensor], density: Tensor) -
     judged = {n: v[:affordable] for n, v in posterior.items()}
     try:
         return pareto_k(scoring.log_joint(bound, judged) - density[:affordable])
-    except ValueError as error:
-        warnings.warn(f"{bound.name}: Pareto k left out: {error}", stacklevel=5)
+    except Exception as error:
+        warnings.warn(f"{bound.name}: Pareto k left out: {_first_line(error)}", stacklevel=5)
         return None

@@ -94,6 +94,9 @@ def score(bound: BoundPair, draws: Draws, what: str, *, at_once: bool | None = N
         at_once: As :func:`inference.draws.engine.run` takes it.
     """
     check_draws(bound, draws)
+    if bound.subsampled:
+        named = ", ".join(bound.subsampled)
+        raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {named}")
     free = [s.name for s in bound.select("latent").values() if s.name not in draws]
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:
