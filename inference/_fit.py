@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,16 +32,21 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, advise_guide, pareto_k
+from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.diagnostics.losses import still_falling
 from inference.draws import scoring
+from inference.draws.rows import is_point
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
+RAN_AWAY = (
+    "All draws are equal, though the guide is no point mass: its scales are lost in the rounding of its locations. The "
+    "fit ran away; take a lower learning_rate, or tighter priors."
+)
 
 
 def fit(
@@ -313,7 +320,7 @@ def _conclude(
             # Whatever it is, the parameters that have been learned are kept.
             return (f"Posterior draws could not be made ({_first_line(error)}); the parameters are in params.",)
         k = _pareto_k(bound, values, density)
-        return Posterior(values, pareto_k=k, latent_kl=_latent_kl(bound))
+        return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         if not asked.has_posterior:
@@ -326,26 +333,29 @@ def _conclude(
 
 
 def _judge_losses(result: Result) -> Result:
-    """The result of a fit that was not over when its steps ended says so, in place of what it says of the guide."""
-    diagnosis, unfinished = result.diagnosis, still_falling(result.losses)
-    k = diagnosis.pareto_k
-    if not unfinished or (k is not None and k <= PARETO_K[1]):
+    """The result of a fit that was not over when its steps ended, or ran away, says so before it judges the guide."""
+    said, k = result.diagnosis.advice, result.diagnosis.pareto_k
+    ran_away = (RAN_AWAY,) if POINT_ESTIMATE in said and not _is_point(result) else ()
+    unfinished = still_falling(result.losses) if k is None or not k <= PARETO_K[1] else ()
+    dropped = {
+        *(a for a in said if unfinished and a.startswith("Pareto k of the guide")),
+        *([POINT_ESTIMATE] if ran_away else []),
+    }
+    if not unfinished and not ran_away:
         return result
-    rest = [a for a in diagnosis.advice if a not in (*advise_guide(k), POINT_ESTIMATE)]
-    return replace(result, diagnosis=replace(diagnosis, advice=(*unfinished, *rest)))
+    advice = (*ran_away, *unfinished, *(a for a in said if a not in dropped))
+    return replace(result, diagnosis=replace(result.diagnosis, advice=advice))
+
+
+def _is_point(result: Result) -> bool:
+    """Whether the guide is a point mass, and not one whose draws are equal by rounding."""
+    with isolated(), result.state(), poutine.block():
+        trace: Any = poutine.trace(result.bound.guide).get_trace(**result.bound.arguments())
+    return all(is_point(s["fn"]) for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
-def _latent_kl(bound: BoundPair) -> Any:
-    """KL divergence of the latent sites by dimension; None, with a warning, where it cannot be computed."""
-    try:
-        return local_latent_kl(bound)
-    except Exception as error:
-        warnings.warn(f"{bound.name}: KL of the latent sites left out: {_first_line(error)}", stacklevel=5)
-        return None
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:
@@ -373,6 +383,6 @@ def _pareto_k(bound: BoundPair, posterior: dict[str, Tensor], density: Tensor) -
     judged = {n: v[:affordable] for n, v in posterior.items()}
     try:
         return pareto_k(scoring.log_joint(bound, judged) - density[:affordable])
-    except Exception as error:
-        warnings.warn(f"{bound.name}: Pareto k left out: {_first_line(error)}", stacklevel=5)
+    except ValueError as error:
+        warnings.warn(f"{bound.name}: Pareto k left out: {error}", stacklevel=5)
         return None

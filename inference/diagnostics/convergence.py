@@ -92,7 +92,7 @@ def diagnose(
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
         point = len(table) > 0 and not table["sd"].any()
-        advice = (POINT_ESTIMATE,) if point else advise_guide(pareto_k)
+        advice = (POINT_ESTIMATE,) if point else _advise_guide(pareto_k)
         if latent_kl is None or latent_kl.empty:
             return Diagnosis(table, None, pareto_k, advice)
         return Diagnosis(table, None, pareto_k, (*advice, *_advise_latents(latent_kl)), latent_kl)
@@ -205,8 +205,7 @@ def _advise_latents(table: pd.DataFrame) -> tuple[str, ...]:
     return tuple(said)
 
 
-def advise_guide(k: float | None) -> tuple[str, ...]:
-    """Advice about a guide by its Pareto k."""
+def _advise_guide(k: float | None) -> tuple[str, ...]:
     good, usable = PARETO_K
     if k is None:
         return ()
