@@ -306,11 +306,8 @@ class Adversarial(Game):
         trace: Any = poutine.trace(fixed).get_trace(**self._guide_arguments(guide, named, arguments, True))
         odds = log_odds(trace.nodes[REAL_SITE]["fn"])
         slopes = torch.autograd.grad(odds.sum(), list(leaves.values()), create_graph=True, allow_unused=True)
-        rows, squares = odds.shape[-1], [g.reshape(len(g), -1).square().sum(1) for g in slopes if g is not None]
-        if len(squares) > 1 and sum(map(len, squares)) == rows:
-            # Each site has rows of its own, which are judged one after another.
-            return torch.cat(squares)
-        return sum((s.reshape(rows, -1).sum(1) for s in squares), odds.new_zeros(rows))
+        rows = odds.shape[-1]
+        return sum((g.reshape(rows, -1).square().sum(1) for g in slopes if g is not None), odds.new_zeros(rows))
 
 
 @dataclass(frozen=True)
