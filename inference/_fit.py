@@ -71,13 +71,15 @@ def fit(
 
     Args:
         pair: A pair, or a ``(model, guide)`` tuple of Pyro functions.
-        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        data: A tensor, array or frame (the model's first argument) or a mapping of names to them. Floats of arrays and
+            frames take the precision of the model's numbers; whole numbers and booleans become floats where the model
+            does not take them as they are.
         objective: An ELBO or a factory of one. Default: Trace_ELBO; TraceEnum_ELBO where finite sites are summed out
             (the guide leaves them out, or marks them for enumeration); TraceGraph_ELBO where the guide draws discrete
             sites.
         steps: Number of steps; 0 takes the guide as it is.
         batch: Minibatch size. Rows are drawn without replacement in each epoch; the last minibatch of an epoch may be
-            smaller. Default: all rows.
+            smaller. Data with one entry per element of the plate of rows are cut, others stay whole. Default: all rows.
         optimizer: A Pyro optimizer (``Joint`` holds one torch optimizer over all parameters); its schedule, if it has
             one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.

@@ -131,10 +131,11 @@ class BoundPair:
     @property
     def _structure(self) -> _Structure:
         if "structure" not in self.memo:
-            self.memo["structure"] = self._run()
+            self.memo["structure"] = self.run()
         return self.memo["structure"]
 
-    def _run(self) -> _Structure:
+    def run(self, *, scored: bool = False) -> _Structure:
+        """Run the model on its data; with ``scored`` observed whole numbers and booleans are scored as well."""
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
         sites = sites_of(trace)
@@ -148,10 +149,9 @@ class BoundPair:
         params = [n["value"] for n in trace.nodes.values() if n["type"] == "param"]
         numbers = [*params, *(n["value"] for n in nodes if not n["is_observed"])]
         double = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in numbers)
-        whole = [n for n in nodes if n["is_observed"] and isinstance(n["value"], Tensor)]
-        for node in whole:
-            if not node["value"].is_floating_point():
-                # A distribution that does not take whole numbers or booleans says so.
+        for node in nodes if scored else ():
+            if node["is_observed"] and isinstance(node["value"], Tensor) and not node["value"].is_floating_point():
+                # A distribution that does not take them says so.
                 node["fn"].log_prob(node["value"])
         return _Structure(sites, max(dims + batch, default=0), observes, values, subsampled, double)
 
@@ -187,10 +187,11 @@ class BoundPair:
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
-        nodes: list[Any] = list(trace.nodes.values())
-        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes)
-        own = {s.name for s in self.sites.values() if s.role == "latent"}
-        alien = tuple(n for n in sorted(latent - own) if not trace.nodes[n]["infer"].get("is_auxiliary"))
+        nodes: dict[str, Any] = dict(trace.nodes)
+        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes.values())
+        alien = tuple(
+            n for n in sorted(latent - set(self.select("latent"))) if not nodes[n]["infer"].get("is_auxiliary")
+        )
         return latent & set(self.sites), marked, alien
 
     @property
@@ -309,11 +310,11 @@ def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
     for data, rounds in readings(given, bound.data):
         reading = replace(bound, data=data, memo={})
         try:
-            double = reading._structure.double
+            found = reading.memo["structure"] = reading.run(scored=True)
         except REFUSALS as error:
             failure = failure or str(error)
             continue
-        if not rounds or not double:
+        if not rounds or not found.double:
             check_rounding({n: bound.data[n] for n in rounds}, {n: data[n] for n in rounds})
             return reading
         made = made or reading
@@ -361,10 +362,11 @@ def _name(pair: Any) -> str:
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The named parameters of a function, or of a module's ``forward``."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
+    owner: Any = function
+    target = owner.forward if isinstance(function, torch.nn.Module) else owner
     if getattr(target, "__name__", "") == "_forward_unimplemented":
         # Pyro's messengers are modules that are called themselves.
-        target = function.__call__
+        target = owner.__call__
     return inspect.signature(target).parameters
 
 

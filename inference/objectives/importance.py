@@ -332,10 +332,9 @@ def _weights(sites: list[tuple[Any, Any]]) -> tuple[Any, list[Any]]:
     share = [(f.full_size or f.size) / f.size for _, f in sites]
     scales = [s["scale"] for s, _ in sites]
     if not any(isinstance(s, Tensor) for s in scales):
-        same = all(s == scales[0] for s in scales)
-        return (
-            (scales[0], [1.0] * len(sites)) if same else (share[0], [s / n for s, n in zip(scales, share, strict=True)])
-        )
+        if all(s == scales[0] for s in scales):
+            return scales[0], [1.0] * len(sites)
+        return share[0], [s / n for s, n in zip(scales, share, strict=True)]
     tensors = [torch.as_tensor(s) for s in scales]
     same = torch.stack([s == tensors[0] for s in torch.broadcast_tensors(*tensors)]).all(0)
     return torch.where(same, tensors[0], share[0]), [
