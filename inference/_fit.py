@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,15 +32,21 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import pareto_k
+from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, pareto_k
 from inference.diagnostics.latents import local_latent_kl
+from inference.diagnostics.losses import still_falling
 from inference.draws import scoring
+from inference.draws.rows import is_point
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
+RAN_AWAY = (
+    "All draws are equal, though the guide is no point mass: its scales are lost in the rounding of its locations. The "
+    "fit ran away; take a lower learning_rate, or tighter priors."
+)
 
 
 def fit(
@@ -63,13 +71,15 @@ def fit(
 
     Args:
         pair: A pair, or a ``(model, guide)`` tuple of Pyro functions.
-        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        data: A tensor, array or frame (the model's first argument) or a mapping of names to them. Floats of arrays and
+            frames take the precision of the model's numbers; whole numbers and booleans become floats where the model
+            does not take them as they are.
         objective: An ELBO or a factory of one. Default: Trace_ELBO; TraceEnum_ELBO where finite sites are summed out
             (the guide leaves them out, or marks them for enumeration); TraceGraph_ELBO where the guide draws discrete
             sites.
         steps: Number of steps; 0 takes the guide as it is.
         batch: Minibatch size. Rows are drawn without replacement in each epoch; the last minibatch of an epoch may be
-            smaller. Default: all rows.
+            smaller. Data with one entry per element of the plate of rows are cut, others stay whole. Default: all rows.
         optimizer: A Pyro optimizer (``Joint`` holds one torch optimizer over all parameters); its schedule, if it has
             one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.
@@ -108,7 +118,7 @@ def fit(
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
     probe = {} if objective is None else Objective.of(objective).probe
-    bound = replace(whole, data={**whole.data, **probe}, memo={})
+    bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(
         bound,
         steps=steps,
@@ -119,9 +129,15 @@ def fit(
         learning_rate=learning_rate,
         compile=compile,
     )
-    Objective.of(Trace_ELBO() if objective is None else objective).check(bound)
+    asked = Objective.of(Trace_ELBO() if objective is None else objective)
+    asked.check(bound)
+    if batch is not None and asked.all_rows:
+        raise ValueError(f"batch: {type(objective).__name__} expected all rows at every step: {asked.all_rows}")
+    if asked.has_posterior:
+        _check_guide(bound)
     started = perf_counter()
-    with isolated(seed):
+    # A caller's no_grad would leave every parameter where it is.
+    with isolated(seed), torch.enable_grad():
         chosen = _objective(bound, objective)
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
@@ -278,6 +294,20 @@ def _check(
         raise ValueError(f"batch: expected 1 to {bound.rows} (the rows of the data), got {batch!r}")
 
 
+def _check_guide(bound: BoundPair) -> None:
+    """Raise a ValueError unless the guide draws the model's latent sites, except those that are summed out."""
+    if bound.unguided:
+        named = ", ".join(bound.unguided)
+        raise ValueError(
+            f"guide: expected all latent sites of the model, got none named {named}; draw it in the guide (from its "
+            "prior, if that is meant)"
+        )
+    if bound.alien:
+        observed = [n for n in bound.alien if n in bound.select("observed")]
+        why = "which the model observes" if observed else 'or ones with infer={"is_auxiliary": True}'
+        raise ValueError(f"guide: expected latent sites of the model, got {', '.join(observed or bound.alien)}, {why}")
+
+
 def _conclude(
     bound: BoundPair, objective: ELBO, execution: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
 ) -> Result:
@@ -286,7 +316,11 @@ def _conclude(
     def make() -> Posterior | Sequence[str]:
         if not asked.has_posterior:
             return asked.advise(bound, losses)
-        values, density = scoring.sample_guide(bound, _affordable(bound, draws))
+        try:
+            values, density = scoring.sample_guide(bound, _affordable(bound, draws))
+        except Exception as error:
+            # Whatever it is, the parameters that have been learned are kept.
+            return (f"Posterior draws could not be made ({_first_line(error)}); the parameters are in params.",)
         k = _pareto_k(bound, values, density)
         return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
 
@@ -296,7 +330,34 @@ def _conclude(
         return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
-    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    result = conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    return _judge_losses(result) if asked.has_posterior else result
+
+
+def _judge_losses(result: Result) -> Result:
+    """The result of a fit that was not over when its steps ended, or ran away, says so before it judges the guide."""
+    said, k = result.diagnosis.advice, result.diagnosis.pareto_k
+    ran_away = (RAN_AWAY,) if POINT_ESTIMATE in said and not _is_point(result) else ()
+    unfinished = still_falling(result.losses) if k is None or not k <= PARETO_K[1] else ()
+    dropped = {
+        *(a for a in said if unfinished and a.startswith("Pareto k of the guide")),
+        *([POINT_ESTIMATE] if ran_away else []),
+    }
+    if not unfinished and not ran_away:
+        return result
+    advice = (*ran_away, *unfinished, *(a for a in said if a not in dropped))
+    return replace(result, diagnosis=replace(result.diagnosis, advice=advice))
+
+
+def _is_point(result: Result) -> bool:
+    """Whether the guide is a point mass, and not one whose draws are equal by rounding."""
+    with isolated(), result.state(), poutine.block():
+        trace: Any = poutine.trace(result.bound.guide).get_trace(**result.bound.arguments())
+    return all(is_point(s["fn"]) for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:

@@ -122,6 +122,10 @@ def _check(bound: BoundPair, factory: Any, compile: Any, **lengths: int | None) 
         raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
     if not latent:
         raise ValueError("model: expected a latent site to sample, got none")
+    if not bound.observes:
+        raise ValueError("data: the model observes nothing, so there is no posterior; use prior_predictive()")
+    if bound.subsampled:
+        raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {bound.subsampled[0]}")
 
 
 def _only_drawn(bound: BoundPair) -> bool:

@@ -27,7 +27,8 @@ class Joint(PyroOptim):
         clip_value: Largest magnitude of each entry of a gradient.
 
     Raises:
-        ValueError: A clip is not positive.
+        ValueError: A clip is not positive, or an argument is out of the optimizer's range.
+        TypeError: The optimizer has no argument of that name.
 
     Example:
         >>> from functools import partial
@@ -53,7 +54,10 @@ class Joint(PyroOptim):
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self._known: dict[Tensor, str] = {}
+        self._valid: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] | None = None
+        if not callable(optim_args):
+            self._arguments("")
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Take one step for the parameters; those that have no gradient rest."""
@@ -107,7 +111,19 @@ class Joint(PyroOptim):
         accepted = inspect.signature(self.pt_optim_constructor).parameters  # type: ignore[arg-type]
         if "fused" in accepted and not arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}:
             arguments["fused"] = True
+        if arguments not in self._valid:
+            self._check(arguments)
+            self._valid.append(arguments)
         return arguments
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        """Construct the optimizer as its user would: a group of parameters may have any names and numbers."""
+        try:
+            self.pt_optim_constructor([torch.nn.Parameter(torch.zeros(1))], **arguments)  # type: ignore[operator]
+        except (TypeError, ValueError) as error:
+            shown = {k: v for k, v in arguments.items() if k != "fused"}
+            kind = getattr(self.pt_optim_constructor, "__name__", "the optimizer")
+            raise type(error)(f"optim_args: expected arguments of {kind}, got {shown}: {error}") from None
 
     @staticmethod
     def _name(param: Tensor) -> str:

@@ -18,7 +18,7 @@ from inference import Joint, fit
 from inference.compiler.objective import Compiled
 from inference.core.handlers import isolated
 from inference.objectives import Adversarial
-from inference.objectives.adversarial import KINDS
+from inference.objectives.adversarial import KINDS, _interpolate
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.models.pair import Pair
@@ -496,3 +496,10 @@ def test_what_is_refused_is_said_in_one_line(call, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_penalty_is_taken_between_packs() -> None:
+    one, other = {"x": torch.zeros(12, 2)}, {"x": torch.ones(12, 2)}
+    points = _interpolate(one, other, 4)["x"].reshape(4, 6)
+    assert torch.equal(points, points[:, :1].expand(4, 6))
+    assert len(points[:, 0].unique()) == 4

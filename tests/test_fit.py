@@ -19,9 +19,10 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from inference import fit
+from inference import Joint, fit, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
+from inference.diagnostics.losses import fall, still_falling
 from inference.objectives import (
     RenyiELBO,
     ReweightedWakeSleep,
@@ -473,3 +474,138 @@ def test_nothing_to_fit_is_said(compiled: bool) -> None:
 
     with pytest.raises(ValueError, match="pair: expected parameters to fit, got none in model and guide; use steps=0"):
         fit((model, guide), torch.zeros(3), steps=5, compile=compiled, progress=False)
+
+
+def test_a_guide_that_leaves_out_or_adds_a_site_is_refused_by_name() -> None:
+    def scaled(y: Tensor) -> None:
+        pyro.sample("s", dist.HalfNormal(torch.ones(()).double()))
+        model(y)
+
+    def draws_what_is_observed(y: Tensor) -> None:
+        guide(y)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    def draws_more(y: Tensor) -> None:
+        guide(y)
+        pyro.sample("t", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    def draws_an_auxiliary(y: Tensor) -> None:
+        guide(y)
+        pyro.sample("t", dist.Normal(torch.zeros(()).double(), 1.0), infer={"is_auxiliary": True})
+
+    for pair, said in (
+        ((scaled, guide), "guide: expected all latent sites of the model, got none named s; draw it in the guide"),
+        ((model, draws_what_is_observed), "guide: expected latent sites of the model, got y, which the model observes"),
+        ((model, draws_more), "guide: expected latent sites of the model, got t, or ones with infer"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quiet(pair, Y, steps=5)
+    quiet((model, draws_an_auxiliary), Y, steps=5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_fit_learns_under_no_grad(compile: bool) -> None:
+    with torch.no_grad():
+        result = quiet((model, guide), Y, steps=600, learning_rate=0.1, compile=compile)
+        assert not torch.is_grad_enabled()
+    assert float(result.params["loc"]) == pytest.approx(MEAN, abs=0.5 * SD)
+
+
+def test_frozen_parameters_alone_are_nothing_to_fit() -> None:
+    frozen = AutoNormal(model)
+    quiet((model, frozen), Y, steps=1)
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="expected parameters that require gradients, got only frozen ones"):
+        quiet((model, frozen), Y, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"learning_rate": 0.1}, TypeError, "optim_args: expected arguments of Adam, got {'learning_rate': 0.1}"),
+        ({"lr": -0.02}, ValueError, "optim_args: expected arguments of Adam, got {'lr': -0.02}: Invalid learning rate"),
+    ],
+)
+def test_arguments_of_a_joint_optimizer_are_checked_as_the_optimizer_checks_them(arguments, error, said) -> None:
+    with pytest.raises(error, match=said):
+        Joint(torch.optim.Adam, arguments)
+    with pytest.raises(error, match=said):
+        quiet((model, guide), Y, steps=2, optimizer=Joint(torch.optim.Adam, lambda name: arguments))
+
+
+@pytest.mark.filterwarnings("ignore:subsampling. Pareto k left out")
+def test_what_a_model_that_subsamples_its_own_plate_cannot_say_is_left_out() -> None:
+    """The guide is the exact posterior; each run of the model sees other rows."""
+
+    def subsampling(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", len(y), subsample_size=2) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    def exact(y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(torch.tensor(MEAN).double(), SD))
+
+    with pytest.warns(UserWarning, match="log_likelihood left out: .* a plate that it subsamples: rows"):
+        result = quiet((subsampling, exact), Y, steps=0)
+    assert "log_likelihood" not in result.idata.groups()
+    assert result.diagnosis.pareto_k is None
+    assert float(result.draws["mu"].mean()) == pytest.approx(MEAN, abs=0.2 * SD)
+    with pytest.raises(ValueError, match="model: expected all rows in each run, got a plate that it subsamples: rows"):
+        sample(subsampling, Y, progress=False)
+    # Training is as in Pyro.
+    with pytest.warns(UserWarning, match="log_likelihood left out"):
+        learned = quiet((subsampling, guide), Y, Trace_ELBO(num_particles=5), steps=1500, learning_rate=0.05)
+    assert float(learned.params["loc"]) == pytest.approx(MEAN, abs=0.6 * SD)
+
+
+def far_away() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 0.1), obs=torch.tensor(100.0))
+
+
+def test_a_fit_whose_loss_still_falls_is_not_told_to_take_another_guide() -> None:
+    result = quiet((far_away, AutoNormal(far_away)), draws=200)
+    assert "The loss still falls" in result.diagnosis.advice[0]
+    assert "richer guide" not in str(result.diagnosis)
+    over = quiet((model, guide), Y, steps=1500, learning_rate=0.05)
+    assert "The loss" not in str(over.diagnosis)
+
+
+def test_a_fit_that_ran_away_is_no_point_estimate() -> None:
+    def lost() -> None:
+        loc = pyro.param("loc", torch.tensor(1e6))
+        pyro.sample("x", dist.Normal(loc, torch.tensor(1e-4)))
+
+    result = quiet((far_away, lost), steps=0)
+    assert result.diagnosis.advice[0].startswith("All draws are equal, though the guide is no point mass")
+    point = quiet((far_away, AutoDelta(far_away)), steps=1)
+    assert "A point estimate" in str(point.diagnosis)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_a_fall_of_the_loss_is_told_from_its_noise(scale: float) -> None:
+    noise = scale * np.random.default_rng(3).standard_t(3, size=2000)
+    assert still_falling(5e4 + noise) == ()
+    line = np.linspace(0, 40 * scale, 2000)[::-1]
+    (said,) = still_falling(5e4 + noise + line)
+    assert said.startswith("The loss still falls, by ")
+    assert fall(5e4 + noise + line) == pytest.approx(10 * scale, rel=0.3)
+    assert still_falling(5e4 + 1e-3 * line / scale) == ()
+    assert still_falling(np.zeros(0)) == ()
+
+
+def test_draws_that_cannot_be_made_lose_no_fit() -> None:
+    calls = [0]
+
+    def only_trains(y: Tensor) -> None:
+        calls[0] += torch.is_grad_enabled()
+        if calls[0] > 3 and not torch.is_grad_enabled():
+            raise RuntimeError("no draws from this guide")
+        guide(y)
+
+    result = quiet((model, only_trains), Y, steps=20, compile=False)
+    assert len(result.losses) == 20
+    assert set(result.params) == {"loc", "scale"}
+    assert "no draws from this guide" in str(result.diagnosis)

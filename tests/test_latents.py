@@ -1,5 +1,6 @@
 """BetaELBO and the divergences of latent sites: closed forms, floors, warmup, layers, collapse named."""
 
+import math
 from functools import partial
 
 import pyro
@@ -234,3 +235,64 @@ REFUSED = [
 def test_bad_input_gets_one_line(call, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         call()
+
+
+@pytest.mark.parametrize("case", ["model's mask", "guide's mask", "model's scale", "guide's scale", "masks of both"])
+def test_masks_and_scales_of_either_half_count_as_in_the_elbo(case: str) -> None:
+    """At beta 1 the mean loss is that of the ELBO: E[a log q - b log p] of each row, by the moments of a normal."""
+    count = 2000
+    x = torch.linspace(-1, 1, count).double()
+    keep = torch.arange(count) % 3 > 0
+
+    def handled(half: str, site):
+        if "mask" in case and (half in case or "both" in case):
+            return poutine.mask(mask=keep)
+        return poutine.scale(scale=2.5) if half in case else poutine.scale(scale=1.0)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", count):
+            with handled("model", "z"):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(0 * z + x.mean(), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", count), handled("guide", "z"):
+            pyro.sample("z", dist.Normal(0.5 + x, 0.6))
+
+    weight = {half: torch.ones(count).double() for half in ("model", "guide")}
+    for half in weight:
+        if "mask" in case and (half in case or "both" in case):
+            weight[half] = keep.double()
+        elif half in case:
+            weight[half] = torch.full((count,), 2.5).double()
+    log_q = -0.5 * math.log(2 * math.pi * 0.36) - 0.5
+    log_p = -0.5 * math.log(2 * math.pi) - 0.5 * ((0.5 + x).square() + 0.36)
+    likelihood = dist.Normal(x.mean(), 1.0).log_prob(x).sum()
+    expected = (weight["guide"] * log_q - weight["model"] * log_p).sum() - likelihood
+    with isolated(0):
+        got = torch.tensor([BetaELBO().loss(model, guide, x) for _ in range(40)], dtype=torch.float64)
+    assert float(got.mean()) == pytest.approx(float(expected), abs=5 * float(got.std()) / 40**0.5 + 1e-6)
+    with isolated(0), torch.no_grad():
+        guided = poutine.trace(guide).get_trace(x)
+        found = kl_by_site(poutine.trace(poutine.replay(model, trace=guided)).get_trace(x), guided)["z"]
+    assert bool((found[~keep] == 0).all()) == ("mask" in case)
+    assert float(found[keep].min()) > 0
+
+
+def test_free_bits_are_those_of_the_rows_that_are_not_masked() -> None:
+    x, keep = torch.zeros(8).double(), torch.arange(8) < 2
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", 8), poutine.mask(mask=keep):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0)), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", 8), poutine.mask(mask=keep):
+            pyro.sample("z", dist.Normal(0.1 + x, 1.0))
+
+    with isolated(0):
+        floored = BetaELBO(free_bits=0.5).loss(model, guide, x)
+    with isolated(0):
+        plain = BetaELBO().loss(model, guide, x)
+    # Two rows of KL 0.005 count as 0.5 each.
+    assert floored - plain == pytest.approx(2 * (0.5 - 0.005))

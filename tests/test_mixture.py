@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from inference import classify, fit, pointwise_log_likelihood, prior_predictive, sample
+from inference.core.handlers import isolated
 from inference.objectives import EM
 from ppl_models.models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
@@ -270,3 +272,29 @@ def test_bad_input_gets_one_line(call: partial, line: str) -> None:
     with pytest.raises(ValueError, match=line) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_step_of_em_with_a_plate_of_features_has_responsibilities_of_rows() -> None:
+    """A mixture of products: the features' log densities add up to those of a row."""
+    centres = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0]])
+    x = torch.randn(3, 100) + 1
+
+    def model(x: Tensor) -> None:
+        rows = pyro.plate("rows", 100, dim=-1)
+        with rows:
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        with rows, pyro.plate("features", 3, dim=-2):
+            means = centres.T[torch.arange(3)[:, None], z]
+            pyro.sample("x", dist.Normal(means, 1.0), obs=x)
+
+    objective = EM(lambda *_: {}, max_plate_nesting=2)
+    with isolated(0):
+        trace, _ = next(iter(objective._get_traces(model, lambda x: None, (x,), {})))
+        loss, responsibilities = objective.e_step(trace)
+    joint = (
+        torch.stack([dist.Normal(c[:, None], 1.0).log_prob(x).sum(0) for c in centres])
+        + torch.tensor([[0.3], [0.7]]).log()
+    )
+    assert responsibilities.shape == (100, 2)
+    torch.testing.assert_close(responsibilities, joint.softmax(0).T)
+    assert loss == pytest.approx(-float(joint.logsumexp(0).sum()), rel=1e-5)

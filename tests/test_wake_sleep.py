@@ -244,8 +244,8 @@ def local(x: Tensor) -> None:
 
 
 def alone_in_the_guide(x: Tensor) -> None:
-    deaf(x)
-    with pyro.plate("more", len(x)):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
         pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
 
 

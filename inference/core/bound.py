@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from inference.core.contracts import Pair
+from inference.core.given import check_rounding, doubtful, readings, to_tensor
 from inference.core.handlers import Uncondition, isolated
+from inference.core.minibatch import REFUSALS, count_rows, cut_by_rows, lengths
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Site:
     units: int = 0
 
 
+class _Structure(NamedTuple):
+    """What one run of the model on its data shows."""
+
+    sites: dict[str, Site]
+    depth: int
+    observes: bool
+    observations: dict[str, Any]
+    subsampled: tuple[str, ...]
+    double: bool
+
+
 @dataclass(frozen=True, eq=False)
 class BoundPair:
     """A model, a guide and data by name.
@@ -60,7 +73,7 @@ class BoundPair:
         data: Data by name.
         takes_rows: Whether the model has the arguments ``size`` and ``rows``.
         asked: The pair as its contract sees it.
-        memo: What has been found out about the pair and these data.
+        memo: What has been found out about the pair and these data, whichever guide.
     """
 
     pair: Any
@@ -74,8 +87,13 @@ class BoundPair:
 
     @cached_property
     def rows(self) -> int:
-        """Number of rows: the common first dimension of the data; 0 without data."""
-        return next((len(v) for v in self.data.values() if isinstance(v, Tensor) and v.dim()), 0)
+        """Number of rows: the common first dimension of the data, or of those in the plate of rows; 0 without data."""
+        return count_rows(self)
+
+    @cached_property
+    def cut(self) -> frozenset[str]:
+        """Names of the data that have one entry per row, which a minibatch cuts."""
+        return cut_by_rows(self)
 
     @property
     def generated(self) -> tuple[str, ...]:
@@ -98,7 +116,7 @@ class BoundPair:
         """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
         if rows is None:
             return dict(self.data)
-        batch = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in self.data.items()}
+        batch = {k: v[rows] if k in self.cut else v for k, v in self.data.items()}
         return {**batch, "size": self.rows, "rows": rows}
 
     def generator(self, size: int | None = None) -> BoundPair:
@@ -110,8 +128,14 @@ class BoundPair:
         """The model with other data, to predict or score them. The guide, which may read its data, is left out."""
         return replace(bind(self.pair, data), guide=None)
 
-    @cached_property
-    def _structure(self) -> tuple[dict[str, Site], int, bool, dict[str, Any]]:
+    @property
+    def _structure(self) -> _Structure:
+        if "structure" not in self.memo:
+            self.memo["structure"] = self.run()
+        return self.memo["structure"]
+
+    def run(self, *, scored: bool = False) -> _Structure:
+        """Run the model on its data; with ``scored`` observed whole numbers and booleans are scored as well."""
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
         sites = sites_of(trace)
@@ -120,43 +144,70 @@ class BoundPair:
         batch = [s.batch for s in sites.values()]
         observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
         values: dict[str, Any] = {n: trace.nodes[n]["value"] for n, s in sites.items() if s.role == "observed"}
-        return sites, max(dims + batch, default=0), observes, values
+        frames = [f for n in nodes for f in n["cond_indep_stack"] if f.full_size is not None]
+        subsampled = tuple(dict.fromkeys(f.name for f in frames if f.size < f.full_size))
+        params = [n["value"] for n in trace.nodes.values() if n["type"] == "param"]
+        numbers = [*params, *(n["value"] for n in nodes if not n["is_observed"])]
+        double = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in numbers)
+        for node in nodes if scored else ():
+            if node["is_observed"] and isinstance(node["value"], Tensor) and not node["value"].is_floating_point():
+                # A distribution that does not take them says so.
+                node["fn"].log_prob(node["value"])
+        return _Structure(sites, max(dims + batch, default=0), observes, values, subsampled, double)
 
     @property
     def sites(self) -> dict[str, Site]:
         """Sites of the model in the order of a run on the data."""
-        return self._structure[0]
+        return self._structure.sites
 
     @property
     def depth(self) -> int:
         """Number of dimensions that plates use, from the right (Pyro's ``max_plate_nesting``)."""
-        return self._structure[1]
+        return self._structure.depth
 
     @property
     def observes(self) -> bool:
         """Whether the model observes anything: a site with data, or a factor."""
-        return self._structure[2]
+        return self._structure.observes
 
     @property
     def observations(self) -> dict[str, Tensor]:
         """Values of the observed sites."""
-        return self._structure[3]
+        return self._structure.observations
+
+    @property
+    def subsampled(self) -> tuple[str, ...]:
+        """Names of the plates that the model itself subsamples: each of its runs sees other elements of them."""
+        return self._structure.subsampled
 
     @cached_property
-    def _guide_structure(self) -> tuple[frozenset[str], bool]:
+    def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...]]:
         if self.guide is None:
-            return frozenset(), False
+            return frozenset(), False, ()
         with isolated(), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
-        nodes: list[Any] = list(trace.nodes.values())
-        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes)
-        return latent & set(self.sites), marked
+        nodes: dict[str, Any] = dict(trace.nodes)
+        marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes.values())
+        alien = tuple(
+            n for n in sorted(latent - set(self.select("latent"))) if not nodes[n]["infer"].get("is_auxiliary")
+        )
+        return latent & set(self.sites), marked, alien
 
     @property
     def guided(self) -> frozenset[str]:
         """Names of the latent sites that the guide draws."""
         return self._guide_structure[0]
+
+    @property
+    def unguided(self) -> tuple[str, ...]:
+        """Latent sites that the guide leaves out and that cannot be summed out."""
+        return tuple(n for n, s in self.select("latent").items() if not s.finite and n not in self.guided)
+
+    @property
+    def alien(self) -> tuple[str, ...]:
+        """Latent sites of the guide alone that are not auxiliary."""
+        return self._guide_structure[2]
 
     @property
     def summed(self) -> bool:
@@ -214,8 +265,10 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
 
     Args:
         pair: Anything with ``.model`` (and ``.guide``), a ``(model, guide)`` tuple, or a model.
-        data: A tensor or array (the model's first argument, ``x`` of a pair), a mapping of names
-            to tensors, or None for a model that needs no argument.
+        data: A tensor, array or frame (the model's first argument, ``x`` of a pair), a mapping of names to them, or
+            None for a model that needs no argument. Floats of arrays and frames take torch's default precision, unless
+            the model's own numbers are float64; tensors keep theirs. Whole numbers and booleans become floats where a
+            site, or the model, does not take them.
 
     Raises:
         TypeError: The pair is none of these.
@@ -223,7 +276,7 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
     """
     model, guide = _halves(pair)
     accepted, free = _parameters(model)
-    named = _named(data, accepted)
+    named = {k: to_tensor(v, k) for k, v in _given(data, accepted).items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
@@ -235,7 +288,7 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
     if asked.rowwise:
         _same_length(named)
     asked.check(**named)
-    return BoundPair(
+    bound = BoundPair(
         pair=pair,
         name=_name(pair),
         model=_fitted(model),
@@ -244,6 +297,37 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
         takes_rows={"size", "rows"} <= set(accepted),
         asked=asked,
     )
+    return _typed(bound, _given(data, accepted)) if doubtful(named) else bound
+
+
+def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
+    """The pair bound to its data in types that the model takes.
+
+    Raises:
+        ValueError: The model takes the data in no type, or they do not bear the rounding.
+    """
+    failure, made = "", None
+    for data, rounds in readings(given, bound.data):
+        reading = replace(bound, data=data, memo={})
+        try:
+            found = reading.memo["structure"] = reading.run(scored=True)
+        except REFUSALS as error:
+            failure = failure or str(error)
+            continue
+        if not rounds or not found.double:
+            check_rounding({n: bound.data[n] for n in rounds}, {n: data[n] for n in rounds})
+            return reading
+        made = made or reading
+    said = " ".join(failure.split("Trace Shapes")[0].split())
+    if made is None and any(word in said.lower() for word in ("dtype", "double", "long", "bool", "scalar type")):
+        kinds = {k: str(v.dtype).removeprefix("torch.") for k, v in bound.data.items() if isinstance(v, Tensor)}
+        got = ", ".join(f"{k} {kind}" for k, kind in kinds.items())
+        raise ValueError(
+            f"data: expected types that the model takes, got {got} ({said[:200]}); give tensors of the type of its "
+            "priors and parameters, such as x.float()"
+        )
+    # What fails for another reason is the verb's to say.
+    return made or bound
 
 
 def enumerate_finite(bound: BoundPair) -> Callable[..., Any]:
@@ -278,7 +362,11 @@ def _name(pair: Any) -> str:
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The named parameters of a function, or of a module's ``forward``."""
-    target = function.forward if isinstance(function, torch.nn.Module) else function
+    owner: Any = function
+    target = owner.forward if isinstance(function, torch.nn.Module) else owner
+    if getattr(target, "__name__", "") == "_forward_unimplemented":
+        # Pyro's messengers are modules that are called themselves.
+        target = owner.__call__
     return inspect.signature(target).parameters
 
 
@@ -309,27 +397,19 @@ def _fitted(half: Callable[..., Any]) -> Callable[..., Any]:
     return half if free else _only(half, named)
 
 
-def _named(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+def _given(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+    """The data as they came, by name."""
     if data is None:
         return {}
-    if isinstance(data, Mapping):
-        return {str(k): _tensor(v, k) for k, v in data.items() if v is not None}
-    return {next(iter(accepted), "x"): _tensor(data, "data")}
-
-
-def _tensor(value: Any, name: str) -> Any:
-    if isinstance(value, Tensor | str | bool | int | float):
-        return value
-    if hasattr(value, "to_numpy"):
-        value = value.to_numpy()
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: expected numbers, got {type(value).__name__} ({error})") from None
+    return (
+        {str(k): v for k, v in data.items() if v is not None}
+        if isinstance(data, Mapping)
+        else {next(iter(accepted), "x"): data}
+    )
 
 
 def _same_length(named: Mapping[str, Any]) -> None:
-    lengths = {k: len(v) for k, v in named.items() if isinstance(v, Tensor) and v.dim()}
-    if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{k} {n}" for k, n in lengths.items())
+    found = lengths(named)
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in found.items())
         raise ValueError(f"data: expected the same number of rows in each, got {said}")

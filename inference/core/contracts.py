@@ -18,7 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_MMD,
+    TraceEnum_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
 from pyro.infer.elbo import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -26,6 +33,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from inference.core.bound import BoundPair
+
+
+_ALL_ROWS: dict[type, str] = {
+    RenyiELBO: "the scale of a minibatch would be an exponent of its weights; use IWAE, or Trace_ELBO",
+    ReweightedWakeSleep: "the scale of a minibatch would be an exponent of its weights; use RWS, or Trace_ELBO",
+    TraceTailAdaptive_ELBO: "the scale of a minibatch would be an exponent of its weights; use Trace_ELBO",
+    TraceTMC_ELBO: "the scale of a minibatch would be an exponent of its weights; use TraceEnum_ELBO",
+    Trace_MMD: "its discrepancy is no sum over rows; use TraceMeanField_ELBO",
+}
 
 
 class _Answers:
@@ -147,6 +163,15 @@ class Objective(ELBO):
     def sums_out(self) -> bool:
         """Whether finite sites that the guide leaves out are summed out: the model is then marked for enumeration."""
         return isinstance(self, TraceEnum_ELBO)
+
+    @property
+    def all_rows(self) -> str:
+        """Why every step has to see all rows, and what to use instead; empty where minibatches will do.
+
+        Minibatches will do where the loss is a sum over rows: then its mean over minibatches, each scaled up to all
+        rows, is the loss of all rows.
+        """
+        return next((why for kind, why in _ALL_ROWS.items() if isinstance(self, kind)), "")
 
     def check(self, bound: BoundPair) -> None:
         """Raise a ValueError of one line when the pair lacks what the objective needs. ``fit`` calls it before a step.

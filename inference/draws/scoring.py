@@ -87,6 +87,9 @@ def values_of(trace: Any, sites: Mapping[str, Site]) -> dict[str, Tensor]:
 def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
     r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or that of a site (S, \*its plates)."""
     check_draws(bound, draws)
+    if bound.subsampled:
+        named = ", ".join(bound.subsampled)
+        raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {named}")
     free = [s.name for s in bound.select("latent").values() if s.name not in draws]
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:

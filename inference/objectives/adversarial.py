@@ -236,7 +236,7 @@ class Adversarial(Game):
             if self.r1:
                 guide_loss = guide_loss + 0.5 * self.r1 * real.scaled(self._square_slope(guide, named, real.shown))
             if self.penalty:
-                points = _interpolate(real.shown, generated.shown)
+                points = _interpolate(real.shown, generated.shown, real.odds.shape[-1])
                 norm = (self._square_slope(guide, named, points) + 1e-12).sqrt()
                 guide_loss = guide_loss + self.penalty * real.scaled((norm - 1).square())
         if moving[1]:
@@ -381,10 +381,11 @@ def _log_density(site: Any) -> Tensor:
     return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
 
 
-def _interpolate(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Random points between the rows of one and of the other, with one fraction per row for all sites."""
+def _interpolate(one: Mapping[str, Tensor], other: Mapping[str, Tensor], packs: int) -> dict[str, Tensor]:
+    """Random points between the rows of one and of the other, with one fraction per pack of rows for all sites."""
     first = next(iter(one.values()))
-    fraction = torch.rand(len(first)).to(first)
+    size = max(len(first) // packs, 1)
+    fraction = torch.rand(len(first) // size).to(first).repeat_interleave(size)
     return {
         n: v.lerp(other[n], fraction.reshape(-1, *(1,) * (v.dim() - 1))).detach() if v.is_floating_point() else v
         for n, v in one.items()

@@ -16,11 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from inference.draws.kl import kl_by_site
+from inference.draws.kl import kl_by_site, masked_by
 
 
 class BetaELBO(Trace_ELBO):
@@ -91,20 +92,34 @@ class BetaELBO(Trace_ELBO):
         observed = [s for s in model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
         log_likelihood = sum((s["log_prob_sum"] for s in observed), torch.zeros(()))
         cost = torch.zeros(())
-        for name, kl in kl_by_site(model_trace, guide_trace).items():
+        for name, kl in kl_by_site(model_trace, guide_trace, masked=False).items():
             site = guide_trace.nodes[name]
             if not site["fn"].has_rsample:
                 kind = type(site["fn"]).__name__
                 raise ValueError(f"guide: BetaELBO expected reparameterised draws of {name}, got {kind}")
-            cost = cost + self._cost(kl, site)
+            cost = cost + self._cost(kl, site, model_trace.nodes[name])
         weight = self.beta * (((self.taken + 1) / self.warmup).clamp(max=1) if self.warmup else 1.0)
         return weight * cost - log_likelihood
 
-    def _cost(self, kl: Tensor, site: Any) -> Tensor:
-        """Sum of the KL divergence of a site (\\*plates, \\*event), scaled, and floored in each dimension."""
-        batch, scale = site["fn"].batch_shape, torch.as_tensor(site["scale"])
+    def _cost(self, kl: Tensor, guide: Any, model: Any) -> Tensor:
+        r"""KL divergence (\*plates, \*event) of a site, scaled and masked as in the model, floored in each dimension.
+
+        Where the guide has another scale a or mask than the model's b, the ELBO holds :math:`E[a \log q - b \log p]`,
+        which is :math:`b \mathrm{KL} + (a - b) E[\log q]`.
+        """
+        batch, scale = guide["fn"].batch_shape, torch.as_tensor(model["scale"])
+        kl = masked_by(kl, model["mask"], batch)
         if batch and self.free_bits:
-            floored = kl.flatten(0, len(batch) - 1).mean(0).clamp_min(self.free_bits)
-            return scale.expand(batch).sum() * floored.sum()
-        over_event = kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl
-        return (scale * over_event).sum()
+            weight = masked_by(scale.to(kl.dtype).expand(batch), model["mask"], batch)
+            shares = weight.reshape(*batch, *[1] * (kl.dim() - len(batch)))
+            total = weight.sum()
+            mean = (shares * kl).flatten(0, len(batch) - 1).sum(0) / total.clamp_min(torch.finfo(kl.dtype).tiny)
+            cost = total * mean.clamp_min(self.free_bits).sum()
+        else:
+            cost = (scale * (kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl)).sum()
+        numbers = not any(isinstance(s["scale"], Tensor) for s in (guide, model))
+        if numbers and guide["scale"] == model["scale"] and guide["mask"] is model["mask"]:
+            return cost
+        density = guide["fn"].log_prob(guide["value"])
+        own, theirs = (scale_and_mask(density, s["scale"], s["mask"]).sum() for s in (guide, model))
+        return cost + own - theirs

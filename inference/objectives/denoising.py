@@ -22,6 +22,7 @@ from torch import Tensor
 from inference.core.bound import BoundPair
 from inference.core.checks import check_not_negative
 from inference.core.contracts import Objective
+from inference.diagnostics.losses import still_falling
 from inference.draws.kl import kl_by_site
 from inference.objectives.game import takes
 
@@ -155,15 +156,7 @@ class Denoising(Trace_ELBO, Objective):
 
     def advise(self, bound: Any, losses: Any) -> tuple[str, ...]:
         """Advice about a fit whose loss still falls."""
-        size = len(losses) // 5
-        if size < 20:
-            return ()
-        before, after = losses[-2 * size : -size], losses[-size:]
-        error = ((before.var() + after.var()) / size) ** 0.5
-        if before.mean() - after.mean() <= 4 * error:
-            return ()
-        percent = 100 * (before.mean() - after.mean()) / abs(before.mean())
-        return (f"The loss still falls: by {percent:.1f}% over the last fifth of the steps; take more steps.",)
+        return still_falling(losses)
 
 
 def edges(model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:

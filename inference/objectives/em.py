@@ -61,6 +61,8 @@ class EM(TraceEnum_ELBO):
         0.68 True
     """
 
+    all_rows = "an M-step is that of all responsibilities; use TraceEnum_ELBO"
+
     def __init__(self, maximise: Maximise, start: Tensor | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.maximise, self.start = maximise, start
@@ -88,7 +90,9 @@ class EM(TraceEnum_ELBO):
             if node["type"] != "sample":
                 continue
             if plates <= {f.name for f in node["cond_indep_stack"]}:
-                joint = joint + node["log_prob"]
+                # A site in further plates (a feature each) adds the sum over them to the density of its row.
+                further = [f.dim for f in node["cond_indep_stack"] if f.vectorized and f.name not in plates]
+                joint = joint + (node["log_prob"].sum(further, keepdim=True) if further else node["log_prob"])
             else:
                 rest += float(node["log_prob"].sum())
         joint = joint.flatten(1)

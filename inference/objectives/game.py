@@ -71,6 +71,11 @@ class Game(Objective):
         if self.bound is not None:
             super().check(bound)
 
+    @property
+    def all_rows(self) -> str:
+        """Why the bound has to see all rows at every step; empty where minibatches will do."""
+        return "" if self.bound is None else Objective.of(self.bound).all_rows
+
     @abstractmethod
     def guide_score(self, model: Any, guide: Any, named: Any, *, detach: bool) -> Tensor:
         """A scalar that depends on the guide's parameters; on those alone if all that the guide reads is detached."""

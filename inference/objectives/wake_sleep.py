@@ -27,7 +27,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from inference.core.handlers import Uncondition
-from inference.objectives.importance import Weighted, latent, scale, score
+from inference.objectives.importance import Weighted, latent
 
 
 class RWS(Weighted):
@@ -72,14 +72,12 @@ class RWS(Weighted):
 
     def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Minus the bound, and the sum of the losses of all phases."""
-        guide_trace = self.draw(guide, args, kwargs, detach=True)
-        model_trace = self.replay(model, guide_trace, args, kwargs)
-        joint, density, rows = score(model_trace), score(guide_trace), scale(model_trace)
-        log_weights = (joint - density).detach()
-        weights = log_weights.softmax(0)
-        wake = -rows * (weights * (joint + self.insomnia * density)).sum()
-        sleep = (1 - self.insomnia) * rows * self._sleep(model, guide, args, kwargs) if self.insomnia < 1 else 0.0
-        return -rows * self.bound(log_weights).sum(), wake + sleep
+        scores = self.scores(model, guide, args, kwargs, detach=True)
+        log_weights = (scores.joint - scores.density).detach()
+        weights = scores.weight * log_weights.softmax(0)
+        wake = -(weights * (scores.joint + self.insomnia * scores.density)).sum() - scores.outside
+        sleep = (1 - self.insomnia) * self._sleep(model, guide, args, kwargs) if self.insomnia < 1 else 0.0
+        return self.minus_bound(scores).detach(), wake + sleep
 
     def _sleep(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         """Minus the log density of the guide at rows and latents simulated by the model (its dreams)."""
@@ -100,7 +98,7 @@ class RWS(Weighted):
         for name in latent(trace):
             if name not in dream.nodes:
                 raise ValueError(f"guide: {type(self).__name__} expected latent sites of the model, got {name}")
-        return -score(trace).sum()
+        return -trace.log_prob_sum()
 
 
 class WakeSleep(RWS):

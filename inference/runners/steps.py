@@ -251,6 +251,11 @@ def gradients(
     params = unconstrained(capture.trace)
     if not params:
         raise ValueError("pair: expected parameters to fit, got none in model and guide; use steps=0")
+    if not any(p.requires_grad for p in params.values()):
+        named = ", ".join(map(dotted, list(params)[:5]))
+        raise ValueError(
+            f"pair: expected parameters that require gradients, got only frozen ones ({named}); use steps=0"
+        )
     if isinstance(loss, tuple):
         return tuple(map(float, loss)), params
     return float(loss), params
