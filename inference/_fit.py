@@ -29,7 +29,7 @@ from inference.compiler.step import numbers
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
-from inference.core.handlers import isolated
+from inference.core.handlers import called_by_exclusive, exclusive, isolated
 from inference.diagnostics.convergence import pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws import scoring
@@ -41,6 +41,7 @@ JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
 
 
+@exclusive
 def fit(
     pair: Any,
     data: Any = None,
@@ -84,8 +85,9 @@ def fit(
 
     Returns:
         A Result. An interrupt (Ctrl-C), or a loss or gradient that is not finite, ends the fit early with the last good
-        parameters and a warning. The step that is under way, or its compilation, is finished first; a second Ctrl-C
-        interrupts it.
+        parameters and a warning; ``result.ended`` and the diagnosis say so. The step that is under way, or its
+        compilation, is finished first; a second Ctrl-C raises KeyboardInterrupt at once, and so does the first one in
+        ``compare`` and other functions that are :func:`exclusive`.
 
     Raises:
         ValueError: An argument does not fit the pair or the data.
@@ -126,10 +128,11 @@ def fit(
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         with subnormals_flushed():
-            losses, first = _descend(plan, steps, rows, patience, f"fit of {bound.name}", progress)
+            losses, first, ended = _descend(plan, steps, rows, patience, f"fit of {bound.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
-        return _conclude(whole, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})
+        seconds = {"setup": setup, "run": trained - started - setup}
+        return _conclude(whole, chosen, plan.how, losses, draws, seconds, ended)
 
 
 def _descend(
@@ -139,12 +142,12 @@ def _descend(
     patience: int | None,
     name: str,
     progress: bool,
-) -> tuple[np.ndarray, float | None]:
-    """Take the steps; return the losses of those that were finite, and the time at which the first was done."""
+) -> tuple[np.ndarray, float | None, str]:
+    """Take the steps; return the losses of those that were finite, when the first was done, and why it ended early."""
     losses: list[Any] = []
-    validate, first, failure = pyro.settings.get("validate_distributions_pyro"), None, None
+    validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), None, None, ""
     bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
-    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate), interrupts_deferred() as raise_deferred:
+    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate), interrupts_deferred() as interrupts:
         # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
@@ -162,16 +165,20 @@ def _descend(
                     break
                 first = first or perf_counter()
                 _show(bar, losses, len(taken))
-                raise_deferred()
+                interrupts()
                 if settled:
                     break
         except KeyboardInterrupt:
-            warnings.warn(f"{name} interrupted at step {len(losses)} of {count}", stacklevel=3)
+            if called_by_exclusive() or interrupts.pressed > 1:
+                raise
+            ended = f"interrupted at step {len(losses)} of {count}"
+            warnings.warn(f"{name} {ended}", stacklevel=4)
             failure = steps.check(now=True)
     if failure is not None:
         _give_up(name, failure)
         losses = losses[: failure.step]
-    return np.array([_read(x) for x in losses], dtype=float), first
+        ended = f"stopped at step {failure.step} of {count}, where loss or gradient is not finite"
+    return np.array([_read(x) for x in losses], dtype=float), first, ended
 
 
 def _show(bar: Any, losses: list[Any], taken: int) -> None:
@@ -195,7 +202,7 @@ def _give_up(name: str, failure: Failure) -> None:
     hint = "try a lower learning_rate, and check the data and the scale of the priors"
     if failure.step == 0:
         raise FloatingPointError(f"{text}; {hint}")
-    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=4)
+    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=5)
 
 
 def _settled(losses: list[Any], patience: int) -> bool:
@@ -279,7 +286,13 @@ def _check(
 
 
 def _conclude(
-    bound: BoundPair, objective: ELBO, execution: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
+    bound: BoundPair,
+    objective: ELBO,
+    execution: str,
+    losses: np.ndarray,
+    draws: int,
+    seconds: dict[str, float],
+    ended: str,
 ) -> Result:
     kind, asked = type(objective).__name__, Objective.of(objective)
 
@@ -296,7 +309,7 @@ def _conclude(
         return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
-    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses, ended=ended)
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:

@@ -86,7 +86,7 @@ def test_the_command_lists_recipes_and_refuses_others(tmp_path) -> None:
     answer = CliRunner().invoke(app, ["reproduce"])
     assert all(name in answer.stdout for name in RECIPES)
     answer = CliRunner().invoke(app, ["reproduce", "bernouli_mixture_500", "--out", str(tmp_path)])
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "recipe: unknown 'bernouli_mixture_500'; nearest: bernoulli_mixture_500" in answer.stderr
 
 

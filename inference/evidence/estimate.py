@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from inference.compiler import policy
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
-from inference.core.handlers import isolated
+from inference.core.handlers import exclusive, isolated
 from inference.draws import engine
 from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, device_of, guide_sites, probe
@@ -93,6 +93,7 @@ class Evidence:
         )
 
 
+@exclusive
 def log_evidence(
     pair: Any,
     data: Any = None,
