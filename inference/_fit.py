@@ -37,6 +37,10 @@ from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 
+LEARNING_RATE = 0.02
+"""Initial learning rate of pairs that say nothing."""
+
+
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
 
@@ -50,7 +54,7 @@ def fit(
     steps: int = 2000,
     batch: int | None = None,
     optimizer: PyroOptim | None = None,
-    learning_rate: float = 0.02,
+    learning_rate: float | None = None,
     patience: int | None = None,
     draws: int = 1000,
     seed: int = 0,
@@ -74,7 +78,8 @@ def fit(
         optimizer: A Pyro optimizer (``Joint`` holds one torch optimizer over all parameters); its schedule, if it has
             one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.
-        learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters.
+        learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters. Default: the
+            pair's own (``pair.learning_rate``: 0.002 for a VAE), or 0.02.
         patience: Stop when the mean loss of the last ``patience`` steps is not below that of the ``patience`` steps
             before by more than its standard error. Default: never.
         draws: Number of posterior draws to keep.
@@ -109,6 +114,8 @@ def fit(
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
+    if learning_rate is None:
+        learning_rate = whole.asked.learning_rate or LEARNING_RATE
     probe = {} if objective is None else Objective.of(objective).probe
     bound = replace(whole, data={**whole.data, **probe}, memo={})
     _check(

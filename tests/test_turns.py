@@ -150,7 +150,7 @@ def test_compare_raises_an_interrupt(ctrl_c) -> None:
 def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c) -> None:
     def press() -> None:
         # Ctrl-C in a terminal reaches every process.
-        while kernel and not (workers := mp.active_children()) and not over.wait(0.05):
+        while kernel and not mp.active_children() and not over.wait(0.05):
             pass
         for worker in mp.active_children():
             os.kill(worker.pid, signal.SIGINT)
@@ -159,9 +159,9 @@ def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c) -> 
 
     over, threads = threading.Event(), torch.get_num_threads()
     timer = threading.Timer(1.0, press)
+    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
             sample(regression(), Y, kernel, draws=10**6, chains=2 if kernel else None, progress=False, compile=False)
     finally:
         over.set()

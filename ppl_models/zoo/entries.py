@@ -356,9 +356,9 @@ ENTRIES = (
         arguments=lambda dataset: {"features": dataset.features, "layers": sized(dataset, (40, 20), (200, 200))},
         also=("binarized_mnist", "mnist", "omniglot"),
         methods={
-            "wake-sleep": by_minibatches(objective=WakeSleep),
-            "RWS": by_minibatches(objective=partial(RWS, 10)),
-            "VIMCO": by_minibatches(objective=partial(VIMCO, 10)),
+            "wake-sleep": by_minibatches(objective=WakeSleep, learning_rate=0.005),
+            "RWS": by_minibatches(objective=partial(RWS, 10), learning_rate=0.005),
+            "VIMCO": by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.005),
         },
         source="held-out likelihood; all states in the tests; published ones in the ledger",
         small={"layers": (3, 2)},
@@ -378,7 +378,7 @@ ENTRIES = (
         title="VAE with two stochastic layers",
         make=HierarchicalVAE,
         arguments=lambda dataset: {"features": dataset.features, "factors": sized(dataset, (20, 10), (100, 50))},
-        methods={"SVI": by_minibatches(learning_rate=0.003)},
+        methods={"SVI": by_minibatches()},
         small={"hidden": (8,), "between": (6,)},
     ),
     _of(
