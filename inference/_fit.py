@@ -36,6 +36,7 @@ from inference.draws import scoring
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
+from inference.runners.work import threads_by_work
 
 LEARNING_RATE = 0.02
 """Initial learning rate of pairs that say nothing."""
@@ -154,12 +155,13 @@ def _descend(
     losses: list[Any] = []
     validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), None, None, ""
     bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
-    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate), interrupts_deferred() as interrupts:
+    validated = pyro.validation_enabled(validate)
+    with bar, warnings.catch_warnings(), validated, interrupts_deferred() as interrupts, threads_by_work() as call:
         # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
             while len(losses) < count:
-                taken = steps.advance(batches)
+                taken = call(steps.advance, batches)
                 losses += taken
                 if first is None:
                     # One validated step finds errors in the model; later steps are checked for finite numbers alone.

@@ -20,7 +20,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from inference import Result, compare, exclusive, fit, prior_predictive, sample
+from inference.compiler import policy
 from inference.core import handlers
+from inference.runners.work import _Largest
 
 Y = torch.tensor([1.0, 2.0, 4.0, 1.5])
 quiet = partial(fit, draws=30, progress=False)
@@ -170,3 +172,37 @@ def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c) -> 
     assert torch.get_num_threads() == threads
     assert pyro.settings.get("validate_distributions_pyro")
     assert not dict(pyro.get_param_store())
+
+
+@pytest.mark.parametrize(("rows", "compile", "expected"), [(40, False, 1), (40, True, 1), (300_000, False, 2)])
+def test_a_fit_takes_threads_by_the_size_of_its_work(rows: int, compile: bool, expected: int) -> None:
+    model, guide = pair()
+    seen = []
+
+    def watched(y: Tensor) -> None:
+        seen.append(torch.get_num_threads())
+        model(y)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quiet((watched, guide), torch.randn(rows), steps=4, draws=4, compile=compile)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen.count(1) >= 1
+    # Steps after the first one; what is before and after them has the threads of the caller.
+    assert expected == 1 or seen.count(2) >= 3 + seen.count(1)
+    if expected == 1:
+        assert seen.count(1) >= (2 if compile else 4)
+
+
+def test_the_work_of_a_network_is_that_of_its_products() -> None:
+    layer, x = torch.nn.Linear(784, 200), torch.randn(20, 784)
+    with _Largest() as largest:
+        layer(x).sum().backward()
+    assert largest.numbers == 20 * 784 * 200 // policy.PRODUCTS_PER_NUMBER
+    assert policy.threads_of_fit(largest.numbers, 2) == 2
+    with _Largest() as largest:
+        (torch.ones(3, 1).expand(3, 10**6)[:, 0] * 2).sum()
+    assert largest.numbers == 3, "a view is no work"
