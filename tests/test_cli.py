@@ -1,12 +1,15 @@
 """The command line: what it prints, writes and refuses."""
 
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import arviz as az
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from inference import fit
@@ -140,6 +143,78 @@ def test_an_unwritable_directory_is_found_before_the_work(run, tmp_path, monkeyp
     answer = run("compare", "naive_bayes", "--out", tmp_path / "taken")
     assert answer.exit_code == 2
     assert "--out: cannot write to" in answer.stderr
+
+
+def pressing(pair, given, **arguments):
+    """A fit in whose twentieth run of the model Ctrl-C is pressed."""
+    model, runs = pair.model, [0]
+
+    def pressed(x, y):
+        runs[0] += 1
+        if runs[0] == 20:
+            signal.raise_signal(signal.SIGINT)
+        return model(x, y)
+
+    return fit((pressed, pair.guide), given, steps=60, compile=False, draws=20, progress=False, **arguments)
+
+
+@pytest.fixture
+def ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_fit_is_written_as_partial_with_the_code_of_an_interrupt(run, tmp_path, monkeypatch, ctrl_c):
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods={"SVI": pressing}))
+    answer = run("fit", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")
+    assert answer.exit_code == 130, answer.output
+    assert "error: the fit interrupted at step" in answer.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["svi-partial.nc"]
+    assert "interrupted at step" in az.from_netcdf(str(tmp_path / "out" / "svi-partial.nc")).attrs["ended"]
+
+
+def test_an_interrupted_comparison_writes_nothing(run, tmp_path, monkeypatch, ctrl_c):
+    methods = {"exact": exact, "SVI": pressing}
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
+    answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")
+    assert answer.exit_code == 130, answer.output
+    assert "error: interrupted" in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fit_that_diverges_fails_and_is_written_as_partial(run, tmp_path, monkeypatch) -> None:
+    def diverging(pair, given, **arguments):
+        return replace(exact(pair, given, draws=20), losses=np.linspace(1, 9, 200))
+
+    def stopping(pair, given, **arguments):
+        result = exact(pair, given, draws=20)
+        result.idata.attrs["ended"] = "stopped at step 3 of 9, where loss or gradient is not finite"
+        return result
+
+    methods = {"SVI": diverging, "MAP": stopping, "exact": exact}
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
+    said = {"SVI": "the fit diverged: its loss went from 1.", "MAP": "the fit stopped at step 3 of 9"}
+    for name, line in said.items():
+        answer = run("fit", "naive_bayes", "--data", "iris", "--method", name, "--out", tmp_path / name)
+        assert answer.exit_code == 1
+        assert line in answer.stderr
+        assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name.lower()}-partial.nc"]
+    answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "all")
+    assert answer.exit_code == 1
+    assert "failed: SVI, MAP" in answer.stderr
+    assert (tmp_path / "all" / "table.csv").exists()
+
+
+def test_the_seed_of_the_command_line_is_that_of_the_pair_too(run, tmp_path) -> None:
+    def bound(seed: int, folder: str) -> str:
+        answer = run("fit", "gan", "--steps", 2, "--seed", seed, "--out", tmp_path / folder)
+        assert answer.exit_code == 0, answer.output
+        return (tmp_path / folder / "r1.csv").read_text()
+
+    torch.manual_seed(5)
+    one = bound(1, "one")
+    assert one == bound(1, "again") != bound(2, "two")
 
 
 def test_the_readme_has_the_zoo_as_it_is() -> None:
