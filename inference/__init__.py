@@ -13,7 +13,8 @@ from inference._sample import sample
 from inference.comparison.compare import Method, compare
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
-from inference.core.handlers import isolated
+from inference.core.files import write_whole
+from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
 from inference.evidence.estimate import Evidence, log_evidence
@@ -40,6 +41,7 @@ __all__ = [
     "classify",
     "compare",
     "diagnose",
+    "exclusive",
     "fit",
     "isolated",
     "kernels",
@@ -53,4 +55,5 @@ __all__ = [
     "prior_predictive",
     "sample",
     "two_sample",
+    "write_whole",
 ]

@@ -31,7 +31,7 @@ from inference.compiler.step import numbers
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
-from inference.core.handlers import isolated
+from inference.core.handlers import called_by_exclusive, exclusive, isolated
 from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, pareto_k
 from inference.diagnostics.latents import local_latent_kl
 from inference.diagnostics.losses import still_falling
@@ -40,6 +40,11 @@ from inference.draws.rows import is_point
 from inference.result import STORED, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
+from inference.runners.work import threads_by_work
+
+LEARNING_RATE = 0.02
+"""Initial learning rate of pairs that say nothing."""
+
 
 JUDGED = 100_000_000
 """Numbers of data times draws that Pareto k may read at the end of a fit."""
@@ -49,6 +54,7 @@ RAN_AWAY = (
 )
 
 
+@exclusive
 def fit(
     pair: Any,
     data: Any = None,
@@ -57,7 +63,7 @@ def fit(
     steps: int = 2000,
     batch: int | None = None,
     optimizer: PyroOptim | None = None,
-    learning_rate: float = 0.02,
+    learning_rate: float | None = None,
     patience: int | None = None,
     draws: int = 1000,
     seed: int = 0,
@@ -83,7 +89,8 @@ def fit(
         optimizer: A Pyro optimizer (``Joint`` holds one torch optimizer over all parameters); its schedule, if it has
             one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.
-        learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters.
+        learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters. Default: the
+            pair's own (``pair.learning_rate``: 0.002 for a VAE), or 0.02.
         patience: Stop when the mean loss of the last ``patience`` steps is not below that of the ``patience`` steps
             before by more than its standard error. Default: never.
         draws: Number of posterior draws to keep.
@@ -94,8 +101,9 @@ def fit(
 
     Returns:
         A Result. An interrupt (Ctrl-C), or a loss or gradient that is not finite, ends the fit early with the last good
-        parameters and a warning. The step that is under way, or its compilation, is finished first; a second Ctrl-C
-        interrupts it.
+        parameters and a warning; ``result.ended`` and the diagnosis say so. The step that is under way, or its
+        compilation, is finished first; a second Ctrl-C raises KeyboardInterrupt at once, and so does the first one in
+        ``compare`` and other functions that are :func:`exclusive`.
 
     Raises:
         ValueError: An argument does not fit the pair or the data.
@@ -117,6 +125,8 @@ def fit(
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data)
+    if learning_rate is None:
+        learning_rate = whole.asked.learning_rate or LEARNING_RATE
     probe = {} if objective is None else Objective.of(objective).probe
     bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(
@@ -142,10 +152,11 @@ def fit(
         rows = _minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         with subnormals_flushed():
-            losses, first = _descend(plan, steps, rows, patience, f"fit of {bound.name}", progress)
+            losses, first, ended = _descend(plan, steps, rows, patience, f"fit of {bound.name}", progress)
         trained = perf_counter()
         setup = (first or trained) - started
-        return _conclude(whole, chosen, plan.how, losses, draws, {"setup": setup, "run": trained - started - setup})
+        seconds = {"setup": setup, "run": trained - started - setup}
+        return _conclude(whole, chosen, plan.how, losses, draws, seconds, ended)
 
 
 def _descend(
@@ -155,17 +166,18 @@ def _descend(
     patience: int | None,
     name: str,
     progress: bool,
-) -> tuple[np.ndarray, float | None]:
-    """Take the steps; return the losses of those that were finite, and the time at which the first was done."""
+) -> tuple[np.ndarray, float | None, str]:
+    """Take the steps; return the losses of those that were finite, when the first was done, and why it ended early."""
     losses: list[Any] = []
-    validate, first, failure = pyro.settings.get("validate_distributions_pyro"), None, None
+    validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), None, None, ""
     bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
-    with bar, warnings.catch_warnings(), pyro.validation_enabled(validate), interrupts_deferred() as raise_deferred:
+    validated = pyro.validation_enabled(validate)
+    with bar, warnings.catch_warnings(), validated, interrupts_deferred() as interrupts, threads_by_work() as call:
         # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
             while len(losses) < count:
-                taken = steps.advance(batches)
+                taken = call(steps.advance, batches)
                 losses += taken
                 if first is None:
                     # One validated step finds errors in the model; later steps are checked for finite numbers alone.
@@ -178,16 +190,20 @@ def _descend(
                     break
                 first = first or perf_counter()
                 _show(bar, losses, len(taken))
-                raise_deferred()
+                interrupts()
                 if settled:
                     break
         except KeyboardInterrupt:
-            warnings.warn(f"{name} interrupted at step {len(losses)} of {count}", stacklevel=3)
+            if called_by_exclusive() or interrupts.pressed > 1:
+                raise
+            ended = f"interrupted at step {len(losses)} of {count}"
+            warnings.warn(f"{name} {ended}", stacklevel=4)
             failure = steps.check(now=True)
     if failure is not None:
         _give_up(name, failure)
         losses = losses[: failure.step]
-    return np.array([_read(x) for x in losses], dtype=float), first
+        ended = f"stopped at step {failure.step} of {count}, where loss or gradient is not finite"
+    return np.array([_read(x) for x in losses], dtype=float), first, ended
 
 
 def _show(bar: Any, losses: list[Any], taken: int) -> None:
@@ -211,7 +227,7 @@ def _give_up(name: str, failure: Failure) -> None:
     hint = "try a lower learning_rate, and check the data and the scale of the priors"
     if failure.step == 0:
         raise FloatingPointError(f"{text}; {hint}")
-    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=4)
+    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=5)
 
 
 def _settled(losses: list[Any], patience: int) -> bool:
@@ -309,7 +325,13 @@ def _check_guide(bound: BoundPair) -> None:
 
 
 def _conclude(
-    bound: BoundPair, objective: ELBO, execution: str, losses: np.ndarray, draws: int, seconds: dict[str, float]
+    bound: BoundPair,
+    objective: ELBO,
+    execution: str,
+    losses: np.ndarray,
+    draws: int,
+    seconds: dict[str, float],
+    ended: str,
 ) -> Result:
     kind, asked = type(objective).__name__, Objective.of(objective)
 
@@ -330,7 +352,7 @@ def _conclude(
         return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
-    result = conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses)
+    result = conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses, ended=ended)
     return _judge_losses(result) if asked.has_posterior else result
 
 

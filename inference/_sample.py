@@ -18,7 +18,7 @@ from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
-from inference.core.handlers import isolated
+from inference.core.handlers import exclusive, isolated
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
 from inference.result import Posterior, Result, conclude
@@ -30,6 +30,7 @@ MIN_CHAINS = 8
 """Number of chains from which the default kernel is ChEES, which adapts across chains."""
 
 
+@exclusive
 def sample(
     pair: Any,
     data: Any = None,
@@ -95,7 +96,7 @@ def sample(
                 return _conclude(bound, made, perf_counter() - started)
             except Untraceable as error:
                 warnings.warn(
-                    f"{bound.name}: NUTS in place of ChEES, because it cannot be traced: {error}", stacklevel=2
+                    f"{bound.name}: NUTS in place of ChEES, because it cannot be traced: {error}", stacklevel=3
                 )
         factory = kernel or NUTS
         example = factory(partial(bound.model, **bound.arguments()))

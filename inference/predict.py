@@ -12,13 +12,14 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
-from inference.core.handlers import isolated
+from inference.core.handlers import exclusive, isolated
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.engine import REFUSALS, Draws
 from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
 from inference.result import Result
 
 
+@exclusive
 def prior_predictive(
     pair: Any, data: Any = None, *, size: int | None = None, draws: int = 500, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -40,6 +41,7 @@ def prior_predictive(
         return draw_sites(bind(pair, data).generator(size), {}, draws)
 
 
+@exclusive
 def posterior_predictive(
     result: Result, data: Any = None, *, size: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -89,6 +91,7 @@ def _draws_at(result: Result, data: Any) -> Draws:
     return sample_guide(new, result.size)[0]
 
 
+@exclusive
 def pointwise_log_likelihood(result: Result, data: Any = None) -> Tensor:
     """Log density of each row under each posterior draw, all observed sites together.
 
@@ -108,6 +111,7 @@ def pointwise_log_likelihood(result: Result, data: Any = None) -> Tensor:
         return rowwise(bound, result.draws)
 
 
+@exclusive
 def log_weights(result: Result, draws: int = 1000, *, seed: int = 1) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z_s) - \log q(z_s)` of new draws of a fitted guide: (draws,).
 
@@ -118,6 +122,7 @@ def log_weights(result: Result, draws: int = 1000, *, seed: int = 1) -> Tensor:
         return log_joint(result.bound, values) - density
 
 
+@exclusive
 def classify(result: Result, data: Any, *, label: str = "y") -> Tensor:
     r"""Class probabilities of new rows, averaged over the posterior by Bayes' rule.
 
@@ -156,6 +161,7 @@ def _states(bound: BoundPair, label: str) -> Tensor:
     return distribution.enumerate_support(expand=False).flatten()
 
 
+@exclusive
 def latent_kl(result: Result, data: Any = None, *, seed: int = 0) -> pd.DataFrame:
     r"""KL divergence from the prior of each dimension of the latent sites that have a value per row.
 

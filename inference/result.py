@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.checks import check_count
-from inference.core.handlers import isolated
+from inference.core.files import write_whole
+from inference.core.handlers import exclusive, isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.draws import scoring
 
@@ -107,6 +109,27 @@ class Result:
         """Number of posterior draws S."""
         return len(next(iter(self.draws.values()))) if self.draws else 1
 
+    @property
+    def ended(self) -> str:
+        """Why and at which step a fit ended early, ``interrupted at step 20 of 100``; empty if it did not."""
+        return str(self.idata.attrs.get("ended", ""))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the fit was interrupted (Ctrl-C), so that the Result is that of the steps taken until then."""
+        return self.ended.startswith("interrupted")
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``idata`` to a NetCDF file for ArviZ, by :func:`inference.write_whole`; return the path.
+
+        Raises:
+            ValueError: There is nothing to write: the method has no posterior, and the pair observes nothing.
+        """
+        if not self.idata.groups():
+            raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
+        return write_whole(path, lambda new: self.idata.to_netcdf(str(new)))
+
+    @exclusive
     def draw(self, size: int = 1000, *, seed: int = 1) -> dict[str, Tensor]:
         r"""Draw more from the posterior: from the guide, or by continuing the chains.
 
@@ -157,6 +180,7 @@ def conclude(
     method: str,
     execution: str,
     losses: np.ndarray | None = None,
+    ended: str = "",
 ) -> Result:
     """Turn what a fit or chains have left in the parameter store into a Result.
 
@@ -168,9 +192,10 @@ def conclude(
         method: Name of the method, for tables.
         execution: How it ran: ``eager``, ``traced`` or ``fused``.
         losses: Loss of each step; None for chains.
+        ended: Why and at which step the run ended early; empty if it did not.
     """
     started, state = perf_counter(), State(bound.modules)
-    attrs = {"method": method, "execution": execution}
+    attrs = {"method": method, "execution": execution, **({"ended": ended} if ended else {})}
     with state():
         made = make()
         if isinstance(made, Posterior):
@@ -179,6 +204,9 @@ def conclude(
         else:
             idata = az.InferenceData(attrs=attrs)
             diagnosis = Diagnosis(pd.DataFrame(), None, None, tuple(made))
+    if ended:
+        unfinished = f"The run was {ended}: what it returns is not finished."
+        diagnosis = replace(diagnosis, advice=(unfinished, *diagnosis.advice))
     return Result(
         idata=idata,
         params=state.values(),

@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 import inference
-from inference import COLUMNS, Comparison, Method, Result
+from inference import COLUMNS, Comparison, Method, Result, isolated, write_whole
 from ppl_models import data, ledger
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import ZOO, find
 from ppl_models.zoo.entry import Entry
+from ppl_models.zoo.methods import settings
 from ppl_models.zoo.pictures import save
 
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit codes: the work failed, an argument is wrong, Ctrl-C."""
+
+
+class _OneLine(TyperGroup):
+    """Commands that answer a wrong argument by one line on standard error, without the usage above it."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)  # type: ignore[misc]
+        except Exception as error:
+            # The classes of these errors are Typer's own, or in older versions click's.
+            if not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ != "NoArgsIsHelpError":
+                _complain(error.format_message())
+            sys.exit(MISUSED)
+
+
 app = typer.Typer(
+    cls=_OneLine,
     help="A model zoo on Pyro: fit, sample and compare model/guide pairs.",
     add_completion=False,
     no_args_is_help=True,
@@ -41,38 +67,57 @@ out = Console()
 err = Console(stderr=True)
 
 
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"expected a positive number, got {value}")
+    return value
+
+
 PairName = Annotated[str, typer.Argument(metavar="PAIR", help="A pair of the zoo; `ppl-models list` shows them.")]
 
 
 DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
 
 
-OutDir = Annotated[Path | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
+OutDir = Annotated[str | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
 
 
-Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")]
+
+
+def _complain(text: str) -> None:
+    err.print(f"[red]error:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """Print errors and warnings as one line each on standard error; errors exit with code 1."""
+def _one_line(context: typer.Context) -> Iterator[None]:
+    """Print errors and warnings as one line each on standard error; errors exit with their code.
+
+    An error that names an option or argument of the command is one of usage.
+    """
 
     def show(message: Any, *_: Any, **__: Any) -> None:
         err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
+    options = {o.lstrip("-").replace("-", "_"): o for p in context.command.params for o in p.opts}
     with warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
         warnings.showwarning = show
         try:
             yield
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
         except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
-            err.print(f"[red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            name, colon, rest = str(error).partition(":")
+            misused = isinstance(error, ValueError | TypeError) and name in options
+            _complain(f"{options[name]}{colon}{rest}" if misused else str(error) or type(error).__name__)
+            raise typer.Exit(MISUSED if misused else FAILED) from None
 
 
 @app.command("list")
 def list_() -> None:
-    """List the pairs of the zoo with their data sets and methods."""
+    """List the pairs of the zoo with their data sets and methods; the first data set and method are the default."""
     table = Table("pair", "what", "data", "methods", box=None, pad_edge=False)
     for entry in ZOO.values():
         table.add_row(entry.name, entry.title, ", ".join((entry.data, *entry.also)), ", ".join(entry.methods))
@@ -81,33 +126,47 @@ def list_() -> None:
 
 @app.command()
 def fit(
+    context: typer.Context,
     pair: PairName,
     data_name: DataName = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the pair's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Minibatch size; default: the pair's, often all rows.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method of the pair; default: the first of the list.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the method's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Minibatch size; default: the method's.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Initial learning rate of the schedule; default: the pair's.")
+        float | None,
+        typer.Option(callback=_positive, help="Initial learning rate of the schedule; default: the method's."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=4, help="Posterior draws to keep.")] = 1000,
+    draws: Annotated[int | None, typer.Option(min=4, help="Posterior draws to keep; default: the method's.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
-    """Fit a pair by its own objective: variational inference, maximum likelihood or adversarial training."""
-    with _one_line():
-        entry, dataset, folder = _prepare(pair, data_name, out_dir)
-        model = entry.pair(dataset)
-        options = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
-        chosen = {name: value for name, value in options.items() if value is not None}
-        result = entry.fit(model, dataset.train, draws=draws, seed=seed, **chosen)
-        _report(result, folder)
+    """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
+
+    A fit that was interrupted is written as partial (exit code 130), and so is one that ended or stayed where the loss
+    is not finite or higher than at the start (exit code 1).
+    """
+    with _one_line(context):
+        entry = find(pair)
+        name = next(iter(entry.fits)) if method is None else _named("method", method, entry.methods)
+        if name not in entry.fits:
+            raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
+        options = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "draws": draws}
+        chosen = _taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
+        dataset, folder = _prepare(entry, data_name, out_dir)
+        with isolated(seed):
+            model = entry.pair(dataset)
+        result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
+        _report(result, folder, name)
+        _check_whole(result)
         if entry.report:
             _print_whole(_frame(entry.report(model, dataset.test)))
         for path in save(model, dataset.test, dataset.shape, folder) if dataset.shape else ():
-            out.print(f"[dim]{path}[/]", highlight=False)
+            out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def sample(
+    context: typer.Context,
     pair: PairName,
     data_name: DataName = None,
     draws: Annotated[int | None, typer.Option(min=4, help="Draws per chain; default: the kernel's.")] = None,
@@ -118,96 +177,140 @@ def sample(
     out_dir: OutDir = None,
 ) -> None:
     """Sample a pair's posterior by Markov chains."""
-    with _one_line():
-        kernels = {n.lower(): n for n in inference.kernels.__all__}
-        named = kernel and kernels.get(kernel.lower(), kernel)
-        factory = getattr(inference.kernels, _known("kernel", named, inference.kernels.__all__)) if named else None
-        entry, dataset, folder = _prepare(pair, data_name, out_dir)
-        result = inference.sample(
-            entry.pair(dataset), dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed
-        )
-        _report(result, folder)
+    with _one_line(context):
+        entry = find(pair)
+        named = None if kernel is None else _named("kernel", kernel, inference.kernels.__all__)
+        dataset, folder = _prepare(entry, data_name, out_dir)
+        with isolated(seed):
+            model = entry.pair(dataset)
+        factory = None if named is None else getattr(inference.kernels, named)
+        result = inference.sample(model, dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed)
+        _report(result, folder, result.method)
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     pair: PairName,
     data_name: DataName = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
     out_dir: OutDir = None,
 ) -> None:
-    """Compare several methods on one pair: a table, a plot and one ArviZ file per method."""
-    with _one_line():
+    """Compare several methods on one pair: a table, a plot and one ArviZ file per method.
+
+    Where a method fails, or its fit ends early, the others are shown and written, and the exit code is 1.
+    """
+    with _one_line(context):
         entry = find(pair)
-        names = methods.split(",") if methods else list(entry.methods)
-        chosen = {name: entry.methods[_known("method", name, entry.methods)] for name in names}
-        entry, dataset, folder = _prepare(pair, data_name, out_dir)
-        seeded: dict[str, Method] = {name: partial(method, seed=seed) for name, method in chosen.items()}
+        asked = list(entry.methods) if methods is None else methods.split(",")
+        names = list(dict.fromkeys(_named("methods", name.strip(), entry.methods) for name in asked))
+        dataset, folder = _prepare(entry, data_name, out_dir)
+        seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
         comparison = entry.compare(dataset, seeded, seed=seed)
         _show(comparison, entry, dataset)
         for path in comparison.save(folder):
-            out.print(f"[dim]{path}[/]", highlight=False)
+            out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+        failed = [n for n in names if n not in comparison.results or _unfit(comparison.results[n])]
+        if failed:
+            raise RuntimeError(f"failed: {', '.join(failed)}")
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; omit to list them.")] = None,
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; omit to list them.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A size for tests, seconds instead of hours.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; default: the recipe's.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the records.")] = Path("results/ledger"),
+    out_dir: Annotated[str, typer.Option("--out", help="Directory of the records.")] = "results/ledger",
 ) -> None:
     """Reproduce a published figure and append the result to a ledger."""
-    with _one_line():
-        if name is None:
-            for recipe in ledger.RECIPES.values():
-                out.print(f"{recipe.name}: {recipe.title}, {recipe.protocol}", highlight=False, soft_wrap=True)
+    with _one_line(context):
+        if recipe is None:
+            for each in ledger.RECIPES.values():
+                out.print(f"{each.name}: {each.title}, {each.protocol}", highlight=False, soft_wrap=True)
             return
-        recipe = ledger.RECIPES[_known("recipe", name, ledger.RECIPES)]
-        _check_writable(out_dir)
-        record = ledger.reproduce(recipe, out_dir, quick=quick, seeds=seeds)
-        out.print(f"[bold]{recipe.name}[/]: {recipe.title}; {recipe.protocol}", highlight=False, soft_wrap=True)
+        chosen = ledger.RECIPES[_named("recipe", recipe, ledger.RECIPES)]
+        folder = _writable(out_dir)
+        record = ledger.reproduce(chosen, folder, quick=quick, seeds=seeds)
+        out.print(f"[bold]{chosen.name}[/]: {chosen.title}; {chosen.protocol}", highlight=False, soft_wrap=True)
         error = record["standard_error"]
         margin = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"
         shown = Table(box=None, pad_edge=False, show_header=False)
         shown.add_row("obtained" + (" (quick: not comparable)" if quick else ""), f"{record['figure']:.2f}{margin}")
-        shown.add_row("published", f"{recipe.known}, {recipe.origin}")
+        shown.add_row("published", f"{chosen.known}, {chosen.origin}")
         for what, values in record["details"].items():
             if what != "figure":
                 shown.add_row(what, ", ".join(f"{v:.2f}" for v in values))
         shown.add_row("seconds", f"{record['seconds']:.0f}")
         _print_whole(shown)
-        out.print(f"[dim]{out_dir / (recipe.name + '.jsonl')}[/]", highlight=False, soft_wrap=True)
+        out.print(f"[dim]{folder / (chosen.name + '.jsonl')}[/]", highlight=False, soft_wrap=True)
 
 
-def _prepare(pair: str, data_name: str | None, out_dir: Path | None) -> tuple[Entry, Dataset, Path]:
-    """Look up names and check the output directory, so that errors come before any work is done."""
-    entry = find(pair)
+def _prepare(entry: Entry, data_name: str | None, out_dir: str | None) -> tuple[Dataset, Path]:
+    """Check the data's name and the output directory, so that errors come before any work, and load the data."""
     if data_name is not None:
-        _known("data", data_name, data.names())
-    folder = out_dir or Path("results") / f"{entry.name}-{data_name or entry.data}"
-    _check_writable(folder)
-    return entry, entry.load(data_name), folder
+        _named("data", data_name, data.names())
+    folder = _writable(f"results/{entry.name}-{data_name or entry.data}" if out_dir is None else out_dir)
+    return entry.load(data_name), folder
 
 
-def _known(what: str, name: str, known: Any) -> str:
+def _named(what: str, name: str, known: Collection[str]) -> str:
+    """The known name that was meant, in its own case."""
     if name in known:
         return name
+    alike = [k for k in known if k.lower() == name.lower()]
+    if len(alike) == 1:
+        return alike[0]
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
     raise ValueError(f"{what}: unknown {name!r}; {hint}known: {', '.join(known)}")
 
 
-def _check_writable(folder: Path) -> None:
+def _taken(name: str, method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, all of which the method has to take."""
+    for option in options:
+        if option not in settings(method):
+            raise ValueError(f"{option}: expected none, for the method {name} has no such setting")
+    return options
+
+
+def _writable(folder: str) -> Path:
+    """A folder that can be written to, or made. It is made when there is something to write."""
+    if not folder.strip():
+        raise ValueError(f"out: expected a folder, got {folder!r}")
+    path = Path(folder)
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(f"out: cannot write to {folder}: {error.strerror}") from None
+    return path
 
 
-def _report(result: Result, folder: Path) -> None:
+def _unfit(result: Result) -> str:
+    """Why the result of a fit is none: it ended early, or its loss is higher than at the start; empty if it is one."""
+    if result.ended:
+        return result.ended
+    losses, tenth = result.losses, len(result.losses) // 10
+    if losses.ndim > 1 or tenth < 10:
+        return ""
+    first, last = losses[:tenth], losses[-tenth:]
+    risen, error = last.mean() - first.mean(), math.sqrt((first.var() + last.var()) / tenth)
+    if np.isfinite(last).all() and not risen > 3 * error:
+        return ""
+    return f"diverged: its loss went from {first.mean():.4g} to {last.mean():.4g}; try a lower learning rate"
+
+
+def _check_whole(result: Result) -> None:
+    """End the command where the fit is none; an interrupted one with the code of an interrupt."""
+    if problem := _unfit(result):
+        _complain(f"the fit {problem}")
+        raise typer.Exit(INTERRUPTED if result.interrupted else FAILED)
+
+
+def _report(result: Result, folder: Path, name: str) -> None:
     table = result.summary()
     shown = table.head(20)
     if len(shown):
@@ -215,14 +318,16 @@ def _report(result: Result, folder: Path) -> None:
     if len(table) > len(shown):
         out.print(f"[dim]... and {len(table) - len(shown)} more quantities in the file[/]")
     out.print(escape(str(result)), highlight=False)
-    path = folder / f"{result.method.split()[0].lower()}.nc"
+    stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ("-partial" if _unfit(result) else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.nc"
     if result.idata.groups():
-        result.idata.to_netcdf(str(path))
+        result.save(path)
     else:
         path = path.with_suffix(".csv")
         columns = ["guide", "model"] if result.losses.ndim > 1 else ["loss"]
-        pd.DataFrame(result.losses, columns=columns).to_csv(path, index_label="step")
-    out.print(f"[dim]{path}[/]", highlight=False)
+        write_whole(path, partial(pd.DataFrame(result.losses, columns=columns).to_csv, index_label="step"))
+    out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
 
 
 def _show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:

@@ -1,12 +1,15 @@
 """The command line: what it prints, writes and refuses."""
 
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import arviz as az
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from inference import fit
@@ -34,7 +37,7 @@ def test_list_shows_every_pair(run) -> None:
 def test_compare_prints_a_table_and_writes_its_files(run, tmp_path, monkeypatch) -> None:
     methods = {"exact": exact, "SVI": partial(fit, steps=300, learning_rate=0.1)}
     monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
-    answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "exact,SVI", "--out", tmp_path / "out")
+    answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "Exact, svi", "--out", tmp_path / "out")
     assert answer.exit_code == 0, answer.output
     assert "error_max" in answer.stdout
     assert "…" not in answer.stdout, "a number is cut short"
@@ -65,15 +68,15 @@ def test_a_gan_is_fitted_by_its_own_schedule_and_draws(run, tmp_path) -> None:
     assert answer.exit_code == 0, answer.output
     assert "Adversarial on ConditionalGAN: 30 steps" in answer.stdout
     folder = tmp_path / "results" / "conditional_gan-digits"
-    assert {p.name for p in folder.iterdir()} == {"adversarial.csv", "samples.png"}
-    assert list(pd.read_csv(folder / "adversarial.csv")) == ["step", "guide", "model"]
+    assert {p.name for p in folder.iterdir()} == {"r1.csv", "samples.png"}
+    assert list(pd.read_csv(folder / "r1.csv")) == ["step", "guide", "model"]
 
 
 @pytest.mark.parametrize(
     ("name", "written"),
     [
         ("semi_supervised_vae", {"svi.nc", "classes.png"}),
-        ("cyclegan", {"adversarial.csv", "forward.png", "backward.png"}),
+        ("cyclegan", {"r1.csv", "forward.png", "backward.png"}),
         ("autoencoder", {"svi.nc"}),
     ],
 )
@@ -89,30 +92,129 @@ def test_a_pair_of_any_data_is_fitted_to_the_end(run, tmp_path, name: str, writt
     [
         (["compare", "naive_bays"], "pair: unknown 'naive_bays'; nearest: naive_bayes"),
         (["fit", "naive_bayes", "--data", "wines"], "data: unknown 'wines'; nearest: wine"),
-        (["compare", "naive_bayes", "--methods", "NUT"], "method: unknown 'NUT'; nearest: NUTS"),
-        (["sample", "naive_bayes", "--kernel", "NUT"], "kernel: unknown 'NUT'; nearest: NUTS"),
-        (["compare", "naive_bayes", "--out", "/proc/nowhere"], "out: cannot write to /proc/nowhere"),
+        (["compare", "naive_bayes", "--methods", "NUT"], "--methods: unknown 'NUT'; nearest: NUTS"),
+        (["compare", "naive_bayes", "--methods", ""], "--methods: unknown ''; known: exact, MAP"),
+        (["compare", "naive_bayes", "--methods", "svi,"], "--methods: unknown ''; known: exact, MAP"),
+        (["compare", "naive_bayes", "--data", ""], "--data: unknown ''"),
+        (["compare", "naive_bayes", "--out", "/proc/nowhere"], "--out: cannot write to /proc/nowhere"),
+        (["sample", "naive_bayes", "--kernel", "NUT"], "--kernel: unknown 'NUT'; nearest: NUTS"),
+        (["sample", "naive_bayes", "--kernel", ""], "--kernel: unknown ''; known: HMC, NUTS"),
+        (["sample", "naive_bayes", "--draws", "3"], "--draws"),
+        (["sample", "naive_bayes", "--warmup", "-1"], "--warmup"),
+        (["sample", "naive_bayes", "--chains", "0"], "--chains"),
+        (["fit", "naive_bayes", "--method", "SVJ"], "--method: unknown 'SVJ'; nearest: SVI"),
+        (["fit", "naive_bayes", "--method", "nuts"], "--method: expected exact or MAP or SVI, got chains, NUTS"),
+        (["fit", "naive_bayes", "--steps", "5"], "--steps: expected none, for the method exact has no such setting"),
+        (["fit", "gaussian_mixture", "--learning-rate", "1"], "--learning-rate: expected none, for the method EM"),
+        (["fit", "vae", "--learning-rate", "inf"], "--learning-rate': expected a positive number, got inf"),
+        (["fit", "vae", "--learning-rate", "nan"], "--learning-rate': expected a positive number, got nan"),
+        (["fit", "vae", "--learning-rate", "0"], "--learning-rate': expected a positive number, got 0"),
+        (["fit", "vae", "--steps", "0"], "--steps"),
+        (["fit", "vae", "--steps", "1e3"], "--steps"),
+        (["fit", "vae", "--batch", "0"], "--batch"),
+        (["fit", "vae", "--draws", "3"], "--draws"),
+        (["fit", "vae", "--seed", "-1"], "--seed"),
+        (["fit", "vae", "--seed", str(2**32)], "--seed"),
+        (["fit", "vae", "--out", ""], "--out: expected a folder, got ''"),
+        (["fit", "vae", "--stps", "3"], "--stps"),
+        (["fit"], "PAIR"),
+        (["fot", "vae"], "fot"),
+        (["reproduce", "vae_k2"], "recipe: unknown 'vae_k2'; nearest: vae_k1"),
+        (["reproduce", "vae_k1", "--seeds", "0"], "--seeds"),
+        (["reproduce", "vae_k1", "--out", ""], "--out: expected a folder, got ''"),
         (
-            ["fit", "naive_bayes", "--data", "iris", "--batch", "1000"],
-            "batch: expected 1 to 105 (the rows of the data)",
+            ["fit", "naive_bayes", "--method", "SVI", "--data", "iris", "--batch", "1000"],
+            "--batch: expected 1 to 105 (the rows of the data)",
         ),
     ],
 )
 def test_bad_input_gets_one_line_and_a_non_zero_exit(run, arguments, message, tmp_path) -> None:
     answer = run(*arguments)
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert message in answer.stderr
     assert answer.stderr.count("\n") == 1
     assert answer.stdout == ""
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert list(tmp_path.iterdir()) == [], "a folder was made, or something was written"
 
 
 def test_an_unwritable_directory_is_found_before_the_work(run, tmp_path, monkeypatch) -> None:
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr("ppl_models.zoo.entries.fit", lambda *a, **k: pytest.fail("worked before looking"))
     answer = run("compare", "naive_bayes", "--out", tmp_path / "taken")
+    assert answer.exit_code == 2
+    assert "--out: cannot write to" in answer.stderr
+
+
+def pressing(pair, given, **arguments):
+    """A fit in whose twentieth run of the model Ctrl-C is pressed."""
+    model, runs = pair.model, [0]
+
+    def pressed(x, y):
+        runs[0] += 1
+        if runs[0] == 20:
+            signal.raise_signal(signal.SIGINT)
+        return model(x, y)
+
+    return fit((pressed, pair.guide), given, steps=60, compile=False, draws=20, progress=False, **arguments)
+
+
+@pytest.fixture
+def ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_fit_is_written_as_partial_with_the_code_of_an_interrupt(run, tmp_path, monkeypatch, ctrl_c):
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods={"SVI": pressing}))
+    answer = run("fit", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")
+    assert answer.exit_code == 130, answer.output
+    assert "error: the fit interrupted at step" in answer.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["svi-partial.nc"]
+    assert "interrupted at step" in az.from_netcdf(str(tmp_path / "out" / "svi-partial.nc")).attrs["ended"]
+
+
+def test_an_interrupted_comparison_writes_nothing(run, tmp_path, monkeypatch, ctrl_c):
+    methods = {"exact": exact, "SVI": pressing}
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
+    answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")
+    assert answer.exit_code == 130, answer.output
+    assert "error: interrupted" in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fit_that_diverges_fails_and_is_written_as_partial(run, tmp_path, monkeypatch) -> None:
+    def diverging(pair, given, **arguments):
+        return replace(exact(pair, given, draws=20), losses=np.linspace(1, 9, 200))
+
+    def stopping(pair, given, **arguments):
+        result = exact(pair, given, draws=20)
+        result.idata.attrs["ended"] = "stopped at step 3 of 9, where loss or gradient is not finite"
+        return result
+
+    methods = {"SVI": diverging, "MAP": stopping, "exact": exact}
+    monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods=methods))
+    said = {"SVI": "the fit diverged: its loss went from 1.", "MAP": "the fit stopped at step 3 of 9"}
+    for name, line in said.items():
+        answer = run("fit", "naive_bayes", "--data", "iris", "--method", name, "--out", tmp_path / name)
+        assert answer.exit_code == 1
+        assert line in answer.stderr
+        assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name.lower()}-partial.nc"]
+    answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "all")
     assert answer.exit_code == 1
-    assert "out: cannot write to" in answer.stderr
+    assert "failed: SVI, MAP" in answer.stderr
+    assert (tmp_path / "all" / "table.csv").exists()
+
+
+def test_the_seed_of_the_command_line_is_that_of_the_pair_too(run, tmp_path) -> None:
+    def bound(seed: int, folder: str) -> str:
+        answer = run("fit", "gan", "--steps", 2, "--seed", seed, "--out", tmp_path / folder)
+        assert answer.exit_code == 0, answer.output
+        return (tmp_path / folder / "r1.csv").read_text()
+
+    torch.manual_seed(5)
+    one = bound(1, "one")
+    assert one == bound(1, "again") != bound(2, "two")
 
 
 def test_the_readme_has_the_zoo_as_it_is() -> None:

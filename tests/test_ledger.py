@@ -1,15 +1,24 @@
 """The ledger: records, its table, what is refused; the recipes' quick sizes."""
 
 import json
+import re
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from inference import fit
 from ppl_models import data, ledger
 from ppl_models.cli import app
+from ppl_models.ledger import record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.record import GRADES, Recipe
 
@@ -51,6 +60,73 @@ def test_a_figure_that_is_not_finite_is_not_recorded(tmp_path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_an_interrupted_recipe_records_nothing(tmp_path) -> None:
+    def model() -> None:
+        runs[0] += 1
+        if runs[0] == 20:
+            raise KeyboardInterrupt
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0), obs=torch.ones(()))
+
+    def run(quick: bool, seed: int) -> dict[str, float]:
+        return {"figure": float(fit((model, lambda: None), steps=100, progress=False, compile=False).losses[-1])}
+
+    runs = [0]
+    with pytest.raises(KeyboardInterrupt):
+        ledger.reproduce(recipe(run=run), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_line_that_is_cut_short_breaks_neither_reading_nor_the_next_record(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe()})
+    path = tmp_path / "made.jsonl"
+    first = ledger.reproduce(recipe(), tmp_path)
+    path.write_bytes(path.read_bytes() + b'{"recipe": "made", "fig')
+    second = ledger.reproduce(recipe(), tmp_path, seeds=1)
+    path.write_bytes(path.read_bytes() + b"[1]\n\xff\n")
+    with pytest.warns(UserWarning, match="expected a record") as warned:
+        assert ledger.records(tmp_path) == [first, second]
+    said = [str(w.message) for w in warned]
+    assert [f"{path}, line {k}: expected a record" in line for k, line in zip((2, 4, 5), said, strict=True)] == 3 * [
+        True
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files by the system")
+def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path) -> None:
+    path = tmp_path / "made.jsonl"
+    ledger.reproduce(recipe(), tmp_path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            ledger.reproduce(recipe(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+
+
+def test_the_commit_is_that_of_the_project_and_of_no_repository_around_it(tmp_path, monkeypatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "notes.txt").write_text("of another project")
+    git("add", ".")
+    git("commit", "-m", "One")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for folder in (tmp_path / "site-packages", tmp_path):
+        place = folder / "ppl_models" / "ledger" / "record.py"
+        place.parent.mkdir(parents=True)
+        place.write_text("")
+        monkeypatch.setattr("ppl_models.ledger.record.__file__", str(place))
+        assert record._commit() == "unknown"
+    git("add", ".")
+    git("commit", "-m", "Two")
+    assert re.fullmatch("[0-9a-f]{12}", record._commit())
+
+
 @pytest.mark.parametrize("entry", RECIPES.values(), ids=list(RECIPES))
 def test_a_recipe_says_what_it_is(entry: Recipe) -> None:
     assert RECIPES[entry.name] is entry
@@ -86,7 +162,7 @@ def test_the_command_lists_recipes_and_refuses_others(tmp_path) -> None:
     answer = CliRunner().invoke(app, ["reproduce"])
     assert all(name in answer.stdout for name in RECIPES)
     answer = CliRunner().invoke(app, ["reproduce", "bernouli_mixture_500", "--out", str(tmp_path)])
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "recipe: unknown 'bernouli_mixture_500'; nearest: bernoulli_mixture_500" in answer.stderr
 
 

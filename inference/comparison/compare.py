@@ -11,7 +11,7 @@ import pandas as pd
 
 from inference.comparison.scores import Moments, heldout_scores, truth_scores
 from inference.comparison.table import COLUMNS, Comparison
-from inference.core.handlers import isolated
+from inference.core.handlers import exclusive, isolated
 from inference.diagnostics.convergence import R_HAT
 from inference.result import Result
 
@@ -20,6 +20,7 @@ Method = Callable[..., Result]
 and its data; the zoo and the command line also pass settings of the verb, such as ``seed``."""
 
 
+@exclusive
 def compare(
     make_pair: Callable[[], Any],
     data: Any,
@@ -67,7 +68,7 @@ def compare(
             if len(methods) == 1:
                 raise
             rows[name] = {}
-            warnings.warn(f"{name} failed: {error}", stacklevel=2)
+            warnings.warn(f"{name} failed: {error}", stacklevel=3)
     if not results:
         raise RuntimeError(f"every method failed: {', '.join(methods)}")
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
@@ -78,7 +79,7 @@ def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Calla
     try:
         return dict(truth(build(), data) if callable(truth) else truth or {})
     except ArithmeticError as error:
-        warnings.warn(f"truth left out: {error}", stacklevel=3)
+        warnings.warn(f"truth left out: {error}", stacklevel=4)
         return {}
 
 

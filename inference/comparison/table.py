@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference.comparison.scores import draws_sd, standardised_errors
+from inference.core.files import write_whole
 from inference.diagnostics.convergence import quantity
 from inference.result import Result
 
@@ -74,17 +76,17 @@ class Comparison:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "table.csv"]
-        self.table.to_csv(paths[0])
+        write_whole(paths[0], self.table.to_csv)
         kept = {name: result for name, result in self.results.items() if result.idata.groups()}
         if kept:
             paths.append(folder / "posteriors.png")
-            self.plot().savefig(paths[1], dpi=110)
+            write_whole(paths[1], partial(self.plot().savefig, dpi=110))
         for name, result in kept.items():
             stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
             taken = [p.stem for p in paths]
             free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
             paths.append(folder / f"{free}.nc")
-            result.idata.to_netcdf(str(paths[-1]))
+            result.save(paths[-1])
         return paths
 
     def __str__(self) -> str:

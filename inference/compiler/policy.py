@@ -44,6 +44,16 @@ SINGLE_THREAD_NUMBERS = 10_000_000
 each operation costs more than the operation, and many times more on a busy machine."""
 
 
+THREADED_FIT_NUMBERS = 200_000
+"""Numbers of the largest operation of a step from which a fit runs in several threads. Below, a second thread saves at
+most 10 us of each operation on a quiet machine (21 us become 13 at 160,000 numbers), while on a busy one operations
+wait for threads that do not run: 0.03 to 0.1 ms become 2 to 14 ms."""
+
+
+PRODUCTS_PER_NUMBER = 10
+"""Products of a matrix product, or convolution, that take as long as a number of an operation on each element."""
+
+
 FUSED_CHUNK = 16_384
 """Iterations of a fused loop that are worth a thread of their own."""
 
@@ -103,6 +113,11 @@ def operations_of(dispatched: int, numbers: int) -> int:
 def threads_for(numbers: int, chains: int) -> int:
     """Threads for a batched kernel of so many chains on data of so many numbers."""
     return 1 if chains * numbers < SINGLE_THREAD_NUMBERS else torch.get_num_threads()
+
+
+def threads_of_fit(numbers: int, most: int) -> int:
+    """Threads of a fit whose largest operation has so many numbers, at most so many."""
+    return most if numbers >= THREADED_FIT_NUMBERS else 1
 
 
 def draws_per_pass(numbers: int) -> int:

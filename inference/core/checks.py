@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
@@ -14,15 +15,15 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise a ValueError unless the value is a number above zero."""
-    if not value > 0:
+    """Raise a ValueError unless the value is a finite number above zero."""
+    if isinstance(value, str | None) or not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def check_not_negative(**values: Any) -> None:
-    """Raise a ValueError unless all values are numbers from zero."""
+    """Raise a ValueError unless all values are finite numbers from zero."""
     for name, value in values.items():
-        if not value >= 0:
+        if isinstance(value, str | None) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
 
 

@@ -77,6 +77,7 @@ class Pair:
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
         steps: Number of steps of a diffusion chain; None for other pairs.
+        learning_rate: Initial rate of the default schedule of ``fit``, at which the pair trains well; None: 0.02.
     """
 
     model: Callable[..., Any]
@@ -88,6 +89,7 @@ class Pair:
     log_evidence: Callable[..., Tensor] | None = None
     generate_like: Callable[..., Mapping[str, Tensor]] | None = None
     steps: int | None = None
+    learning_rate: float | None = None
 
     @staticmethod
     def of(pair: Any) -> Pair:

@@ -1,10 +1,13 @@
-r"""Effect handlers and contexts: isolated parameters and random state, sites that are drawn or observed."""
+r"""Effect handlers and contexts: isolated parameters and random state, turns of threads, sites drawn or observed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import pyro
 from pyro.poutine.messenger import Messenger
@@ -12,6 +15,66 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.util import get_rng_state, set_rng_state
 
 from inference.core.checks import check_count
+
+P = ParamSpec("P")
+
+
+T = TypeVar("T")
+
+
+class _Turn:
+    """Whose turn it is in this process, and how many calls of exclusive functions are inside one another."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth = threading.RLock(), 0
+
+
+_turn = _Turn()
+
+
+def exclusive(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function one call at a time in a process, and as a whole: it ends, or an interrupt reaches its caller.
+
+    Pyro keeps parameters, handlers, random state and settings once per process, so that two threads in its programs
+    give wrong numbers. All verbs of ``inference`` are exclusive, together: a thread waits until the verb of another is
+    over. One verb may call another. A ``fit`` that is called by an exclusive function does not turn an interrupt
+    (Ctrl-C) into a Result of the steps taken so far: KeyboardInterrupt goes up to whoever called the outermost one.
+
+    The turn is taken before anything else. Taken further in, as by ``isolated``, it could be waited for while
+    a ``cached_property`` holds its own lock (Python 3.11), for which the thread whose turn it is waits.
+
+    Example:
+        >>> @exclusive
+        ... def both(pair, data):
+        ...     return fit(pair, data, seed=0), fit(pair, data, seed=1)
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        turn = _turn
+        with turn.lock:
+            turn.depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                turn.depth -= 1
+
+    return run
+
+
+def called_by_exclusive() -> bool:
+    """Whether the exclusive function that runs was called by another one."""
+    return _turn.depth > 1
+
+
+def _renew_turn() -> None:
+    global _turn
+    _turn = _Turn()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread whose turn it is may not exist in the child.
+    os.register_at_fork(after_in_child=_renew_turn)
 
 
 @contextmanager

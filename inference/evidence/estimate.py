@@ -33,7 +33,7 @@ from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
-from inference.core.handlers import isolated
+from inference.core.handlers import exclusive, isolated
 from inference.draws import engine
 from inference.draws.engine import Draws
 from inference.draws.rows import LocalLatents, guide_sites, probe
@@ -94,6 +94,7 @@ class Evidence:
         )
 
 
+@exclusive
 def log_evidence(
     pair: Any,
     data: Any = None,

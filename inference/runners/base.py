@@ -70,32 +70,37 @@ def threads_set(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Interrupts:
+    """How often Ctrl-C was pressed while it is deferred; a call raises KeyboardInterrupt if it was."""
+
+    pressed = 0
+
+    def __call__(self) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Defer Ctrl-C to a call of the function that is returned, which raises KeyboardInterrupt.
+def interrupts_deferred() -> Iterator[Interrupts]:
+    """Defer Ctrl-C to a call of what is returned, which raises KeyboardInterrupt.
 
     Otherwise an interrupt may fall between a step and the record of it. A second Ctrl-C interrupts at once. Handlers
     of the user's own, and threads other than the main one, are left alone.
     """
-    pressed = False
+    interrupts = Interrupts()
 
     def press(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    def raise_deferred() -> None:
-        if pressed:
+        interrupts.pressed += 1
+        if interrupts.pressed > 1:
             raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield raise_deferred
+        yield interrupts
         return
     signal.signal(signal.SIGINT, press)
     try:
-        yield raise_deferred
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

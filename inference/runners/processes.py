@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -275,6 +276,8 @@ def _receive(ours: Any, chain: int, process: Any) -> Any:
 
 def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -> None:
     """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error."""
+    # Ctrl-C reaches every process of a terminal: the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     last = [perf_counter()]
 
@@ -285,8 +288,6 @@ def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -
 
     try:
         out.send(run(say, seed))
-    except KeyboardInterrupt:
-        pass
     except Exception as error:
         kind = type(error).__name__
         out.send(f"{kind}: {error}" if str(error) else traceback.format_exc(limit=-1))

@@ -9,7 +9,6 @@ binarization of MNIST are different benchmarks, and a bound is not a likelihood.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,17 @@ from typing import Any
 
 from inference.objectives import RWS, WakeSleep
 from ppl_models.ledger.recipes import adversarial, bars, diffusion, likelihood, semi_supervised
-from ppl_models.ledger.record import RECORDS, Recipe, shown_figure
+from ppl_models.ledger.record import RECORDS, Recipe, read_lines, shown_figure
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE
 
 
 def records(directory: Path = RECORDS) -> list[dict[str, Any]]:
-    """All records of a directory, in the order of the recipes and of time."""
+    """All records of a directory, in the order of the recipes and of time.
+
+    A line that is no record, such as one that was cut short, is left out with a warning.
+    """
     files = [directory / f"{name}.jsonl" for name in RECIPES]
-    return [json.loads(line) for f in files if f.exists() for line in f.read_text().splitlines()]
+    return [record for f in files if f.exists() for record in read_lines(f)]
 
 
 def table(directory: Path = RECORDS) -> str:

@@ -2,10 +2,13 @@ r"""A recipe for a published figure, and the record of a run."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,11 +19,22 @@ from typing import Any
 
 import torch
 
+from inference import exclusive
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None  # type: ignore[assignment]
+
 RECORDS = Path(__file__).parent / "records"
 """Records that come with the package."""
 
 
 GRADES = {"checked": "read in a copy of the source", "quoted": "as quoted elsewhere", "recalled": "recalled, unchecked"}
+
+
+NEEDED = {"recipe", "figure", "standard_error", "seeds", "quick"}
+"""What is read of a record."""
 
 
 Run = Callable[[bool, int], Mapping[str, float]]
@@ -63,6 +77,7 @@ class Recipe:
         return self.source if self.published is None else f"{self.source} ({GRADES[self.sure]})"
 
 
+@exclusive
 def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: int | None = None) -> dict[str, Any]:
     """Run a recipe and append its record to ``NAME.jsonl`` in a directory.
 
@@ -74,6 +89,10 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
 
     Returns:
         The record.
+
+    Raises:
+        ArithmeticError: A figure is not finite; nothing is recorded.
+        KeyboardInterrupt: It was interrupted; nothing is recorded.
     """
     count = seeds or (1 if quick else recipe.seeds)
     started = perf_counter()
@@ -96,9 +115,48 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
     if not math.isfinite(record["figure"]):
         raise ArithmeticError(f"{recipe.name}: the figure is {record['figure']}; nothing was recorded")
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{recipe.name}.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(directory / f"{recipe.name}.jsonl", json.dumps(record))
     return record
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, all of it or nothing, and wait until it is on the disk.
+
+    A last line that was cut short by a crash is ended first, so that it stays alone.
+
+    Raises:
+        OSError: The line cannot be written; the file is as it was.
+    """
+    with path.open("ab+", buffering=0) as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        text = (b"" if file.read(1) in (b"", b"\n") else b"\n") + line.encode() + b"\n"
+        try:
+            # One call of the system, which other processes see as a whole.
+            if file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that is no record is left out with a warning."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError:
+            record = line
+        if isinstance(record, dict) and record.keys() >= NEEDED:
+            found.append(record)
+        elif record is not None:
+            start = line[:40].decode(errors="replace")
+            warnings.warn(f"{path}, line {number}: expected a record, got {start!r}; it is left out", stacklevel=3)
+    return found
 
 
 def shown_figure(record: Mapping[str, Any]) -> str:
@@ -108,9 +166,16 @@ def shown_figure(record: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str:
+    """The commit of the project's own repository; ``unknown`` where it is installed in a folder of another one."""
+    root = Path(__file__).parents[2]
     try:
-        here = Path(__file__).parent
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        top = _git(root, "rev-parse", "--show-toplevel")
+        own = Path(top).resolve() == root.resolve() and _git(root, "ls-files", Path(__file__).relative_to(root))
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=12") if own else "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _git(folder: Path, *arguments: Any) -> str:
+    command = ["git", "-C", str(folder), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -67,6 +67,8 @@ class VAE(FactorModel):
         (torch.Size([3, 6]), torch.Size([3, 2]), torch.Size([6]))
     """
 
+    learning_rate = 0.002
+
     def __init__(
         self,
         features: int | Sequence[str],

@@ -129,7 +129,6 @@ _IMAGES: dict[str, Any] = {
     "prepare": {"binarise": True},
     "source": "held-out likelihood",
     "dtype": torch.float32,
-    "fit": by_minibatches(),
     "small": {"hidden": (8,)},
 }
 """Shared by entries of binary images, fitted by minibatches."""
@@ -140,7 +139,6 @@ _AUTOREGRESSIVE: dict[str, Any] = {
     "also": ("binarized_mnist", "mnist", "omniglot", "xwindows", "news20_w100"),
     "methods": {"maximum likelihood": partial(fit, steps=2000, batch=100, learning_rate=0.005)},
     "source": "densities that sum to one; held-out likelihood",
-    "fit": partial(fit, steps=2000, batch=100, learning_rate=0.005),
     "small": {},
 }
 
@@ -149,7 +147,6 @@ _GANS: dict[str, Any] = {
     **_IMAGES,
     "methods": {"R1": adversarial(r1=1.0)},
     "source": "two-sample metrics",
-    "fit": adversarial(r1=1.0),
     "small": {"hidden": (8,), "generator": None},
 }
 
@@ -214,7 +211,7 @@ ENTRIES = (
         title="Bayesian logistic regression, binary or multiclass",
         make=LogisticRegression,
         arguments=labelled,
-        methods={**_SVI, **_CHAINS},
+        methods={"SVI": _SVI["SVI"], "MAP": _SVI["MAP"], **_CHAINS},
         truth=_moments,
         source="its own importance sampling",
         data="breast_cancer",
@@ -227,8 +224,8 @@ ENTRIES = (
         make=NeuralClassifier,
         arguments=labelled,
         methods={
-            "MAP": partial(point, steps=1500, learning_rate=0.05),
             "SVI": partial(fit, steps=3000),
+            "MAP": partial(point, steps=1500, learning_rate=0.05),
             **_CHAINS,
         },
         source="held-out predictions only: it has many modes",
@@ -303,7 +300,6 @@ ENTRIES = (
         arguments=lambda dataset: {"features": dataset.features, "units": 4},
         methods={"predictability": unpredictable(weight=1.0), "SVI": partial(fit, steps=1500)},
         source="mutual information of the units, in the tests",
-        fit=unpredictable(weight=1.0),
         small={"hidden": (8,), "predictors": (4,)},
     ),
     _of(
@@ -346,11 +342,10 @@ ENTRIES = (
         arguments=lambda dataset: {"features": dataset.features, "layers": sized(dataset, (20,), (200,))},
         also=("binarized_mnist", "mnist", "omniglot"),
         methods={
-            "mean field": by_minibatches(learning_rate=0.02),
             "VIMCO": by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.02),
+            "mean field": by_minibatches(learning_rate=0.02),
         },
         source="all states in the tests",
-        fit=by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.02),
         small={"layers": (3, 2)},
     ),
     _of(
@@ -361,9 +356,9 @@ ENTRIES = (
         arguments=lambda dataset: {"features": dataset.features, "layers": sized(dataset, (40, 20), (200, 200))},
         also=("binarized_mnist", "mnist", "omniglot"),
         methods={
-            "wake-sleep": by_minibatches(objective=WakeSleep),
-            "RWS": by_minibatches(objective=partial(RWS, 10)),
-            "VIMCO": by_minibatches(objective=partial(VIMCO, 10)),
+            "wake-sleep": by_minibatches(objective=WakeSleep, learning_rate=0.005),
+            "RWS": by_minibatches(objective=partial(RWS, 10), learning_rate=0.005),
+            "VIMCO": by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.005),
         },
         source="held-out likelihood; all states in the tests; published ones in the ledger",
         small={"layers": (3, 2)},
@@ -383,8 +378,7 @@ ENTRIES = (
         title="VAE with two stochastic layers",
         make=HierarchicalVAE,
         arguments=lambda dataset: {"features": dataset.features, "factors": sized(dataset, (20, 10), (100, 50))},
-        methods={"SVI": by_minibatches(learning_rate=0.003)},
-        fit=by_minibatches(learning_rate=0.003),
+        methods={"SVI": by_minibatches()},
         small={"hidden": (8,), "between": (6,)},
     ),
     _of(
@@ -415,8 +409,8 @@ ENTRIES = (
         make=GAN,
         arguments=_gan,
         methods={
-            "GAN": adversarial(),
             "R1": adversarial(r1=1.0),
+            "GAN": adversarial(),
             "WGAN-GP": adversarial("wasserstein", penalty=1.0),
         },
         source="two-sample metrics; ring and grid in the ledger",
@@ -438,7 +432,6 @@ ENTRIES = (
         arguments=_infogan,
         methods={"InfoGAN": _INFO},
         source="two-sample metrics; codes and digits in the ledger",
-        fit=_INFO,
         small={"hidden": (8,), "generator": None, "trunk": None},
     ),
     _of(
@@ -456,7 +449,6 @@ ENTRIES = (
         make=VAEGAN,
         arguments=lambda dataset: {"features": dataset.features, "factors": sized(dataset, 10, 50)},
         methods={"VAE-GAN": _WITH_BOUND, "SVI": by_minibatches()},
-        fit=_WITH_BOUND,
     ),
     _of(
         _IMAGES,
@@ -467,7 +459,6 @@ ENTRIES = (
         prepare={"unit": True},
         methods={"adversarial": _WITH_BOUND, "SVI": by_minibatches()},
         source="energy distance of the codes to the prior, in the tests",
-        fit=_WITH_BOUND,
     ),
     _of(
         _GANS,
@@ -480,7 +471,6 @@ ENTRIES = (
         prepare={"unit": True},
         methods={"R1": adversarial(r1=0.1)},
         source="two-sample metrics; the error of the map in the ledger",
-        fit=adversarial(r1=0.1),
         small={"hidden": (8,)},
     ),
     _of(
@@ -494,7 +484,6 @@ ENTRIES = (
         prepare={"unit": True},
         methods={"hybrid": denoising(simple=True, bound=0.01), "bound": denoising(importance=True)},
         source="its exact case in the tests; ring and grid in the ledger",
-        fit=denoising(simple=True, bound=0.01),
         small={"steps": 2, "network": None, "hidden": (8,)},
     ),
 )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 
-from inference import Comparison, Method, Moments, compare, fit
+from inference import Comparison, Method, Moments, compare, sample
 from ppl_models import data
 from ppl_models.data.sets import Dataset
 from ppl_models.models.pair import Pair
-
-OWN: Method = partial(fit, steps=3000, learning_rate=0.02)
-"""How a pair is fitted whose entry does not say."""
 
 
 def features(dataset: Dataset) -> dict[str, Any]:
@@ -41,7 +37,8 @@ class Entry:
         title: What it is, in one line.
         make: Class of the pair, or a class method that makes one.
         data: Name of its default data set.
-        methods: Methods by name, as ``compare`` takes them.
+        methods: Methods by name, each with its own schedule, as ``compare`` takes them. ``ppl-models fit`` runs the
+            first one.
         source: What its results are compared with.
         arguments: From a data set to arguments of ``make``. Overrides that it names are passed to it.
         also: Names of other data sets that fit the pair.
@@ -49,7 +46,6 @@ class Entry:
         truth: Exact or reference mean and standard deviation of each site, from a pair and its data; None: there is
             none.
         dtype: Precision of the pair and its data.
-        fit: How ``ppl-models fit`` trains it, with its own schedule.
         report: Table that ``ppl-models fit`` prints, from a fitted pair and held-out rows; None: no table.
         small: Overrides that make the pair small, for tests.
     """
@@ -65,9 +61,18 @@ class Entry:
     prepare: Mapping[str, Any] = field(default_factory=dict)
     truth: Callable[[Any, Any], Moments] | None = None
     dtype: torch.dtype = torch.float64
-    fit: Method = OWN
     report: Callable[[Any, Any], pd.DataFrame] | None = None
     small: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> dict[str, Method]:
+        """The methods that fit, without those that are chains."""
+        return {n: m for n, m in self.methods.items() if getattr(m, "func", m) is not sample}
+
+    @property
+    def fit(self) -> Method:
+        """The first method: what ``ppl-models fit`` runs."""
+        return next(iter(self.fits.values()))
 
     @property
     def takes(self) -> tuple[str, ...]:

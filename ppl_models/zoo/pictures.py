@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from inference import write_whole
 from ppl_models.models.pair import Pair
 from ppl_models.models.parts.grids import Grid
 
@@ -96,5 +98,5 @@ def save(pair: Pair, data: Mapping[str, Tensor], shape: tuple[int, int], folder:
         grids = pair.pictures(**data)
     paths = {name: folder / f"{name}.png" for name in grids}
     for name, path in paths.items():
-        draw(grids[name], shape).savefig(path, dpi=120)
+        write_whole(path, partial(draw(grids[name], shape).savefig, dpi=120))
     return list(paths.values())

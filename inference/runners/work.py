@@ -1,0 +1,57 @@
+r"""How many threads the steps of a fit are worth, by the work of the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from inference.compiler import policy
+from inference.runners.base import threads_set
+
+T = TypeVar("T")
+
+
+class _Largest(TorchDispatchMode):
+    """Numbers of the largest operation that is run in the context, with multiplications counted as policy says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            sizes = [t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            count = flop_registry.get(func._overloadpacket)
+            # Two floating point operations are a multiplication and an addition.
+            products = count(*args, **kwargs, out_val=out) // 2 if count else 0
+            self.numbers = max(self.numbers, products // policy.PRODUCTS_PER_NUMBER, *sizes, 0)
+        return out
+
+
+@contextmanager
+def threads_by_work() -> Iterator[Callable[..., Any]]:
+    """Give a function that calls another: first in one thread, then in as many as the first call's work is worth."""
+    most = torch.get_num_threads()
+    calls = 0
+
+    def call(function: Callable[..., T], *args: Any) -> T:
+        nonlocal calls
+        calls += 1
+        if most == 1 or calls > 1:
+            return function(*args)
+        with _Largest() as largest:
+            out = function(*args)
+        torch.set_num_threads(policy.threads_of_fit(largest.numbers, most))
+        return out
+
+    with threads_set(1):
+        yield call

@@ -1,0 +1,98 @@
+"""Files that are whole after kills, full disks and failing writers, and while others read them."""
+
+import errno
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pytest
+
+from inference import write_whole
+
+WRITING = """
+import importlib.util, itertools, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+
+def slowly(path):
+    with path.open("w") as file:
+        for _ in range(20):
+            file.write(str(turn % 10) * 1000)
+            file.flush()
+            time.sleep(0.001)
+
+for turn in itertools.count():
+    files.write_whole(sys.argv[2], slowly)
+    print(turn, flush=True)
+"""
+
+
+def test_a_program_that_is_killed_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path, files = tmp_path / "numbers.txt", Path(sys.modules[write_whole.__module__].__file__)
+    pick, seen, cut = random.Random(0), set(), 0
+    for _ in range(12):
+        command = [sys.executable, "-c", WRITING, str(files), str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(pick.uniform(0, 0.1))
+            process.kill()
+        text = path.read_text()
+        assert len(text) == 20_000 and len(set(text)) == 1
+        seen.add(text[0])
+        cut += len(list(tmp_path.iterdir())) - 1
+    assert cut, "no write was cut: the test would pass without write_whole"
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("good")
+
+    def full(new: Path) -> None:
+        new.write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(new: Path) -> None:
+        new.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, full)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, interrupted)
+    assert path.read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_new_file_has_the_mode_and_the_link_of_the_old_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "one.txt", tmp_path / "link.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    assert write_whole(link, lambda new: new.write_text("new")) == link
+    assert link.is_symlink() and path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
+    before = os.umask(0o022)
+    try:
+        fresh = write_whole(tmp_path / "two.txt", lambda new: new.write_text("new"))
+    finally:
+        os.umask(before)
+    assert fresh.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_that_a_notebook_holds_open_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "svi.nc"
+    old, new = (az.from_dict(posterior={"mu": np.full((1, 4), value)}) for value in (1.0, 2.0))
+    write_whole(path, lambda place: old.to_netcdf(str(place)))
+    with az.rc_context({"data.load": "lazy"}):
+        held = az.from_netcdf(str(path))
+        write_whole(path, lambda place: new.to_netcdf(str(place)))
+        assert float(held.posterior["mu"].mean()) == 1.0
+        held.close()
+    assert float(az.from_netcdf(str(path)).posterior["mu"].mean()) == 2.0
