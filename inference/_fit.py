@@ -30,15 +30,11 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import isolated
-from inference.diagnostics.convergence import pareto_k
-from inference.diagnostics.latents import local_latent_kl
 from inference.draws import scoring
-from inference.result import STORED, Posterior, Result, conclude
+from inference.idata import STORED
+from inference.result import Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
-
-JUDGED = 100_000_000
-"""Numbers of data times draws that Pareto k may read at the end of a fit."""
 
 
 def fit(
@@ -287,8 +283,7 @@ def _conclude(
         if not asked.has_posterior:
             return asked.advise(bound, losses)
         values, density = scoring.sample_guide(bound, _affordable(bound, draws))
-        k = _pareto_k(bound, values, density)
-        return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
+        return Posterior(values, density=density)
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         if not asked.has_posterior:
@@ -305,25 +300,3 @@ def _affordable(bound: BoundPair, draws: int) -> int:
     if kept < draws:
         warnings.warn(f"{bound.name}: kept {kept} of {draws} draws ({width:,} numbers each)", stacklevel=4)
     return kept
-
-
-def _pareto_k(bound: BoundPair, posterior: dict[str, Tensor], density: Tensor) -> float | None:
-    """Pareto k of the guide; None for a point estimate, and where it would take too long."""
-    affordable = min(len(density), JUDGED // max(bound.numel, 1))
-    if not any((v != v[:1]).any() for v in posterior.values()):
-        return None
-    if len(density) < 25:
-        return None
-    if affordable < 25:
-        warnings.warn(
-            f"{bound.name}: Pareto k left out ({bound.numel:,} numbers a draw); ask "
-            "diagnostics.pareto_k(log_weights(result, draws=100))",
-            stacklevel=5,
-        )
-        return None
-    judged = {n: v[:affordable] for n, v in posterior.items()}
-    try:
-        return pareto_k(scoring.log_joint(bound, judged) - density[:affordable])
-    except ValueError as error:
-        warnings.warn(f"{bound.name}: Pareto k left out: {error}", stacklevel=5)
-        return None
