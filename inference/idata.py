@@ -280,9 +280,8 @@ def allowed_names(names: Iterable[str]) -> dict[str, str]:
     for name in listed:
         if "/" in name:
             plain = name.replace("/", "_")
-            found[name] = next(
-                c for c in (plain, *(f"{plain}_{k}" for k in itertools.count(2))) if c not in found.values()
-            )
+            tries = itertools.chain([plain], (f"{plain}_{k}" for k in itertools.count(2)))
+            found[name] = next(c for c in tries if c not in found.values())
     return {n: found[n] for n in listed}
 
 

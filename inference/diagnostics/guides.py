@@ -193,6 +193,8 @@ def _judge_jointly(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) 
 
 def _local(bound: BoundPair) -> LocalLatents | None:
     """The latent sites as those of rows; None where not all of them lie in the plate of rows."""
+    if not bound.rows or not all(any(s.plates) for s in bound.select("latent").values()):
+        return None
     with warnings.catch_warnings():
         # That draws run one by one is said where it takes long.
         warnings.filterwarnings("ignore", message=".* does not broadcast over draws")
@@ -241,7 +243,8 @@ def weigh(draws: np.ndarray, log_weights: np.ndarray) -> pd.DataFrame:
     Returns:
         A line per quantity: ``mean`` and ``sd`` after weighting; ``shift``, the raw mean minus the weighted one in raw
         standard deviations; ``width``, the logarithm of the raw standard deviation over the weighted one; and the
-        standard errors ``shift_error`` and ``width_error``, by the delta method over draws.
+        standard errors ``shift_error`` and ``width_error``, by the delta method over draws. Of a quantity that is the
+        same in all draws these are nan.
     """
     x, count = draws.astype(float), len(draws)
     relative = np.exp(log_weights - log_weights.max())
@@ -254,7 +257,7 @@ def weigh(draws: np.ndarray, log_weights: np.ndarray) -> pd.DataFrame:
         of_width = 0.5 * (centred**2 / raw - weights * after**2 / weighted)
         of_shift = (centred - weights * after) / sd
         shift = (x.mean(0) - (weights * x).mean(0)) / sd
-    errors = {"shift_error": of_shift.std(0) / count**0.5, "width_error": of_width.std(0) / count**0.5}
+        errors = {"shift_error": of_shift.std(0) / count**0.5, "width_error": of_width.std(0) / count**0.5}
     mean = (weights * x).mean(0)
     return pd.DataFrame({"mean": mean, "sd": np.sqrt(weighted), "shift": shift, "width": width, **errors})
 
