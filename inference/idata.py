@@ -98,7 +98,7 @@ def to_idata(
         groups["posterior_predictive"] = left_out.unless(
             "posterior_predictive", lambda: _replicates(bound, posterior, size), {}
         )
-    own = _of_observations(bound, posterior)
+    own = of_observations(bound, posterior)
     if "log_likelihood" in asked and own:
         notes["log_likelihood"] = (
             f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is given "
@@ -181,7 +181,7 @@ def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) ->
     return {n: v for n, v in sites.items() if n in bound.select("observed")}
 
 
-def _of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
+def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
     """Latent sites with a value for each observation: in all plates of an observed site, which is in one."""
     observed = [
         set(s.plates) - {None} for s in bound.select("observed").values() if torch.Size(s.shape[: s.batch]).numel() > 1
