@@ -60,7 +60,8 @@ def compare(
 
     moments = _moments(truth, build, data)
     _check_names(build, data, moments, heldout, label)
-    results, rows, densities = {}, {}, {}
+    results, rows = {}, {}
+    densities: dict[str, Densities] = {}
     for name, method in methods.items():
         try:
             results[name] = method(build(), data)

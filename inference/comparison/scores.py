@@ -217,5 +217,7 @@ def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.
 
 
 def draws_sd(draws: Tensor) -> Tensor:
-    """Standard deviation over draws; zero for a single one."""
-    return draws.double().std(0) if len(draws) > 1 else torch.zeros_like(draws[0], dtype=torch.double)
+    """Standard deviation over draws; zero for a single one, and for equal ones, whose own is 1e-17 by rounding."""
+    if len(draws) == 1:
+        return torch.zeros_like(draws[0], dtype=torch.double)
+    return torch.where((draws != draws[0]).any(0), draws.double().std(0), 0.0)
