@@ -16,7 +16,8 @@ from inference.comparison.table import COLUMNS, Comparison
 from inference.core.files import write_whole
 from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
-from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
+from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.guides import pareto_k
 from inference.evidence.estimate import Evidence, log_evidence
 from inference.optim import Joint
 from inference.predict import (

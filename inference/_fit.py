@@ -32,12 +32,13 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import called_by_exclusive, exclusive, isolated
-from inference.diagnostics.convergence import PARETO_K, POINT_ESTIMATE, pareto_k
-from inference.diagnostics.latents import local_latent_kl
+from inference.diagnostics.convergence import POINT_ESTIMATE
+from inference.diagnostics.guides import PARETO_K
 from inference.diagnostics.losses import still_falling
 from inference.draws import scoring
 from inference.draws.rows import is_point
-from inference.result import STORED, Posterior, Result, conclude
+from inference.idata import STORED
+from inference.result import Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 from inference.runners.work import threads_by_work
@@ -46,8 +47,6 @@ LEARNING_RATE = 0.02
 """Initial learning rate of pairs that say nothing."""
 
 
-JUDGED = 100_000_000
-"""Numbers of data times draws that Pareto k may read at the end of a fit."""
 RAN_AWAY = (
     "All draws are equal, though the guide is no point mass: its scales are lost in the rounding of its locations. The "
     "fit ran away; take a lower learning_rate, or tighter priors."
@@ -338,13 +337,8 @@ def _conclude(
     def make() -> Posterior | Sequence[str]:
         if not asked.has_posterior:
             return asked.advise(bound, losses)
-        try:
-            values, density = scoring.sample_guide(bound, _affordable(bound, draws))
-        except Exception as error:
-            # Whatever it is, the parameters that have been learned are kept.
-            return (f"Posterior draws could not be made ({_first_line(error)}); the parameters are in params.",)
-        k = _pareto_k(bound, values, density)
-        return Posterior(values, pareto_k=k, latent_kl=local_latent_kl(bound))
+        values, density = scoring.sample_guide(bound, _affordable(bound, draws))
+        return Posterior(values, density=density)
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         if not asked.has_posterior:
@@ -378,35 +372,9 @@ def _is_point(result: Result) -> bool:
     return all(is_point(s["fn"]) for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
 def _affordable(bound: BoundPair, draws: int) -> int:
     width = sum(torch.Size(bound.sites[n].shape).numel() for n in bound.guided)
     kept = max(1, min(draws, 10 * STORED // max(width, 1)))
     if kept < draws:
         warnings.warn(f"{bound.name}: kept {kept} of {draws} draws ({width:,} numbers each)", stacklevel=4)
     return kept
-
-
-def _pareto_k(bound: BoundPair, posterior: dict[str, Tensor], density: Tensor) -> float | None:
-    """Pareto k of the guide; None for a point estimate, and where it would take too long."""
-    affordable = min(len(density), JUDGED // max(bound.numel, 1))
-    if not any((v != v[:1]).any() for v in posterior.values()):
-        return None
-    if len(density) < 25:
-        return None
-    if affordable < 25:
-        warnings.warn(
-            f"{bound.name}: Pareto k left out ({bound.numel:,} numbers a draw); ask "
-            "diagnostics.pareto_k(log_weights(result, draws=100))",
-            stacklevel=5,
-        )
-        return None
-    judged = {n: v[:affordable] for n, v in posterior.items()}
-    try:
-        return pareto_k(scoring.log_joint(bound, judged) - density[:affordable])
-    except ValueError as error:
-        warnings.warn(f"{bound.name}: Pareto k left out: {error}", stacklevel=5)
-        return None

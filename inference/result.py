@@ -1,11 +1,11 @@
-r"""``Result``, which every method returns, and its conversion to ArviZ."""
+r"""``Result``, which every method returns, and how a method ends in one."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,10 +22,9 @@ from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import exclusive, isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose
-from inference.draws import scoring
-
-STORED, SCORED = 20_000_000, 500_000_000
-"""Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
+from inference.diagnostics.guides import GuideCheck, judge_guide
+from inference.diagnostics.latents import local_latent_kl
+from inference.idata import LeftOut, to_idata
 
 
 class State:
@@ -158,16 +157,14 @@ class Posterior:
         draws: Draws of the latent sites (chains * draws, \*shape), chains one after another.
         chains: Number of chains.
         stats: Statistics (chains, draws) of each transition; None without chains.
-        pareto_k: Pareto k of a guide against its model; None without a guide.
-        latent_kl: KL from the prior of each dimension of the latent sites in the plate of rows.
+        density: Log density (S,) of the draws under the guide; None for chains.
         attrs: Further attributes of the InferenceData.
     """
 
     draws: dict[str, Tensor]
     chains: int = 1
     stats: Mapping[str, np.ndarray] | None = None
-    pareto_k: float | None = None
-    latent_kl: pd.DataFrame | None = None
+    density: Tensor | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -184,6 +181,8 @@ def conclude(
 ) -> Result:
     """Turn what a fit or chains have left in the parameter store into a Result.
 
+    What cannot be computed is left out with a warning, and the diagnosis says so: no failure here loses the fit.
+
     Args:
         bound: The pair and its data.
         make: Makes the posterior from the parameters as they are now; a method without a posterior gives its advice.
@@ -194,26 +193,30 @@ def conclude(
         losses: Loss of each step; None for chains.
         ended: Why and at which step the run ended early; empty if it did not.
     """
-    started, state = perf_counter(), State(bound.modules)
+    started, state, left_out = perf_counter(), State(bound.modules), LeftOut(bound.name)
     attrs = {"method": method, "execution": execution, **({"ended": ended} if ended else {})}
     with state():
-        made = make()
+        made = left_out.unless("posterior", make, ())
         if isinstance(made, Posterior):
-            idata = to_idata(bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs})
-            diagnosis = diagnose(idata, made.pareto_k, made.latent_kl)
+            idata = to_idata(
+                bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs}, left_out=left_out
+            )
+            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, left_out), _UNKNOWN)
         else:
             idata = az.InferenceData(attrs=attrs)
-            diagnosis = Diagnosis(pd.DataFrame(), None, None, tuple(made))
-    if ended:
-        unfinished = f"The run was {ended}: what it returns is not finished."
-        diagnosis = replace(diagnosis, advice=(unfinished, *diagnosis.advice))
+            diagnosis = replace(_UNKNOWN, advice=tuple(made))
+    advice = (f"The run was {ended}: what it returns is not finished.",) if ended else ()
     return Result(
         idata=idata,
         params=state.values(),
         losses=np.zeros(0) if losses is None else losses,
         seconds={**seconds, "draws": perf_counter() - started},
         method=method,
-        diagnosis=diagnosis,
+        diagnosis=replace(
+            diagnosis,
+            advice=(*advice, *diagnosis.advice),
+            unjudged=tuple(dict.fromkeys((*diagnosis.unjudged, *left_out.said))),
+        ),
         draws=made.draws if isinstance(made, Posterior) else {},
         bound=bound,
         state=state,
@@ -221,99 +224,12 @@ def conclude(
     )
 
 
-def to_idata(
-    bound: BoundPair,
-    posterior: Mapping[str, Tensor],
-    sample_stats: Mapping[str, np.ndarray] | None = None,
-    *,
-    chains: int = 1,
-    attrs: Mapping[str, Any] | None = None,
-) -> az.InferenceData:
-    r"""Convert draws of any method to InferenceData, with the parameters that are in the store.
-
-    Args:
-        bound: The pair and its data.
-        posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
-        sample_stats: Statistics (chains, draws) of each transition.
-        chains: Number of chains.
-        attrs: Attributes of the InferenceData and of its posterior group.
-
-    Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``.
-    Deterministic sites and posterior draws of summed-out sites are added. A predictive group of more than ``STORED``
-    numbers is left out with a warning, and so is a log likelihood that would read more than ``SCORED``.
-    """
-    size = len(next(iter(posterior.values()))) if posterior else 1
-    groups: dict[str, Mapping[str, Tensor]] = {"posterior": posterior}
-    observed = bound.select("observed")
-    replicated = size * sum(torch.Size(s.shape).numel() for s in observed.values())
-    scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed.values())
-    left_out = {}
-    if replicated <= STORED:
-        groups["posterior"] = {**posterior, **scoring.latent_functions(bound, posterior)}
-        groups["posterior_predictive"] = _replicates(bound, posterior, size)
-    elif observed:
-        left_out["posterior_predictive"] = replicated, "posterior_predictive(result, data)"
-    if scored <= STORED and replicated <= SCORED:
-        groups["log_likelihood"] = _likelihood(bound, posterior)
-    elif observed:
-        left_out["log_likelihood"] = scored, "pointwise_log_likelihood(result, data)"
-    if left_out:
-        said = " and ".join(f"{group} ({count:,} numbers; ask {verb})" for group, (count, verb) in left_out.items())
-        warnings.warn(f"{bound.name}: left out {said}, for fewer rows or draws", stacklevel=3)
-    dims = {n: _dims(bound, n) for n in bound.sites}
-    plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
-    data = {n: v.detach().cpu().numpy() for n, v in bound.observations.items()}
-    named = {"log_likelihood": plates}
-    datasets = {g: _dataset(bound, sites, named.get(g, dims), chains) for g, sites in groups.items() if sites}
-    if sample_stats:
-        datasets["sample_stats"] = _to_dataset(dict(sample_stats))
-    if data:
-        datasets["observed_data"] = az.dict_to_dataset(data, dims=dims, coords=_coords(bound, dims), default_dims=[])
-    if "posterior" in datasets:
-        datasets["posterior"].attrs.update(attrs or {})
-    # A pair without latent sites has no posterior: ArviZ knows no empty group.
-    return az.InferenceData(attrs=dict(attrs or {}), **datasets)
+_UNKNOWN = Diagnosis(pd.DataFrame(), None, None, ())
 
 
-def _dataset(bound: BoundPair, sites: Mapping[str, Tensor], dims: dict[str, list[str]], chains: int) -> Any:
-    arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
-    used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
-    return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
-
-
-def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> Any:
-    with warnings.catch_warnings():
-        # ArviZ warns of each group with more chains than draws; our diagnosis speaks of short chains.
-        warnings.filterwarnings("ignore", message="More chains")
-        return az.dict_to_dataset(arrays, **names)
-
-
-def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = scoring.draw_sites(bound.generator(), posterior, size)
-    return {n: v for n, v in sites.items() if n in bound.select("observed")}
-
-
-def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not bound.select("observed"):
-        return {}
-    try:
-        return scoring.log_likelihood_by_site(bound, posterior)
-    except ValueError as error:
-        warnings.warn(f"{bound.name}: log_likelihood left out: {error}", stacklevel=4)
-        return {}
-
-
-def _dims(bound: BoundPair, name: str) -> list[str]:
-    site = bound.sites[name]
-    named = list(bound.asked.dims.get(name, ()))
-    event = len(site.shape) - site.batch
-    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
-    plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
-    own = named[-event:] if event and len(named) >= event else []
-    rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
-    return [*plates, *rest]  # type: ignore[list-item]
-
-
-def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
-    used = {d for names in dims.values() for d in names}
-    return {k: list(v) for k, v in bound.asked.coords.items() if k in used}
+def _judge(bound: BoundPair, made: Posterior, idata: az.InferenceData, left_out: LeftOut) -> Diagnosis:
+    if made.density is None:
+        return diagnose(idata)
+    check = left_out.unless("Pareto k", partial(judge_guide, bound, made.draws, made.density), GuideCheck())
+    kl = left_out.unless("KL of the latent sites", partial(local_latent_kl, bound), None)
+    return diagnose(idata, check, kl)

@@ -1,6 +1,7 @@
 """The table, the plot and the files of ``compare`` on a conjugate model of plain functions, against numbers by hand."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from torch import Tensor
 import inference
 from inference import Comparison, Result
 from inference.comparison.compare import compare
-from inference.comparison.scores import calibration_error
+from inference.comparison.scores import calibration_error, monte_carlo_error, noise_floor
 from inference.comparison.table import COLUMNS
 
 X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
@@ -108,10 +109,13 @@ def test_errors_are_those_of_the_posterior_means_in_true_standard_deviations(com
         assert row["error_max"] == pytest.approx(abs(errors).max(), rel=1e-10)
         assert row["error_rms"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-10)
         if name == "MAP":
-            assert row["sd_ratio"] == 0.0
+            assert row["sd_ratio"] == 0.0 and row["sd_error"] == np.inf
+            assert np.isnan(row["error_floor"])
         else:
             ratios = [mu.std(ddof=1) / SD, *w.std(0, ddof=1)]
             assert row["sd_ratio"] == pytest.approx(scipy.stats.gmean(ratios), rel=1e-10)
+            factor = np.exp(np.sqrt((np.log(ratios) ** 2).mean()))
+            assert row["sd_error"] == pytest.approx(factor, rel=1e-10)
 
 
 def test_a_point_estimate_of_one_draw_is_judged_too() -> None:
@@ -123,12 +127,82 @@ def test_a_point_estimate_of_one_draw_is_judged_too() -> None:
 
 
 def test_errors_are_of_the_sites_that_have_a_truth() -> None:
-    only = {"w": TRUTH["w"], "elsewhere": TRUTH["mu"]}
-    found = compare(make_pair, X, {"exact": exactly}, truth=only)
+    found = compare(make_pair, X, {"exact": exactly}, truth={"w": TRUTH["w"]})
     w = found.results["exact"].draws["w"].numpy()
     assert found.table.loc["exact", "error_max"] == pytest.approx(abs(w.mean(0)).max())
-    nothing = compare(make_pair, X, {"exact": exactly}, truth={"elsewhere": TRUTH["mu"]}).table.loc["exact"]
-    assert nothing[["error_max", "error_rms", "sd_ratio"]].isna().all()
+    methods = {"other": lambda pair, data: exactly((other, guide_of_nu), data)}
+    with pytest.warns(UserWarning, match="draws no w: not compared with the truth"):
+        nothing = compare(make_pair, X, methods, truth={"w": TRUTH["w"]}).table.loc["other"]
+    assert nothing[["error_max", "error_rms", "sd_ratio", "sd_error"]].isna().all()
+
+
+LABELLED = {"x": X, "y": torch.tensor([1.0, 0.0, 1.0]).double()}
+MISNAMED = [
+    ({"truth": {"Mu": TRUTH["mu"]}}, r"truth: expected sites of the model \(mu, w, x\), got 'Mu'"),
+    ({"truth": {"w": TRUTH["mu"]}}, r"truth: expected mean and sd of w of shape \(2,\), got \(\)"),
+    ({"label": "y", "heldout": X}, r"label: expected a finite site of the model \(none\), got 'y'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISNAMED)
+def test_names_that_the_model_does_not_have_are_refused_before_any_work(arguments: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        compare(make_pair, X, {"never": failing(AssertionError("it ran"))}, **arguments)
+
+
+@pytest.mark.parametrize(("heldout", "got"), [(None, "none"), (X, "no names"), ({"x": X}, "x")])
+def test_a_label_without_held_out_labels_is_refused(heldout: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"label: expected held-out rows with 'y', got {got}"):
+        compare(lambda: (mixture, guide_of_mu), LABELLED, {"exact": exactly}, heldout=heldout, label="y")
+
+
+def test_widths_that_are_wrong_in_both_directions_are_told() -> None:
+    """Half twice too wide, half twice too narrow: their geometric mean is right."""
+    result = exactly((model, guide), X)
+    draws = torch.tensor([2.0, 0.5]) * result.draws["w"] / result.draws["w"].std(0)
+    row = compare(
+        make_pair, X, {"w": lambda *_: replace(result, draws={"w": draws})}, truth={"w": TRUTH["w"]}
+    ).table.loc["w"]
+    assert row["sd_ratio"] == pytest.approx(1.0)
+    assert row["sd_error"] == pytest.approx(2.0)
+    draws = draws * torch.tensor([1.0, 0.0])
+    row = compare(
+        make_pair, X, {"w": lambda *_: replace(result, draws={"w": draws})}, truth={"w": TRUTH["w"]}
+    ).table.loc["w"]
+    assert row["sd_ratio"] == 0.0 and row["sd_error"] == np.inf
+
+
+@pytest.mark.parametrize("draws", [50, 1000])
+def test_errors_of_exact_draws_are_about_their_floor(draws: int) -> None:
+    """The floor is the median of the largest of Q independent errors: half of 60 samples exceed it, within 4 sd."""
+    found = np.abs(np.random.default_rng(5).normal(size=(60, draws, 20)).mean(1)).max(1)
+    assert 0.24 < (found > noise_floor(20, draws)).mean() < 0.76
+
+
+def test_the_monte_carlo_error_of_lpd_is_what_repetition_shows() -> None:
+    """p(x | D) is N(1, 1.25): 40 samples of 200 draws of mu against it, at rows of which the last is far out."""
+    rows = torch.tensor([0.0, 1.0, 4.0]).double()
+    exact = scipy.stats.norm(MEAN, math.sqrt(1 + SD**2)).logpdf(rows.numpy()).mean()
+    errors, told = [], []
+    for seed in range(40):
+        mu = MEAN + SD * np.random.default_rng(seed).normal(size=(200, 1))
+        score = torch.tensor(scipy.stats.norm(mu, 1).logpdf(rows.numpy()))
+        errors.append(float((score.logsumexp(0) - math.log(200)).mean()) - exact)
+        told.append(monte_carlo_error(score, 1))
+    # The root mean square of 40 errors is known to a ninth.
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.mean(told), rel=0.45)
+
+
+def test_methods_are_compared_row_by_row() -> None:
+    """The rows spread far more than the differences between the methods do."""
+    heldout = torch.linspace(-4, 6, 40).double()
+    methods = {"exact": partial(exactly, draws=4000), "again": partial(exactly, draws=4000, seed=1), "MAP": at_its_mode}
+    table = compare(make_pair, X, methods, heldout=heldout).table
+    assert sorted(table["lpd_diff"])[-1] == 0.0
+    np.testing.assert_allclose(table["lpd_diff"], table["lpd"] - table["lpd"].max(), atol=1e-12)
+    assert table.loc["again", "lpd_diff_se"] < 0.2 * table.loc["again", "lpd_se"]
+    assert abs(table.loc["again", "lpd"] - table.loc["exact", "lpd"]) < 4 * table["lpd_diff_se"].max()
+    assert table.loc["MAP", "lpd_mc"] == 0.0 < table.loc["exact", "lpd_mc"]
 
 
 def test_the_truth_may_be_found_from_the_pair_and_the_data() -> None:
@@ -198,6 +272,7 @@ def test_chains_that_disagree_have_no_effective_size_a_second(apart: float) -> N
         assert np.isnan(row["ess_per_s"])
     else:
         assert row["ess_per_s"] == pytest.approx(judged.min_ess_bulk / result.seconds["run"])
+        assert row["ess_per_s_total"] == pytest.approx(judged.min_ess_bulk / row["seconds_total"])
 
 
 def test_without_truth_or_held_out_rows_their_columns_are_empty() -> None:
@@ -352,6 +427,9 @@ def test_no_method_overwrites_the_file_of_another(names: tuple[str, str], tmp_pa
         np.testing.assert_array_equal(az.from_netcdf(str(path)).posterior["mu"].values[0], result.draws["mu"])
 
 
+DENSITY = "log density of draws and data"
+
+
 def titles(figure: Figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
@@ -362,8 +440,8 @@ def legend(figure: Figure) -> list[str]:
 
 def test_the_plot_has_a_panel_a_quantity_and_the_errors(comparison: Comparison) -> None:
     figure = comparison.plot()
-    assert sorted(titles(figure)) == ["mu", "w[0]", "w[1]"]
-    assert len(figure.axes) == 4
+    assert sorted(titles(figure)) == [DENSITY, "mu", "w[0]", "w[1]"]
+    assert len(figure.axes) == 5
     assert figure.axes[-1].get_ylabel().startswith("error of the mean")
     assert legend(figure) == ["truth: mean, ±1 sd", "exact", "MAP", "NUTS"]
     for title, name, index in (("mu", "mu", ()), ("w[0]", "w", (0,)), ("w[1]", "w", (1,))):
@@ -384,17 +462,17 @@ def test_the_plot_has_a_panel_a_quantity_and_the_errors(comparison: Comparison) 
 
 def test_the_plot_without_truth_has_no_errors() -> None:
     figure = compare(make_pair, X, {"exact": exactly, "NUTS": by_nuts}).plot()
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
     assert legend(figure) == ["exact", "NUTS"]
 
 
 def test_the_plot_shows_as_many_quantities_as_asked(comparison: Comparison) -> None:
     """The sites share alike, and of each the quantities in which the methods differ most come first."""
     figure = comparison.plot(2)
-    assert [title.partition("[")[0] for title in titles(figure)] == ["mu", "w"]
+    assert [title.partition("[")[0] for title in titles(figure)] == [DENSITY, "mu", "w"]
     means = np.stack([result.draws["w"].mean(0).numpy() for result in comparison.results.values()])
     spread = np.stack([result.draws["w"].std(0).numpy() for result in comparison.results.values()]).max(0)
-    assert titles(figure)[1] == f"w[{np.argmax(np.ptp(means, axis=0) / spread)}]"
+    assert titles(figure)[2] == f"w[{np.argmax(np.ptp(means, axis=0) / spread)}]"
 
 
 @pytest.mark.parametrize("truth", [None, TRUTH])
@@ -402,7 +480,7 @@ def test_the_plot_shows_as_many_quantities_as_asked(comparison: Comparison) -> N
 def test_the_plot_takes_a_point_estimate_of_one_draw(truth: Any, beside: dict[str, Any]) -> None:
     methods = {"MAP": partial(at_its_mode, draws=1), **beside}
     figure = compare(make_pair, X, methods, truth=truth).plot()
-    assert sorted(titles(figure)) == ["mu", "w[0]", "w[1]"]
+    assert sorted(titles(figure)) == [DENSITY, "mu", "w[0]", "w[1]"]
     assert set(legend(figure)) >= set(methods)
 
 
@@ -420,7 +498,9 @@ def guide_of_nu(x: Tensor) -> None:
 @pytest.mark.parametrize("truth", [None, TRUTH])
 def test_methods_without_a_common_site_are_saved_and_plotted_too(truth: Any, tmp_path: Path) -> None:
     methods = {"one": exactly, "other": lambda pair, data: exactly((other, guide_of_nu), data)}
-    found = compare(make_pair, X, methods, truth=truth)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* draws no mu, w: not compared with the truth")
+        found = compare(make_pair, X, methods, truth=truth)
     assert [p.name for p in found.save(tmp_path)] == ["table.csv", "posteriors.png", "one.nc", "other.nc"]
 
 
@@ -431,7 +511,34 @@ def test_names_are_coordinates_in_the_titles() -> None:
         model = staticmethod(model)
         guide = staticmethod(guide)
 
-    assert sorted(titles(compare(Named, X, {"exact": exactly}).plot())) == ["mu", "w[north]", "w[south]"]
+    assert sorted(titles(compare(Named, X, {"exact": exactly}).plot())) == [DENSITY, "mu", "w[north]", "w[south]"]
+
+
+def factors(x: Tensor) -> None:
+    """Only w^2 is known, and a latent of each row."""
+    w = pyro.sample("w", dist.Normal(zero(), 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(zero(), 1.0))
+        pyro.sample("x", dist.Normal(w * z, 1.0), obs=x)
+
+
+def test_the_plot_shows_what_methods_agree_in_whose_signs_differ() -> None:
+    def signed(sign: float) -> Callable[[Tensor], None]:
+        def guide(x: Tensor) -> None:
+            pyro.sample("w", dist.Normal(zero() + sign * 1.5, 0.1))
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", dist.Normal(sign * 0.4 * x, 0.5))
+
+        return guide
+
+    methods = {str(s): lambda pair, data, s=s: exactly((factors, signed(s)), data) for s in (-1.0, 1.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = compare(lambda: (factors, signed(1.0)), X, methods).plot()
+    assert titles(figure) == [DENSITY, "w"]
+    means = [np.average(line.get_xdata(), weights=line.get_ydata()) for line in figure.axes[0].get_lines()]
+    assert means[0] == pytest.approx(means[1], abs=1.0)
+    assert "signs and labels" in figure.get_suptitle()
 
 
 FIT = partial(inference.fit, steps=20, draws=50, progress=False)

@@ -1,6 +1,7 @@
 """Pareto k with known tails, R-hat and effective sizes as ArviZ has them, and advice exactly when it is due."""
 
 import re
+import warnings
 from functools import partial
 
 import arviz as az
@@ -15,7 +16,8 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
 
 import inference
-from inference.diagnostics.convergence import Diagnosis, diagnose, pareto_k
+from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.guides import GuideCheck, effective_fraction, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
 FEW = "below 100 per chain: run more draws, or reparameterise correlated sites."
@@ -148,6 +150,115 @@ def test_a_guide_that_is_too_narrow_has_a_large_k_and_is_not_to_be_trusted() -> 
 def test_k_of_a_guide_grows_as_it_narrows() -> None:
     found = [fit_guide(width).pareto_k for width in (1.6, 0.9, 0.7, 0.5, 0.3)]
     assert found == sorted(found)
+
+
+WIDE = r"{} % of the guide's draws are effective by their importance weights; the standard deviation of mu\[\d\] is .*"
+
+
+@pytest.mark.parametrize("width", [1.6, 2.0])
+def test_a_guide_that_is_far_too_wide_has_a_small_k_and_is_told_by_its_weights(width: float) -> None:
+    """E[w]^2 / E[w^2] is (sqrt(2 r^2 - 1) / r^2)^5: 0.32 and 0.13."""
+    diagnosis = fit_guide(width)
+    assert diagnosis.pareto_k is not None and diagnosis.pareto_k < 0.5
+    exact = ((2 * width**2 - 1) ** 0.5 / width**2) ** 5
+    assert diagnosis.effective == pytest.approx(exact, rel=0.2)
+    assert_advice(diagnosis, WIDE.format(r"\d+"))
+    assert diagnosis.weighted is not None
+    np.testing.assert_allclose(diagnosis.weighted["sd"], TRUE_SD, rtol=0.25)
+    np.testing.assert_allclose(diagnosis.table["sd"], width * TRUE_SD, rtol=0.1)
+
+
+def test_a_guide_in_the_wrong_place_is_told_by_its_weights() -> None:
+    """The posterior is N(0, 1), the guide N(0.8, 1): E[w]^2 / E[w^2] is exp(-0.64) = 0.53."""
+    draws = 0.8 + noise(1, 20_000)
+    diagnosis = inference.diagnose(az.from_dict(posterior={"mu": draws}), judged(draws[0], 1.0, 0.8))
+    assert diagnosis.effective == pytest.approx(np.exp(-0.64), rel=0.1)
+    assert_advice(diagnosis, r"5\d % of .*; the mean of mu is 0\.[78].* standard deviations off that after weighting.*")
+
+
+def judged(draws: np.ndarray, sd: float, mean: float = 0.0) -> GuideCheck:
+    """The judgement of draws of N(mean, sd) for N(0, 1)."""
+    weights = scipy.stats.norm.logpdf(draws) - scipy.stats.norm(mean, sd).logpdf(draws)
+    fraction = float(effective_fraction(torch.tensor(weights)))
+    return GuideCheck(min(pareto_k(torch.tensor(weights)), 0.49), fraction, 1, weights)
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_guides_that_are_good_are_not_reported_by_chance(size: int) -> None:
+    """Widths between 0.93 and 1.12, in 1,000 draws: none of 40 guides is reported."""
+    for seed in range(40):
+        widths = np.random.default_rng(seed + 100).uniform(0.93, 1.12, size)
+        draws = widths * noise(1000, size, seed=seed)
+        weights = (scipy.stats.norm.logpdf(draws) - scipy.stats.norm(0, widths).logpdf(draws)).sum(1)
+        check = GuideCheck(0.0, float(effective_fraction(torch.tensor(weights))), size, weights)
+        assert_advice(diagnose(az.from_dict(posterior={"mu": draws[None]}), check))
+
+
+def rows_with_factors(size: int, width: float) -> tuple:
+    """z_n ~ N(0, I), x_n ~ N(z_n, I) in two dimensions; a normal guide, some times as wide as a row's posterior."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", size):
+            z = pyro.sample("z", dist.Normal(double(0.0).expand(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", size):
+            pyro.sample("z", dist.Normal(0.5 * x, width * 0.5**0.5).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (1.0, None),
+        (1.1, None),
+        (0.9, None),
+        (2.5, r".* % of the guide's draws are effective by their importance weights for half of the rows or fewer: .*"),
+        (0.4, r"Pareto k of the guide is above 0\.7 for \d+ of 100 rows: .* use a richer guide .*"),
+    ],
+)
+def test_a_guide_of_rows_is_judged_row_by_row(width: float, line: str | None) -> None:
+    """Joint weights of 400 rows have a k above 0.7 for any width but one."""
+    x = torch.tensor(noise(400, 2))
+    diagnosis = inference.fit(rows_with_factors(400, width), x, steps=0, draws=50, progress=False).diagnosis
+    assert_advice(diagnosis, *([line] if line else []))
+    assert diagnosis.effective is not None
+    if width > 0.8:
+        assert diagnosis.effective == pytest.approx((2 * width**2 - 1) / width**4, rel=0.1)
+
+
+def test_what_is_not_judged_is_said() -> None:
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        s = pyro.sample("s", dist.HalfNormal(double(1.0)))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, s), obs=x)
+
+    def lacking(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+
+    def elsewhere(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        pyro.sample("s", dist.HalfNormal(double(1.0)))
+        pyro.sample("sigma", dist.HalfNormal(double(1.0)))
+
+    def whole(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        pyro.sample("s", dist.HalfNormal(double(1.0)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two, three = (
+            inference.fit((model, guide), ONES[:, 0], steps=0, draws=draws, progress=False).diagnosis
+            for guide, draws in ((lacking, 100), (elsewhere, 100), (whole, 10))
+        )
+    assert one.advice[0].startswith("The guide leaves out s: ")
+    assert two.advice[0].startswith("The guide draws sigma, which the model does not have (its latent sites: mu, s)")
+    assert three.unjudged == ("Pareto k: 10 draws, of at least 25 that it takes",)
+    for diagnosis in (one, two, three):
+        assert "Not judged: Pareto k: " in str(diagnosis) and "No warning" not in str(diagnosis)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +450,33 @@ def test_many_chains_need_no_more_effective_draws_than_four() -> None:
     diagnosis = diagnose(chains(mu=draws))
     assert 400 < diagnosis.min_ess_bulk < 6400
     assert not any("Effective sample size" in line for line in diagnosis.advice)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5, 0.9])
+def test_many_short_chains_that_agree_are_not_said_to_disagree(coefficient: float) -> None:
+    """At 64 x 250 draws R-hat of an autoregressive chain is sqrt(1 + (1 + a) / (1 - a) / 125): 1.07 for 0.9."""
+    draws = autoregressive(coefficient, 64, 250 * 10).reshape(64, 10, 250)[:, ::2]
+    diagnosis = diagnose(chains(mu=np.moveaxis(draws, 1, 2)))
+    expected = np.sqrt(1 + (2 * coefficient / (1 - coefficient)) / 125)
+    assert diagnosis.table["r_hat"].mean() == pytest.approx(expected, abs=0.25 * (expected - 1) + 0.002)
+    assert not any("R-hat" in line for line in diagnosis.advice), diagnosis.advice
+    assert diagnosis.converged
+
+
+@pytest.mark.parametrize("kind", ["offset", "mode", "width", "drift"])
+def test_many_short_chains_that_do_not_agree_are(kind: str) -> None:
+    draws = autoregressive(0.5, 64, 250)
+    if kind == "offset":
+        draws += 0.4 * draws.std() * noise(64, 1, seed=2)
+    elif kind == "mode":
+        draws[5] += 4 * draws.std()
+    elif kind == "width":
+        draws[:16] *= 2.5
+    else:
+        draws += np.linspace(-0.75, 0.75, 250) * draws.std()
+    diagnosis = diagnose(chains(mu=draws))
+    assert re.match(r"R-hat is 1\.\d+ for mu, above 1\.0[12]\d*: the chains disagree", diagnosis.advice[0])
+    assert diagnosis.converged is False
 
 
 def two_modes(x: torch.Tensor) -> None:

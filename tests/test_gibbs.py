@@ -171,6 +171,57 @@ def dependent() -> None:
     pyro.sample("total", dist.Normal(z.sum(-1, keepdim=True).squeeze(-1) ** 2, 1.0), obs=torch.tensor(3.0))
 
 
+FIELD = torch.tensor([0.9, -0.3, 0.4, -1.1]).double()
+
+
+def energy(z: Tensor) -> Tensor:
+    """Log weight of a ring of four spins, per spin: each couples to its left neighbour."""
+    spins = 2 * z - 1
+    return 0.8 * spins * spins.roll(1, -1) + FIELD * spins
+
+
+def ring() -> None:
+    with pyro.plate("rows", 4):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).double()))
+        pyro.factor("coupling", energy(z))
+
+
+def ring_of_one_event() -> None:
+    z = pyro.sample("z", dist.Bernoulli(torch.full((4,), 0.5).double()).to_event(1))
+    pyro.factor("coupling", energy(z).sum(-1))
+
+
+def neighbours() -> None:
+    """Coupled only where two rare states meet."""
+    with pyro.plate("rows", 6):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.98, 0.01, 0.01])))
+        pyro.factor("coupling", 2.0 * ((z == 2) & (z.roll(1, -1) == 2)))
+
+
+def no_two() -> None:
+    with pyro.plate("rows", 3):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.factor("hard", torch.where((z == 1) & (z.roll(1, -1) == 1), -torch.inf, 0.0))
+
+
+def table_of_sums() -> None:
+    """Elements of a row are coupled through what the row observes."""
+    with pyro.plate("rows", 3, dim=-2):
+        with pyro.plate("columns", 2, dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0), obs=torch.ones(3, 1))
+
+
+def test_the_units_of_an_event_may_be_coupled(alone) -> None:
+    states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 4)
+    weights = energy(states).sum(-1).softmax(0)
+    exact = weights @ states
+    result = quiet(ring_of_one_event, {}, chains=4000, warmup=40, draws=4)
+    last = result.draws["z"].unflatten(0, (4000, 4))[:, -1]
+    error = (exact * (1 - exact) / 4000).sqrt()
+    assert ((last.mean(0) - exact).abs() < 4.5 * error).all()
+
+
 def unplated() -> None:
     pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(3)))
 
@@ -179,6 +230,10 @@ def unplated() -> None:
     ("call", "said"),
     [
         (lambda: quiet(dependent, {}), "z: expected conditionally independent elements of rows, got"),
+        (lambda: quiet(ring, {}), "z: expected conditionally independent elements of rows, got .* with to_event"),
+        (lambda: quiet(neighbours, {}), "z: expected conditionally independent elements of rows, got"),
+        (lambda: quiet(no_two, {}), "z: expected conditionally independent elements of rows, got"),
+        (lambda: quiet(table_of_sums, {}), "z: expected conditionally independent elements of rows, columns, got"),
         (lambda: quiet(unplated, {}), "z: expected a plate for each batch dimension, got none for dimension 0"),
         (
             lambda: Gibbs(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).setup(0),

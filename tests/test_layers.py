@@ -23,7 +23,7 @@ FLOORS = (
     ("inference/core", "inference/optim.py"),
     ("inference/compiler",),
     ("inference/draws",),
-    ("inference/kernels", "inference/diagnostics"),
+    ("inference/kernels", "inference/diagnostics", "inference/idata.py"),
     ("inference/objectives", "inference/result.py"),
     ("inference/runners", "inference/predict.py"),
     ("inference/evidence",),

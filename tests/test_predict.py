@@ -218,7 +218,7 @@ def test_latents_of_rows_that_were_not_fitted_are_told() -> None:
 def test_large_groups_are_left_out_aloud(monkeypatch) -> None:
     import inference.result
 
-    monkeypatch.setattr(inference.result, "STORED", 100)
+    monkeypatch.setattr(inference.idata, "STORED", 100)
     with pytest.warns(UserWarning, match=r"left out posterior_predictive \(720 numbers; .* log_likelihood \(720 num"):
         result = fitted()
     assert set(result.idata.groups()) == {"posterior", "observed_data"}
@@ -233,7 +233,7 @@ def test_a_log_likelihood_is_kept_where_wide_replicates_are_not(monkeypatch) -> 
         with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("x", dist.Normal(z, 1.0).expand([len(x), 9]).to_event(1), obs=x)
 
-    monkeypatch.setattr(inference.result, "STORED", 1000)
+    monkeypatch.setattr(inference.idata, "STORED", 1000)
     with pytest.warns(UserWarning, match=r"left out posterior_predictive \(6,480 numbers; ask posterior_predictive"):
         result = fitted(wide, X[:, None].expand(-1, 9))
     assert result.idata["log_likelihood"]["x"].shape == (1, 60, 12)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from inference.comparison.scores import Moments, heldout_scores, truth_scores
+from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
 from inference.comparison.table import COLUMNS, Comparison
+from inference.core.bound import bind
 from inference.core.handlers import exclusive, isolated
-from inference.diagnostics.convergence import R_HAT
 from inference.result import Result
 
 Method = Callable[..., Result]
@@ -38,7 +38,8 @@ def compare(
         data: Data of the fit: a tensor or a mapping of names to tensors.
         methods: Callables ``(pair, data) -> Result`` by name, for instance ``partial(fit, ...)``.
         truth: True posterior mean and standard deviation by site, each of the site's shape, or a callable
-            ``(pair, data)`` that returns them (if it raises ArithmeticError, the truth is left out with a warning).
+            ``(pair, data)`` that returns them (if it raises ArithmeticError, the truth is left out with a warning). A
+            site that a method does not draw is named by a warning.
         heldout: Held-out rows, in the form of ``data``.
         label: Name of the labels in ``heldout``, for accuracy and calibration. Default: the one finite site of the
             model, if there is one.
@@ -48,7 +49,7 @@ def compare(
         A Comparison. A method that fails has an empty row in the table, and a warning gives the reason.
 
     Raises:
-        ValueError: There are no methods.
+        ValueError: There are no methods, or ``truth`` or ``label`` names no site of the model, or no held-out labels.
         RuntimeError: Every method failed (a single method raises its own error).
     """
     if not methods:
@@ -59,11 +60,14 @@ def compare(
             return make_pair()
 
     moments = _moments(truth, build, data)
+    _check_names(build, data, moments, heldout, label)
     results, rows = {}, {}
+    densities: dict[str, Densities] = {}
     for name, method in methods.items():
         try:
             results[name] = method(build(), data)
-            rows[name] = _score(results[name], moments, heldout, label)
+            rows[name], density = _score(results[name], moments, heldout, label)
+            densities |= {} if density is None else {name: density}
         except Exception as error:
             if len(methods) == 1:
                 raise
@@ -71,6 +75,8 @@ def compare(
             warnings.warn(f"{name} failed: {error}", stacklevel=3)
     if not results:
         raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    for name, scores in paired_differences(densities).items() if len(densities) > 1 else ():
+        rows[name] |= scores
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
     return Comparison(table.rename_axis("method"), results, dict(moments))
 
@@ -83,20 +89,46 @@ def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Calla
         return {}
 
 
-def _score(result: Result, truth: Moments, heldout: Any, label: str | None) -> dict[str, float]:
-    run = result.seconds["run"]
+def _check_names(build: Callable[[], Any], data: Any, truth: Moments, heldout: Any, label: str | None) -> None:
+    """Raise a ValueError for names that the model does not have, before any method runs."""
+    if not truth and label is None:
+        return
+    with isolated(0):
+        sites = bind(build(), data).sites
+    for name, moments in truth.items():
+        if name not in sites:
+            raise ValueError(f"truth: expected sites of the model ({', '.join(sites)}), got {name!r}")
+        wrong = [tuple(v.shape) for v in moments if tuple(v.shape) != sites[name].shape]
+        if wrong:
+            raise ValueError(f"truth: expected mean and sd of {name} of shape {sites[name].shape}, got {wrong[0]}")
+    if label is None:
+        return
+    finite = [n for n, s in sites.items() if s.finite]
+    if label not in finite:
+        raise ValueError(f"label: expected a finite site of the model ({', '.join(finite) or 'none'}), got {label!r}")
+    if not isinstance(heldout, Mapping) or label not in heldout:
+        got = ", ".join(heldout) if isinstance(heldout, Mapping) else "no names" if heldout is not None else "none"
+        raise ValueError(f"label: expected held-out rows with {label!r}, got {got}")
+
+
+def _score(
+    result: Result, truth: Moments, heldout: Any, label: str | None
+) -> tuple[dict[str, float], Densities | None]:
+    run, total = result.seconds["run"], result.seconds["run"] + result.seconds["setup"]
     diagnosis = result.diagnosis
     ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat
     row = {
         "ess": ess,
-        "ess_per_s": ess / run if r_hat <= R_HAT else math.nan,
+        "ess_per_s": ess / run if diagnosis.converged else math.nan,
+        "ess_per_s_total": ess / total if diagnosis.converged else math.nan,
         "r_hat": r_hat,
         "divergences": _number(diagnosis.divergences),
         "pareto_k": _number(diagnosis.pareto_k),
         "seconds": run,
-        "seconds_total": run + result.seconds["setup"],
+        "seconds_total": total,
     }
-    return row | truth_scores(result, truth) | heldout_scores(result, heldout, label)
+    scores, density = heldout_scores(result, heldout, label)
+    return row | truth_scores(result, truth) | scores, density
 
 
 def _number(value: float | None) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import arviz as az
 import numpy as np
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -25,31 +28,45 @@ PARTICLES = 500
 """Particles of the guide per held-out row, for pairs with latent sites per row."""
 
 
-def heldout_scores(result: Result, heldout: Any, label: str | None) -> dict[str, float]:
-    """Scores of held-out rows: log predictive density, and accuracy and calibration of labels."""
+@dataclass(frozen=True, eq=False)
+class Densities:
+    """Log predictive densities of held-out rows by Monte Carlo.
+
+    Attributes:
+        values: Log predictive density of each row, (rows,).
+        error: Monte Carlo error of their mean: standard error and bias, due to the number of draws.
+    """
+
+    values: Tensor
+    error: float
+
+
+def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dict[str, float], Densities | None]:
+    """Scores of held-out rows: log predictive density, and accuracy and calibration of labels; and the densities."""
     if heldout is None:
-        return {}
+        return {}, None
     if not result.bound.observes:
-        return sample_scores(result, heldout)
+        return sample_scores(result, heldout), None
     try:
-        density = _density(result, heldout)
+        found = _density(result, heldout)
     except (ValueError, RuntimeError) as error:
         # A guide with parameters per fitted row fails in torch with a mismatch of shapes.
         said = " ".join(str(error).split())[:200]
         warnings.warn(f"held-out rows are not scored: {said}", stacklevel=4)
-        return {}
+        return {}, None
+    density = found.values
     sd = float(density.std()) if len(density) > 1 else math.nan
-    scores = {"lpd": float(density.mean()), "lpd_se": sd / math.sqrt(len(density))}
+    scores = {"lpd": float(density.mean()), "lpd_se": sd / math.sqrt(len(density)), "lpd_mc": found.error}
     finite = [n for n, s in result.bound.sites.items() if s.finite]
     name = label or (finite[0] if len(finite) == 1 else "")
     # Labels that the fit drew, row by row, say nothing of other rows.
     if name not in finite or name in result.draws or not isinstance(heldout, Mapping) or name not in heldout:
-        return scores
+        return scores, found
     probabilities, labels = classify(result, heldout, label=name), torch.as_tensor(heldout[name]).long()
     return scores | {
         "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
         "ece": calibration_error(probabilities, labels),
-    }
+    }, found
 
 
 def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
@@ -80,14 +97,60 @@ def _two_sample(real: Tensor, generated: Tensor) -> dict[str, float]:
     }
 
 
-def _density(result: Result, heldout: Any) -> Tensor:
+def paired_differences(densities: Mapping[str, Densities]) -> dict[str, dict[str, float]]:
+    """Mean difference of each method's densities from those of the best, row by row, with its standard error.
+
+    The rows are the same for all methods, so the error of the difference is mostly far below that of ``lpd``. It
+    includes the Monte Carlo errors of both methods.
+    """
+    best = max(densities, key=lambda n: float(densities[n].values.mean()), default="")
+    found = {}
+    for name, own in densities.items():
+        if len(own.values) != len(densities[best].values):
+            continue
+        gap = own.values - densities[best].values
+        spread = float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
+        noise = 0.0 if name == best else math.hypot(own.error, densities[best].error)
+        found[name] = {"lpd_diff": float(gap.mean()), "lpd_diff_se": math.hypot(spread, noise)}
+    return found
+
+
+def monte_carlo_error(score: Tensor, chains: int) -> float:
+    r"""Error of the mean over rows of the log of the mean density over draws, due to the number of draws.
+
+    With relative weights :math:`r_{sn} = p(x_n \mid \theta_s) / \bar p(x_n)` the influence of a draw is
+    :math:`\mathrm{mean}_n\, r_{sn} - 1`. The standard error is that of its mean over S effective draws, and the bias is
+    :math:`-\mathrm{mean}_n \mathrm{Var}_s(r_{sn}) / 2 S`; the error is the root of the sum of their squares.
+
+    Args:
+        score: Log densities (S, rows), chains one after another.
+        chains: Number of chains.
+    """
+    count = len(score)
+    relative = (score - score.logsumexp(0) + math.log(count)).exp()
+    influence = relative.mean(1)
+    if not float(influence.var()) > 0:
+        return 0.0
+    size = count if chains == 1 else float(az.ess(influence.reshape(chains, -1).cpu().numpy()))
+    # Antithetic chains have more effective draws than draws; short ones have no number.
+    size = size if math.isfinite(size) else count / chains
+    bias = float(relative.var(0).mean()) / 2 / size
+    return math.hypot(float(influence.std()) / math.sqrt(size), bias)
+
+
+def _density(result: Result, heldout: Any) -> Densities:
     """Log predictive density of each row; latent sites per row are integrated out with particles of the guide."""
     bound = result.bound
     observed = {p for s in bound.select("observed").values() for p in s.plates}
     if bound.guided and all((observed - {None}) & set(bound.sites[n].plates) for n in bound.guided):
-        return log_evidence(result, heldout, k=PARTICLES, progress=False).values
-    score = pointwise_log_likelihood(result, heldout)
-    return (score.logsumexp(0) - math.log(len(score))).double()
+        evidence = log_evidence(result, heldout, k=PARTICLES, progress=False)
+        # The bias of the logarithm of a mean of weights is minus half its squared error.
+        bias = float(evidence.errors.square().mean()) / 2
+        return Densities(evidence.values, math.hypot(evidence.monte_carlo_error, bias))
+    score = pointwise_log_likelihood(result, heldout).double()
+    chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.groups() else 1
+    values = score.logsumexp(0) - math.log(len(score))
+    return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -112,15 +175,33 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
 
 def truth_scores(result: Result, truth: Moments) -> dict[str, float]:
     """Errors of posterior means and ratios of standard deviations, summarised over all quantities."""
+    missing = [n for n in truth if n not in result.draws]
+    if missing:
+        warnings.warn(f"{result.method} draws no {', '.join(missing)}: not compared with the truth", stacklevel=4)
     errors, ratios = standardised_errors(result, truth)
     if not len(errors):
         return {}
-    positive = ratios[ratios > 0]
+    with np.errstate(divide="ignore"):
+        logs = np.log(ratios)
     return {
         "error_max": float(np.abs(errors).max()),
+        "error_floor": noise_floor(len(errors), result.size) if ratios.any() else math.nan,
         "error_rms": float(np.sqrt((errors**2).mean())),
-        "sd_ratio": float(np.exp(np.log(positive).mean())) if len(positive) else 0.0,
+        "sd_ratio": float(np.exp(logs.mean())),
+        "sd_error": float(np.exp(np.sqrt((logs**2).mean()))),
     }
+
+
+def noise_floor(quantities: int, draws: int) -> float:
+    r"""Median of the largest error that independent exact draws would have, in posterior standard deviations.
+
+    Errors of Q independent means are :math:`N(0, 1/S)`: :math:`\Phi^{-1}((1 + 2^{-1/Q}) / 2) / \sqrt S`.
+
+    Example:
+        >>> f"{noise_floor(122, 1000):.3f}"
+        '0.087'
+    """
+    return float(scipy.special.ndtri((1 + 0.5 ** (1 / quantities)) / 2) / math.sqrt(draws))
 
 
 def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -136,5 +217,7 @@ def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.
 
 
 def draws_sd(draws: Tensor) -> Tensor:
-    """Standard deviation over draws; zero for a single one."""
-    return draws.double().std(0) if len(draws) > 1 else torch.zeros_like(draws[0], dtype=torch.double)
+    """Standard deviation over draws; zero for a single one, and for equal ones, whose own is 1e-17 by rounding."""
+    if len(draws) == 1:
+        return torch.zeros_like(draws[0], dtype=torch.double)
+    return torch.where((draws != draws[0]).any(0), draws.double().std(0), 0.0)

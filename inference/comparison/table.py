@@ -3,6 +3,7 @@ r"""The table of a comparison, its plot and its files."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,19 +20,32 @@ from torch import Tensor
 
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import write_whole
+from inference.core.handlers import isolated
 from inference.diagnostics.convergence import quantity
+from inference.draws.engine import REFUSALS
+from inference.draws.scoring import log_joint
+from inference.idata import of_observations
 from inference.result import Result
+
+DENSITY_DRAWS, DENSITY_NUMBERS = 200, 20_000_000
+"""Draws per method whose log density is plotted, and numbers of data that these may read."""
 
 COLUMNS = {
     "lpd": "mean log predictive density of held-out rows, in nats",
     "lpd_se": "standard error of lpd over rows",
+    "lpd_mc": "Monte Carlo error of lpd (standard error and bias), due to the number of draws",
+    "lpd_diff": "lpd minus that of the best method",
+    "lpd_diff_se": "standard error of lpd_diff, over the same rows, with the Monte Carlo errors",
     "accuracy": "fraction of held-out labels predicted correctly",
     "ece": "expected calibration error of the labels, 10 bins",
     "error_max": "largest error of a posterior mean, in posterior standard deviations",
-    "error_rms": "root mean square of these errors",
-    "sd_ratio": "geometric mean of the ratios of standard deviations to the true ones",
+    "error_floor": "what error_max would be for as many independent draws of the exact posterior (median)",
+    "error_rms": "root mean square of the errors of all posterior means",
+    "sd_ratio": "geometric mean of the ratios of standard deviations to the true ones; 0 if any is 0",
+    "sd_error": "typical factor between a standard deviation and the true one: exp of the rms of the log ratios",
     "ess": "smallest bulk effective sample size",
-    "ess_per_s": "ess per second of running; empty if R-hat is above 1.01",
+    "ess_per_s": "ess per second of running, without set-up; empty if the chains disagree",
+    "ess_per_s_total": "ess per second, with set-up; empty if the chains disagree",
     "r_hat": "largest R-hat",
     "divergences": "number of divergent transitions",
     "pareto_k": "Pareto k of the guide",
@@ -61,6 +75,10 @@ class Comparison:
 
     def plot(self, quantities: int = 12) -> Figure:
         """Plot the posteriors of all methods with the truth, and below them the errors of all posterior means.
+
+        The first panel is the log density of draws and data. It does not depend on what the data cannot tell, such as
+        the signs of factors or the labels of components, in which methods may differ though they agree. Latent sites
+        with a value for each observation are shown only where there are no others.
 
         Args:
             quantities: Maximum number of scalar quantities to show: those in which the methods differ most.
@@ -97,6 +115,8 @@ def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
     """The scalar quantities in which the methods differ most, evenly divided over the sites."""
     draws = [r.draws for r in comparison.results.values()]
     names = list(dict.fromkeys(n for d in draws for n in d))
+    own = {n for r in comparison.results.values() for n in of_observations(r.bound, r.draws)}
+    names = [n for n in names if n not in own] or names
     ranked = []
     for name in names:
         have = [d[name] for d in draws if name in d]
@@ -110,22 +130,50 @@ def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
 
 
 def _plot(comparison: Comparison, quantities: int) -> Figure:
-    picks = _picks(comparison, quantities)
-    columns, errors = 4, bool(comparison.truth)
-    rows = max(-(-len(picks) // columns), 1 - errors)
+    picks, densities = _picks(comparison, quantities), _log_densities(comparison)
+    columns, errors, first = 4, bool(comparison.truth), int(bool(densities))
+    rows = max(-(-(len(picks) + first) // columns), 1 - errors)
     figure = Figure(figsize=(13, 2.5 * rows + 3.2 * errors + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows + errors, columns, height_ratios=[1.0] * rows + [1.3] * errors)
     colours = {n: f"C{k}" for k, n in enumerate(comparison.results)}
-    for k, (name, index) in enumerate(picks):
+    if densities:
+        axes = figure.add_subplot(grid[0, 0])
+        for method, values in densities.items():
+            _plot_draws(axes, values, colours[method], method)
+        _finish(axes, "log density of draws and data")
+    for k, (name, index) in enumerate(picks, first):
         _plot_density(figure.add_subplot(grid[k // columns, k % columns]), comparison, name, index, colours)
     if errors:
         _plot_errors(figure.add_subplot(grid[rows, :]), comparison, colours)
     seen = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    named = {label: line for label, line in seen.items() if not label.startswith("_")}
+    shown = sorted((n for n in seen if not n.startswith("_")), key=lambda n: not n.startswith("truth: "))
+    named = {label: seen[label] for label in shown}
     figure.legend(list(named.values()), list(named), loc="outside upper right", ncols=6, frameon=False)
     bound = next(iter(comparison.results.values())).bound
-    figure.suptitle(f"{bound.name}: the quantities in which the methods differ most", x=0.01, ha="left")
+    said = f"{bound.name}: the quantities in which the methods differ most"
+    if densities:
+        said += " (signs and labels that the data leave open may differ; the log density does not depend on them)"
+    figure.suptitle(said, x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def _log_densities(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Log density of draws and data, of evenly spaced draws of each method that has all latent sites."""
+    found = {}
+    for name, result in comparison.results.items():
+        count = min(result.size, DENSITY_DRAWS, DENSITY_NUMBERS // max(result.bound.numel, 1))
+        if not result.draws or not count:
+            continue
+        at = torch.linspace(0, result.size - 1, count).long()
+        try:
+            with isolated(0), result.state():
+                values = log_joint(result.bound, {n: v[at] for n, v in result.draws.items()})
+        except REFUSALS as error:
+            warnings.warn(f"{name}: log density not plotted: {' '.join(str(error).split())[:200]}", stacklevel=4)
+            continue
+        if values.isfinite().all():
+            found[name] = values.double().cpu().numpy()
+    return found
 
 
 def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, colours: Mapping[str, str]) -> None:
@@ -136,14 +184,24 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
     having = {method: result for method, result in comparison.results.items() if name in result.draws}
     for method, result in having.items():
         draws = result.draws[name].double().reshape(result.size, -1)[:, index].cpu().numpy()
-        if np.ptp(draws) > 0:
-            x, density = az.kde(draws)
-            axes.plot(x, density, color=colours[method], lw=1.4, label=method)
-        else:
-            axes.axvline(draws[0], color=colours[method], lw=1.4, ls=":", label=method)
-    array = next(iter(having.values())).idata["posterior"][name]
+        _plot_draws(axes, draws, colours[method], method)
+    shown = next(iter(having.values()))
+    # A name may be written otherwise for NetCDF; the order is that of the draws.
+    array = list(shown.idata["posterior"].data_vars.values())[list(shown.draws).index(name)]
     place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
-    axes.set_title(quantity(array, place), fontsize=9)
+    _finish(axes, quantity(array, place))
+
+
+def _plot_draws(axes: Axes, draws: np.ndarray, colour: str, label: str) -> None:
+    if np.ptp(draws) > 1e-9 * abs(draws).max():
+        x, density = az.kde(draws)
+        axes.plot(x, density, color=colour, lw=1.4, label=label)
+    else:
+        axes.axvline(draws[0], color=colour, lw=1.4, ls=":", label=label)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=9)
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)

@@ -1,30 +1,47 @@
 r"""Convergence diagnostics of chains and guides, with advice.
 
 R-hat and effective sample sizes follow Vehtari et al. 2021 (rank-normalised, split chains;
-https://doi.org/10.1214/20-BA1221). Pareto k follows Yao et al. 2018 ("Yes, but did it work?"): the tail shape of the
-importance weights :math:`p(x, z_s) / q(z_s)` of a guide.
+https://doi.org/10.1214/20-BA1221). Guides are judged by :mod:`inference.diagnostics.guides`.
+
+R-hat of m half chains of n draws with variance W within and V of their means is :math:`\sqrt{1 - 1/n + V/W}`. Where the
+chains agree V is their Monte Carlo error alone, so R-hat is about :math:`\sqrt{1 + m / S_e}` with the effective sample
+size :math:`S_e`: 1.01 for the 8 halves of four chains and the 400 draws that are required, but 1.15 for 64 chains. For
+more than four chains the limit therefore allows for the Monte Carlo error, estimated from the chains one by one, by the
+difference of the means of their halves (:func:`r_hat_limit`).
+
+What no diagnostic can see is what no chain has found: a narrow mode beside a wide one is missed by all chains, which
+then agree.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import arviz as az
 import numpy as np
 import pandas as pd
+import scipy.special
+import scipy.stats
 import xarray as xr
-from torch import Tensor
+
+from inference.diagnostics.guides import FALSE_ALARMS, PARETO_K, GuideCheck, advise_guide, weigh
 
 R_HAT = 1.01
+"""R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""
 
 
 ESS_PER_CHAIN, ESS_CHAINS = 100, 4
 """Required effective sample size per chain, and the number of chains beyond which no more is required: 400 is enough to
 estimate R-hat and the effective sample size itself (Vehtari et al. 2021)."""
+
+
+MAX_QUANTITIES = 10_000
+"""Number of quantities up to which a site of a guide has lines in the table."""
 
 
 MIN_ACCEPTANCE = 0.05
@@ -33,9 +50,6 @@ MIN_ACCEPTANCE = 0.05
 
 MODE_GAP_SD = 3.0
 """Gap between two groups of chains, in standard deviations of a chain, above which they are at different modes."""
-
-
-PARETO_K = (0.5, 0.7)
 
 
 COLLAPSED_KL = 0.01
@@ -49,13 +63,23 @@ POINT_ESTIMATE = "A point estimate: all draws are equal, and predictions ignore 
 class Diagnosis:
     """Diagnostics of a posterior.
 
+    A posterior that passes may still miss a narrow mode that no chain, and no draw of the guide, has found.
+
     Attributes:
         table: One row per scalar quantity: mean and sd; for chains also mcse_mean, ess_bulk, ess_tail and r_hat.
         divergences: Number of divergent transitions; None without chains.
-        pareto_k: Pareto k of the guide; None without a guide.
+        pareto_k: Pareto k of the guide; where all latent sites lie in the plate of rows, the 90 % quantile of those of
+            its rows; None without a guide.
         latent_kl: KL divergence of the guide from the prior by dimension of the latent sites in the plate of rows, as
             returned by ``predict.latent_kl``; None without such sites.
         advice: One sentence per problem, with a remedy; empty if there is none.
+        unjudged: What could not be judged, each with the reason.
+        effective: Effective fraction of the guide's importance weights, in (0, 1]; the median over rows where Pareto k
+            is a quantile over rows; None without a guide.
+        weighted: Mean and sd of each quantity after importance weighting, where Pareto k is at most 0.7.
+        omitted: Sites that the table leaves out: those of a guide with more than ``MAX_QUANTITIES`` quantities.
+        converged: Whether the chains agree: R-hat is below its limit for every quantity. None without chains, and for
+            one chain.
     """
 
     table: pd.DataFrame
@@ -63,6 +87,11 @@ class Diagnosis:
     pareto_k: float | None
     advice: tuple[str, ...]
     latent_kl: pd.DataFrame | None = None
+    unjudged: tuple[str, ...] = ()
+    effective: float | None = None
+    weighted: pd.DataFrame | None = None
+    omitted: tuple[str, ...] = ()
+    converged: bool | None = None
 
     @property
     def worst_r_hat(self) -> float:
@@ -75,61 +104,78 @@ class Diagnosis:
         return _extreme(self.table, "ess_bulk", np.nanmin)
 
     def __str__(self) -> str:
-        return "\n".join(self.advice) or "No warning."
+        return "\n".join([*self.advice, *(f"Not judged: {what}." for what in self.unjudged)]) or "No warning."
 
 
 def diagnose(
-    idata: az.InferenceData, pareto_k: float | None = None, latent_kl: pd.DataFrame | None = None
+    idata: az.InferenceData,
+    pareto_k: float | GuideCheck | None = None,
+    latent_kl: pd.DataFrame | None = None,
+    *,
+    unjudged: Sequence[str] = (),
 ) -> Diagnosis:
-    """Diagnose the chains of an InferenceData, or a guide by its Pareto k.
+    """Diagnose the chains of an InferenceData, or a guide by its importance weights.
+
+    Narrow modes beside wide ones can be missed by every chain; the chains then agree, and nothing is reported.
 
     Args:
         idata: InferenceData with a ``posterior`` group; with ``sample_stats`` it is diagnosed as chains.
-        pareto_k: Pareto k of the guide, as returned by :func:`pareto_k`; None for chains.
+        pareto_k: Pareto k of the guide, as returned by :func:`pareto_k`, or its whole judgement; None for chains.
         latent_kl: KL divergence by dimension, as returned by ``predict.latent_kl``; None for chains.
+        unjudged: What could not be judged, each with the reason.
     """
-    table = _summary(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
-        point = len(table) > 0 and not table["sd"].any()
-        advice = (POINT_ESTIMATE,) if point else _advise_guide(pareto_k)
-        if latent_kl is None or latent_kl.empty:
-            return Diagnosis(table, None, pareto_k, advice)
-        return Diagnosis(table, None, pareto_k, (*advice, *_advise_latents(latent_kl)), latent_kl)
+        check = pareto_k if isinstance(pareto_k, GuideCheck) else GuideCheck(pareto_k)
+        return _diagnose_guide(idata, check, latent_kl, tuple(unjudged))
+    table = _summary(_quantities_of(idata), chains=True)
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
     method = idata["posterior"].attrs.get("method", "NUTS")
-    advice = _advise_chains(table, divergences, chains, draws, method, partial(_modes, _quantities_of(idata)))
-    return Diagnosis(table, divergences, None, (*_advise_stuck(idata), *_advise_restarts(idata), *advice))
+    apart = _disagreeing(table, _quantities_of(idata))
+    advice = _advise_chains(table, divergences, chains, draws, method, apart, partial(_modes, _quantities_of(idata)))
+    converged = None if chains == 1 else bool(table["r_hat"].notna().any()) and not len(apart)
+    said = (*_advise_stuck(idata), *_advise_restarts(idata), *advice)
+    return Diagnosis(table, divergences, None, said, unjudged=tuple(unjudged), converged=converged)
 
 
-def pareto_k(log_weights: Tensor) -> float:
-    """Pareto k of importance weights (Yao et al. 2018, "Yes, but did it work?").
+def _diagnose_guide(
+    idata: az.InferenceData, check: GuideCheck, latent_kl: pd.DataFrame | None, unjudged: tuple[str, ...]
+) -> Diagnosis:
+    whole = _quantities_of(idata)
+    sizes = {str(n): int(np.prod(whole[n].shape[2:])) for n in whole.data_vars}
+    omitted = tuple(n for n, size in sizes.items() if size > MAX_QUANTITIES)
+    posterior = whole.drop_vars(omitted)
+    table = _summary(posterior, chains=False)
+    point = len(table) > 0 and not table["sd"].any()
+    known_tail = check.pareto_k is not None and check.pareto_k <= PARETO_K[1]
+    weighted = _weigh(posterior, check) if known_tail and not point else None
+    advice = (*check.faults, POINT_ESTIMATE) if point else advise_guide(check, weighted)
+    known = None if latent_kl is None or latent_kl.empty else latent_kl
+    return Diagnosis(
+        table,
+        None,
+        check.pareto_k,
+        advice if known is None else (*advice, *_advise_latents(known)),
+        known,
+        unjudged=(*check.unjudged, *unjudged),
+        effective=check.effective,
+        weighted=None if weighted is None else weighted[["mean", "sd"]],
+        omitted=omitted,
+    )
 
-    Args:
-        log_weights: Log density of the model minus that of the guide, per draw (S,), with S at least 25.
 
-    Returns:
-        k. Below 0.5 the guide is good; below 0.7 it is usable with importance weighting; above 0.7 it is unreliable.
-        -inf if all weights are equal (the guide is the posterior), nan if some are not finite.
-
-    Raises:
-        ValueError: There are fewer than 25 draws.
-    """
-    weights = log_weights.detach().double().cpu().numpy()
-    if len(weights) < 25:
-        raise ValueError(f"log_weights: expected at least 25 draws, got {len(weights)}")
-    if not np.isfinite(weights).all():
-        return float("nan")
-    if np.ptp(weights) < 1e-6 * max(1.0, abs(weights).max()):
-        return float("-inf")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(az.psislw(weights)[1])
+def _weigh(posterior: xr.Dataset, check: GuideCheck) -> pd.DataFrame | None:
+    """Moments after importance weighting of the quantities of a guide, in the order of the table."""
+    if check.log_weights is None or not posterior.data_vars:
+        return None
+    count = len(check.log_weights)
+    draws = np.concatenate([v.values.reshape(v.shape[1], -1)[:count] for v in posterior.data_vars.values()], 1)
+    names = [name for v in posterior.data_vars.values() for name in _quantities(v)]
+    return weigh(draws, check.log_weights).set_index(pd.Index(names, name="quantity"))
 
 
-def _summary(idata: az.InferenceData) -> pd.DataFrame:
-    posterior = _quantities_of(idata)
+def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
     real = [str(n) for n in posterior.data_vars]
     if not real:
         return pd.DataFrame(columns=["mean", "sd"], index=pd.Index([], name="quantity"))
@@ -142,7 +188,7 @@ def _summary(idata: az.InferenceData) -> pd.DataFrame:
             "mean": draws.mean(over),
             "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0),
         }
-        if "sample_stats" in idata.groups() and "diverging" in idata["sample_stats"]:
+        if chains:
             columns |= {
                 "mcse_mean": az.mcse(draws, method="mean"),
                 "ess_bulk": az.ess(draws, method="bulk"),
@@ -205,25 +251,6 @@ def _advise_latents(table: pd.DataFrame) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _advise_guide(k: float | None) -> tuple[str, ...]:
-    good, usable = PARETO_K
-    if k is None:
-        return ()
-    if np.isnan(k):
-        return ("Pareto k could not be computed: the log density is not finite at some draws of the guide.",)
-    if k > usable:
-        return (
-            f"Pareto k of the guide is {k:.2f}, above {usable}: its posterior is unreliable; "
-            "use sample(), or a richer guide (AutoMultivariateNormal, a flow).",
-        )
-    if k > good:
-        return (
-            f"Pareto k of the guide is {k:.2f}, above {good}: usable for means after importance weighting; "
-            "train longer, or use a richer guide for variances and tails.",
-        )
-    return ()
-
-
 def _advise_stuck(idata: az.InferenceData) -> tuple[str, ...]:
     """Advice about chains that hardly ever accept."""
     stats = idata["sample_stats"]
@@ -243,9 +270,54 @@ def _advise_restarts(idata: az.InferenceData) -> tuple[str, ...]:
     if not count:
         return ()
     return (
-        f"{count} chains reached regions of far too low density in the warmup and restarted at the positions of "
-        "others; this could miss a low but very wide mode; kernel=NUTS restarts no chains.",
+        "In the warmup chains reached regions of far too low density and restarted at the positions of others, "
+        f"{count} times in all; this could miss a low but very wide mode; kernel=NUTS restarts no chains.",
     )
+
+
+def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
+    r"""R-hat up to which chains agree: 1.01 for up to four of them, more for more.
+
+    .. math:: \hat R^2 \le 1.01^2 + \Big(\frac{V}{W} - \frac{1}{n}\Big)_+ + z \frac{V}{W \sqrt{C - 1}}
+
+    where n is half the number of draws, W the mean variance of the 2 C half chains, and V the variance of a half's mean
+    as each chain tells alone: half the variance over chains of the difference of its halves' means. The excess over V
+    is the covariance over chains of these two means, whose standard error is :math:`V / \sqrt{C - 1}` for chains that
+    agree; z makes the probability of a report by chance :math:`10^{-3}` over all quantities. Draws are rank-normalised,
+    and also folded around the median; the limit is the larger one, as R-hat is the larger one.
+
+    Args:
+        draws: Draws (chains, draws) of one quantity.
+        quantities: Number of quantities that are judged.
+    """
+    chains, half = len(draws), draws.shape[1] // 2
+    if chains <= ESS_CHAINS or half < 2:
+        return R_HAT
+    z = math.sqrt(2 * math.log(4 * quantities / FALSE_ALARMS))
+    limits = []
+    for values in (draws, abs(draws - np.median(draws))):
+        ranks = scipy.stats.rankdata(values).reshape(values.shape)
+        normal = scipy.special.ndtri((ranks - 0.375) / (values.size + 0.25))
+        halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
+        within = halves.var(-1, ddof=1).mean()
+        means = halves.mean(-1)
+        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within
+        limits.append(R_HAT**2 + max(error - 1 / half, 0.0) + z * error / math.sqrt(chains - 1))
+    return math.sqrt(max(limits))
+
+
+def _disagreeing(table: pd.DataFrame, posterior: xr.Dataset) -> pd.Series:
+    """Limits of R-hat of the quantities above it."""
+    above = table.index[(table["sd"] != 0) & (table["r_hat"] > R_HAT)]
+    limits = {n: r_hat_limit(v, len(table)) for n, v in _named(posterior, set(above))}
+    return pd.Series({n: v for n, v in limits.items() if table["r_hat"][n] > v}, dtype=float)
+
+
+def _named(posterior: xr.Dataset, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Draws (chain, draw) of the named quantities."""
+    for array in posterior.data_vars.values():
+        flat = array.values.reshape(*array.shape[:2], -1)
+        yield from ((n, flat[..., k]) for k, n in enumerate(_quantities(array)) if n in names)
 
 
 def _modes(posterior: xr.Dataset, name: str) -> str:
@@ -279,7 +351,13 @@ def _chains(which: np.ndarray) -> str:
 
 
 def _advise_chains(
-    table: pd.DataFrame, divergences: int, chains: int, draws: int, method: str, modes: Callable[[str], str]
+    table: pd.DataFrame,
+    divergences: int,
+    chains: int,
+    draws: int,
+    method: str,
+    apart: pd.Series,
+    modes: Callable[[str], str],
 ) -> tuple[str, ...]:
     advice = []
     moving = table[table["sd"] != 0]
@@ -290,10 +368,10 @@ def _advise_chains(
         advice.append("One chain has no R-hat: run at least two to see whether they agree.")
     elif moving["r_hat"].isna().any() and not len(broken):
         advice.append(f"{draws} draws per chain are too few to compute R-hat: run more.")
-    elif (moving["r_hat"] > R_HAT).any():
-        worst = moving["r_hat"].idxmax()
+    elif len(apart):
+        worst = moving["r_hat"][apart.index].idxmax()
         advice.append(
-            f"R-hat is {moving['r_hat'].max():.3f} for {worst}, above {R_HAT}: the chains disagree; "
+            f"R-hat is {moving['r_hat'][worst]:.3f} for {worst}, above {apart[worst]:.4g}: the chains disagree; "
             + modes(str(worst))
         )
     least = moving[["ess_bulk", "ess_tail"]].min(axis=1).dropna()

@@ -22,6 +22,10 @@ ACTIVE_VARIANCE = 0.01
 """Variance of the posterior mean over rows above which a dimension is active (Burda et al. 2016)."""
 
 
+MEAN_DRAWS = 100
+"""Draws of the guide that its mean is taken from where it has no formula."""
+
+
 MAX_ROWS = 1000
 """Maximum number of rows to average over; more are subsampled."""
 
@@ -53,9 +57,17 @@ def _is_local(site: Any, rows: int) -> bool:
     return len(fn.batch_shape) == 1 and bool(plates) and fn.has_rsample and not is_point(fn)
 
 
+def _mean(fn: Any) -> Tensor:
+    """Mean of a distribution; of draws where it is not known, as of a flow."""
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return fn.sample(torch.Size([MEAN_DRAWS])).mean(0)
+
+
 def _table(name: str, divergence: Tensor, site: Any) -> pd.DataFrame:
     """Mean over rows of the KL divergence (rows, *event), and variance over rows of the guide's mean."""
-    kl, means = (v.double().reshape(len(v), -1) for v in (divergence, site["fn"].mean))
+    kl, means = (v.double().reshape(len(v), -1) for v in (divergence, _mean(site["fn"])))
     kl, variance = kl.mean(0), means.var(0)
     if len(kl) < len(variance):
         # The divergence is known for the whole site only: one line for all of its dimensions.

@@ -1,0 +1,324 @@
+r"""What importance weights say of a guide: Pareto k, effective fraction, and moments after weighting.
+
+The weights of draws :math:`z_s \sim q` are :math:`w_s = p(x, z_s) / q(z_s)`. Their effective fraction
+
+.. math:: \frac{(\sum_s w_s)^2}{S \sum_s w_s^2} \to \frac{\mathrm{E}_q[w]^2}{\mathrm{E}_q[w^2]}
+
+is 1 for the exact posterior. A normal guide with r times the standard deviations of a normal posterior of D dimensions
+has :math:`(\sqrt{2 r^2 - 1} / r^2)^D`.
+
+Where all latent sites lie in the plate of rows, the posterior is a product over rows, and so is the guide. The joint
+weight of many rows is then useless, however good the guide is: its logarithm is a sum over rows. Each row is judged by
+its own weights instead.
+
+References: Yao et al. 2018, "Yes, but did it work?" (https://arxiv.org/abs/1802.02538); Vehtari et al. 2024, "Pareto
+smoothed importance sampling" (https://arxiv.org/abs/1507.02646).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from inference.compiler import policy
+from inference.core.bound import BoundPair, sites_of
+from inference.core.handlers import preserved_rng
+from inference.draws import scoring
+from inference.draws.engine import REFUSALS, device_of
+from inference.draws.rows import LocalLatents, probe
+
+JUDGED = 100_000_000
+"""Numbers of data times draws that the judgement of a guide may read at the end of a fit."""
+
+
+MIN_DRAWS = 25
+"""Draws below which the tail of the weights cannot be fitted."""
+
+
+PARETO_K = (0.5, 0.7)
+"""Pareto k up to which a guide is good, and up to which it is usable with importance weighting (Yao et al. 2018)."""
+
+
+WIDTH = 1.3
+"""Ratio of a guide's standard deviation to that after weighting from which it is reported, in either direction: a
+normal interval of 90 % then holds 97 % (too wide) or 79 % (too narrow)."""
+
+
+SHIFT = 0.5
+"""Distance of a guide's mean from that after weighting from which it is reported, in standard deviations of the guide.
+"""
+
+
+EFFECTIVE = 0.5
+"""Effective fraction below which it is reported in few dimensions. By Cauchy and Schwarz no posterior mean is off by
+more than sqrt(1 / fraction - 1) standard deviations of the guide: one, at a half. The weights of many small errors
+multiply, so in D dimensions the fraction may be as low as that of a normal guide ``WIDTH`` times too wide in each."""
+
+
+FALSE_ALARMS = 1e-3
+"""Probability of a report by chance, over all quantities: it sets by how many standard errors a limit is exceeded."""
+
+
+ROWS, ROW_DRAWS = 100, 1000
+"""Rows that are judged one by one, drawn at random, and draws of the guide for each."""
+
+
+ROW_QUANTILE = 0.9
+"""Pareto k of a guide of rows is this quantile over rows: a guide may fail for one row in ten."""
+
+
+@dataclass(frozen=True)
+class GuideCheck:
+    """Judgement of a guide.
+
+    Attributes:
+        pareto_k: Pareto k of the weights; the 90 % quantile over rows where rows are judged one by one; None: not
+            judged.
+        effective: Effective fraction of the weights, in (0, 1]; the median over rows; None: not judged.
+        size: Number of continuous quantities that the weights compare: of all latent sites, or of those of one row.
+        log_weights: Log weights of the first draws, (S,); None where rows are judged one by one.
+        rows: Number of rows judged; 0 where all latent sites are judged together.
+        failing: Number of these rows with Pareto k above 0.7, or weights that are not finite.
+        faults: Sentences on sites that guide and model do not share.
+        unjudged: What could not be judged, each with the reason.
+    """
+
+    pareto_k: float | None = None
+    effective: float | None = None
+    size: int = 0
+    log_weights: np.ndarray | None = None
+    rows: int = 0
+    failing: int = 0
+    faults: tuple[str, ...] = ()
+    unjudged: tuple[str, ...] = ()
+
+
+def pareto_k(log_weights: Tensor) -> float:
+    """Pareto k of importance weights (Yao et al. 2018, "Yes, but did it work?").
+
+    Args:
+        log_weights: Log density of the model minus that of the guide, per draw (S,), with S at least 25.
+
+    Returns:
+        k. Below 0.5 the guide is good; below 0.7 it is usable with importance weighting; above 0.7 it is unreliable.
+        -inf if all weights are equal (the guide is the posterior), nan if some are not finite.
+
+    Raises:
+        ValueError: There are fewer than 25 draws.
+    """
+    weights = log_weights.detach().double().cpu().numpy()
+    if len(weights) < MIN_DRAWS:
+        raise ValueError(f"log_weights: expected at least {MIN_DRAWS} draws, got {len(weights)}")
+    if not np.isfinite(weights).all():
+        return float("nan")
+    if np.ptp(weights) < 1e-6 * max(1.0, abs(weights).max()):
+        return float("-inf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(az.psislw(weights)[1])
+
+
+def effective_fraction(log_weights: Tensor) -> Tensor:
+    r"""Effective fraction :math:`(\sum w)^2 / (S \sum w^2)` of weights along the first dimension; nan if not finite.
+
+    Example:
+        >>> f"{effective_fraction(torch.tensor([0.0, 0.0, -50.0, -50.0])):.2f}"
+        '0.50'
+    """
+    weights = log_weights.detach().double()
+    return (2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)).exp() / len(weights)
+
+
+@torch.no_grad()
+def judge_guide(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> GuideCheck:
+    r"""Judge the guide of a pair, with the parameters that are in the store.
+
+    Args:
+        bound: The pair and its data.
+        draws: Draws (S, \*shape) of the guide.
+        density: Their log density under the guide, (S,).
+    """
+    faults = _faults(bound)
+    if faults:
+        return GuideCheck(faults=faults, unjudged=("Pareto k: guide and model have different latent sites",))
+    if not any((v != v[:1]).any() for v in draws.values()):
+        return GuideCheck()
+    with preserved_rng(), pyro.validation_enabled(False):
+        rows = _local(bound)
+        return _judge_rows(bound, rows) if rows is not None else _judge_jointly(bound, draws, density)
+
+
+def _faults(bound: BoundPair) -> tuple[str, ...]:
+    latent = bound.select("latent")
+    lacking = [n for n, s in latent.items() if n not in bound.guided and not s.finite]
+    with preserved_rng(), poutine.block():
+        trace = poutine.trace(bound.guide).get_trace(**bound.arguments())
+    nodes: dict[str, Any] = dict(trace.nodes)
+    own = [s.name for s in sites_of(trace).values() if s.role == "latent" and s.name not in bound.sites]
+    strange = [n for n in own if not nodes[n]["infer"].get("is_auxiliary")]
+    said = []
+    if lacking:
+        named = ", ".join(lacking)
+        said.append(f"The guide leaves out {named}: no posterior of {named} is fitted; add a site to the guide.")
+    if strange:
+        said.append(
+            f"The guide draws {', '.join(strange)}, which the model does not have (its latent sites: "
+            f"{', '.join(latent) or 'none'}); rename the site, or mark it with infer={{'is_auxiliary': True}}."
+        )
+    return tuple(said)
+
+
+def _judge_jointly(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> GuideCheck:
+    if len(density) < MIN_DRAWS:
+        return GuideCheck(unjudged=(f"Pareto k: {len(density)} draws, of at least {MIN_DRAWS} that it takes",))
+    affordable = min(len(density), JUDGED // max(bound.numel, 1))
+    if affordable < MIN_DRAWS:
+        how = "ask pareto_k(log_weights(result, draws=100))"
+        return GuideCheck(unjudged=(f"Pareto k: the data are long ({bound.numel:,} numbers); {how}",))
+    judged = {n: v[:affordable] for n, v in draws.items()}
+    weights = (scoring.log_joint(bound, judged) - density[:affordable]).double().cpu()
+    size = sum(v[0].numel() for v in draws.values() if v.is_floating_point())
+    return GuideCheck(pareto_k(weights), float(effective_fraction(weights)), size, weights.numpy())
+
+
+def _local(bound: BoundPair) -> LocalLatents | None:
+    """The latent sites as those of rows; None where not all of them lie in the plate of rows."""
+    if not bound.rows or not all(any(s.plates) for s in bound.select("latent").values()):
+        return None
+    with warnings.catch_warnings():
+        # That draws run one by one is said where it takes long.
+        warnings.filterwarnings("ignore", message=".* does not broadcast over draws")
+        try:
+            return probe(bound, True)
+        except REFUSALS:
+            return None
+
+
+def _judge_rows(bound: BoundPair, rows: LocalLatents) -> GuideCheck:
+    chosen = torch.randperm(bound.rows)[:ROWS].sort().values
+    part = rows.take(chosen.to(device_of(bound))) if rows.splits else rows
+    count = min(ROW_DRAWS, JUDGED // (rows.width * part.bound.rows))
+    if count < MIN_DRAWS:
+        return GuideCheck(unjudged=(f"Pareto k: the data are long ({bound.numel:,} numbers)",))
+    step = policy.latents_per_pass(rows.width * part.bound.rows)
+    weights = torch.cat([_row_weights(part, min(step, count - done)) for done in range(0, count, step)])
+    weights = weights if rows.splits else weights[:, chosen]
+    k = np.array([pareto_k(w) for w in weights.mT])
+    sites = [bound.sites[n] for n in rows.drawn if not bound.sites[n].discrete]
+    size = sum(torch.Size(s.shape).numel() for s in sites) // max(bound.rows, 1)
+    # A row whose weights are not finite is one where the guide fails.
+    worse = np.nan_to_num(k, nan=np.inf, neginf=-np.inf)
+    tail = float("nan") if np.isnan(k).all() else _quantile(worse)
+    middle, failing = float(effective_fraction(weights).nanmedian()), int((worse > PARETO_K[1]).sum())
+    return GuideCheck(tail, middle, size, rows=len(k), failing=failing)
+
+
+def _row_weights(part: LocalLatents, count: int) -> Tensor:
+    draws, density = part.guide({}, count)
+    return part.model(draws, count)[0].double() - density.double()
+
+
+def _quantile(k: np.ndarray) -> float:
+    """The smallest k that the stated fraction of rows does not exceed."""
+    return float(np.sort(k)[int(np.ceil(ROW_QUANTILE * len(k))) - 1])
+
+
+def weigh(draws: np.ndarray, log_weights: np.ndarray) -> pd.DataFrame:
+    r"""Moments of quantities after importance weighting, beside those before.
+
+    Args:
+        draws: Draws (S, quantities).
+        log_weights: Their log weights, (S,).
+
+    Returns:
+        A line per quantity: ``mean`` and ``sd`` after weighting; ``shift``, the raw mean minus the weighted one in raw
+        standard deviations; ``width``, the logarithm of the raw standard deviation over the weighted one; and the
+        standard errors ``shift_error`` and ``width_error``, by the delta method over draws. Of a quantity that is the
+        same in all draws these are nan.
+    """
+    x, count = draws.astype(float), len(draws)
+    relative = np.exp(log_weights - log_weights.max())
+    weights = (relative / relative.mean())[:, None]
+    centred, after = x - x.mean(0), x - (weights * x).mean(0)
+    raw, weighted = (centred**2).mean(0), (weights * after**2).mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sd = np.sqrt(raw)
+        width = 0.5 * (np.log(raw) - np.log(weighted))
+        of_width = 0.5 * (centred**2 / raw - weights * after**2 / weighted)
+        of_shift = (centred - weights * after) / sd
+        shift = (x.mean(0) - (weights * x).mean(0)) / sd
+        errors = {"shift_error": of_shift.std(0) / count**0.5, "width_error": of_width.std(0) / count**0.5}
+    mean = (weights * x).mean(0)
+    return pd.DataFrame({"mean": mean, "sd": np.sqrt(weighted), "shift": shift, "width": width, **errors})
+
+
+def advise_guide(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str, ...]:
+    """One sentence on a guide that the weights show to be wrong.
+
+    Args:
+        check: Its judgement.
+        weighted: Moments after weighting, as :func:`weigh` returns them, by quantity.
+    """
+    good, usable = PARETO_K
+    k = check.pareto_k
+    if k is None:
+        return check.faults
+    if np.isnan(k):
+        return ("Pareto k could not be computed: the log density is not finite at some draws of the guide.",)
+    if k > usable and check.rows:
+        return (
+            f"Pareto k of the guide is above {usable} for {check.failing} of {check.rows} rows: its posterior of these "
+            "is unreliable; train longer, use a richer guide (a larger encoder, a flow), or fit with IWAE.",
+        )
+    if k > usable:
+        return (
+            f"Pareto k of the guide is {k:.2f}, above {usable}: its posterior is unreliable; "
+            "use sample(), or a richer guide (AutoMultivariateNormal, a flow).",
+        )
+    if k > good and not check.rows:
+        return (
+            f"Pareto k of the guide is {k:.2f}, above {good}: usable for means after importance weighting; "
+            "train longer, or use a richer guide for variances and tails.",
+        )
+    return _advise_fraction(check, weighted)
+
+
+def _advise_fraction(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str, ...]:
+    problems = [] if weighted is None else _misfits(weighted)
+    least = min(EFFECTIVE, (math.sqrt(2 * WIDTH**2 - 1) / WIDTH**2) ** check.size)
+    low = check.effective is not None and check.effective < least
+    if not problems and not low:
+        return ()
+    of_rows = " for half of the rows or fewer" if check.rows else ""
+    share = (
+        f"{100 * (check.effective or 0):.2g} % of the guide's draws are effective by their importance weights{of_rows}"
+    )
+    remedy = "train longer, or use a richer guide" + ("" if check.rows else "; log_weights(result) corrects its means")
+    return (f"{'; '.join([share, *problems])}: {remedy}.",)
+
+
+def _misfits(weighted: pd.DataFrame) -> list[str]:
+    """The quantities whose width and whose mean are off most, if by more than chance."""
+    errors = math.sqrt(2 * math.log(2 * max(len(weighted), 1) / FALSE_ALARMS))
+    widths = weighted["width"].abs() - errors * weighted["width_error"]
+    shifts = weighted["shift"].abs() - errors * weighted["shift_error"]
+    said = []
+    if (widths > math.log(WIDTH)).any():
+        worst = widths.idxmax()
+        ratio = math.exp(weighted.loc[worst, "width"])
+        said.append(f"the standard deviation of {worst} is {ratio:.2g} times that after weighting")
+    if (shifts > SHIFT).any():
+        worst = shifts.idxmax()
+        shift = abs(weighted.loc[worst, "shift"])
+        said.append(f"the mean of {worst} is {shift:.2g} standard deviations off that after weighting")
+    return said

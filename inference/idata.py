@@ -1,0 +1,301 @@
+r"""Draws of any method as ArviZ's InferenceData."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import arviz as az
+import numpy as np
+import torch
+import xarray as xr
+from pyro.distributions import Independent, MaskedDistribution
+from torch import Tensor
+
+from inference.core.bound import BoundPair, Site
+from inference.draws import engine, scoring
+
+STORED, SCORED = 20_000_000, 500_000_000
+"""Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
+
+T = TypeVar("T")
+
+
+U = TypeVar("U")
+
+
+@dataclass
+class LeftOut:
+    """What a Result goes without, each with the reason.
+
+    Attributes:
+        name: Name of the pair, for warnings.
+        said: The reasons.
+    """
+
+    name: str
+    said: list[str] = field(default_factory=list)
+
+    def unless(self, what: str, compute: Callable[[], T], otherwise: U) -> T | U:
+        """What ``compute`` returns; if it fails, a warning, a reason and ``otherwise``."""
+        try:
+            return compute()
+        except Exception as error:
+            # Any failure: the fit is over, and is worth more than what is derived from it.
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            self.add(f"{what}: {reason}")
+            warnings.warn(f"{self.name}: {what} left out: {reason}", stacklevel=2)
+            return otherwise
+
+    def add(self, reason: str) -> None:
+        """Note one reason."""
+        self.said.append(reason)
+
+
+def to_idata(
+    bound: BoundPair,
+    posterior: Mapping[str, Tensor],
+    sample_stats: Mapping[str, np.ndarray] | None = None,
+    *,
+    chains: int = 1,
+    attrs: Mapping[str, Any] | None = None,
+    left_out: LeftOut | None = None,
+) -> az.InferenceData:
+    r"""Convert draws of any method to InferenceData, with the parameters that are in the store.
+
+    Args:
+        bound: The pair and its data.
+        posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
+        sample_stats: Statistics (chains, draws) of each transition.
+        chains: Number of chains.
+        attrs: Attributes of the InferenceData and of its posterior group.
+        left_out: Takes the reason for each group that is left out.
+
+    Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
+    ``/`` in a name, which NetCDF does not allow, becomes ``_``, with a warning. Deterministic sites and posterior draws
+    of summed-out sites are added. A group that cannot be computed is left out with a warning, and so are predictive
+    groups of more than ``STORED`` numbers and a log likelihood that would read more than ``SCORED``.
+
+    ``log_likelihood`` holds what was observed: entries that a mask hides are dropped, and the rest lies along one
+    dimension, ``y_observed`` of the site ``y``. Where a latent site has a value for each observation, the group is left
+    out, and ``attrs["log_likelihood"]`` says so: the weights of ``az.loo`` would be those of that value, and
+    heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)).
+    """
+    left_out = left_out or LeftOut(bound.name)
+    size = len(next(iter(posterior.values()))) if posterior else 1
+    groups, dims = {"posterior": posterior}, {n: _dims(bound, n) for n in bound.sites}
+    plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
+    asked = _affordable(bound, size, left_out)
+    notes = dict(attrs or {})
+    if "functions" in asked:
+        functions = left_out.unless("deterministic sites", lambda: scoring.latent_functions(bound, posterior), {})
+        groups["posterior"] = {**posterior, **functions}
+    if "posterior_predictive" in asked:
+        groups["posterior_predictive"] = left_out.unless(
+            "posterior_predictive", lambda: _replicates(bound, posterior, size), {}
+        )
+    own = of_observations(bound, posterior)
+    if "log_likelihood" in asked and own:
+        notes["log_likelihood"] = (
+            f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is given "
+            "it, log_evidence(result) integrates it out"
+        )
+    elif "log_likelihood" in asked:
+        groups["log_likelihood"], flat = left_out.unless(
+            "log_likelihood", lambda: _likelihood(bound, posterior), ({}, {})
+        )
+        plates |= flat
+    datasets: dict[str, xr.Dataset | None] = {}
+    for group, sites in groups.items():
+        used = plates if group == "log_likelihood" else dims
+        if sites:
+            datasets[group] = left_out.unless(group, partial(_dataset, bound, sites, used, chains), None)
+    if sample_stats:
+        datasets["sample_stats"] = _to_dataset(dict(sample_stats))
+    data = {n: v.detach().cpu().numpy() for n, v in bound.observations.items()}
+    if data:
+        datasets["observed_data"] = left_out.unless("observed_data", lambda: _observed(bound, data, dims), None)
+    kept = {group: dataset for group, dataset in datasets.items() if dataset is not None}
+    if "posterior" in kept:
+        kept["posterior"].attrs.update(notes)
+    # A pair without latent sites has no posterior: ArviZ knows no empty group.
+    return az.InferenceData(attrs=notes, **_renamed(bound, kept))  # type: ignore[arg-type]
+
+
+def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
+    """Groups whose size memory allows; the others are left out with a warning."""
+    observed = bound.select("observed")
+    if not observed:
+        return {"functions", "posterior_predictive", "log_likelihood"}
+    functions = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
+    replicated, scored, derived = (
+        size * sum(torch.Size(s.shape[:end] if end else s.shape).numel() for s, end in sites)
+        for sites in (
+            [(s, 0) for s in observed.values()],
+            [(s, s.batch) if s.batch else (replace(s, shape=()), 0) for s in observed.values()],
+            [(s, 0) for s in functions],
+        )
+    )
+    asked, refused = set(), []
+    for group, count, reads, verb in (
+        ("functions", derived, replicated, ""),
+        ("posterior_predictive", replicated, 0, "posterior_predictive(result, data)"),
+        ("log_likelihood", scored, replicated, "pointwise_log_likelihood(result, data)"),
+    ):
+        if count <= STORED and reads <= SCORED:
+            asked.add(group)
+        elif verb:
+            refused.append(f"{group} ({count:,} numbers; ask {verb})")
+        elif functions:
+            refused.append(f"{', '.join(s.name for s in functions)} ({count:,} numbers)")
+    if refused:
+        said = f"left out {' and '.join(refused)}, for fewer rows or draws"
+        left_out.add(said)
+        warnings.warn(f"{bound.name}: {said}", stacklevel=5)
+    return asked
+
+
+def _dataset(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, list[str]], chains: int) -> xr.Dataset:
+    arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
+    used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
+    return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
+
+
+def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
+    with warnings.catch_warnings():
+        # ArviZ warns of each group with more chains than draws; our diagnosis speaks of short chains.
+        warnings.filterwarnings("ignore", message="More chains")
+        return az.dict_to_dataset(arrays, **names)
+
+
+def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, list[str]]) -> xr.Dataset:
+    return az.dict_to_dataset(data, dims=dims, coords=_coords(bound, dims), default_dims=[])
+
+
+def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    sites = scoring.draw_sites(bound.generator(), posterior, size)
+    return {n: v for n, v in sites.items() if n in bound.select("observed")}
+
+
+def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
+    """Latent sites with a value for each observation: in all plates of an observed site, which is in one."""
+    observed = [
+        set(s.plates) - {None} for s in bound.select("observed").values() if torch.Size(s.shape[: s.batch]).numel() > 1
+    ]
+    latent = bound.select("latent").items()
+    return [n for n, s in latent if n in posterior and any(o and o <= set(s.plates) for o in observed)]
+
+
+def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    r"""Log likelihood (S, \*plates) by site, masked entries dropped, and the dimensions of those that are flat."""
+    if not bound.select("observed"):
+        return {}, {}
+    scores = scoring.log_likelihood_by_site(bound, posterior)
+    seen = _seen(bound, posterior)
+    if all(bool(m.all()) for m in seen.values()):
+        return scores, {}
+    kept, flat = {}, {}
+    for name, score in scores.items():
+        mask = seen[name] if name in seen else _of_rows(bound, seen, score)
+        kept[name] = score if mask.all() else score[:, mask.to(score.device)]
+        if not mask.all():
+            flat[name] = [f"{name}_observed"]
+    return {n: v for n, v in kept.items() if v[0].numel()}, flat
+
+
+def _of_rows(bound: BoundPair, seen: Mapping[str, Tensor], score: Tensor) -> Tensor:
+    """Whether any site is seen in each element of the plates that all observed sites share."""
+    shared = [
+        p for p in next(iter(bound.select("observed").values())).plates if all(p in bound.sites[n].plates for n in seen)
+    ]
+    any_seen = torch.zeros(score.shape[1:], dtype=torch.bool)
+    for name, mask in seen.items():
+        plates = bound.sites[name].plates
+        rest = [k for k, p in enumerate(plates) if p not in shared]
+        any_seen |= mask.any(rest) if rest else mask
+    return any_seen
+
+
+def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""What masks leave of each observed site, (\*plates)."""
+    first, last = (_masks(bound, {n: v[k][None] for n, v in posterior.items()}) for k in (0, -1))
+    for name, mask in first.items():
+        if not torch.equal(mask, last[name]):
+            raise ValueError(f"the mask of {name} depends on latent sites, and az.loo takes one for all draws")
+    return first
+
+
+def _masks(bound: BoundPair, draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        trace = engine.trace(bound, bound.model, draw, None)
+    return {n: _mask(trace.nodes[n], s) for n, s in bound.select("observed").items()}
+
+
+def _mask(node: Any, site: Site) -> Tensor:
+    shape = torch.Size(site.shape[: site.batch])
+    seen = torch.ones(shape, dtype=torch.bool)
+    if node["mask"] is not None:
+        seen = seen & torch.as_tensor(node["mask"]).cpu()
+    fn, events = node["fn"], 0
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, MaskedDistribution):
+            own = torch.as_tensor(fn._mask).cpu().expand(fn.batch_shape)
+            # A mask inside an event hides an observation only where it hides all of it.
+            seen = seen & (own.flatten(own.dim() - events).any(-1) if events else own)
+        if isinstance(fn, Independent):
+            events += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    return seen
+
+
+def _dims(bound: BoundPair, name: str) -> list[str]:
+    site = bound.sites[name]
+    named = list(bound.asked.dims.get(name, ()))
+    event = len(site.shape) - site.batch
+    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
+    plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
+    own = named[-event:] if event and len(named) >= event else []
+    rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
+    return [*plates, *rest]  # type: ignore[list-item]
+
+
+def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    used = {d for names in dims.values() for d in names}
+    return {k: list(v) for k, v in bound.asked.coords.items() if k in used}
+
+
+def allowed_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as NetCDF takes them, without a ``/``, each once.
+
+    Example:
+        >>> allowed_names(["a/b", "a_b", "c"])
+        {'a/b': 'a_b_2', 'a_b': 'a_b', 'c': 'c'}
+    """
+    listed = list(dict.fromkeys(names))
+    found = {n: n for n in listed if "/" not in n}
+    for name in listed:
+        if "/" in name:
+            plain = name.replace("/", "_")
+            tries = itertools.chain([plain], (f"{plain}_{k}" for k in itertools.count(2)))
+            found[name] = next(c for c in tries if c not in found.values())
+    return {n: found[n] for n in listed}
+
+
+def _renamed(bound: BoundPair, datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Datasets with names that NetCDF takes, the same in all of them; told once for a pair."""
+    names = allowed_names(str(n) for d in datasets.values() for n in (*d.variables, *d.dims))
+    changed = {n: new for n, new in names.items() if n != new}
+    if not changed:
+        return datasets
+    if "renamed" not in bound.memo:
+        bound.memo["renamed"] = True
+        said = ", ".join(f"{n} as {new}" for n, new in list(changed.items())[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        warnings.warn(f"{bound.name}: NetCDF takes no / in a name: idata has {said}{more}", stacklevel=5)
+    return {
+        g: d.rename({n: v for n, v in changed.items() if n in d.variables or n in d.dims}) for g, d in datasets.items()
+    }

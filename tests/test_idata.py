@@ -1,0 +1,256 @@
+"""InferenceData: masks by a conjugate leave-one-out, names for NetCDF, and what a failure at the end leaves."""
+
+import warnings
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from torch import Tensor
+
+import inference
+from inference import fit, sample
+from inference.idata import allowed_names
+from inference.kernels import Gibbs
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float64)
+
+
+Y = torch.randn(12, generator=torch.Generator().manual_seed(1)).double() + 2
+SEEN = torch.ones(12, dtype=torch.bool)
+SEEN[[1, 5, 7, 9]] = False
+
+
+def by_handler(y: Tensor, seen: Tensor) -> None:
+    """mu ~ N(0, 3^2), y ~ N(mu, 1), some of it masked."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+    with pyro.plate("rows", len(y)), poutine.mask(mask=seen):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def by_distribution(y: Tensor, seen: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).mask(seen), obs=y)
+
+
+def in_an_event(y: Tensor, seen: Tensor) -> None:
+    """Each row has a second entry that is never seen, and belongs to the row."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+    both = torch.stack([seen, torch.zeros_like(seen)], -1)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0).expand(both.shape).mask(both).to_event(1), obs=torch.stack([y, y], -1))
+
+
+def exact_guide(y: Tensor, seen: Tensor) -> None:
+    precision = 1 / 9 + seen.sum()
+    pyro.sample("mu", dist.Normal(y[seen].sum() / precision, precision**-0.5))
+
+
+@pytest.mark.parametrize("model", [by_handler, by_distribution, in_an_event])
+def test_masked_entries_do_not_count_in_loo(model) -> None:
+    """Conjugate: the predictive of y_k given the seven others that are seen is normal."""
+    elpd = []
+    for k in SEEN.nonzero().flatten().tolist():
+        rest = SEEN.clone()
+        rest[k] = False
+        variance = 1 / (1 / 9 + 7)
+        elpd.append(float(dist.Normal(variance * Y[rest].sum(), (1 + variance) ** 0.5).log_prob(Y[k])))
+    data = {"y": torch.where(SEEN, Y, 0.0), "seen": SEEN}
+    result = fit((model, exact_guide), data, steps=0, draws=4000, progress=False)
+    loo = az.loo(result.idata)
+    assert loo.n_data_points == 8
+    assert loo.elpd_loo == pytest.approx(sum(elpd), abs=0.2)
+    assert loo.se == pytest.approx(np.sqrt(8 * np.var(elpd)), rel=0.1)
+    assert result.idata.log_likelihood["y"].dims == ("chain", "draw", "y_observed")
+
+
+def test_without_a_mask_the_log_likelihood_keeps_its_plates() -> None:
+    data = {"y": Y, "seen": torch.ones_like(SEEN)}
+    result = fit((by_handler, exact_guide), data, steps=0, draws=30, progress=False)
+    assert result.idata.log_likelihood["y"].dims == ("chain", "draw", "rows")
+
+
+def test_a_row_of_a_summed_out_site_counts_where_any_of_its_sites_is_seen() -> None:
+    hidden = torch.tensor([[True, True], [True, False], [False, False], [False, True]])
+
+    def model() -> None:
+        share = pyro.sample("share", dist.Beta(double(2.0), 2.0))
+        with pyro.plate("rows", 4, dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            for k in range(2):
+                with poutine.mask(mask=hidden[:, k]):
+                    pyro.sample(f"x_{k}", dist.Normal(z, 1.0), obs=Y[:4])
+
+    def guide() -> None:
+        pyro.sample("share", dist.Beta(double(2.0), 2.0))
+
+    result = fit((model, guide), steps=0, draws=40, progress=False)
+    score = result.idata.log_likelihood["x_0_and_x_1"]
+    assert score.shape == (1, 40, 3)
+    share = result.draws["share"][:, None, None]
+    density = torch.stack([dist.Normal(z, 1.0).log_prob(Y[:4, None]) for z in (0.0, 1.0)])
+    rows = (density * hidden).sum(-1)[:, hidden.any(-1)]
+    expected = torch.logaddexp(rows[1] + share[..., 0].log(), rows[0] + (1 - share[..., 0]).log())
+    np.testing.assert_allclose(score.values[0], expected.numpy(), rtol=1e-9)
+
+
+def test_a_mask_that_depends_on_a_latent_site_leaves_the_log_likelihood_out() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        with pyro.plate("rows", len(y)), poutine.mask(mask=y > mu):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(double(2.0), 1.0))
+
+    with pytest.warns(UserWarning, match="log_likelihood left out: the mask of y depends on latent sites"):
+        result = fit((model, guide), Y, steps=0, draws=30, progress=False)
+    assert "log_likelihood" not in result.idata.groups()
+    assert "Not judged: log_likelihood: the mask of y depends on latent sites" in str(result.diagnosis)
+
+
+def effects(y: Tensor) -> None:
+    """A latent value per observation."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+    with pyro.plate("rows", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, 0.3), obs=y)
+
+
+def groups_of_rows(y: Tensor) -> None:
+    """A latent value per group of four observations."""
+    with pyro.plate("groups", 3):
+        theta = pyro.sample("theta", dist.Normal(double(0.0), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(theta[torch.arange(12) // 4], 0.3), obs=y)
+
+
+def test_a_latent_value_for_each_observation_leaves_the_log_likelihood_out_with_the_reason() -> None:
+    own = fit((effects, AutoNormal(effects)), Y, steps=5, draws=30, progress=False)
+    assert "log_likelihood" not in own.idata.groups()
+    assert own.idata.attrs["log_likelihood"].startswith("left out: theta has a value for each observation")
+    shared = fit((groups_of_rows, AutoNormal(groups_of_rows)), Y, steps=5, draws=30, progress=False)
+    assert shared.idata.log_likelihood["y"].shape == (1, 30, 12)
+    assert "log_likelihood" not in shared.idata.attrs
+
+
+def test_names_with_a_slash_are_written_and_read_back(tmp_path: Path) -> None:
+    def model(y: Tensor) -> None:
+        ratio = pyro.sample("od280/od315", dist.Normal(double(0.0), 1.0))
+        with pyro.plate("rows/all", len(y)):
+            pyro.sample("y/z", dist.Normal(ratio, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="NetCDF takes no / in a name: idata has od280/od315 as od280_od315"):
+        result = fit((model, AutoNormal(model)), Y, steps=5, draws=30, progress=False)
+    assert list(result.draws) == ["od280/od315"]
+    result.idata.to_netcdf(str(tmp_path / "a.nc"))
+    read = az.from_netcdf(str(tmp_path / "a.nc"))
+    np.testing.assert_array_equal(read.posterior["od280_od315"][0], result.draws["od280/od315"])
+    assert read.log_likelihood["y_z"].dims == ("chain", "draw", "rows_all")
+    assert set(read.groups()) == set(result.idata.groups())
+
+
+def test_names_for_netcdf_stay_apart() -> None:
+    assert allowed_names(["a_b", "a/b", "a/b", "a_b_2"]) == {"a_b": "a_b", "a/b": "a_b_3", "a_b_2": "a_b_2"}
+
+
+class Failing(PyroModule):
+    """A model whose deterministic site, or whose predictive draws, fail after the fit."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.over = what, False
+
+    def forward(self, y: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        if self.over and mu.dim():
+            raise KeyError("no such column")
+        with pyro.plate("rows", 12):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_what_fails_after_the_last_step_does_not_lose_the_fit() -> None:
+    model = Failing("predictive")
+
+    class Over(AutoNormal):
+        def forward(self, *args, **kwargs):
+            # The draws at the end are without gradients.
+            model.over = not torch.is_grad_enabled()
+            return super().forward(*args, **kwargs)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = fit((model, Over(model)), Y, steps=20, draws=30, compile=False, progress=False)
+    assert result.params and len(result.losses) == 20
+    assert result.draws["mu"].shape == (30,)
+    assert any("left out" in str(w.message) for w in said)
+    assert "Not judged: " in str(result.diagnosis) and "No warning" not in str(result.diagnosis)
+
+
+def test_a_flow_of_each_row_is_fitted_and_judged() -> None:
+    """Its mean is not known, and is taken from draws."""
+
+    class Flow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = dist.transforms.affine_autoregressive(2, [8]).double()
+
+        def model(self, x=None, *, size=None, rows=None):
+            with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(self, x=None, *, size=None, rows=None):
+            pyro.module("flow", self.flow)
+            with pyro.plate("rows", size or len(x), subsample=rows, dim=-1):
+                base = dist.Normal(0.5 * x, 0.5**0.5).to_event(1)
+                pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
+    result = fit(Flow(), x, steps=10, draws=30, progress=False)
+    assert result.diagnosis.pareto_k is not None
+    assert result.diagnosis.latent_kl is not None and (result.diagnosis.latent_kl["variance"] > 0.01).all()
+    assert not result.diagnosis.unjudged
+
+
+def test_sites_of_a_guide_with_very_many_quantities_have_no_lines_in_the_table(monkeypatch) -> None:
+    monkeypatch.setattr(inference.diagnostics.convergence, "MAX_QUANTITIES", 5)
+    result = fit((effects, AutoNormal(effects)), Y, steps=5, draws=30, progress=False)
+    assert list(result.summary().index) == ["mu"]
+    assert result.diagnosis.omitted == ("theta",)
+
+
+def test_deterministic_sites_do_not_depend_on_the_length_of_the_data(monkeypatch) -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        pyro.deterministic("twice", 2 * mu)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    monkeypatch.setattr(inference.idata, "STORED", 100)
+    with pytest.warns(UserWarning, match="left out posterior_predictive .* and log_likelihood"):
+        result = fit((model, AutoNormal(model)), Y, steps=5, draws=30, progress=False)
+    np.testing.assert_allclose(result.idata.posterior["twice"][0], 2 * result.draws["mu"])
+    assert "Not judged: left out posterior_predictive (360 numbers" in str(result.diagnosis)
+
+
+def test_labels_that_gibbs_draws_are_values_of_each_observation() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(double(0.5)))
+            pyro.sample("y", dist.Normal(mu * z, 1.0), obs=y)
+
+    result = sample(model, Y, Gibbs, draws=8, warmup=8, chains=4, compile=False, progress=False)
+    assert "z has a value for each observation" in result.idata.attrs["log_likelihood"]
