@@ -24,6 +24,7 @@ from torch import Tensor
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
+from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.contracts import BatchedKernel
 from inference.kernels.metric import MAX_DENSE_DIM, learn, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
@@ -44,6 +45,10 @@ BEST_FRACTION = 1 / 8
 RESTART_SD = 6.0
 """Excess energy from which a chain is restarted during the warmup, in standard deviations of the energy of a normal
 posterior (the root of half its dimensions, at least 4)."""
+
+
+GIVEN_POINTS = 8
+"""Chains whose given values are tried, to see that no support depends on them."""
 
 
 MAX_START_DRAWS = 100
@@ -130,6 +135,7 @@ class ChEES(BatchedKernel):
         self.transforms: dict[str, Any] = dict(transforms or {})
         self._target, self._start = target_accept_prob, (step_size, trajectory_length)
         self._given_transforms, self._nesting = transforms, max_plate_nesting
+        self._moving: MovingSupports | None = None
         self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
         super().__init__()
 
@@ -198,7 +204,7 @@ class ChEES(BatchedKernel):
         if self._handed == self._warmup:
             self.end_warmup()
         if not self._queue:
-            values = self._density.unpack(self.advance().position)
+            values = self.handed(self.advance().position)
             self._queue.extend({n: v[t] for n, v in values.items()} for t in range(self.block))
         self._handed += 1
         self._last = self._queue.popleft()
@@ -256,9 +262,21 @@ class ChEES(BatchedKernel):
         r"""Unconstrained values by site, (..., \*shape), of positions (..., D)."""
         return self._density.unpack(positions)
 
+    def handed(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) as ``sample`` returns them: unconstrained, but for supports that move."""
+        values = self.unpack(positions)
+        if self._moving is None:
+            return values
+        constrained = self.constrain(positions)
+        return {n: constrained[n] if n in self._moving.names else v for n, v in values.items()}
+
     def constrain(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by site (..., \*shape) of positions (..., D)."""
         values = self.unpack(positions)
+        if self._moving is not None:
+            shape = positions.shape[:-1]
+            flat = {n: v.reshape(-1, *v.shape[len(shape) :]) for n, v in values.items()}
+            return {n: v.reshape(*shape, *v.shape[1:]) for n, v in self._moving.constrain(flat).items()}
         return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
 
     def end_warmup(self) -> None:
@@ -369,12 +387,22 @@ class ChEES(BatchedKernel):
         with warnings.catch_warnings():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
-            example, self.potential_fn, self.transforms, _ = initialize_model(
+            example, self.potential_fn, self.transforms, trace = initialize_model(
                 model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
             )
+        if self._given_transforms is None:
+            points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
+            self._follow(follow_supports(self.potential_fn, trace, held, points))
         if held:
             self.potential_fn = _holding(self.potential_fn, held)
         return example
+
+    def _follow(self, moving: MovingSupports | None) -> None:
+        """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""
+        self._moving = moving
+        if moving is not None:
+            self.potential_fn = moving
+            self.transforms = {n: t for n, t in self.transforms.items() if n not in moving.names}
 
     def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
         given = tuple(self._given.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
+from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
 
 
 def run_batched(
@@ -27,7 +27,7 @@ def run_batched(
 ) -> ChainRun:
     """Run a ``BatchedKernel``; lengths that are None are its defaults, and ``mode`` says whether to compile."""
     started = perf_counter()
-    kernel: Any = factory(partial(bound.model, **bound.arguments()))
+    kernel = kernel_of(bound, factory)
     kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False

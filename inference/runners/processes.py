@@ -27,9 +27,10 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.compiler.potential import compile_kernel
+from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
-from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
+from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
 
 
 @dataclass
@@ -93,12 +94,11 @@ def _run_chain(
     """Run one chain from its own seed, or continue the chain ``start``."""
     started = perf_counter()
     pyro.set_rng_seed(seed)
-    kernel = factory(partial(bound.model, **bound.arguments()))
+    kernel = kernel_of(bound, factory)
     if start is not None:
         kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
-    with _quiet_start():
-        kernel.setup(warmup)
-    watched = _Watched(kernel, potential)
+    moving = _set_up(kernel, warmup)
+    watched = _Watched(kernel, potential, moving)
     if start is not None:
         watched.adapt(start.adaptation)
     params, states, stats = kernel.initial_params, [], []
@@ -127,10 +127,11 @@ class _Watched:
     Args:
         kernel: The kernel.
         potential: Potential in place of the kernel's own.
+        moving: The potential of a model whose supports move.
     """
 
-    def __init__(self, kernel: Any, potential: Any = None) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Any, potential: Any = None, moving: MovingSupports | None = None) -> None:
+        self._kernel, self._moving = kernel, moving
         self._hmc: Any = kernel if isinstance(kernel, HMC) else None
         self._averages = isinstance(kernel, HMC | RandomWalkKernel)
         self._potential: Any = potential or Kernel.of(kernel).potential_fn
@@ -165,7 +166,10 @@ class _Watched:
         r"""Constrained values by site (draws, \*shape) of unconstrained states."""
         transforms = Kernel.of(self._kernel).transforms or {}
         stacked = {n: torch.stack([s[n] for s in states]) for n in (states[0] if states else ())}
-        values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
+        if self._moving is not None and stacked:
+            values = self._moving.constrain(stacked)
+        else:
+            values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
         return {n: v.detach().cpu().numpy() for n, v in values.items()}
 
     def adaptation(self) -> dict[str, Any]:
@@ -191,10 +195,33 @@ def _prepare(
         return None, "eager"
     # A forked process cannot run a program that was compiled for several threads.
     with threads_set(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
-        kernel = factory(partial(bound.model, **bound.arguments()))
-        kernel.setup(warmup)
+        kernel = kernel_of(bound, factory)
+        _set_up(kernel, warmup)
         how = compile_kernel(kernel, policy.NUTS_GRADIENTS * transitions, mode)
     return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
+
+
+def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
+    """Set a kernel up; return its potential where supports move and Pyro chose the transforms."""
+    initialize = getattr(kernel, "_initialize_model_properties", None)
+    moving: MovingSupports | None = None
+
+    def follow(*arguments: Any) -> None:
+        nonlocal moving
+        chosen = kernel.transforms
+        initialize(*arguments)
+        moving = None if chosen else follow_supports(kernel.potential_fn, kernel._prototype_trace)
+        kernel.potential_fn = moving or kernel.potential_fn
+
+    if initialize is not None:
+        # Pyro's set-up looks for a step size: already that has to follow the supports.
+        kernel._initialize_model_properties = follow
+    with _quiet_start():
+        kernel.setup(warmup)
+    if isinstance(kernel, RandomWalkKernel):
+        moving = follow_supports(kernel.potential_fn, kernel._prototype_trace)
+        kernel.potential_fn = moving or kernel.potential_fn
+    return moving
 
 
 @contextmanager
