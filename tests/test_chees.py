@@ -256,6 +256,40 @@ def test_an_enumerated_mixture_has_the_posterior_of_quadrature() -> None:
     assert result.idata.posterior["z"].shape == (64, 250, 6)
 
 
+def test_a_gaussian_process_whose_matrix_fails_in_some_chains_has_the_posterior_of_quadrature() -> None:
+    """Trajectories of the warmup reach noises at which the matrix cannot be factorised: these diverge alone."""
+    x = torch.linspace(0, 1, 15).double()
+    y = torch.sin(5 * x) + 0.1 * torch.cos(40 * x)
+    square = (x[:, None] - x) ** 2
+
+    def model(y: Tensor) -> None:
+        length = pyro.sample("length", dist.LogNormal(double(-1.0), 0.5))
+        noise = pyro.sample("noise", dist.LogNormal(double(-3.0), 3.0))
+        covariance = torch.exp(-0.5 * square / length**2) + noise**2 * torch.eye(15).double()
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(15).double(), covariance), obs=y)
+
+    kernel = partial(ChEES, step_size=2.0, trajectory_length=10.0)
+    result = quiet(model, y, kernel, compile=False, draws=150, warmup=200)
+    assert result.idata.attrs["execution"] == "traced"
+    assert not any(line.startswith("chain") for line in result.diagnosis.advice)
+    length, noise = (
+        v.flatten()
+        for v in torch.meshgrid(
+            torch.linspace(-3.5, 1, 150).double().exp(), torch.linspace(-6, 0.5, 150).double().exp(), indexing="ij"
+        )
+    )
+    covariance = torch.exp(-0.5 * square / length[:, None, None] ** 2) + noise[:, None, None] ** 2 * torch.eye(15)
+    density = dist.MultivariateNormal(torch.zeros(15).double(), covariance).log_prob(y)
+    density += dist.Normal(double(-1.0), 0.5).log_prob(length.log()) + dist.Normal(double(-3.0), 3.0).log_prob(
+        noise.log()
+    )
+    weights = (density - density.logsumexp(0)).exp()
+    for name, values in (("length", length.log()), ("noise", noise.log())):
+        mean = (weights * values).sum()
+        sd = (weights * (values - mean) ** 2).sum().sqrt()
+        assert_normal(z_scores(np.log(posterior(result, name)), mean.numpy(), sd.numpy()))
+
+
 def test_plain_mcmc_has_chains_as_the_second_dimension() -> None:
     def model() -> None:
         pyro.sample("rate", dist.Gamma(double(3.0), 2.0))

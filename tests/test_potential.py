@@ -216,6 +216,27 @@ def test_a_frozen_branch_is_found_out() -> None:
         CompiledPotential(counting, {"x": torch.ones(2)})
 
 
+def test_a_matrix_that_cannot_be_factorised_is_nan_in_its_own_chain() -> None:
+    eye = torch.eye(2).double()
+    functions = (
+        lambda a: torch.linalg.cholesky(a).diagonal().log().sum(),
+        lambda a: torch.linalg.inv(a).sum(),
+        lambda a: torch.linalg.solve(a, torch.ones(2).double()).sum(),
+    )
+    for function in functions:
+
+        def potential(values, function=function):
+            return function((1 + values["shift"]) * eye) + values["shift"] ** 2
+
+        many = BatchedPotential(potential, {"shift": torch.ones(()).double()}, 3)
+        energies, gradients = many.run(torch.tensor([[0.5], [-1.0], [2.0]]).double())
+        assert energies.isfinite().tolist() == [True, False, True]
+        assert gradients[[0, 2]].isfinite().all()
+        one = CompiledPotential(potential, {"shift": torch.ones(()).double()})
+        got = one({"shift": torch.tensor(-1.0).double()})
+        torch.testing.assert_close(got, energies[1], equal_nan=True)
+
+
 def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:
     def noisy(values):
         return (values["x"] * torch.randn(2)).sum()

@@ -5,6 +5,8 @@ Value and gradient are computed in one graph, because a kernel needs both in eve
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +59,7 @@ class CompiledPotential:
             return energy.detach(), *gradients
 
         inputs = [example[n].detach() for n in self.names]
-        self.graph = traced(value_and_gradient, *inputs)
+        self.graph = failures_to_nan(traced(value_and_gradient, *inputs))
         self.held = lift_constants(self.graph)
         self.run: Callable[..., Any] = self.graph
         self._check(potential, inputs)
@@ -76,7 +78,7 @@ class CompiledPotential:
         self._inputs = inputs
         with torch.no_grad():
             moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
-            expected = potential(dict(zip(self.names, moved, strict=True)))
+            expected = _value_or_nan(potential, dict(zip(self.names, moved, strict=True)))
             got = self.graph(*moved, *self.held)[0]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
@@ -124,7 +126,8 @@ class BatchedPotential:
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
-            one = traced(functionalize(traced(lambda *inputs: self._one(*inputs), *inputs)), *inputs)
+            recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
+            one = traced(functionalize(recorded), *inputs)
             graph = fold_constants(share_products(traced(functionalize(torch.vmap(one)), many, *given)))
             packed, call = pack_constants(rearrange(graph), len(given), lift_constants(graph))
             self.held = [*given, *packed]
@@ -156,8 +159,14 @@ class BatchedPotential:
             (gradient,) = torch.autograd.grad(energy, leaf)
         return energy.detach().to(position.dtype), gradient
 
+    def _one_or_nan(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self._one(position, *given)
+        except torch.linalg.LinAlgError:
+            return position.new_tensor(math.nan), torch.full_like(position, math.nan)
+
     def _loop(self, positions: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        energies, gradients = zip(*map(self._one, positions, *given), strict=True)
+        energies, gradients = zip(*map(self._one_or_nan, positions, *given), strict=True)
         return torch.stack(energies), torch.stack(gradients)
 
     def _check(self, many: Tensor) -> None:
@@ -168,6 +177,13 @@ class BatchedPotential:
         expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _value_or_nan(potential: Potential, values: dict[str, Tensor]) -> Tensor:
+    try:
+        return potential(values)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(next(iter(values.values())).sum(), math.nan)
 
 
 class _Energy(torch.autograd.Function):
@@ -181,6 +197,32 @@ class _Energy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [outer[0] * g for g in ctx.saved_tensors]
         return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
+
+
+def failures_to_nan(graph: GraphModule) -> GraphModule:
+    """Let a matrix that cannot be factorised give nan, in place of an error that would end all chains.
+
+    In the graph a factorisation returns which matrices have failed, and a check of that raises the error. Without the
+    check the trajectory of that chain diverges alone, as it does under Pyro's own kernels.
+    """
+    aten = torch.ops.aten
+    for check in [n for n in graph.graph.nodes if n.target is aten._linalg_check_errors.default]:
+        failed = check.args[0]
+        parts = [n for n in failed.args[0].users if n.target is operator.getitem and n is not failed]
+        for part in (n for n in parts if n.meta["val"].is_floating_point()):
+            users, shape = list(part.users), list(failed.meta["val"].shape)
+            ones = [1] * (part.meta["val"].dim() - len(shape))
+            with graph.graph.inserting_after(max(part, failed)):
+                mask = graph.graph.call_function(aten.reshape.default, (failed, shape + ones))
+            with graph.graph.inserting_after(mask):
+                marked = graph.graph.call_function(aten.ne.Scalar, (mask, 0))
+            with graph.graph.inserting_after(marked):
+                out = graph.graph.call_function(aten.masked_fill.Scalar, (part, marked, math.nan))
+            for user in users:
+                user.replace_input_with(part, out)
+        graph.graph.erase_node(check)
+    graph.recompile()
+    return graph
 
 
 def count_operations(graph: GraphModule) -> int:

@@ -173,7 +173,9 @@ def _tensors(support: Any) -> Iterator[Tensor]:
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
 def outside_supports(bound: BoundPair, draws: Mapping[str, Tensor]) -> dict[str, float]:
@@ -196,9 +198,7 @@ def outside_supports(bound: BoundPair, draws: Mapping[str, Tensor]) -> dict[str,
         with poutine.block():
             trace: Any = poutine.trace(conditioned).get_trace(**bound.arguments())
         nodes = {n: trace.nodes[n] for n in names}
-        return {
-            n: (list(_tensors(v["fn"].support)), v["fn"].support.check(v["value"]).all()) for n, v in nodes.items()
-        }
+        return {n: (list(_tensors(v["fn"].support)), v["fn"].support.check(v["value"]).all()) for n, v in nodes.items()}
 
     size = len(next(iter(draws.values()))) if draws else 0
     with torch.no_grad():

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -387,15 +388,26 @@ class ChEES(BatchedKernel):
         with warnings.catch_warnings():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
-            example, self.potential_fn, self.transforms, trace = initialize_model(
-                model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
-            )
+            example, self.potential_fn, self.transforms, trace = self._initialize(model, args, kwargs)
         if self._given_transforms is None:
             points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
             self._follow(follow_supports(self.potential_fn, trace, held, points))
         if held:
             self.potential_fn = _holding(self.potential_fn, held)
         return example
+
+    def _initialize(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Pyro's start of a model, tried again where a matrix cannot be factorised."""
+        start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
+        for _ in range(MAX_START_DRAWS - 1):
+            try:
+                return start(model, args, kwargs)
+            except torch.linalg.LinAlgError:
+                continue
+            except ValueError as error:
+                if "PositiveDefinite" not in str(error):
+                    raise
+        return start(model, args, kwargs)
 
     def _follow(self, moving: MovingSupports | None) -> None:
         """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""
