@@ -175,7 +175,8 @@ def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told(lower: float
         pyro.factor("modes", torch.logaddexp(*modes))
 
     result = run(lopsided, draws=200, warmup=200)
-    assert result.diagnosis.table["r_hat"].max() < 1.01
+    # One chain in the other mode makes it at least 1.8; perfectly mixed chains reach 1.015.
+    assert result.diagnosis.table["r_hat"].max() < 1.1
     assert_normal(z_scores(posterior(result, "x"), np.full((), 2.0 - lower), np.full((), 0.1)))
     assert any("chains reached regions of far too low density" in line for line in result.diagnosis.advice)
     assert result.idata.posterior.attrs["restarted"] > 0
@@ -191,7 +192,8 @@ def test_a_few_chains_show_the_others_the_better_mode() -> None:
     better = (torch.arange(32) % 8 == 0)[:, None].double()
     kernel.initial_params = {"x": 20 * better + torch.randn(32, 5).double()}
     MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
-    assert kernel.restarted == 28
+    # A chain may find the better mode by itself before.
+    assert 20 <= kernel.restarted <= 28
     assert bool((kernel.constrained()["x"].mean(-1) > 10).all())
 
 
@@ -209,6 +211,25 @@ def test_chains_in_a_low_but_wide_mode_stay() -> None:
     MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
     assert kernel.restarted == 0
     assert int((kernel.constrained()["x"].mean(-1) > 10).sum()) == 16
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95], ids=["of little mass", "of most mass"])
+def test_a_dense_mode_that_is_correlated_does_not_empty_a_wide_one(share: float) -> None:
+    """Both modes have the same marginals; the correlated one is exp(41) times denser at the same mass, and holds ``share`` of the mass."""
+    dim, far = 20, 20.0
+    covariance = 0.99 + 0.01 * torch.eye(dim).double()
+    dense = torch.distributions.MultivariateNormal(torch.zeros(dim).double(), covariance, validate_args=False)
+    wide = torch.distributions.MultivariateNormal(dense.loc + far, torch.eye(dim).double(), validate_args=False)
+
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        x, mass = values["x"], torch.tensor([share, 1 - share]).log()
+        return -torch.logaddexp(dense.log_prob(x) + mass[0], wide.log_prob(x) + mass[1])
+
+    kernel = ChEES(potential_fn=potential, num_chains=32, jit_compile=False)
+    kernel.initial_params = {"x": torch.cat([dense.sample((16,)), wide.sample((16,))])}
+    MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
+    assert kernel.restarted == 0
+    assert int((kernel.constrained()["x"].mean(-1) > far / 2).sum()) == 16
 
 
 def test_constrained_sites() -> None:

@@ -27,7 +27,7 @@ from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.contracts import BatchedKernel
-from inference.kernels.metric import MAX_DENSE_DIM, learn, positive_sd
+from inference.kernels.metric import MAX_DENSE_DIM, learn, log_volume, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
 BLOCK = 10
@@ -349,9 +349,13 @@ class ChEES(BatchedKernel):
         allowed = RESTART_SD * max(self._density.dim / 2, 16.0) ** 0.5
         lost = excess > allowed
         if lost.any():
-            # A mode of low density may be wide: its volume makes up for part of the difference.
-            wide, narrow = (positive_sd(self._latest.position[:, c].flatten(0, 1)).log().sum() for c in (lost, ~lost))
-            lost = excess > allowed + (wide - narrow).clamp(min=0)
+            # A mode of low density may be wide: its volume makes up for part of the difference. A few chains that have
+            # not yet crossed their mode show too little of it, so it is taken to be as wide as the others' marginals.
+            recent = torch.cat(self._window[len(self._window) // 2 :]).double()
+            theirs, others = (recent[:, c] for c in (lost, ~lost))
+            marginal = float(positive_sd(others).median(0).values.log().sum())
+            wide = max(log_volume(theirs.flatten(0, 1), least=False), marginal)
+            lost = excess > allowed + max(wide - log_volume(others.flatten(0, 1), least=True), 0.0)
         targets = (energy <= energy[~lost].median()).nonzero().flatten()
         count = int(lost.sum())
         if count:
