@@ -2,8 +2,14 @@
 
 import importlib
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -176,6 +182,54 @@ def test_a_chain_that_fails_says_which_and_why() -> None:
 
     with pytest.raises(RuntimeError, match=r"chain \d ended without an answer \(exit code 9\)"):
         quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
+
+
+SLOW = """
+import time, torch, pyro, pyro.distributions as dist
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from inference import sample
+
+class Slow(MCMCKernel):
+    def __init__(self, model):
+        self.transforms, self.initial_params = {}, {"x": torch.zeros(1000)}
+    initial_params = None
+    def sample(self, params):
+        time.sleep(0.01)
+        return params
+
+def model():
+    x = pyro.sample("x", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.zeros(()))
+
+import inference.runners.processes as processes
+processes._cores = lambda: 2
+sample(model, None, Slow, draws=100_000, warmup=0, chains=2, compile=False, progress=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed by /proc")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_chains_end_with_a_parent_that_is_killed(end: signal.Signals) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", SLOW])
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    children: list[int] = []
+
+    def wait_for(what: Callable[[], bool]) -> bool:
+        return any(what() or time.sleep(0.1) for _ in range(600))
+
+    def both() -> bool:
+        children[:] = map(int, listed.read_text().split())
+        return len(children) == 2
+
+    assert wait_for(both)
+    time.sleep(0.5)
+    parent.send_signal(end)
+    parent.wait()
+    gone = wait_for(lambda: not any(Path(f"/proc/{k}").exists() for k in children))
+    for k in children:
+        with suppress(ProcessLookupError):
+            os.kill(k, signal.SIGKILL)
+    assert gone
 
 
 @pytest.mark.slow

@@ -269,7 +269,8 @@ def _in_processes(
             while waiting and len(running) < workers:
                 k, seed = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(run, seed, theirs, threads), daemon=True)
+                work = partial(_work, run, seed, theirs, threads, [ours, *running])
+                process = context.Process(target=work, daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = (k, process)
@@ -300,8 +301,14 @@ def _receive(ours: Any, chain: int, process: Any) -> Any:
     return answer
 
 
-def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -> None:
-    """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error."""
+def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int, parents: list[Any]) -> None:
+    """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error.
+
+    The parent's ends of the pipes, ``parents``, are closed: then writing fails when the parent is gone, and the process
+    ends; with a reader of its own it would wait for ever.
+    """
+    for end in parents:
+        end.close()
     torch.set_num_threads(threads)
     last = [perf_counter()]
 
@@ -312,7 +319,7 @@ def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -
 
     try:
         out.send(run(say, seed))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         pass
     except Exception as error:
         kind = type(error).__name__
