@@ -215,7 +215,7 @@ def test_chains_in_a_low_but_wide_mode_stay() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.95], ids=["of little mass", "of most mass"])
 def test_a_dense_mode_that_is_correlated_does_not_empty_a_wide_one(share: float) -> None:
-    """Both modes have the same marginals; the correlated one is exp(41) times denser at the same mass, and holds ``share`` of the mass."""
+    """Modes of the same marginals: the correlated one is exp(41) times denser, and holds ``share`` of the mass."""
     dim, far = 20, 20.0
     covariance = 0.99 + 0.01 * torch.eye(dim).double()
     dense = torch.distributions.MultivariateNormal(torch.zeros(dim).double(), covariance, validate_args=False)

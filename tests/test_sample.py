@@ -274,6 +274,21 @@ def test_sites_that_no_kernel_can_sample_are_refused() -> None:
         quiet(nothing, torch.zeros(3))
 
 
+def test_a_model_that_observes_nothing_though_it_takes_data_is_refused() -> None:
+    def model(n: int, y: Tensor | None = None) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"data: the model observes nothing.*got n; use prior_predictive\(\)"):
+        quiet(model, {"n": 3})
+
+    def optional(y: Tensor | None = None) -> None:
+        model(3, y)
+
+    with pytest.raises(ValueError, match=r"data: the model observes nothing.*got none for y; use prior_predictive"):
+        quiet(optional)
+
+
 def test_a_model_without_a_valid_start_says_so() -> None:
     def impossible(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

@@ -33,6 +33,9 @@ from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
 
+CHECKED = 4
+"""Chains whose energies are compared with the model's at the start, at the end of the warmup and of the run."""
+
 
 class CompiledPotential:
     r"""Potential energy and gradient of a model as one program, in the form that Pyro's HMC and NUTS take.
@@ -122,7 +125,7 @@ class BatchedPotential:
         self.held: list[Tensor] = [*given]
         # Positions and gradients (D, chains): chains are contiguous in memory.
         self.forward: Callable[..., Any] = chains_last(self._loop)
-        self.code, self.operations = "", 0
+        self.code, self.operations, self.nodes = "", 0, 0
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
@@ -132,7 +135,7 @@ class BatchedPotential:
             packed, call = pack_constants(rearrange(graph), len(given), lift_constants(graph))
             self.held = [*given, *packed]
             graph = traced(chains_last(call), many.mT.contiguous(), *self.held)
-            self.code, self.operations = graph.code, count_operations(graph)
+            self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
@@ -141,6 +144,22 @@ class BatchedPotential:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
         energies, gradients = self.forward(positions.mT, *self.held)
         return energies, gradients.mT
+
+    def check(self, positions: Tensor) -> None:
+        """Compare the graph with the potential at positions (chains, D) from the lowest energy to the highest.
+
+        A branch that the graph has frozen may lie far from the point at which it was recorded, where the chains go.
+
+        Raises:
+            Untraceable: They differ.
+        """
+        if not self.traced:
+            return
+        energies = self.run(positions)[0]
+        order = energies.nan_to_num(math.inf, math.inf).argsort()
+        pick = order[torch.linspace(0, len(order) - 1, CHECKED).long()].unique()
+        expected = self._loop(positions[pick], *(g[pick] for g in self.held[: self._given]))[0]
+        refuse_difference(energies[pick], expected)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by name (..., \*shape) from positions (..., D)."""
@@ -186,6 +205,18 @@ def _value_or_nan(potential: Potential, values: dict[str, Tensor]) -> Tensor:
         return torch.full_like(next(iter(values.values())).sum(), math.nan)
 
 
+def refuse_difference(got: Tensor, expected: Tensor) -> None:
+    """Raise Untraceable where energies of a program are not those of the model, rounding of large matrices aside."""
+    rtol = 1e-3 if got.dtype == torch.float32 else 1e-5
+    # Where a matrix just can, or just cannot, be factorised, rounding decides.
+    known = ~expected.isnan()
+    if not torch.allclose(got[known], expected[known].to(got), rtol=rtol, atol=rtol):
+        raise Untraceable(
+            f"the traced potential gives {got.tolist()} at draws of the chains, the model {expected.tolist()}; it may "
+            "read values back to Python (item, tolist, numpy); pass compile=False with kernel=NUTS"
+        )
+
+
 class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], *values: Tensor) -> Tensor:
@@ -225,6 +256,11 @@ def failures_to_nan(graph: GraphModule) -> GraphModule:
     return graph
 
 
+def count_nodes(graph: GraphModule) -> int:
+    """Operations in a graph, each counted once."""
+    return sum(n.op == "call_function" for n in graph.graph.nodes)
+
+
 def count_operations(graph: GraphModule) -> int:
     """Operations in a call of a graph, counted by :func:`policy.operations_of`."""
     calls = [n for n in graph.graph.nodes if n.op == "call_function"]
@@ -250,7 +286,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, because it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if not policy.worth_fusing(calls, count_operations(program.graph), mode):
+    if not policy.worth_fusing(calls, count_operations(program.graph), mode, count_nodes(program.graph)):
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

@@ -155,10 +155,14 @@ class ChEES(BatchedKernel):
         """Trace the model, draw starts of finite density, and plan the warmup."""
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
+        position = self._start_position()
+        try:
+            self._density.check(position)
+        except Untraceable as error:
+            self._density = self._untraced(example, error)
         self.execution = "traced" if self._density.traced else "eager"
-        self.operations = self._density.operations
+        self.operations, self.nodes = self._density.operations, self._density.nodes
         self._run: Callable[..., Any] = self._plain()
-        position = self._density.pack(self._initial) if self._initial else self._random_start()
         self._place(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
@@ -226,6 +230,7 @@ class ChEES(BatchedKernel):
             self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
         if self._taken >= self._warmup:
             self._hold()
+            self._density.check(self._chains.position.mT)
         return self._latest
 
     @property
@@ -246,6 +251,7 @@ class ChEES(BatchedKernel):
     def collect(self, blocks: list[Moves]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
         moves = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        self._density.check(self._chains.position.mT)
         stats = {
             "n_steps": moves.leapfrogs[:, None].expand_as(moves.energy).long(),
             "step_size": moves.step_size[:, None].expand_as(moves.energy),
@@ -425,11 +431,18 @@ class ChEES(BatchedKernel):
         try:
             return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
         except Untraceable as error:
-            if not self._eager:
-                raise
-            said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
-            warnings.warn(said, stacklevel=4)
-            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+            return self._untraced(example, error)
+
+    def _untraced(self, example: dict[str, Tensor], error: Untraceable) -> BatchedPotential:
+        if not self._eager:
+            raise error
+        said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
+        warnings.warn(said, stacklevel=5)
+        given = tuple(self._given.values())
+        return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+
+    def _start_position(self) -> Tensor:
+        return self._density.pack(self._initial) if self._initial else self._random_start()
 
     def _random_start(self) -> Tensor:
         """Uniform starts in (-2, 2), as in Pyro, redrawn while density or gradient is not finite."""

@@ -151,6 +151,7 @@ class Gibbs(BatchedKernel):
             self._rest.initial_params = start
         self._rest.setup(warmup)
         self.execution, self.operations = self._rest.execution, self._rest.operations
+        self.nodes = self._rest.nodes
 
     @property
     def warming(self) -> bool:

@@ -86,6 +86,7 @@ class _Run:
         return {n: v.unflatten(0, (chains, per_chain)).transpose(0, 1).flatten(0, 1)[:size] for n, v in values.items()}
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
-        if not self._fused and policy.worth_fusing(gradients, self.kernel.operations, self.mode):
+        kernel = self.kernel
+        if not self._fused and policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes):
             self._fused = True
-            self.kernel.fuse()
+            kernel.fuse()

@@ -26,7 +26,7 @@ from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
 from inference.compiler import policy
-from inference.compiler.potential import compile_kernel
+from inference.compiler.potential import compile_kernel, refuse_difference
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
@@ -102,11 +102,13 @@ def _run_chain(
     if start is not None:
         watched.adapt(start.adaptation)
     params, states, stats = kernel.initial_params, [], []
+    watched.check(params)
     set_up = perf_counter()
     # The set-up has validated the model; validating every leapfrog step would cost as much as the step.
     with pyro.validation_enabled(False):
         for t in range(warmup + draws):
             if t == warmup:
+                watched.check(params)
                 kernel.end_warmup()
             params = kernel.sample(params)
             say(t + 1, ", ".join(f"{k} {v}" for k, v in (kernel.logging() or {}).items()))
@@ -114,6 +116,7 @@ def _run_chain(
             if t >= warmup:
                 states.append(params)
                 stats.append(last)
+        watched.check(params)
     position = {n: v.detach().cpu().numpy() for n, v in params.items()}
     return Chain(watched.values(states), watched.columns(stats), set_up - started, position, watched.adaptation())
 
@@ -134,7 +137,8 @@ class _Watched:
         self._kernel, self._moving = kernel, moving
         self._hmc: Any = kernel if isinstance(kernel, HMC) else None
         self._averages = isinstance(kernel, HMC | RandomWalkKernel)
-        self._potential: Any = potential or Kernel.of(kernel).potential_fn
+        self._own: Any = Kernel.of(kernel).potential_fn
+        self._potential: Any = potential or self._own
         self._calls = 0
         if self._potential is not None:
             self._kernel.potential_fn = self._counted
@@ -142,6 +146,13 @@ class _Watched:
     def _counted(self, values: Any) -> Tensor:
         self._calls += 1
         return self._potential(values)
+
+    def check(self, values: dict[str, Tensor]) -> None:
+        """Compare a program in place of the kernel's own potential with that, where the chain is."""
+        if self._potential is not self._own:
+            with torch.no_grad():
+                got, expected = (p(values).reshape(1) for p in (self._potential, self._own))
+            refuse_difference(got, expected)
 
     def statistics(self) -> dict[str, float]:
         """Statistics of the last transition."""
