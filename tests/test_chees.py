@@ -197,6 +197,18 @@ def test_a_few_chains_show_the_others_the_better_mode() -> None:
     assert bool((kernel.constrained()["x"].mean(-1) > 10).all())
 
 
+def test_a_chain_that_is_moved_twice_counts_once() -> None:
+    kernel = ChEES(potential_fn=lambda v: v["x"] ** 2 / 2, num_chains=16, jit_compile=False)
+    kernel.initial_params = {"x": torch.randn(16).double()}
+    kernel.setup(100)
+    kernel._renewals = set()
+    for _ in range(2):
+        kernel.advance()
+        kernel._latest.energy[:, 3] += 1e4
+        kernel._restart()
+    assert kernel.restarted == 1
+
+
 def test_chains_in_a_low_but_wide_mode_stay() -> None:
     """The narrow mode is 40 nats higher, and holds a share of exp(-6) of the mass."""
     narrow, wide = double(0.0).expand(20), double(20.0).expand(20)

@@ -173,7 +173,7 @@ class ChEES(BatchedKernel):
         self.gradients = 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
-        self.restarted = 0
+        self.restarted, self._moved = 0, torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
         self._last = self._initial
         self._diverging: list[Tensor] = []
         if self.jit_compile:
@@ -365,7 +365,9 @@ class ChEES(BatchedKernel):
         targets = (energy <= energy[~lost].median()).nonzero().flatten()
         count = int(lost.sum())
         if count:
-            self.restarted += count
+            # A chain may be moved several times.
+            self._moved |= lost
+            self.restarted = int(self._moved.sum())
             others = targets[torch.randint(len(targets), (count,), device=targets.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
             for value in self._chains:

@@ -16,6 +16,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,26 +148,32 @@ def garch_numpyro() -> Callable[..., Any]:
     return model
 
 
+def garch_density(points: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Log density (walkers,) of points (walkers, 4) up to a constant, in NumPy."""
+    mu, alpha0, alpha1, beta1 = points.T
+    inside = (alpha0 > 0) & (alpha1 > 0) & (beta1 > 0) & (alpha1 + beta1 < 1)
+    total = np.where(inside, -(mu**2) / 2 - alpha0**2 / 2, -np.inf)
+    variance = np.full(len(points), y.std(ddof=1) ** 2)
+    with np.errstate(all="ignore"):
+        # beta1 is uniform on (0, 1 - alpha1).
+        total = total - np.log(1 - alpha1)
+        for t in range(len(y)):
+            if t:
+                variance = alpha0 + alpha1 * (y[t - 1] - mu) ** 2 + beta1 * variance
+            total = total - 0.5 * np.log(variance) - 0.5 * (y[t] - mu) ** 2 / variance
+    return np.where(inside, total, -np.inf)
+
+
 def garch_reference(rounds: int = 4000) -> Arrays:
     y, rng = garch_data()["y"], np.random.default_rng(2)
 
-    def density(points: np.ndarray) -> np.ndarray:
-        mu, alpha0, alpha1, beta1 = points.T
-        inside = (alpha0 > 0) & (alpha1 > 0) & (beta1 > 0) & (alpha1 + beta1 < 1)
-        total = np.where(inside, -(mu**2) / 2 - alpha0**2 / 2, -np.inf)
-        variance = np.full(len(points), y.std(ddof=1) ** 2)
-        with np.errstate(all="ignore"):
-            # beta1 is uniform on (0, 1 - alpha1).
-            total = total - np.log(1 - alpha1)
-            for t in range(len(y)):
-                if t:
-                    variance = alpha0 + alpha1 * (y[t - 1] - mu) ** 2 + beta1 * variance
-                total = total - 0.5 * np.log(variance) - 0.5 * (y[t] - mu) ** 2 / variance
-        return np.where(inside, total, -np.inf)
-
     start = np.array([0.2, 0.2, 0.3, 0.4]) + np.array([0.05, 0.05, 0.05, 0.05]) * rng.normal(size=(200, 4)).clip(-2, 2)
     return dict(
-        zip(("mu", "alpha0", "alpha1", "beta1"), np.moveaxis(ensemble(density, start, rounds, 100), -1, 0), strict=True)
+        zip(
+            ("mu", "alpha0", "alpha1", "beta1"),
+            np.moveaxis(ensemble(partial(garch_density, y=y), start, rounds, 100), -1, 0),
+            strict=True,
+        )
     )
 
 
@@ -296,25 +303,27 @@ def hmm_columns(draws: Arrays) -> Arrays:
     }
 
 
+def hmm_density(points: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Log density (walkers,) of points (walkers, 4) up to a constant, in NumPy."""
+    stay0, stay1, mu, gap = points.T
+    inside = (stay0 > 0) & (stay0 < 1) & (stay1 > 0) & (stay1 < 1) & (gap > 0)
+    with np.errstate(all="ignore"):
+        total = -(mu**2) / 8 - np.log(gap) - (np.log(gap) - 0.5) ** 2 / 0.5
+        scores = [np.exp(-0.5 * (y[:, None] - m) ** 2) for m in (mu, mu + gap)]
+        one, two = scores[0][0], scores[1][0]
+        for t in range(1, len(y)):
+            one, two = one * stay0 + two * (1 - stay1), one * (1 - stay0) + two * stay1
+            one, two = one * scores[0][t], two * scores[1][t]
+            size = one + two
+            total, one, two = total + np.log(size), one / size, two / size
+        return np.where(inside, total + np.log(one + two), -np.inf)
+
+
 def hmm_reference(rounds: int = 4000) -> Arrays:
     y, rng = hmm_data()["y"], np.random.default_rng(4)
 
-    def density(points: np.ndarray) -> np.ndarray:
-        stay0, stay1, mu, gap = points.T
-        inside = (stay0 > 0) & (stay0 < 1) & (stay1 > 0) & (stay1 < 1) & (gap > 0)
-        with np.errstate(all="ignore"):
-            total = -(mu**2) / 8 - np.log(gap) - (np.log(gap) - 0.5) ** 2 / 0.5
-            scores = [np.exp(-0.5 * (y[:, None] - m) ** 2) for m in (mu, mu + gap)]
-            one, two = scores[0][0], scores[1][0]
-            for t in range(1, len(y)):
-                one, two = one * stay0 + two * (1 - stay1), one * (1 - stay0) + two * stay1
-                one, two = one * scores[0][t], two * scores[1][t]
-                size = one + two
-                total, one, two = total + np.log(size), one / size, two / size
-            return np.where(inside, total + np.log(one + two), -np.inf)
-
     start = np.array([0.85, 0.8, 0.0, 2.0]) + 0.05 * rng.normal(size=(200, 4)).clip(-2, 2)
-    drawn = np.moveaxis(ensemble(density, start, rounds, 100), -1, 0)
+    drawn = np.moveaxis(ensemble(partial(hmm_density, y=y), start, rounds, 100), -1, 0)
     return dict(zip(("stay0", "stay1", "mu", "gap"), drawn, strict=True))
 
 
@@ -418,3 +427,90 @@ def lotka_volterra(y: Any, y_init: Any) -> None:
         path.append(torch.stack(state, -1))
     pyro.sample("y_init", dist.LogNormal(start.log(), sigma).to_event(1), obs=y_init)
     pyro.sample("y", dist.LogNormal(torch.stack(path, -2).log(), sigma).to_event(2), obs=y)
+
+
+def lotka_volterra_numpyro() -> Callable[..., Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+
+    def model(y: Any, y_init: Any) -> None:
+        location, scale = jnp.array([1.0, 0.05, 1.0, 0.05]), jnp.array([0.5, 0.05, 0.5, 0.05])
+        theta = numpyro.sample("theta", dist.TruncatedNormal(location, scale, low=0.0).to_event(1))
+        start = numpyro.sample("z_init", dist.LogNormal(jnp.log(10.0) * jnp.ones(2), 1.0).to_event(1))
+        sigma = numpyro.sample("sigma", dist.LogNormal(-jnp.ones(2), 1.0).to_event(1))
+
+        def step(state: Any, _: Any) -> Any:
+            state = _runge_kutta(state, theta, 1.0 / ODE_STEPS)
+            return state, jnp.stack(state)
+
+        path = jax.lax.scan(step, (start[0], start[1]), None, length=len(y) * ODE_STEPS)[1][ODE_STEPS - 1 :: ODE_STEPS]
+        numpyro.sample("y_init", dist.LogNormal(jnp.log(start), sigma).to_event(1), obs=y_init)
+        numpyro.sample("y", dist.LogNormal(jnp.log(path), sigma).to_event(2), obs=y)
+
+    return model
+
+
+def _elements(**sizes: int) -> Callable[[Arrays], Arrays]:
+    """Columns of vectors: ``theta1``, ``theta2``, ..."""
+    return lambda draws: {f"{n}{k + 1}": draws[n][..., k] for n, size in sizes.items() for k in range(size)}
+
+
+def _stays(*names: str) -> Callable[[Arrays], Arrays]:
+    """Columns of a hidden Markov chain: the probabilities of staying, and further sites as they are."""
+
+    def columns(draws: Arrays) -> Arrays:
+        rows = draws["rows"]
+        return {"stay0": rows[..., 0, 0], "stay1": rows[..., 1, 1], **{n: draws[n] for n in names}}
+
+    return columns
+
+
+_STAYS = {"stay0": "theta1[1]", "stay1": "theta2[2]"}
+_LOTKA = {f"theta{k}": f"theta[{k}]" for k in range(1, 5)}
+_LOTKA |= {f"{n}{k}": f"{n}[{k}]" for n in ("z_init", "sigma") for k in (1, 2)}
+SERIES = {
+    "garch": Series(garch_data, garch, garch_numpyro, _plain("mu", "alpha0", "alpha1", "beta1"), garch_reference),
+    "arma": Series(
+        partial(_stored, "arma", "y"),
+        arma,
+        arma_numpyro,
+        _plain("mu", "phi", "theta", "sigma"),
+        partial(_stored_draws, "arma-arma11", {n: n for n in ("mu", "phi", "theta", "sigma")}),
+    ),
+    "hmm_loop": Series(hmm_data, hmm_loop, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
+    "hmm_markov": Series(hmm_data, hmm_markov, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
+    "hmm_example": Series(
+        partial(_stored, "hmm_example", "y"),
+        hmm_example,
+        None,
+        _stays("mu1", "mu2"),
+        partial(_stored_draws, "hmm_example-hmm_example", {**_STAYS, "mu1": "mu[1]", "mu2": "mu[2]"}),
+    ),
+    "hmm_drive_0": Series(
+        partial(_stored, "bball_drive_event_0", "u", "v", "alpha"),
+        hmm_drive,
+        None,
+        _stays("phi1", "phi2", "lambda1", "lambda2"),
+        partial(
+            _stored_draws,
+            "bball_drive_event_0-hmm_drive_0",
+            {**_STAYS, **{f"{n}{k}": f"{n}[{k}]" for n in ("phi", "lambda") for k in (1, 2)}},
+        ),
+    ),
+    "gp_regr": Series(
+        partial(_stored, "gp_pois_regr", "x", "y"),
+        gp,
+        gp_numpyro,
+        _plain("rho", "alpha", "sigma"),
+        partial(_stored_draws, "gp_pois_regr-gp_regr", {n: n for n in ("rho", "alpha", "sigma")}),
+    ),
+    "lotka_volterra": Series(
+        partial(_stored, "hudson_lynx_hare", "y", "y_init"),
+        lotka_volterra,
+        lotka_volterra_numpyro,
+        _elements(theta=4, z_init=2, sigma=2),
+        partial(_stored_draws, "hudson_lynx_hare-lotka_volterra", _LOTKA),
+    ),
+}
