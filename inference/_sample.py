@@ -15,7 +15,7 @@ from pyro.infer import NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from inference.compiler.capture import Untraceable
-from inference.core.bound import BoundPair, bind
+from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
 from inference.core.handlers import exclusive, isolated
@@ -123,10 +123,21 @@ def _check(bound: BoundPair, factory: Any, compile: Any, **lengths: int | None) 
         raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
     if not latent:
         raise ValueError("model: expected a latent site to sample, got none")
-    if not bound.observes:
-        raise ValueError("data: the model observes nothing, so there is no posterior; use prior_predictive()")
     if bound.subsampled:
         raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {bound.subsampled[0]}")
+    _check_observes(bound)
+
+
+def _check_observes(bound: BoundPair) -> None:
+    """Raise where data were forgotten; a model that takes none is a density by itself, which may be sampled."""
+    left = [n for n, p in parameters_of(bound.model).items() if p.default is None and n not in bound.data]
+    if bound.observes or not (bound.data or left):
+        return
+    given = ", ".join(bound.data) or f"none for {', '.join(left)}"
+    raise ValueError(
+        f"data: the model observes nothing, so its posterior is the prior; got {given}; use prior_predictive() to draw "
+        "from the prior"
+    )
 
 
 def _only_drawn(bound: BoundPair) -> bool:

@@ -175,7 +175,8 @@ def test_chains_in_a_hopeless_mode_are_moved_in_the_warmup_and_told(lower: float
         pyro.factor("modes", torch.logaddexp(*modes))
 
     result = run(lopsided, draws=200, warmup=200)
-    assert result.diagnosis.table["r_hat"].max() < 1.01
+    # One chain in the other mode makes it at least 1.8; perfectly mixed chains reach 1.015.
+    assert result.diagnosis.table["r_hat"].max() < 1.1
     assert_normal(z_scores(posterior(result, "x"), np.full((), 2.0 - lower), np.full((), 0.1)))
     assert any("chains reached regions of far too low density" in line for line in result.diagnosis.advice)
     assert result.idata.posterior.attrs["restarted"] > 0
@@ -191,8 +192,21 @@ def test_a_few_chains_show_the_others_the_better_mode() -> None:
     better = (torch.arange(32) % 8 == 0)[:, None].double()
     kernel.initial_params = {"x": 20 * better + torch.randn(32, 5).double()}
     MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
-    assert kernel.restarted == 28
+    # A chain may find the better mode by itself before.
+    assert 20 <= kernel.restarted <= 28
     assert bool((kernel.constrained()["x"].mean(-1) > 10).all())
+
+
+def test_a_chain_that_is_moved_twice_counts_once() -> None:
+    kernel = ChEES(potential_fn=lambda v: v["x"] ** 2 / 2, num_chains=16, jit_compile=False)
+    kernel.initial_params = {"x": torch.randn(16).double()}
+    kernel.setup(100)
+    kernel._renewals = set()
+    for _ in range(2):
+        kernel.advance()
+        kernel._latest.energy[:, 3] += 1e4
+        kernel._restart()
+    assert kernel.restarted == 1
 
 
 def test_chains_in_a_low_but_wide_mode_stay() -> None:
@@ -209,6 +223,25 @@ def test_chains_in_a_low_but_wide_mode_stay() -> None:
     MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
     assert kernel.restarted == 0
     assert int((kernel.constrained()["x"].mean(-1) > 10).sum()) == 16
+
+
+@pytest.mark.parametrize("share", [0.05, 0.95], ids=["of little mass", "of most mass"])
+def test_a_dense_mode_that_is_correlated_does_not_empty_a_wide_one(share: float) -> None:
+    """Modes of the same marginals: the correlated one is exp(41) times denser, and holds ``share`` of the mass."""
+    dim, far = 20, 20.0
+    covariance = 0.99 + 0.01 * torch.eye(dim).double()
+    dense = torch.distributions.MultivariateNormal(torch.zeros(dim).double(), covariance, validate_args=False)
+    wide = torch.distributions.MultivariateNormal(dense.loc + far, torch.eye(dim).double(), validate_args=False)
+
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        x, mass = values["x"], torch.tensor([share, 1 - share]).log()
+        return -torch.logaddexp(dense.log_prob(x) + mass[0], wide.log_prob(x) + mass[1])
+
+    kernel = ChEES(potential_fn=potential, num_chains=32, jit_compile=False)
+    kernel.initial_params = {"x": torch.cat([dense.sample((16,)), wide.sample((16,))])}
+    MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
+    assert kernel.restarted == 0
+    assert int((kernel.constrained()["x"].mean(-1) > far / 2).sum()) == 16
 
 
 def test_constrained_sites() -> None:
@@ -254,6 +287,40 @@ def test_an_enumerated_mixture_has_the_posterior_of_quadrature() -> None:
     mean = (density * grid).sum()
     assert_normal(z_scores(posterior(result, "mu"), mean, np.sqrt((density * (grid - mean) ** 2).sum())))
     assert result.idata.posterior["z"].shape == (64, 250, 6)
+
+
+def test_a_gaussian_process_whose_matrix_fails_in_some_chains_has_the_posterior_of_quadrature() -> None:
+    """Trajectories of the warmup reach noises at which the matrix cannot be factorised: these diverge alone."""
+    x = torch.linspace(0, 1, 15).double()
+    y = torch.sin(5 * x) + 0.1 * torch.cos(40 * x)
+    square = (x[:, None] - x) ** 2
+
+    def model(y: Tensor) -> None:
+        length = pyro.sample("length", dist.LogNormal(double(-1.0), 0.5))
+        noise = pyro.sample("noise", dist.LogNormal(double(-3.0), 3.0))
+        covariance = torch.exp(-0.5 * square / length**2) + noise**2 * torch.eye(15).double()
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(15).double(), covariance), obs=y)
+
+    kernel = partial(ChEES, step_size=2.0, trajectory_length=10.0)
+    result = quiet(model, y, kernel, compile=False, draws=150, warmup=200)
+    assert result.idata.attrs["execution"] == "traced"
+    assert not any(line.startswith("chain") for line in result.diagnosis.advice)
+    length, noise = (
+        v.flatten()
+        for v in torch.meshgrid(
+            torch.linspace(-3.5, 1, 150).double().exp(), torch.linspace(-6, 0.5, 150).double().exp(), indexing="ij"
+        )
+    )
+    covariance = torch.exp(-0.5 * square / length[:, None, None] ** 2) + noise[:, None, None] ** 2 * torch.eye(15)
+    density = dist.MultivariateNormal(torch.zeros(15).double(), covariance).log_prob(y)
+    density += dist.Normal(double(-1.0), 0.5).log_prob(length.log()) + dist.Normal(double(-3.0), 3.0).log_prob(
+        noise.log()
+    )
+    weights = (density - density.logsumexp(0)).exp()
+    for name, values in (("length", length.log()), ("noise", noise.log())):
+        mean = (weights * values).sum()
+        sd = (weights * (values - mean) ** 2).sum().sqrt()
+        assert_normal(z_scores(np.log(posterior(result, name)), mean.numpy(), sd.numpy()))
 
 
 def test_plain_mcmc_has_chains_as_the_second_dimension() -> None:

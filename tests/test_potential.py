@@ -13,10 +13,11 @@ from pyro.ops.integrator import potential_grad
 from torch import Tensor
 
 from inference import sample
-from inference.compiler import fuse
+from inference.compiler import fuse, policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.potential import BatchedPotential, CompiledPotential, compile_kernel
 from inference.core.handlers import isolated
+from inference.kernels import ChEES
 from ppl_models.zoo.entries import ZOO
 
 
@@ -193,6 +194,32 @@ def test_the_work_ahead_decides() -> None:
             assert compile_kernel(kernel, calls, "auto") == expected
 
 
+def test_a_graph_of_thousands_of_operations_is_not_fused_by_itself() -> None:
+    """What fusing costs grows faster than the graph: work ahead that pays for a small one does not for a large one."""
+    calls = policy.FUSE_POTENTIAL_OPERATIONS
+    assert policy.worth_fusing(calls / 300, 300, "auto", 300)
+    assert not policy.worth_fusing(calls / 2000, 2000, "auto", 2000)
+    assert policy.worth_fusing(calls, 2000, "auto", 2000)
+    assert not policy.worth_fusing(calls, 5000, "auto", 5000)
+    assert policy.worth_fusing(1, 5000, True, 5000)
+
+
+def test_a_loop_over_time_is_not_fused(monkeypatch) -> None:
+    monkeypatch.setattr(policy, "MAX_FUSED_NODES", 100)
+    monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 1000)
+    monkeypatch.setattr(ChEES, "fuse", lambda self: pytest.fail("fused"))
+
+    def walk(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
+        state = x
+        for t in range(20):
+            state = 0.9 * state + torch.sin(state) * y[t]
+        pyro.factor("end", -(state**2))
+
+    result = quiet(walk, torch.ones(20).double(), chains=8, draws=20, warmup=20)
+    assert result.idata.attrs["execution"] == "traced"
+
+
 @pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
 def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
     def steered(y: Tensor) -> None:
@@ -214,6 +241,57 @@ def test_a_frozen_branch_is_found_out() -> None:
 
     with pytest.raises(Untraceable, match="the traced potential gives"):
         CompiledPotential(counting, {"x": torch.ones(2)})
+
+
+def test_a_matrix_that_cannot_be_factorised_is_nan_in_its_own_chain() -> None:
+    eye = torch.eye(2).double()
+    functions = (
+        lambda a: torch.linalg.cholesky(a).diagonal().log().sum(),
+        lambda a: torch.linalg.inv(a).sum(),
+        lambda a: torch.linalg.solve(a, torch.ones(2).double()).sum(),
+    )
+    for function in functions:
+
+        def potential(values, function=function):
+            return function((1 + values["shift"]) * eye) + values["shift"] ** 2
+
+        many = BatchedPotential(potential, {"shift": torch.ones(()).double()}, 3)
+        energies, gradients = many.run(torch.tensor([[0.5], [-1.0], [2.0]]).double())
+        assert energies.isfinite().tolist() == [True, False, True]
+        assert gradients[[0, 2]].isfinite().all()
+        one = CompiledPotential(potential, {"shift": torch.ones(()).double()})
+        got = one({"shift": torch.tensor(-1.0).double()})
+        torch.testing.assert_close(got, energies[1], equal_nan=True)
+
+
+def test_a_branch_that_the_chains_meet_later_is_found_out() -> None:
+    """Whatever lets a read of a value through the recording: the chains' own starts and draws tell."""
+    side = [0.0]
+
+    def potential(values):
+        x = values["x"]
+        return x**2 / 2 + (3 * x**2 if side[0] * float(x.detach().abs().max() > 0.5) else 0.0)
+
+    many = BatchedPotential(lambda v: v["x"] ** 2 / 2, {"x": torch.zeros(()).double()}, 8)
+    many._potential = potential
+    positions = torch.linspace(-0.4, 0.4, 8).double()[:, None]
+    many.check(positions)
+    side[0] = 1.0
+    many.check(positions)
+    with pytest.raises(Untraceable, match="at draws of the chains"):
+        many.check(positions * 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*broadcast over draws")
+def test_a_branch_on_a_value_that_python_reads_is_not_frozen() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
+        if x.tolist() > 1:
+            pyro.factor("high", torch.tensor(-20.0).double())
+
+    with pytest.warns(UserWarning, match="NUTS in place of ChEES, because it cannot be traced"):
+        result = quiet(model, draws=20, warmup=20, compile=False)
+    assert result.method == "NUTS"
 
 
 def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:

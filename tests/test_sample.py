@@ -2,8 +2,14 @@
 
 import importlib
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -178,6 +184,54 @@ def test_a_chain_that_fails_says_which_and_why() -> None:
         quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
 
 
+SLOW = """
+import time, torch, pyro, pyro.distributions as dist
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from inference import sample
+
+class Slow(MCMCKernel):
+    def __init__(self, model):
+        self.transforms, self.initial_params = {}, {"x": torch.zeros(1000)}
+    initial_params = None
+    def sample(self, params):
+        time.sleep(0.01)
+        return params
+
+def model():
+    x = pyro.sample("x", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.zeros(()))
+
+import inference.runners.processes as processes
+processes._cores = lambda: 2
+sample(model, None, Slow, draws=100_000, warmup=0, chains=2, compile=False, progress=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed by /proc")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_chains_end_with_a_parent_that_is_killed(end: signal.Signals) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", SLOW])
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    children: list[int] = []
+
+    def wait_for(what: Callable[[], bool]) -> bool:
+        return any(what() or time.sleep(0.1) for _ in range(600))
+
+    def both() -> bool:
+        children[:] = map(int, listed.read_text().split())
+        return len(children) == 2
+
+    assert wait_for(both)
+    time.sleep(0.5)
+    parent.send_signal(end)
+    parent.wait()
+    gone = wait_for(lambda: not any(Path(f"/proc/{k}").exists() for k in children))
+    for k in children:
+        with suppress(ProcessLookupError):
+            os.kill(k, signal.SIGKILL)
+    assert gone
+
+
 @pytest.mark.slow
 def test_divergences_of_a_funnel_are_told() -> None:
     def funnel() -> None:
@@ -218,6 +272,21 @@ def test_sites_that_no_kernel_can_sample_are_refused() -> None:
 
     with pytest.raises(ValueError, match="model: expected a latent site to sample, got none"):
         quiet(nothing, torch.zeros(3))
+
+
+def test_a_model_that_observes_nothing_though_it_takes_data_is_refused() -> None:
+    def model(n: int, y: Tensor | None = None) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"data: the model observes nothing.*got n; use prior_predictive\(\)"):
+        quiet(model, {"n": 3})
+
+    def optional(y: Tensor | None = None) -> None:
+        model(3, y)
+
+    with pytest.raises(ValueError, match=r"data: the model observes nothing.*got none for y; use prior_predictive"):
+        quiet(optional)
 
 
 def test_a_model_without_a_valid_start_says_so() -> None:

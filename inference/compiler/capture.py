@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ import torch
 from pyro.ops.provenance import extract_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -126,6 +128,8 @@ PATCHES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
         (pyro.util, "torch_isinf", lambda value: False),
         (torch.nn.functional, "one_hot", _one_hot),
         (Tensor, "masked_select", _masked_select),
+        # Of each tensor torch records Python's whole stack, which takes a fifth of the time of tracing.
+        (fake_tensor, "traceback", SimpleNamespace(extract_stack=lambda: None)),
     ),
     "backward": ((Tensor, "backward", _backward),),
 }

@@ -30,6 +30,16 @@ FUSE_POTENTIAL_OPERATIONS = 3_500_000
 cache)."""
 
 
+FUSED_NODES = 600
+"""Nodes of a potential's graph up to which fusing costs what ``FUSE_POTENTIAL_OPERATIONS`` allows for; it grows with
+their square beyond, because inductor compares all pairs of nodes, and a compiler reads them as one function."""
+
+
+MAX_FUSED_NODES = 3000
+"""Nodes of a potential's graph above which it is not fused by itself: loops over hundreds of steps took the C++
+compiler an hour and gigabytes."""
+
+
 NUMBERS_PER_DISPATCH = 2000
 """Numbers that are computed in the time in which one operation is dispatched."""
 
@@ -100,9 +110,19 @@ def worth_tracing(calls: int, mode: bool | str) -> bool:
     return mode is True or (mode == "auto" and calls >= TRACE_POTENTIAL_CALLS)
 
 
-def worth_fusing(calls: float, operations: int, mode: bool | str) -> bool:
-    """Whether a potential of so many operations (:func:`operations_of`) is to be fused before so many calls."""
-    return mode is True or (mode == "auto" and calls * operations >= FUSE_POTENTIAL_OPERATIONS)
+def worth_fusing(calls: float, operations: int, mode: bool | str, nodes: int = 0) -> bool:
+    """Whether a potential is to be fused before so many calls.
+
+    Args:
+        calls: Calls ahead.
+        operations: Operations of a call (:func:`operations_of`).
+        mode: ``compile`` of the verb.
+        nodes: Nodes of the graph, with which the cost of fusing grows.
+    """
+    if mode != "auto":
+        return mode is True
+    cost = FUSE_POTENTIAL_OPERATIONS * max(1.0, (nodes / FUSED_NODES) ** 2)
+    return nodes <= MAX_FUSED_NODES and calls * operations >= cost
 
 
 def operations_of(dispatched: int, numbers: int) -> int:

@@ -5,6 +5,8 @@ Value and gradient are computed in one graph, because a kernel needs both in eve
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,9 @@ from inference.compiler.passes import (
 from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
+
+CHECKED = 4
+"""Chains whose energies are compared with the model's at the start, at the end of the warmup and of the run."""
 
 
 class CompiledPotential:
@@ -57,7 +62,7 @@ class CompiledPotential:
             return energy.detach(), *gradients
 
         inputs = [example[n].detach() for n in self.names]
-        self.graph = traced(value_and_gradient, *inputs)
+        self.graph = failures_to_nan(traced(value_and_gradient, *inputs))
         self.held = lift_constants(self.graph)
         self.run: Callable[..., Any] = self.graph
         self._check(potential, inputs)
@@ -76,7 +81,7 @@ class CompiledPotential:
         self._inputs = inputs
         with torch.no_grad():
             moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
-            expected = potential(dict(zip(self.names, moved, strict=True)))
+            expected = _value_or_nan(potential, dict(zip(self.names, moved, strict=True)))
             got = self.graph(*moved, *self.held)[0]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
@@ -120,16 +125,17 @@ class BatchedPotential:
         self.held: list[Tensor] = [*given]
         # Positions and gradients (D, chains): chains are contiguous in memory.
         self.forward: Callable[..., Any] = chains_last(self._loop)
-        self.code, self.operations = "", 0
+        self.code, self.operations, self.nodes = "", 0, 0
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
-            one = traced(functionalize(traced(lambda *inputs: self._one(*inputs), *inputs)), *inputs)
+            recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
+            one = traced(functionalize(recorded), *inputs)
             graph = fold_constants(share_products(traced(functionalize(torch.vmap(one)), many, *given)))
             packed, call = pack_constants(rearrange(graph), len(given), lift_constants(graph))
             self.held = [*given, *packed]
             graph = traced(chains_last(call), many.mT.contiguous(), *self.held)
-            self.code, self.operations = graph.code, count_operations(graph)
+            self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
             self._check(many)
@@ -138,6 +144,22 @@ class BatchedPotential:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
         energies, gradients = self.forward(positions.mT, *self.held)
         return energies, gradients.mT
+
+    def check(self, positions: Tensor) -> None:
+        """Compare the graph with the potential at positions (chains, D) from the lowest energy to the highest.
+
+        A branch that the graph has frozen may lie far from the point at which it was recorded, where the chains go.
+
+        Raises:
+            Untraceable: They differ.
+        """
+        if not self.traced:
+            return
+        energies = self.run(positions)[0]
+        order = energies.nan_to_num(math.inf, math.inf).argsort()
+        pick = order[torch.linspace(0, len(order) - 1, CHECKED).long()].unique()
+        expected = self._loop(positions[pick], *(g[pick] for g in self.held[: self._given]))[0]
+        refuse_difference(energies[pick], expected)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by name (..., \*shape) from positions (..., D)."""
@@ -156,8 +178,14 @@ class BatchedPotential:
             (gradient,) = torch.autograd.grad(energy, leaf)
         return energy.detach().to(position.dtype), gradient
 
+    def _one_or_nan(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self._one(position, *given)
+        except torch.linalg.LinAlgError:
+            return position.new_tensor(math.nan), torch.full_like(position, math.nan)
+
     def _loop(self, positions: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        energies, gradients = zip(*map(self._one, positions, *given), strict=True)
+        energies, gradients = zip(*map(self._one_or_nan, positions, *given), strict=True)
         return torch.stack(energies), torch.stack(gradients)
 
     def _check(self, many: Tensor) -> None:
@@ -168,6 +196,25 @@ class BatchedPotential:
         expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
         if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
             raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+
+
+def _value_or_nan(potential: Potential, values: dict[str, Tensor]) -> Tensor:
+    try:
+        return potential(values)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(next(iter(values.values())).sum(), math.nan)
+
+
+def refuse_difference(got: Tensor, expected: Tensor) -> None:
+    """Raise Untraceable where energies of a program are not those of the model, rounding of large matrices aside."""
+    rtol = 1e-3 if got.dtype == torch.float32 else 1e-5
+    # Where a matrix just can, or just cannot, be factorised, rounding decides.
+    known = ~expected.isnan()
+    if not torch.allclose(got[known], expected[known].to(got), rtol=rtol, atol=rtol):
+        raise Untraceable(
+            f"the traced potential gives {got.tolist()} at draws of the chains, the model {expected.tolist()}; it may "
+            "read values back to Python (item, tolist, numpy); pass compile=False with kernel=NUTS"
+        )
 
 
 class _Energy(torch.autograd.Function):
@@ -181,6 +228,37 @@ class _Energy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [outer[0] * g for g in ctx.saved_tensors]
         return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
+
+
+def failures_to_nan(graph: GraphModule) -> GraphModule:
+    """Let a matrix that cannot be factorised give nan, in place of an error that would end all chains.
+
+    In the graph a factorisation returns which matrices have failed, and a check of that raises the error. Without the
+    check the trajectory of that chain diverges alone, as it does under Pyro's own kernels.
+    """
+    aten = torch.ops.aten
+    for check in [n for n in graph.graph.nodes if n.target is aten._linalg_check_errors.default]:
+        failed = check.args[0]
+        parts = [n for n in failed.args[0].users if n.target is operator.getitem and n is not failed]
+        for part in (n for n in parts if n.meta["val"].is_floating_point()):
+            users, shape = list(part.users), list(failed.meta["val"].shape)
+            ones = [1] * (part.meta["val"].dim() - len(shape))
+            with graph.graph.inserting_after(max(part, failed)):
+                mask = graph.graph.call_function(aten.reshape.default, (failed, shape + ones))
+            with graph.graph.inserting_after(mask):
+                marked = graph.graph.call_function(aten.ne.Scalar, (mask, 0))
+            with graph.graph.inserting_after(marked):
+                out = graph.graph.call_function(aten.masked_fill.Scalar, (part, marked, math.nan))
+            for user in users:
+                user.replace_input_with(part, out)
+        graph.graph.erase_node(check)
+    graph.recompile()
+    return graph
+
+
+def count_nodes(graph: GraphModule) -> int:
+    """Operations in a graph, each counted once."""
+    return sum(n.op == "call_function" for n in graph.graph.nodes)
 
 
 def count_operations(graph: GraphModule) -> int:
@@ -208,7 +286,7 @@ def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:
         warnings.warn(f"the potential runs eagerly, because it cannot be traced: {error}", stacklevel=4)
         return "eager"
     kernel.potential_fn = program  # type: ignore[attr-defined]
-    if not policy.worth_fusing(calls, count_operations(program.graph), mode):
+    if not policy.worth_fusing(calls, count_operations(program.graph), mode, count_nodes(program.graph)):
         return "traced"
     program.fuse()
     return "traced" if program.run is program.graph else "fused"

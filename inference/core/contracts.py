@@ -250,6 +250,7 @@ class BatchedKernel(Kernel):
         gradients: Gradients that each chain has computed so far.
         operations: Cost of one gradient of all chains before it is fused, as ``compiler.potential.count_operations``
             counts it.
+        nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
         state: Position and adaptation of the chains, from which they can go on.
     """
 
@@ -261,6 +262,7 @@ class BatchedKernel(Kernel):
     restarted: int = 0
     gradients: int = 0
     operations: int = 0
+    nodes: int = 0
     state: Any = None
 
     _initial: dict[str, Tensor] | None = None

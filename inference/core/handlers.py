@@ -120,3 +120,16 @@ class StopGradient(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["value"] = msg["value"].detach()
+
+
+class DrawMissing(Messenger):
+    """Gives missing entries a density where they are not missing.
+
+    ``obs_mask=`` makes a latent site ``y_unobserved`` of all entries, whose density is masked where ``y`` is observed.
+    Nothing depends on the entries there, and chains wander in them for ever. Under their prior they change no other
+    posterior: it integrates to one.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"].endswith("_unobserved") and not msg["is_observed"]:
+            msg["mask"] = None

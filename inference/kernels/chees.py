@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
+from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.contracts import BatchedKernel
-from inference.kernels.metric import MAX_DENSE_DIM, learn, positive_sd
+from inference.kernels.metric import MAX_DENSE_DIM, learn, log_volume, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
 BLOCK = 10
@@ -44,6 +46,10 @@ BEST_FRACTION = 1 / 8
 RESTART_SD = 6.0
 """Excess energy from which a chain is restarted during the warmup, in standard deviations of the energy of a normal
 posterior (the root of half its dimensions, at least 4)."""
+
+
+GIVEN_POINTS = 8
+"""Chains whose given values are tried, to see that no support depends on them."""
 
 
 MAX_START_DRAWS = 100
@@ -130,6 +136,7 @@ class ChEES(BatchedKernel):
         self.transforms: dict[str, Any] = dict(transforms or {})
         self._target, self._start = target_accept_prob, (step_size, trajectory_length)
         self._given_transforms, self._nesting = transforms, max_plate_nesting
+        self._moving: MovingSupports | None = None
         self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
         super().__init__()
 
@@ -148,10 +155,14 @@ class ChEES(BatchedKernel):
         """Trace the model, draw starts of finite density, and plan the warmup."""
         example = self._one_chain(args, kwargs)
         self._density = self._trace(example)
+        position = self._start_position()
+        try:
+            self._density.check(position)
+        except Untraceable as error:
+            self._density = self._untraced(example, error)
         self.execution = "traced" if self._density.traced else "eager"
-        self.operations = self._density.operations
+        self.operations, self.nodes = self._density.operations, self._density.nodes
         self._run: Callable[..., Any] = self._plain()
-        position = self._density.pack(self._initial) if self._initial else self._random_start()
         self._place(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
@@ -162,7 +173,7 @@ class ChEES(BatchedKernel):
         self.gradients = 0
         self._renewals = _renewals(warmup_steps)
         self._window: list[Tensor] = []
-        self.restarted = 0
+        self.restarted, self._moved = 0, torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
         self._last = self._initial
         self._diverging: list[Tensor] = []
         if self.jit_compile:
@@ -198,7 +209,7 @@ class ChEES(BatchedKernel):
         if self._handed == self._warmup:
             self.end_warmup()
         if not self._queue:
-            values = self._density.unpack(self.advance().position)
+            values = self.handed(self.advance().position)
             self._queue.extend({n: v[t] for n, v in values.items()} for t in range(self.block))
         self._handed += 1
         self._last = self._queue.popleft()
@@ -219,6 +230,7 @@ class ChEES(BatchedKernel):
             self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
         if self._taken >= self._warmup:
             self._hold()
+            self._density.check(self._chains.position.mT)
         return self._latest
 
     @property
@@ -239,6 +251,7 @@ class ChEES(BatchedKernel):
     def collect(self, blocks: list[Moves]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
         moves = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        self._density.check(self._chains.position.mT)
         stats = {
             "n_steps": moves.leapfrogs[:, None].expand_as(moves.energy).long(),
             "step_size": moves.step_size[:, None].expand_as(moves.energy),
@@ -256,9 +269,21 @@ class ChEES(BatchedKernel):
         r"""Unconstrained values by site, (..., \*shape), of positions (..., D)."""
         return self._density.unpack(positions)
 
+    def handed(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) as ``sample`` returns them: unconstrained, but for supports that move."""
+        values = self.unpack(positions)
+        if self._moving is None:
+            return values
+        constrained = self.constrain(positions)
+        return {n: constrained[n] if n in self._moving.names else v for n, v in values.items()}
+
     def constrain(self, positions: Tensor) -> dict[str, Tensor]:
         r"""Values by site (..., \*shape) of positions (..., D)."""
         values = self.unpack(positions)
+        if self._moving is not None:
+            shape = positions.shape[:-1]
+            flat = {n: v.reshape(-1, *v.shape[len(shape) :]) for n, v in values.items()}
+            return {n: v.reshape(*shape, *v.shape[1:]) for n, v in self._moving.constrain(flat).items()}
         return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
 
     def end_warmup(self) -> None:
@@ -330,13 +355,19 @@ class ChEES(BatchedKernel):
         allowed = RESTART_SD * max(self._density.dim / 2, 16.0) ** 0.5
         lost = excess > allowed
         if lost.any():
-            # A mode of low density may be wide: its volume makes up for part of the difference.
-            wide, narrow = (positive_sd(self._latest.position[:, c].flatten(0, 1)).log().sum() for c in (lost, ~lost))
-            lost = excess > allowed + (wide - narrow).clamp(min=0)
+            # A mode of low density may be wide: its volume makes up for part of the difference. A few chains that have
+            # not yet crossed their mode show too little of it, so it is taken to be as wide as the others' marginals.
+            recent = torch.cat(self._window[len(self._window) // 2 :]).double()
+            theirs, others = (recent[:, c] for c in (lost, ~lost))
+            marginal = float(positive_sd(others).median(0).values.log().sum())
+            wide = max(log_volume(theirs.flatten(0, 1), least=False), marginal)
+            lost = excess > allowed + max(wide - log_volume(others.flatten(0, 1), least=True), 0.0)
         targets = (energy <= energy[~lost].median()).nonzero().flatten()
         count = int(lost.sum())
         if count:
-            self.restarted += count
+            # A chain may be moved several times.
+            self._moved |= lost
+            self.restarted = int(self._moved.sum())
             others = targets[torch.randint(len(targets), (count,), device=targets.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
             for value in self._chains:
@@ -369,23 +400,51 @@ class ChEES(BatchedKernel):
         with warnings.catch_warnings():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
-            example, self.potential_fn, self.transforms, _ = initialize_model(
-                model, args, kwargs, transforms=self._given_transforms, max_plate_nesting=self._nesting
-            )
+            example, self.potential_fn, self.transforms, trace = self._initialize(model, args, kwargs)
+        if self._given_transforms is None:
+            points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
+            self._follow(follow_supports(self.potential_fn, trace, held, points))
         if held:
             self.potential_fn = _holding(self.potential_fn, held)
         return example
+
+    def _initialize(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Pyro's start of a model, tried again where a matrix cannot be factorised."""
+        start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
+        for _ in range(MAX_START_DRAWS - 1):
+            try:
+                return start(model, args, kwargs)
+            except torch.linalg.LinAlgError:
+                continue
+            except ValueError as error:
+                if "PositiveDefinite" not in str(error):
+                    raise
+        return start(model, args, kwargs)
+
+    def _follow(self, moving: MovingSupports | None) -> None:
+        """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""
+        self._moving = moving
+        if moving is not None:
+            self.potential_fn = moving
+            self.transforms = {n: t for n, t in self.transforms.items() if n not in moving.names}
 
     def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
         given = tuple(self._given.values())
         try:
             return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
         except Untraceable as error:
-            if not self._eager:
-                raise
-            said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
-            warnings.warn(said, stacklevel=4)
-            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+            return self._untraced(example, error)
+
+    def _untraced(self, example: dict[str, Tensor], error: Untraceable) -> BatchedPotential:
+        if not self._eager:
+            raise error
+        said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
+        warnings.warn(said, stacklevel=5)
+        given = tuple(self._given.values())
+        return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+
+    def _start_position(self) -> Tensor:
+        return self._density.pack(self._initial) if self._initial else self._random_start()
 
     def _random_start(self) -> Tensor:
         """Uniform starts in (-2, 2), as in Pyro, redrawn while density or gradient is not finite."""

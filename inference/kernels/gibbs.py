@@ -156,6 +156,7 @@ class Gibbs(BatchedKernel):
             self._rest.initial_params = start
         self._rest.setup(warmup)
         self.execution, self.operations = self._rest.execution, self._rest.operations
+        self.nodes = self._rest.nodes
 
     @property
     def warming(self) -> bool:
@@ -214,7 +215,7 @@ class Gibbs(BatchedKernel):
         for name in self._units:
             self._values[name] = params[name].to(self._values[name])
         values, block = self.advance()
-        return values if self._rest is None else {**values, **self._rest.unpack(block.position[-1])}
+        return values if self._rest is None else {**values, **self._rest.handed(block.position[-1])}
 
     def end_warmup(self) -> None:
         """Stop adapting the moves of the continuous sites."""

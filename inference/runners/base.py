@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from inference.core.bound import BoundPair
+from inference.core.handlers import DrawMissing
 
 LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
 """Default draws, warmup and chains: of a batched kernel, and of one that runs a single chain."""
@@ -57,6 +59,13 @@ def lengths(batched: bool, *asked: int | None) -> tuple[int, ...]:
 def method_of(factory: Any) -> str:
     """Name of the kernel that a factory makes."""
     return getattr(getattr(factory, "func", factory), "__name__", "MCMC")
+
+
+def kernel_of(bound: BoundPair, factory: KernelFactory) -> Any:
+    """A kernel of a pair's model, in which missing entries are drawn from their distribution."""
+    ends = ("_observed", "_unobserved")
+    missing = any({n.removesuffix(ends[1]) + end for end in ends} <= set(bound.sites) for n in bound.sites)
+    return factory(partial(DrawMissing()(bound.model) if missing else bound.model, **bound.arguments()))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
+from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
 
 
 def run_batched(
@@ -27,7 +27,7 @@ def run_batched(
 ) -> ChainRun:
     """Run a ``BatchedKernel``; lengths that are None are its defaults, and ``mode`` says whether to compile."""
     started = perf_counter()
-    kernel: Any = factory(partial(bound.model, **bound.arguments()))
+    kernel = kernel_of(bound, factory)
     kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
@@ -86,6 +86,7 @@ class _Run:
         return {n: v.unflatten(0, (chains, per_chain)).transpose(0, 1).flatten(0, 1)[:size] for n, v in values.items()}
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
-        if not self._fused and policy.worth_fusing(gradients, self.kernel.operations, self.mode):
+        kernel = self.kernel
+        if not self._fused and policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes):
             self._fused = True
-            self.kernel.fuse()
+            kernel.fuse()

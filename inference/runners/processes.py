@@ -27,10 +27,11 @@ from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
 from inference.compiler import policy
-from inference.compiler.potential import compile_kernel
+from inference.compiler.potential import compile_kernel, refuse_difference
+from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
-from inference.runners.base import Bars, ChainRun, KernelFactory, lengths, method_of, threads_set
+from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
 
 
 @dataclass
@@ -94,20 +95,21 @@ def _run_chain(
     """Run one chain from its own seed, or continue the chain ``start``."""
     started = perf_counter()
     pyro.set_rng_seed(seed)
-    kernel = factory(partial(bound.model, **bound.arguments()))
+    kernel = kernel_of(bound, factory)
     if start is not None:
         kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
-    with _quiet_start():
-        kernel.setup(warmup)
-    watched = _Watched(kernel, potential)
+    moving = _set_up(kernel, warmup)
+    watched = _Watched(kernel, potential, moving)
     if start is not None:
         watched.adapt(start.adaptation)
     params, states, stats = kernel.initial_params, [], []
+    watched.check(params)
     set_up = perf_counter()
     # The set-up has validated the model; validating every leapfrog step would cost as much as the step.
     with pyro.validation_enabled(False):
         for t in range(warmup + draws):
             if t == warmup:
+                watched.check(params)
                 kernel.end_warmup()
             params = kernel.sample(params)
             say(t + 1, ", ".join(f"{k} {v}" for k, v in (kernel.logging() or {}).items()))
@@ -115,6 +117,7 @@ def _run_chain(
             if t >= warmup:
                 states.append(params)
                 stats.append(last)
+        watched.check(params)
     position = {n: v.detach().cpu().numpy() for n, v in params.items()}
     return Chain(watched.values(states), watched.columns(stats), set_up - started, position, watched.adaptation())
 
@@ -128,13 +131,15 @@ class _Watched:
     Args:
         kernel: The kernel.
         potential: Potential in place of the kernel's own.
+        moving: The potential of a model whose supports move.
     """
 
-    def __init__(self, kernel: Any, potential: Any = None) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Any, potential: Any = None, moving: MovingSupports | None = None) -> None:
+        self._kernel, self._moving = kernel, moving
         self._hmc: Any = kernel if isinstance(kernel, HMC) else None
         self._averages = isinstance(kernel, HMC | RandomWalkKernel)
-        self._potential: Any = potential or Kernel.of(kernel).potential_fn
+        self._own: Any = Kernel.of(kernel).potential_fn
+        self._potential: Any = potential or self._own
         self._calls = 0
         if self._potential is not None:
             self._kernel.potential_fn = self._counted
@@ -142,6 +147,13 @@ class _Watched:
     def _counted(self, values: Any) -> Tensor:
         self._calls += 1
         return self._potential(values)
+
+    def check(self, values: dict[str, Tensor]) -> None:
+        """Compare a program in place of the kernel's own potential with that, where the chain is."""
+        if self._potential is not self._own:
+            with torch.no_grad():
+                got, expected = (p(values).reshape(1) for p in (self._potential, self._own))
+            refuse_difference(got, expected)
 
     def statistics(self) -> dict[str, float]:
         """Statistics of the last transition."""
@@ -166,7 +178,10 @@ class _Watched:
         r"""Constrained values by site (draws, \*shape) of unconstrained states."""
         transforms = Kernel.of(self._kernel).transforms or {}
         stacked = {n: torch.stack([s[n] for s in states]) for n in (states[0] if states else ())}
-        values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
+        if self._moving is not None and stacked:
+            values = self._moving.constrain(stacked)
+        else:
+            values = {n: transforms[n].inv(v) if n in transforms else v for n, v in stacked.items()}
         return {n: v.detach().cpu().numpy() for n, v in values.items()}
 
     def adaptation(self) -> dict[str, Any]:
@@ -192,10 +207,33 @@ def _prepare(
         return None, "eager"
     # A forked process cannot run a program that was compiled for several threads.
     with threads_set(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
-        kernel = factory(partial(bound.model, **bound.arguments()))
-        kernel.setup(warmup)
+        kernel = kernel_of(bound, factory)
+        _set_up(kernel, warmup)
         how = compile_kernel(kernel, policy.NUTS_GRADIENTS * transitions, mode)
     return (None if how == "eager" else kernel.potential_fn), how  # type: ignore[attr-defined]
+
+
+def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
+    """Set a kernel up; return its potential where supports move and Pyro chose the transforms."""
+    initialize = getattr(kernel, "_initialize_model_properties", None)
+    moving: MovingSupports | None = None
+
+    def follow(*arguments: Any) -> None:
+        nonlocal moving
+        chosen = kernel.transforms
+        initialize(*arguments)
+        moving = None if chosen else follow_supports(kernel.potential_fn, kernel._prototype_trace)
+        kernel.potential_fn = moving or kernel.potential_fn
+
+    if initialize is not None:
+        # Pyro's set-up looks for a step size: already that has to follow the supports.
+        kernel._initialize_model_properties = follow
+    with _quiet_start():
+        kernel.setup(warmup)
+    if isinstance(kernel, RandomWalkKernel):
+        moving = follow_supports(kernel.potential_fn, kernel._prototype_trace)
+        kernel.potential_fn = moving or kernel.potential_fn
+    return moving
 
 
 @contextmanager
@@ -243,7 +281,8 @@ def _in_processes(
             while waiting and len(running) < workers:
                 k, seed = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(run, seed, theirs, threads), daemon=True)
+                work = partial(_work, run, seed, theirs, threads, [ours, *running])
+                process = context.Process(target=work, daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = (k, process)
@@ -274,8 +313,14 @@ def _receive(ours: Any, chain: int, process: Any) -> Any:
     return answer
 
 
-def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -> None:
-    """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error."""
+def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int, parents: list[Any]) -> None:
+    """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error.
+
+    The parent's ends of the pipes, ``parents``, are closed: then writing fails when the parent is gone, and the process
+    ends; with a reader of its own it would wait for ever.
+    """
+    for end in parents:
+        end.close()
     # Ctrl-C reaches every process of a terminal: the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
@@ -288,6 +333,8 @@ def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int) -
 
     try:
         out.send(run(say, seed))
+    except BrokenPipeError:
+        pass
     except Exception as error:
         kind = type(error).__name__
         out.send(f"{kind}: {error}" if str(error) else traceback.format_exc(limit=-1))

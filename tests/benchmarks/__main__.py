@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks [svi] [chains] [growth] [start]``: measure, print the tables, write tables and a plot.
+"""``python -m tests.benchmarks [SUITE ...]`` (svi, chains, growth, start, series): measure, write tables and a plot.
 
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.

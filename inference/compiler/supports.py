@@ -1,0 +1,219 @@
+r"""Supports that depend on other latent sites, such as that of ``x ~ Uniform(0, a)`` with a latent ``a``.
+
+Pyro takes the transform of a site onto its support from one draw of the model, and keeps it. Where the support moves
+with another site, that density is wrong, and draws fall outside of the support. Here each site's transform is taken
+from its distribution in the current run, site by site in the order of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.util import _PEMaker
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.func import functionalize
+
+from inference.compiler.capture import Untraceable, traced
+from inference.core.bound import BoundPair
+
+TRIES = 3
+"""Random points at which supports are compared."""
+
+
+POINTS_PER_PASS = 10_000
+"""Points that are mapped at once."""
+
+
+class MovingSupports:
+    r"""The potential of a model some of whose supports move with other sites; call it as Pyro's potential.
+
+    .. math:: U(u) = -\log p(x(u), y) - \sum_i \log |\partial x_i / \partial u_i|,
+        \qquad x_i = T_i(u_i; x_{<i})
+
+    Args:
+        pyros: What makes Pyro's potential of the model.
+        names: The sites whose supports move.
+    """
+
+    def __init__(self, pyros: _PEMaker, names: tuple[str, ...]) -> None:
+        self._pyros, self.names = pyros, names
+        self._mapped: Callable[..., Any] | None = None
+
+    def __call__(self, values: dict[str, Tensor], *given: Tensor) -> Tensor:
+        handler = self._constraining(values)
+        trace = self._run(handler)
+        return -(self._pyros.trace_prob_evaluator.log_prob(trace) + handler.log_jacobian)
+
+    def constrain(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""Values on the supports (S, \*shape) of unconstrained values by name (S, \*shape)."""
+        shapes = {n: v.shape[1:] for n, v in values.items()}
+        rows = torch.cat([v.reshape(len(v), -1) for v in values.values()], -1)
+
+        def one(row: Tensor) -> tuple[Tensor, ...]:
+            parts = row.split([s.numel() for s in shapes.values()])
+            handler = self._constraining({n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
+            self._run(handler)
+            return tuple(handler.constrained[n] for n in shapes)
+
+        if self._mapped is None:
+            try:
+                self._mapped = torch.vmap(traced(functionalize(traced(one, rows[0])), rows[0]))
+            except Untraceable:
+                self._mapped = lambda rows: tuple(torch.stack(v) for v in zip(*map(one, rows), strict=True))
+        with torch.no_grad():
+            passes = [self._mapped(part) for part in rows.split(POINTS_PER_PASS)]
+        return dict(zip(shapes, map(torch.cat, zip(*passes, strict=True)), strict=True))
+
+    def _constraining(self, values: Mapping[str, Tensor]) -> _Constraining:
+        fixed = {n: t for n, t in self._pyros.transforms.items() if n not in self.names}
+        return _Constraining(values, fixed)
+
+    def _run(self, handler: _Constraining) -> Any:
+        with handler:
+            return poutine.trace(self._pyros.model).get_trace(*self._pyros.model_args, **self._pyros.model_kwargs)
+
+
+class _Constraining(Messenger):
+    """Sets sites to the images of unconstrained values on their supports as they are in this run.
+
+    Attributes:
+        constrained: The images by name.
+        log_jacobian: Sum of the log determinants of the transforms.
+        bounds: Tensors in each site's support.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], fixed: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._values, self._fixed = values, fixed
+        self.constrained: dict[str, Tensor] = {}
+        self.log_jacobian: Any = 0.0
+        self.bounds: dict[str, list[Tensor]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self._values or msg["is_observed"]:
+            return
+        value, support = self._values[name], msg["fn"].support
+        transform = self._fixed[name].inv if name in self._fixed else biject_to(support)
+        msg["value"] = self.constrained[name] = transform(value)
+        msg["is_observed"] = True
+        self.log_jacobian = self.log_jacobian + transform.log_abs_det_jacobian(value, msg["value"]).sum()
+        self.bounds[name] = list(_tensors(support))
+
+
+def follow_supports(
+    potential: Any,
+    trace: Any,
+    held: dict[str, Tensor] | None = None,
+    points: Sequence[Mapping[str, Tensor]] = (),
+) -> MovingSupports | None:
+    """The potential that Pyro has made of a model, following supports that move; None where none moves.
+
+    Args:
+        potential: A potential function of ``initialize_model``, or of a kernel of Pyro after ``setup``.
+        trace: The run of the model that it was made from.
+        held: Values on which the model is conditioned, to be replaced by those of ``points`` in turn.
+        points: Values of the same sites.
+
+    Raises:
+        ValueError: A support depends on a held site.
+    """
+    pyros = getattr(potential, "__self__", None)
+    if not isinstance(pyros, _PEMaker) or trace is None:
+        return None
+    latent = {n: trace.nodes[n] for n in pyros.transforms}
+    start = {n: list(_tensors(node["fn"].support)) for n, node in latent.items()}
+    if not any(start.values()):
+        return None
+    example = {n: biject_to(node["fn"].support).inv(node["value"]) for n, node in latent.items()}
+    moving: set[str] = set()
+    for _ in range(TRIES):
+        moved = _bounds(pyros, {n: torch.empty_like(v).uniform_(-2, 2) for n, v in example.items()})
+        moving |= {n for n in start if not _same(start[n], moved[n])}
+    if held:
+        _refuse_held(pyros, example, held, points)
+    return MovingSupports(pyros, tuple(n for n in latent if n in moving)) if moving else None
+
+
+def _bounds(pyros: _PEMaker, values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The bounds of each site's support at unconstrained values."""
+    handler = _Constraining(values, {})
+    with torch.no_grad(), handler:
+        poutine.trace(pyros.model).get_trace(*pyros.model_args, **pyros.model_kwargs)
+    return handler.bounds
+
+
+def _refuse_held(
+    pyros: _PEMaker, example: Mapping[str, Tensor], held: dict[str, Tensor], points: Sequence[Mapping[str, Tensor]]
+) -> None:
+    before, at_start = dict(held), _bounds(pyros, example)
+    for point in points:
+        held.update(point)
+        for name, bounds in _bounds(pyros, example).items():
+            if not _same(bounds, at_start[name]):
+                raise ValueError(
+                    f"{name}: expected a support that depends on continuous sites, got one that moves with "
+                    f"{', '.join(held)}; write {name} as a function of a site whose support is fixed"
+                )
+    held.update(before)
+
+
+def _tensors(support: Any) -> Iterator[Tensor]:
+    """The tensors in a constraint: its bounds."""
+    for value in vars(support).values() if isinstance(support, constraints.Constraint) else support:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, constraints.Constraint | list | tuple):
+            yield from _tensors(value)
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def outside_supports(bound: BoundPair, draws: Mapping[str, Tensor]) -> dict[str, float]:
+    r"""Fraction of draws of each latent site that lie outside of its support, given the other sites of the same draw.
+
+    A guide whose transforms were taken from one draw of the model, as those of Pyro's autoguides are, leaves a support
+    that moves with another latent site.
+
+    Args:
+        bound: The pair and its data.
+        draws: Draws by site, (S, \*shape).
+
+    Returns:
+        The sites with a positive fraction; empty where no support moves.
+    """
+    names = [n for n, s in bound.select("latent").items() if n in draws and not s.discrete]
+
+    def inside(values: Mapping[str, Tensor]) -> dict[str, tuple[list[Tensor], Tensor]]:
+        conditioned = poutine.condition(bound.model, data=dict(values))
+        with poutine.block():
+            trace: Any = poutine.trace(conditioned).get_trace(**bound.arguments())
+        nodes = {n: trace.nodes[n] for n in names}
+        return {n: (list(_tensors(v["fn"].support)), v["fn"].support.check(v["value"]).all()) for n, v in nodes.items()}
+
+    size = len(next(iter(draws.values()))) if draws else 0
+    with torch.no_grad():
+        ends = [inside({n: v[k] for n, v in draws.items()}) for k in sorted({0, size // 2, size - 1} - {-1})]
+        moving = [n for n in names if any(not _same(ends[0][n][0], e[n][0]) for e in ends)]
+        if not moving:
+            return {}
+
+        def checked(*values: Tensor) -> Tensor:
+            return torch.stack([inside(dict(zip(draws, values, strict=True)))[n][1] for n in moving])
+
+        try:
+            mapped: Any = torch.vmap(traced(functionalize(checked), *(v[0] for v in draws.values())))
+            held = mapped(*draws.values())
+        except Untraceable:
+            held = torch.stack([checked(*row) for row in zip(*draws.values(), strict=True)])
+    shares = {n: float((~h).double().mean()) for n, h in zip(moving, held.T, strict=True)}
+    return {n: share for n, share in shares.items() if share > 0}
