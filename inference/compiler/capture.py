@@ -51,7 +51,9 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
             with reads_refused() as reads:
                 graph = make_fx(reads.around(function))(*inputs)
         except ReadsValue as error:
-            raise Untraceable(f"{error.told}{_after(last.name)}; use torch.where in place of a branch on it") from error
+            # Not the text of this error: Pyro adds the shapes of its trace to that.
+            told = f"{reads.refused}{_after(last.name)}; use torch.where in place of a branch on it"
+            raise Untraceable(told) from error
         except Exception as error:
             # Whatever else: the function has run before, and what is its own fault shows again where it runs eagerly.
             raise Untraceable(f"{_first_sentence(error)}{_place(error)}{_after(last.name)}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from inference.compiler.passes import (
 from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
+
+REACHES = (0.1, 2.0)
+"""How far from its start a potential is held against its graph: nearby, and as far as chains start."""
 
 
 class CompiledPotential:
@@ -60,7 +64,8 @@ class CompiledPotential:
         self.graph = traced(value_and_gradient, *inputs)
         self.held = lift_constants(self.graph)
         self.run: Callable[..., Any] = self.graph
-        self._check(potential, inputs)
+        self._potential, self._calls, self._differs = potential, 0, False
+        self._check(inputs)
 
     def fuse(self) -> None:
         """Compile the graph and run it once, so that the cost arises here."""
@@ -69,17 +74,39 @@ class CompiledPotential:
             self.run(*self._inputs, *self.held)
 
     def __call__(self, values: dict[str, Tensor]) -> Tensor:
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0 and not self._differs:
+            self._compare(values)
+        if self._differs:
+            return self._potential(values)
         return _Energy.apply(self.run, *[values[n] for n in self.names], *self.held)
 
-    def _check(self, potential: Potential, inputs: list[Tensor]) -> None:
-        """Compare the graph with the potential at another point, where a frozen branch shows."""
+    def _compare(self, values: dict[str, Tensor]) -> None:
+        """Compare the program with the potential where the chain is, at calls that are powers of two."""
+        energies: list[Tensor] = []
+        with torch.no_grad(), suppress(RuntimeError, ValueError):
+            energies.append(self._potential(values))
+            energies.append(self.run(*(values[n].detach() for n in self.names), *self.held)[0])
+        try:
+            _hold_against(energies)
+        except Untraceable as error:
+            self._differs = True
+            warnings.warn(
+                f"call {self._calls}: {error}; it runs eagerly from now on, and draws since call {self._calls // 2} "
+                "may be wrong",
+                stacklevel=3,
+            )
+
+    def _check(self, inputs: list[Tensor]) -> None:
+        """Compare the graph with the potential near the start and far from it, where a frozen branch shows."""
         self._inputs = inputs
-        with torch.no_grad():
-            moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
-            expected = potential(dict(zip(self.names, moved, strict=True)))
-            got = self.graph(*moved, *self.held)[0]
-        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
-            raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
+        for reach in REACHES:
+            moved = [v + reach * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
+            energies: list[Tensor] = []
+            with torch.no_grad(), suppress(RuntimeError, ValueError):
+                energies.append(self._potential(dict(zip(self.names, moved, strict=True))))
+                energies.append(self.graph(*moved, *self.held)[0])
+            _hold_against(energies)
 
 
 class BatchedPotential:
@@ -132,7 +159,9 @@ class BatchedPotential:
             self.code, self.operations = graph.code, count_operations(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
-            self._check(many)
+            steps = torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
+            for reach in REACHES:
+                self.check(many + reach * steps)
 
     def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
@@ -160,14 +189,30 @@ class BatchedPotential:
         energies, gradients = zip(*map(self._one, positions, *given), strict=True)
         return torch.stack(energies), torch.stack(gradients)
 
-    def _check(self, many: Tensor) -> None:
-        """Compare the graph with the potential at another point per chain, where a frozen branch shows."""
-        moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
-        pick = sorted({0, len(many) - 1})
+    def check(self, positions: Tensor) -> None:
+        """Compare the graph with the potential at the first and last of some positions (chains, D).
+
+        Raises:
+            Untraceable: They differ.
+        """
+        pick = sorted({0, len(positions) - 1})
         given = [g[pick] for g in self.held[: self._given]]
-        expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
-        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
-            raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
+        # A model that fails at remote positions says nothing about its graph.
+        energies: list[Tensor] = []
+        with suppress(RuntimeError, ValueError):
+            energies.append(self._loop(positions[pick], *given)[0])
+            energies.append(self.run(positions)[0][pick])
+        _hold_against(energies)
+
+
+def _hold_against(energies: list[Tensor]) -> None:
+    """Raise Untraceable unless the energies of a model and its graph are equal up to rounding, where both are known."""
+    if len(energies) < 2:
+        return
+    expected, got = energies
+    tolerance = 1e-4 if got.dtype == torch.float32 else 1e-8
+    if not torch.allclose(got, expected.to(got), rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
 
 
 class _Energy(torch.autograd.Function):

@@ -51,15 +51,7 @@ DOORS = (
 
 
 class ReadsValue(RuntimeError):
-    """A traced computation reads the value of a tensor that depends on what is traced.
-
-    Attributes:
-        told: The message; Pyro adds the shapes of a trace to that of the error.
-    """
-
-    def __init__(self, told: str) -> None:
-        super().__init__(told)
-        self.told = told
+    """A traced computation reads the value of a tensor that depends on what is traced."""
 
 
 class Reads(TorchDispatchMode):

@@ -153,6 +153,8 @@ class ChEES(BatchedKernel):
         self._run: Callable[..., Any] = self._plain()
         position = self._density.pack(self._initial) if self._initial else self._random_start()
         self._place(position)
+        if self._density.traced:
+            self._density.check(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
         dense = dim <= MAX_DENSE_DIM if self.full_mass is None else self.full_mass
@@ -286,6 +288,8 @@ class ChEES(BatchedKernel):
 
     def _hold(self) -> None:
         self._ended = True
+        if self._density.traced:
+            self._density.check(self._chains.position.mT)
         learnt = Tuning(*self._tuning.unbind())
         self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
         self._window.clear()

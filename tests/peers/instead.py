@@ -1,7 +1,8 @@
 """A pytest plugin that runs tests written for Pyro with compiled objectives and with ChEES in place of Pyro's kernels.
 
 ``pyro_suite.py`` starts pytest with it; the environment says what to replace (``PEERS_MODE``: ``plain`` or ``ours``),
-the longest time of a test (``PEERS_SECONDS``), and the file to which one line per test is appended (``PEERS_OUT``).
+the longest time of a test (``PEERS_SECONDS``), which tests to run (``PEERS_EVERY``: every so many-th), and the file to
+which one line per test is appended (``PEERS_OUT``).
 """
 
 from __future__ import annotations
@@ -131,6 +132,11 @@ def pytest_configure(config: Any) -> None:
         for name in ("HMC", "NUTS"):
             if hasattr(module, name):
                 setattr(module, name, type(name, (Chains,), {}))
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Keep every so many-th test."""
+    items[:] = items[:: int(os.environ["PEERS_EVERY"])]
 
 
 @pytest.hookimpl(wrapper=True)

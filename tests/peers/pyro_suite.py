@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder of a checkout of Pyro, which holds tests/infer")
     parser.add_argument("--out", type=Path, default=Path("peers"), help="folder of the outcomes")
     parser.add_argument("--seconds", type=int, default=120, help="longest time of one test")
+    parser.add_argument("--every", type=int, default=1, help="run every so many-th test alone")
     parser.add_argument("--files", nargs="*", default=FILES, help="which files of tests")
     parser.add_argument("--table", action="store_true", help="run nothing; print the table of what was run")
     asked = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     for file in asked.files if not asked.table else ():
         for mode in ("plain", "ours"):
-            run(asked.checkout, file, mode, asked.out, asked.seconds)
+            run(asked.checkout, file, mode, asked.out, asked.seconds, asked.every)
     print(table(asked.out, asked.files))
 
 
@@ -57,7 +58,7 @@ def kept(out: Path, file: str, mode: str) -> Path:
     return out / f"{file.removesuffix('.py').replace('/', '.')}.{mode}.jsonl"
 
 
-def run(checkout: Path, file: str, mode: str, out: Path, seconds: int) -> None:
+def run(checkout: Path, file: str, mode: str, out: Path, seconds: int, every: int) -> None:
     """Run a file of tests, unless it has been run."""
     path = kept(out, file, mode).resolve()
     if path.exists():
@@ -71,6 +72,7 @@ def run(checkout: Path, file: str, mode: str, out: Path, seconds: int) -> None:
         "PEERS_MODE": mode,
         "PEERS_OUT": str(unfinished),
         "PEERS_SECONDS": str(seconds),
+        "PEERS_EVERY": str(every),
     }
     command = [sys.executable, "-P", "-m", "pytest", "-p", "instead", "-q", "--tb=no", "-p", "no:cacheprovider", file]
     ended = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True)
