@@ -49,8 +49,8 @@ FUSED_CHUNK = 16_384
 
 
 FUSED_PROGRAMS = 16
-"""Fused programs that a process keeps, at 5 to 11 MB each; beyond that the one that was not used for the longest time is
-dropped. Its library stays mapped: Python unloads no extension module."""
+"""Fused programs that a process keeps, at 5 to 11 MB each; beyond that the one that was not used for the longest time
+is dropped. Its library stays mapped: Python unloads no extension module."""
 
 
 MAX_TRACES = 16

@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import getitem
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -63,7 +64,9 @@ class Watch:
             item, name = self._waiting.pop()
             if id(item) not in self._seen:
                 self._seen[id(item)] = item
-                self._visit(item, name)
+                # An object that does not let itself be looked at is not watched.
+                with contextlib.suppress(Exception):
+                    self._visit(item, name)
 
     def changed(self) -> list[Place]:
         """Places that hold something else than they did."""
@@ -94,11 +97,12 @@ class Watch:
             self._waiting += [(v, name) for v in (item.func, *item.args, *item.keywords.values())]
         elif isinstance(item, Mapping) and type(item).__module__ in ("builtins", "collections"):
             if len(item) <= LARGEST:
-                self._add(dict.get, item, list(item), item.values(), lambda k: f"{name}[{k!r}]")
+                get = dict.get if isinstance(item, dict) else getitem
+                self._add(get, item, list(item), item.values(), lambda k: f"{name}[{k!r}]")
                 self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
         elif isinstance(item, list | tuple):
             if len(item) <= LARGEST:
-                self._add(type(item).__getitem__, item, range(len(item)), item, lambda k: f"{name}[{k}]")
+                self._add(getitem, item, range(len(item)), item, lambda k: f"{name}[{k}]")
                 if isinstance(item, list):
                     self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
         elif isinstance(item, nn.Module):
@@ -160,7 +164,7 @@ class Watch:
                 if isinstance(value, FunctionType):
                     self._waiting.append((value, key))
                 elif not key.startswith("__") and not isinstance(value, _CONSTANT) and not hasattr(value, "__get__"):
-                    self._put(_of_class, (part, key), value, f"{part.__name__}.{key}")
+                    self._put(getitem, (vars(part), key), value, f"{part.__name__}.{key}")
 
     def _add(self, get: Any, owner: Any, keys: Any, values: Any, named: Callable[[Any], str]) -> None:
         for key, value in zip(keys, list(values), strict=True):
@@ -190,10 +194,6 @@ def _content(cell: CellType) -> Any:
 
 def _default(function: FunctionType, k: int) -> Any:
     return (function.__defaults__ or ())[k]
-
-
-def _of_class(kind: type, key: str) -> Any:
-    return vars(kind)[key]
 
 
 def _same(now: Any, before: Any) -> bool:
