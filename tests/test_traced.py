@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc.util import initialize_model
 from pyro.nn import PyroModule, PyroSample
@@ -367,6 +367,7 @@ def test_a_compiled_objective_has_what_the_objective_has() -> None:
     assert compiled.num_particles == 7
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         compiled.nothing_of_that_name  # noqa: B018
+    assert not hasattr(Compiled(TraceGraph_ELBO()), "differentiable_loss")
 
 
 def test_a_fit_is_compared_at_its_end() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,16 +89,20 @@ class Compiled(ELBO):
         program.turn(self.objective)
         return _as_numbers(losses)
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss as a tensor that can be differentiated once, by the parameters.
+    @property
+    def differentiable_loss(self) -> Callable[..., Any]:
+        """The loss as a tensor that can be differentiated once, by the parameters, if the objective has one.
 
-        ``Compiled(elbo)(model, guide)`` calls it. Where an argument requires a gradient, and where the objective has no
-        program yet, it runs eagerly.
+        ``Compiled(elbo)(model, guide)`` calls it. Where an argument requires a gradient, and at the first call, it runs
+        eagerly.
         """
+        return partial(self._differentiable, self.objective.differentiable_loss)  # type: ignore[attr-defined]
+
+    def _differentiable(self, eager: Callable[..., Any], model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         differentiated = any(t.requires_grad for t in split_arguments(args, kwargs)[0])
         program, inputs = (None, []) if differentiated else self.prepare(model, guide, args, kwargs)
         if program is None or not program.single or not torch.is_grad_enabled():
-            return self.objective.differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+            return eager(model, guide, *args, **kwargs)
         loss, gradients = self._run(program, inputs)
         present = [(p, g) for p, g in zip(inputs, gradients, strict=False) if g is not None]
         program.turn(self.objective)
