@@ -506,7 +506,7 @@ def steered() -> None:
     pyro.factor("f", mu if mu > 0 else 2 * mu)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped over draws")
 def test_what_cannot_be_traced_is_run_by_nuts_with_one_line() -> None:
     with pytest.warns(UserWarning, match="NUTS in place of ChEES, because it cannot be traced") as said:
         result = quiet(steered, draws=10, warmup=10, compile=False)
@@ -515,7 +515,7 @@ def test_what_cannot_be_traced_is_run_by_nuts_with_one_line() -> None:
     assert result.idata.posterior.sizes["chain"] == 4
 
 
-@pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped over draws")
 def test_what_cannot_be_traced_is_run_eagerly_when_chees_is_asked_for() -> None:
     with pytest.warns(UserWarning, match="run eagerly, one after another, because they cannot be traced"):
         result = run(steered, chains=8, draws=10, warmup=20)

@@ -220,7 +220,7 @@ def test_a_loop_over_time_is_not_fused(monkeypatch) -> None:
     assert result.idata.attrs["execution"] == "traced"
 
 
-@pytest.mark.filterwarnings("ignore:.*does not broadcast over draws")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped over draws")
 def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
     def steered(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
@@ -282,7 +282,7 @@ def test_a_branch_that_the_chains_meet_later_is_found_out() -> None:
         many.check(positions * 3)
 
 
-@pytest.mark.filterwarnings("ignore:.*broadcast over draws")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped over draws")
 def test_a_branch_on_a_value_that_python_reads_is_not_frozen() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
@@ -292,6 +292,36 @@ def test_a_branch_on_a_value_that_python_reads_is_not_frozen() -> None:
     with pytest.warns(UserWarning, match="NUTS in place of ChEES, because it cannot be traced"):
         result = quiet(model, draws=20, warmup=20, compile=False)
     assert result.method == "NUTS"
+
+
+def steep(values):
+    return (values["x"] ** 2).sum()
+
+
+def test_a_potential_that_differs_far_from_its_start_is_found_out() -> None:
+    program = CompiledPotential(steep, {"x": torch.zeros(2)})
+    # Stands for a compiler's mistake, which only shows beyond 5.
+    program._potential = lambda values: steep(values) + 3 * (values["x"] > 5).sum()
+    far, near = {"x": torch.full((2,), 6.0)}, {"x": torch.zeros(2)}
+    assert program(near) == 0
+    with pytest.warns(UserWarning, match=r"call 2: the traced potential gives 72.0, the model 78.0; it runs eagerly"):
+        assert program(far) == 78
+    assert program(far) == 78
+
+
+@pytest.mark.parametrize("kind", [CompiledPotential, partial(BatchedPotential, chains=4)])
+def test_a_potential_is_looked_at_where_chains_start(kind) -> None:
+    traced_once = [False]
+
+    def forked(values):
+        """Gives the graph one branch and the eager model two, beyond 1."""
+        x = values["x"]
+        beyond = torch.relu(x - 1).sum() if traced_once[0] else 0.0 * x.sum()
+        traced_once[0] = True
+        return (x**2).sum() + beyond
+
+    with pytest.raises(Untraceable, match="the traced potential gives"):
+        kind(forked, {"x": torch.zeros(2)})
 
 
 def test_tracing_leaves_the_random_state_and_torch_as_they_were() -> None:

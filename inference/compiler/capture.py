@@ -28,31 +28,38 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.compiler.passes import masks_to_indices, normalise_noise
+from inference.compiler.reads import ReadsValue, is_library, reads_refused
 from inference.core.handlers import preserved_rng
 
 Gradients = list[Tensor | None]
 
 
-PACKAGE = Path(__file__).parent.parent
-"""Folder of this package."""
-
-
 class Untraceable(RuntimeError):
-    """A computation whose control flow depends on the values of its tensors."""
+    """A computation that cannot be recorded: it reads the values of its tensors, for instance to branch on them."""
 
 
 def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     """Record the tensor operations of a function of tensors.
 
+    Returns:
+        The graph. Its ``meta["read"]`` holds the tensors from outside whose values were read, with their versions.
+
     Raises:
-        Untraceable: The function branches on the value of a tensor; the message has torch's reason, the line of the
-            user's code and the last site before it.
+        Untraceable: The function reads the value of a tensor that depends on its inputs; the message has the line of
+            the user's code and the last site before it. Or it fails, where it does not fail outside a trace.
     """
     with preserved_rng(), without_host_reads(), _LastSite() as last:
         try:
-            graph = make_fx(function)(*inputs)
-        except RuntimeError as error:
-            raise Untraceable(f"{_first_sentence(error)}{_place(error, last.name)}") from error
+            with reads_refused() as reads:
+                graph = make_fx(reads.around(function))(*inputs)
+        except ReadsValue as error:
+            # Not the text of this error: Pyro adds the shapes of its trace to that.
+            told = f"{reads.refused}{_after(last.name)}; use torch.where in place of a branch on it"
+            raise Untraceable(told) from error
+        except Exception as error:
+            # Whatever else: the function has run before, and what is its own fault shows again where it runs eagerly.
+            raise Untraceable(f"{_first_sentence(error)}{_place(error)}{_after(last.name)}") from error
+    graph.meta["read"] = reads.allowed
     normalise_noise(graph)
     masks_to_indices(graph)
     graph.recompile()
@@ -78,15 +85,6 @@ def collect_gradients(params: list[Tensor]) -> Iterator[Callable[[], Gradients]]
             yield lambda: [None if p.grad is None else torch.as_tensor(extract_provenance(p.grad)[0]) for p in params]
     finally:
         _COLLECTING.pop()
-
-
-def is_library(module: str) -> bool:
-    """Whether a module, by its dotted name, belongs to torch, Pyro or this package, and not to the user."""
-    package = module.partition(".")[0]
-    if package == "inference":
-        file = getattr(sys.modules.get(module), "__file__", None)
-        return file is not None and Path(file).is_relative_to(PACKAGE)
-    return package in ("torch", "pyro")
 
 
 _COLLECTING: list[list[Tensor]] = []
@@ -120,10 +118,9 @@ def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, value, 0.0).flatten()
 
 
-PATCHES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
+PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "host reads": (
         (torch._C, "_get_tracing_state", _tracing_state),
-        (Tensor, "item", lambda self: self.detach()),
         (pyro.util, "torch_isnan", lambda value: False),
         (pyro.util, "torch_isinf", lambda value: False),
         (torch.nn.functional, "one_hot", _one_hot),
@@ -160,16 +157,20 @@ class _LastSite(Messenger):
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    # Pyro adds the shapes of the trace.
+    text = " ".join(str(error).partition("Trace Shapes:")[0].split())
     if "get value out of a tracing tensor" in text:
         return "its control flow depends on the value of a tensor"
     return text[:300]
 
 
-def _place(error: BaseException, site: str | None) -> str:
-    """Where the error arose in the user's code: file, line and the last site before it."""
+def _place(error: BaseException) -> str:
+    """Where the error arose in the user's code: file, line and code."""
     modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = zip(modules, traceback.extract_tb(error.__traceback__), strict=True)
     lines = [line for module, line in frames if not line.filename.startswith("<") and not is_library(module)]
-    at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno} ({lines[-1].line})" if lines else ""
-    return f"{at}{f', after site {site}' if site else ''}"
+    return f" at {Path(lines[-1].filename).name}:{lines[-1].lineno} ({lines[-1].line})" if lines else ""
+
+
+def _after(site: str | None) -> str:
+    return f", after site {site}" if site else ""

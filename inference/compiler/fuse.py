@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {"fallback_random": True, "cpp.min_chunk_size": policy
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Compile a graph to a program of tensors; without a C++ compiler, return the graph itself.
+    """Compile a graph to a program of tensors; where that cannot be done, warn and return the graph itself.
 
     The graph must hold no tensors (see :func:`lift_constants`). Call the program under ``torch.no_grad``.
     """
@@ -38,7 +38,12 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         with quietly(), torch.no_grad():
             return torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined, no-any-return]
 
-    return _kept((graph.code, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)), build)
+    try:
+        return _kept((graph.code, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)), build)
+    except Exception as error:  # whatever a compiler may raise, and a cache folder that cannot be written
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"the program runs traced, but not fused ({type(error).__name__}: {reason})", stacklevel=3)
+        return graph
 
 
 def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
@@ -51,7 +56,16 @@ def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
         # A code object of its own: Dynamo keeps programs by code object, and gives up at the eighth.
         code = function.__code__.replace()
         copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        return torch.compile(copy, dynamic=False, fullgraph=True, options={**OPTIONS, "cpp_wrapper": True})
+        made: list[Callable[..., Any]] = []
+
+        def run(*inputs: Any) -> Any:
+            # Made at the first call, so that whatever a compiler may raise is raised where the call is made.
+            if not made:
+                options = {**OPTIONS, "cpp_wrapper": True}
+                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=options))
+            return made[0](*inputs)
+
+        return run
 
     return _kept(key, build)
 

@@ -7,14 +7,19 @@ objective.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from pyro.infer.elbo import ELBO
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from inference.compiler import policy
-from inference.compiler.capture import Untraceable
+from inference.compiler.capture import Gradients, Untraceable
 from inference.compiler.step import Call, TracedStep, Update, split_arguments
 
 
@@ -46,11 +51,17 @@ class Compiled(ELBO):
         if not hasattr(objective, "loss_and_grads"):
             kind = type(objective).__name__
             raise TypeError(f"objective: expected an ELBO with loss_and_grads, got {kind}")
-        super().__init__()
         self.objective = objective
         self.fuse = fuse
         self._programs: dict[Any, TracedStep | None] = {}
         self._eager: str | None = None
+        self._changes: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the objective has, such as ``num_particles`` or ``compute_marginals``."""
+        if name == "objective":
+            raise AttributeError(name)
+        return getattr(self.objective, name)
 
     @property
     def state(self) -> str:
@@ -64,13 +75,11 @@ class Compiled(ELBO):
         return self.objective.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, as a tensor or a tuple of tensors; gradients are accumulated in the parameters."""
+        """The loss as a number, or a tuple of numbers; gradients are accumulated in the parameters."""
         program, inputs = self.prepare(model, guide, args, kwargs)
         if program is None:
-            return self.objective.loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
-        if am_i_wrapped():
-            program.declare()
-        losses, gradients = program(inputs)
+            return _as_numbers(self.objective.loss_and_grads(model, guide, *args, **kwargs))  # type: ignore[attr-defined]
+        losses, gradients = self._run(program, inputs)
         for p, g in zip(inputs, gradients, strict=False):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad.add_(g)
@@ -78,7 +87,31 @@ class Compiled(ELBO):
                 # A zero gradient would still move the parameter, through the optimizer's momentum.
                 p.grad = None
         program.turn(self.objective)
-        return losses
+        return _as_numbers(losses)
+
+    @property
+    def differentiable_loss(self) -> Callable[..., Any]:
+        """The loss as a tensor that can be differentiated once, by the parameters, if the objective has one.
+
+        ``Compiled(elbo)(model, guide)`` calls it. Where an argument requires a gradient, and at the first call, it runs
+        eagerly.
+        """
+        return partial(self._differentiable, self.objective.differentiable_loss)  # type: ignore[attr-defined]
+
+    def _differentiable(self, eager: Callable[..., Any], model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        differentiated = any(t.requires_grad for t in split_arguments(args, kwargs)[0])
+        program, inputs = (None, []) if differentiated else self.prepare(model, guide, args, kwargs)
+        if program is None or not program.single or not torch.is_grad_enabled():
+            return eager(model, guide, *args, **kwargs)
+        loss, gradients = self._run(program, inputs)
+        present = [(p, g) for p, g in zip(inputs, gradients, strict=False) if g is not None]
+        program.turn(self.objective)
+        return _Loss.apply(loss, len(present), *(g for _, g in present), *(p for p, _ in present))
+
+    def _run(self, program: TracedStep, inputs: list[Tensor]) -> tuple[Any, Gradients]:
+        if am_i_wrapped():
+            program.declare()
+        return program(inputs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return self.objective._get_trace(model, guide, args, kwargs)
@@ -106,7 +139,7 @@ class Compiled(ELBO):
             return None, []
         program = self._programs[key]
         try:
-            if program is None or not program.lives():
+            if program is None or not program.lives() or self._lost(program):
                 program = self._programs[key] = TracedStep(call, update)
                 if self.fuse:
                     program.fuse(program.inputs(call))
@@ -118,8 +151,54 @@ class Compiled(ELBO):
             return None, []
         return program, inputs
 
+    def compare(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
+    ) -> None:
+        """Compare the program for these arguments, if there is one, with the eager objective; warn if they differ."""
+        if self._eager:
+            return
+        call = Call(self.objective, model, guide, *split_arguments(args, kwargs))
+        program = self._programs.get(call.key())
+        if program is None or program.compared > program.calls:
+            return
+        try:
+            program.compare_with_eager(call)
+        except Untraceable as error:
+            self.give_up(str(error))
+
+    def _lost(self, program: TracedStep) -> bool:
+        """Whether a value outside the run has changed so that a program is not valid any more."""
+        names = program.follow()
+        self._changes.update(names)
+        often = [n for n in names if self._changes[n] > policy.MAX_TRACES]
+        if often:
+            raise Untraceable(
+                f"{often[0]} changes again and again: make it an argument, or a tensor that is changed in place"
+            )
+        return bool(names)
+
     def give_up(self, reason: str) -> None:
         """Run eagerly from now on, with a warning that gives the reason."""
         self._eager = reason
         kind = type(self.objective).__name__
         warnings.warn(f"{kind} runs eagerly from now on, because it cannot be compiled: {reason}", stacklevel=5)
+
+
+class _Loss(torch.autograd.Function):
+    """A loss whose gradients by the parameters are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return None, None, *[None] * len(gradients), *[outer * g for g in gradients]
+
+
+def _as_numbers(losses: Any) -> Any:
+    """Losses as Pyro's objectives return them: a number or a tuple of them."""
+    return tuple(map(float, losses)) if isinstance(losses, tuple) else float(losses)

@@ -68,8 +68,9 @@ FUSED_CHUNK = 16_384
 """Iterations of a fused loop that are worth a thread of their own."""
 
 
-FUSED_PROGRAMS = 128
-"""Fused programs that a process keeps; beyond that the one that was not used for the longest time is dropped."""
+FUSED_PROGRAMS = 16
+"""Fused programs that a process keeps, at 5 to 11 MB each; beyond that the one that was not used for the longest time
+is dropped. Its library stays mapped: Python unloads no extension module."""
 
 
 MAX_TRACES = 16

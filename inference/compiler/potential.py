@@ -9,6 +9,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ Potential = Callable[..., Tensor]
 
 CHECKED = 4
 """Chains whose energies are compared with the model's at the start, at the end of the warmup and of the run."""
+
+
+REACHES = (0.1, 2.0)
+"""Distances from its start at which a potential is compared with its graph: nearby, and as far as chains start."""
 
 
 class CompiledPotential:
@@ -65,7 +70,8 @@ class CompiledPotential:
         self.graph = failures_to_nan(traced(value_and_gradient, *inputs))
         self.held = lift_constants(self.graph)
         self.run: Callable[..., Any] = self.graph
-        self._check(potential, inputs)
+        self._potential, self._calls, self._differs = potential, 0, False
+        self._check(inputs)
 
     def fuse(self) -> None:
         """Compile the graph and run it once, so that the cost arises here."""
@@ -74,17 +80,40 @@ class CompiledPotential:
             self.run(*self._inputs, *self.held)
 
     def __call__(self, values: dict[str, Tensor]) -> Tensor:
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0 and not self._differs:
+            self._compare(values)
+        if self._differs:
+            return self._potential(values)
         return _Energy.apply(self.run, *[values[n] for n in self.names], *self.held)
 
-    def _check(self, potential: Potential, inputs: list[Tensor]) -> None:
-        """Compare the graph with the potential at another point, where a frozen branch shows."""
+    def _compare(self, values: dict[str, Tensor]) -> None:
+        """Compare the program with the potential where the chain is, at calls that are powers of two."""
+        try:
+            self._refuse_difference(self.run, [values[n].detach() for n in self.names])
+        except Untraceable as error:
+            self._differs = True
+            warnings.warn(
+                f"call {self._calls}: {error}; it runs eagerly from now on, and draws since call {self._calls // 2} "
+                "may be wrong",
+                stacklevel=3,
+            )
+
+    def _check(self, inputs: list[Tensor]) -> None:
+        """Compare the graph with the potential near the start and far from it, where a frozen branch shows."""
         self._inputs = inputs
-        with torch.no_grad():
-            moved = [v + 0.1 * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
-            expected = _value_or_nan(potential, dict(zip(self.names, moved, strict=True)))
-            got = self.graph(*moved, *self.held)[0]
-        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
-            raise Untraceable(f"the traced potential gives {got.item()}, the model {expected.item()}")
+        for reach in REACHES:
+            moved = [v + reach * torch.linspace(-1, 1, max(v.numel(), 1)).to(v).reshape(v.shape) for v in inputs]
+            self._refuse_difference(self.graph, moved)
+
+    def _refuse_difference(self, run: Callable[..., Any], inputs: list[Tensor]) -> None:
+        differ = ""
+        # A model that fails at remote positions says nothing about its graph.
+        with torch.no_grad(), suppress(RuntimeError, ValueError):
+            expected = _value_or_nan(self._potential, dict(zip(self.names, inputs, strict=True)))
+            differ = difference(run(*inputs, *self.held)[0], expected)
+        if differ:
+            raise Untraceable(differ)
 
 
 class BatchedPotential:
@@ -138,7 +167,9 @@ class BatchedPotential:
             self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
-            self._check(many)
+            steps = torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
+            for reach in REACHES:
+                self.check(many + reach * steps)
 
     def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""
@@ -158,7 +189,11 @@ class BatchedPotential:
         energies = self.run(positions)[0]
         order = energies.nan_to_num(math.inf, math.inf).argsort()
         pick = order[torch.linspace(0, len(order) - 1, CHECKED).long()].unique()
-        expected = self._loop(positions[pick], *(g[pick] for g in self.held[: self._given]))[0]
+        try:
+            expected = self._loop(positions[pick], *(g[pick] for g in self.held[: self._given]))[0]
+        except (RuntimeError, ValueError):
+            # A model that fails at remote positions says nothing about its graph.
+            return
         refuse_difference(energies[pick], expected)
 
     def unpack(self, positions: Tensor) -> dict[str, Tensor]:
@@ -188,15 +223,6 @@ class BatchedPotential:
         energies, gradients = zip(*map(self._one_or_nan, positions, *given), strict=True)
         return torch.stack(energies), torch.stack(gradients)
 
-    def _check(self, many: Tensor) -> None:
-        """Compare the graph with the potential at another point per chain, where a frozen branch shows."""
-        moved = many + 0.1 * torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
-        pick = sorted({0, len(many) - 1})
-        given = [g[pick] for g in self.held[: self._given]]
-        expected, got = self._loop(moved[pick], *given)[0], self.run(moved)[0][pick]
-        if not torch.allclose(got, expected, rtol=1e-4 if got.dtype == torch.float32 else 1e-8, equal_nan=True):
-            raise Untraceable(f"the traced potential gives {got.tolist()}, the model {expected.tolist()}")
-
 
 def _value_or_nan(potential: Potential, values: dict[str, Tensor]) -> Tensor:
     try:
@@ -205,16 +231,26 @@ def _value_or_nan(potential: Potential, values: dict[str, Tensor]) -> Tensor:
         return torch.full_like(next(iter(values.values())).sum(), math.nan)
 
 
-def refuse_difference(got: Tensor, expected: Tensor) -> None:
-    """Raise Untraceable where energies of a program are not those of the model, rounding of large matrices aside."""
-    rtol = 1e-3 if got.dtype == torch.float32 else 1e-5
-    # Where a matrix just can, or just cannot, be factorised, rounding decides.
+def difference(got: Tensor, expected: Tensor, rtol: float = 0.0, where: str = "") -> str:
+    """What tells energies of a program from those of the model; empty where they are equal up to rounding.
+
+    Where the model has none, because a matrix just cannot be factorised, rounding decides.
+    """
+    rtol = rtol or (1e-4 if got.dtype == torch.float32 else 1e-8)
     known = ~expected.isnan()
-    if not torch.allclose(got[known], expected[known].to(got), rtol=rtol, atol=rtol):
-        raise Untraceable(
-            f"the traced potential gives {got.tolist()} at draws of the chains, the model {expected.tolist()}; it may "
-            "read values back to Python (item, tolist, numpy); pass compile=False with kernel=NUTS"
-        )
+    if torch.allclose(got[known], expected[known].to(got), rtol=rtol, atol=rtol):
+        return ""
+    return f"the traced potential gives {got.tolist()}{where}, the model {expected.tolist()}"
+
+
+def refuse_difference(got: Tensor, expected: Tensor) -> None:
+    """Raise Untraceable where energies of a program at draws of the chains are not those of the model."""
+    # Rounding of large matrices, far from the start, is no branch.
+    rtol = 1e-3 if got.dtype == torch.float32 else 1e-5
+    differ = difference(got, expected, rtol, " at draws of the chains")
+    if differ:
+        hint = "it may read values back to Python (item, tolist, numpy); pass compile=False with kernel=NUTS"
+        raise Untraceable(f"{differ}; {hint}")
 
 
 class _Energy(torch.autograd.Function):

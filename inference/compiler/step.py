@@ -4,9 +4,10 @@ The whole of ``loss_and_grads`` becomes one graph. Its inputs are the parameters
 the tensors among the arguments and the tensors that the graph holds.
 
 Tracing would freeze whatever is no input. A new program is traced when shapes, non-tensor arguments, the plain
-attributes of the objective or the training mode of a module change. Buffers, and what the objective keeps in the
-parameter store, are carried through the program. Anything else is caught by comparing the program with the eager
-objective at calls 1, 11, 101, ...: both draw the same noise, so losses and gradients must be equal.
+attributes of the objective, the training mode of a module, or a value that the run takes from outside itself (see
+:mod:`inference.compiler.watch`) change. Buffers, and what the objective keeps in the parameter store, are carried
+through the program. Anything else is caught by comparing the program with the eager objective at calls that are powers
+of two, and at the end of a fit: both draw the same noise, so losses and gradients must be equal.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from inference.compiler.capture import Gradients, Untraceable, collect_gradients, is_library, traced
+from inference.compiler.capture import Gradients, Untraceable, collect_gradients, traced
 from inference.compiler.fuse import fused
 from inference.compiler.passes import lift_constants
+from inference.compiler.reads import is_library
+from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative error up to which a program agrees with the eager objective."""
-
-
-_CHECKED = frozenset((0, *(10**k for k in range(1, 10))))
 
 
 class Update(Protocol):
@@ -67,13 +67,18 @@ class Call:
     def key(self) -> tuple[Any, ...]:
         """Key of the program: everything that is a constant in it."""
         shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
-        attributes = tuple(Objective.of(self.objective).constants().items())
+        attributes = tuple((k, type(v), v) for k, v in Objective.of(self.objective).constants().items())
         return self.model, self.guide, shapes, self.static, attributes, torch.get_default_dtype()
 
     def run(self, tensors: list[Tensor]) -> Any:
         """Loss of the objective; the gradients are accumulated in the parameters."""
         args, kwargs = join_arguments(tensors, self.static)
         return self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+
+    def roots(self) -> list[Any]:
+        """Where the call may take values from that are no inputs of its program."""
+        objects = [v.value for v in self.static[0] if isinstance(v, _Same)]
+        return [self.model, self.guide, type(self.objective), *objects]
 
     def turns(self) -> dict[str, Any]:
         """Attributes that cycle (the objective's ``cycle``); each of their values has a program of its own."""
@@ -92,6 +97,7 @@ class TracedStep:
     update: Update | None = None
     names: list[str] = field(init=False)
     calls: int = field(default=0, init=False)
+    compared: int = field(default=0, init=False)  # the last call that was compared with the eager objective
     fused: bool = field(default=False, init=False)
     _turned: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -102,7 +108,10 @@ class TracedStep:
         self.names = self._parameters() if self.update is None else self.update.names
         self._form: Any = None
         self._held: list[Tensor] = []
+        self.watch = Watch(*self.call.roots())
         self.graph, self._held = self._trace()
+        self.read: list[tuple[Tensor, int]] = self.graph.meta["read"]
+        self._leave_own()
         self._run: Callable[..., Any] = self.graph
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
@@ -153,6 +162,37 @@ class TracedStep:
         store = pyro.get_param_store()._params
         return all(n in store for n in self.names) and self.training == self._training()
 
+    def follow(self) -> list[str]:
+        """Take over tensors that were put in the place of held ones; return names of other values that changed."""
+        lost = [p.name for p in self.watch.changed() if not self._replace(p)]
+        return lost + [f"a tensor of shape {tuple(t.shape)} that was read" for t, v in self.read if t._version != v]
+
+    def _replace(self, place: Place) -> bool:
+        """Hold the tensor that a place has now instead of the one that it had; False if that cannot be done."""
+        old, new = place.value, place.now()
+        if new is place.value:
+            return True
+        if not isinstance(old, Tensor) or type(old) is not type(new) or any(t is old for t, _ in self.read):
+            return False
+        places = self.watch.holding(old)
+        where = [k for k, t in enumerate(self._held) if t is old]
+        alike = _kind(old) == _kind(new) and not any(t is new for t in self._held)
+        if not where or not alike or any(p.now() is not new for p in places):
+            return False
+        for k in where:
+            self._held[k] = new
+        for p in places:
+            p.value = new
+        return True
+
+    def _leave_own(self) -> None:
+        """Watch no longer what the run itself assigns; raise Untraceable if that is a number."""
+        own = self.watch.changed()
+        for place in own:
+            if isinstance(place.value, int | float | str):
+                raise Untraceable(f"the run changes {place.name} each time; keep it in a tensor that changes in place")
+        self.watch.leave(own)
+
     def declare(self) -> None:
         """Issue the ``pyro.param`` statements, for effect handlers around the objective (those of ``SVI``)."""
         store = pyro.get_param_store()
@@ -162,8 +202,9 @@ class TracedStep:
             apply_stack(_message(name, value))
 
     def due(self, ahead: int = 1) -> bool:
-        """Whether one of the next calls is to be compared with the eager objective: calls 1, 11, 101, ..."""
-        return self.calls in _CHECKED if ahead == 1 else any(self.calls <= c < self.calls + ahead for c in _CHECKED)
+        """Whether one of the next calls is to be compared with the eager objective: calls 1, 2, 4, 8, ..."""
+        # The largest power of two up to the last of these calls lies among them.
+        return 1 << (self.calls + ahead).bit_length() - 1 > self.calls
 
     def compare_with_eager(self, call: Call) -> None:
         """Compare with the eager objective under the same noise: loss and gradients.
@@ -193,9 +234,10 @@ class TracedStep:
         if not close(got[:1], expected[:1]) or not close(got[1:], expected[1:]):
             raise Untraceable(
                 f"at call {count + 1} its loss is {sum(numbers(losses)):.7g}, that of its program {float(got[0]):.7g}, "
-                "or their gradients differ: what changes from step to step must be a tensor, an argument, or an "
-                "attribute of the objective"
+                f"or their gradients differ (calls from {self.compared + 1} on may have been wrong): what changes from "
+                "step to step must be a tensor, an argument, or an attribute of the objective"
             )
+        self.compared = count + 1
 
     def _eagerly(self, inputs: Sequence[Tensor], call: Call) -> tuple[Any, Gradients]:
         params = list(inputs[: len(self.names)])
@@ -352,6 +394,22 @@ class _Form:
         return hash(repr(self.spec))
 
 
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An argument that is equal to itself alone: a namespace, a packed sequence, an array."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+_BY_VALUE = (*PLAIN, torch.dtype, torch.device, torch.Size)
+
+
 def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     """Split arguments into their tensors and a hashable rest; :func:`join_arguments` is the inverse."""
     leaves: Any = (*args, *kwargs.values())
@@ -360,22 +418,26 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
         leaves, spec = tree_flatten((args, kwargs))
         form = _Form(spec)
     which = tuple(isinstance(v, Tensor) for v in leaves)
-    return [v for v in leaves if isinstance(v, Tensor)], (
-        tuple(v for v in leaves if not isinstance(v, Tensor)),
-        which,
-        form,
-    )
+    rest = [v for v in leaves if not isinstance(v, Tensor)]
+    fixed = tuple(v if isinstance(v, _BY_VALUE) else _Same(v) for v in rest)
+    # 1, 1.0 and True are equal, and give tensors of different types.
+    return [v for v in leaves if isinstance(v, Tensor)], (fixed, which, form, tuple(map(type, rest)))
 
 
 def join_arguments(tensors: list[Tensor], static: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments from their tensors and the rest."""
-    fixed, which, form = static
-    moving, rest = iter(tensors), iter(fixed)
+    fixed, which, form, _ = static
+    moving, rest = iter(tensors), iter([v.value if isinstance(v, _Same) else v for v in fixed])
     leaves = [next(moving) if w else next(rest) for w in which]
     if isinstance(form, _Form):
         return tree_unflatten(leaves, form.spec)
     count, names = form
     return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """All that a program may depend on in a tensor besides its values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def numbers(losses: Any) -> list[float]:

@@ -221,7 +221,7 @@ def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
     def follow(*arguments: Any) -> None:
         nonlocal moving
         chosen = kernel.transforms
-        initialize(*arguments)
+        initialize(*arguments)  # type: ignore[misc]
         moving = None if chosen else follow_supports(kernel.potential_fn, kernel._prototype_trace)
         kernel.potential_fn = moving or kernel.potential_fn
 

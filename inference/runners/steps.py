@@ -57,6 +57,7 @@ class EagerSteps:
     done: int = 0
     failure: Failure | None = None
     last: dict[str, Tensor] = field(default_factory=dict)
+    _arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
@@ -65,7 +66,7 @@ class EagerSteps:
 
     def advance(self, batches: Iterator[Rows]) -> list[Loss]:
         """Take one step and return its loss; nothing if loss or gradients are not finite, and no step is taken."""
-        arguments = self.bound.arguments(next(batches))
+        arguments = self._arguments = self.bound.arguments(next(batches))
         loss, params = gradients(self.objective, self.model, self.bound.guide, arguments)
         culprits = _not_finite(loss, params)
         if culprits is not None:
@@ -90,7 +91,9 @@ class EagerSteps:
             torch._foreach_copy_(list(self.last.values()), [params[n] for n in self.last])
 
     def check(self, now: bool = False) -> Failure | None:
-        """The step that was not finite, if there was one."""
+        """The step that was not finite, if there was one; looked at ``now``, at the end, a program is compared too."""
+        if now and self.failure is None and isinstance(self.objective, Compiled):
+            self.objective.compare(self.model, self.bound.guide, (), self._arguments)
         return self.failure
 
 
@@ -148,9 +151,16 @@ class CompiledSteps:
         good = int(self.adam.good)
         if good >= self.done:
             self.checked = self.done
+            if now:
+                self._compare()
             return None
         with pyro.validation_enabled(False):
             return self._find(good)
+
+    def _compare(self) -> None:
+        """Compare the program with the eager objective: a fit is asked ``now`` when it ends."""
+        rows = self._batches[-1] if self._batches else None
+        self.objective.compare(self.model, self.bound.guide, (), self.bound.arguments(rows), self.adam)
 
     def _find(self, good: int) -> Failure:
         """Repeat the steps since the last check, up to the one that failed, and name what is not finite."""

@@ -1,0 +1,227 @@
+r"""Find reads of a tensor's value while a computation is traced.
+
+A trace records operations on tensors. A value that is read out of a tensor as a number, a list, an array, a text or a
+size becomes a constant of the trace, and so does every branch taken on it. Such a read is refused where the tensor
+depends on an input of the trace or on noise, and the user's line is named. Tensors that depend on neither, such as the
+data of a potential or the indices of a plate, may be read: the value is right as long as nobody changes the tensor in
+place, and the version of each tensor that was read is noted, so that this can be seen.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+PACKAGE = Path(__file__).parent.parent
+"""Folder of this package."""
+
+
+LONGEST_LINE = 100
+"""Characters of a user's line in a message."""
+
+
+DOORS = (
+    "tolist",
+    "numpy",
+    "__array__",
+    "__dlpack__",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+    "__format__",
+    "__repr__",
+    "__deepcopy__",
+    "__reduce_ex__",
+)
+"""Methods that read the value of a tensor. Other operations that read are found by their tags."""
+
+
+class ReadsValue(RuntimeError):
+    """A traced computation reads the value of a tensor that depends on what is traced."""
+
+
+class Reads(TorchDispatchMode):
+    """Refuses reads of values that depend on the inputs of a trace, and notes the others.
+
+    Attributes:
+        allowed: Tensors that were read, with their versions at that time.
+        refused: The first refusal, which the traced code may have caught.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed: list[tuple[Tensor, int]] = []
+        self.refused: ReadsValue | None = None
+        self._sources: dict[Node, list[Tensor] | None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at operations whose result, or its shape, depends on values."""
+        tags = getattr(func, "tags", ())
+        if torch.Tag.data_dependent_output in tags:
+            for tensor in _tensors(args):
+                self.look(tensor, func)
+            with _disable_current_modes():
+                return func(*args, **(kwargs or {}))
+        if torch.Tag.dynamic_output_shape in tags:
+            for tensor in _deciding(func, args):
+                self.look(tensor, func)
+        return func(*args, **(kwargs or {}))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, run under this mode; a trace's own mode has to be outside of it."""
+
+        def run(*inputs: Any) -> Any:
+            with self:
+                return function(*inputs)
+
+        return run
+
+    def look(self, tensor: Tensor, by: Any) -> None:
+        """Raise ReadsValue if a tensor depends on an input or on noise; else note the tensors that it depends on."""
+        sources = self.sources(tensor)
+        if sources is not None:
+            self.allowed += [(t, t._version) for t in sources if not t.is_inference()]
+            return
+        self.refused = self.refused or ReadsValue(f"{users_line()} reads the value of a tensor by {_named(by)}")
+        raise self.refused
+
+    def sources(self, tensor: Tensor) -> list[Tensor] | None:
+        """Tensors from outside the trace on which a tensor depends; None if it depends on an input or on noise."""
+        mode = get_innermost_proxy_mode()
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        proxy: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+        return [tensor] if proxy is None else self._of_node(proxy.proxy.node)
+
+    def _of_node(self, node: Node) -> list[Tensor] | None:
+        waiting = [node]
+        while waiting:
+            last = waiting[-1]
+            missing = [n for n in last.all_input_nodes if n not in self._sources]
+            if missing:
+                waiting += missing
+                continue
+            self._sources[waiting.pop()] = self._combined(last)
+        return self._sources[node]
+
+    def _combined(self, node: Node) -> list[Tensor] | None:
+        if node.op == "get_attr":
+            mode = get_innermost_proxy_mode()
+            value: Any = None if mode is None else vars(mode.tracer)["root"]
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            return [value]
+        parts = [self._sources[n] for n in node.all_input_nodes]
+        noise = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "placeholder" or noise or any(p is None for p in parts):
+            return None
+        return list({id(t): t for p in parts for t in p or ()}.values())
+
+
+@contextmanager
+def reads_refused() -> Iterator[Reads]:
+    """Refuse reads by what runs under :meth:`Reads.around`, and raise the first refusal though the code caught it."""
+    with ExitStack() as stack:
+        reads = Reads()
+        for name in DOORS:
+            stack.enter_context(patch.object(Tensor, name, _watched(name, getattr(Tensor, name), reads)))
+        stack.enter_context(patch.object(Tensor, "item", _item(Tensor.item, reads)))
+        yield reads
+    if reads.refused is not None:
+        raise reads.refused
+
+
+def is_library(module: str) -> bool:
+    """Whether a module, by its dotted name, belongs to torch, Pyro or this package, and not to the user."""
+    package = module.partition(".")[0]
+    if package == "inference":
+        file = getattr(sys.modules.get(module), "__file__", None)
+        return file is not None and Path(file).is_relative_to(PACKAGE)
+    return package in ("torch", "pyro")
+
+
+def is_foreign(module: str) -> bool:
+    """Whether a module is a library's, of this package or another, or Python's own."""
+    if is_library(module) or module.partition(".")[0] in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and "site-packages" in file
+
+
+def users_line() -> str:
+    """File, number and text of the innermost line of the user's code that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+        if not is_foreign(module) and not file.startswith("<"):
+            code = linecache.getline(file, frame.f_lineno).strip()[:LONGEST_LINE]
+            return f"{Path(file).name}:{frame.f_lineno} ({code})"
+        frame = frame.f_back
+    return "the model"
+
+
+def _watched(name: str, original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
+    def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if get_innermost_proxy_mode() is None:
+            return original(self, *args, **kwargs)
+        if name == "__bool__" and _asks("torch.distributions.distribution"):
+            # A distribution that validates its values, though validation is off: one that was expanded before, say.
+            return True
+        reads.look(self, name)
+        with _disable_current_modes():
+            return original(self, *args, **kwargs)
+
+    return read
+
+
+def _item(original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
+    """``item`` as a tensor where the value depends on what is traced: a loss that an objective returns as a number."""
+
+    def item(self: Tensor) -> Any:
+        if get_innermost_proxy_mode() is not None and reads.sources(self) is None:
+            return self.detach()
+        if get_innermost_proxy_mode() is not None:
+            reads.look(self, "item")
+        with _disable_current_modes():
+            return original(self)
+
+    return item
+
+
+def _asks(module: str) -> bool:
+    """Whether the function that calls a door belongs to a module."""
+    return sys._getframe(2).f_globals.get("__name__") == module
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(args) if isinstance(v, Tensor)]
+
+
+def _deciding(func: Any, args: Any) -> list[Tensor]:
+    """Arguments on whose values the shape of the result depends."""
+    if func is torch.ops.aten.index.Tensor:
+        return [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    return [args[1]] if func is torch.ops.aten.masked_select.default else _tensors(args)
+
+
+def _named(by: Any) -> str:
+    if isinstance(by, str):
+        return f"{by.strip('_')}()"
+    name = by._schema.name.partition("::")[2].strip("_")
+    return {"local_scalar_dense": "item()", "index": "a boolean index"}.get(name, f"{name}()")
