@@ -66,9 +66,11 @@ class Mixture(Pair):
 
     Attributes:
         conjugate: Whether the M-step takes the prior into account.
+        bounds: Smallest and largest number of x.
     """
 
     conjugate = False
+    bounds = (-torch.finfo(torch.float64).max, torch.finfo(torch.float64).max)
 
     def __init__(
         self,
@@ -110,13 +112,13 @@ class Mixture(Pair):
             z = pyro.sample("z", dist.Categorical(logits=weights.clamp_min(1e-30).log()), obs=z)
             return pyro.sample("x", self.likelihood(*(rows_by_label(p, z) for p in parameters)), obs=x)
 
-    @checked
     def maximise(self, responsibilities: Tensor, x: Tensor, **_: Any) -> dict[str, Tensor]:
         """The M-step: the parameters, by site, that maximise the objective for responsibilities (N, K)."""
-        check_matrix("responsibilities", responsibilities, self.components)
-        if len(responsibilities) != len(x):
+        self._check_range(x)
+        if responsibilities.shape != (len(x), self.components) or not responsibilities.sum().isfinite():
+            check_matrix("responsibilities", responsibilities, self.components)
             raise ValueError(
-                f"responsibilities: expected a row for each of the {len(x)} of x, got {len(responsibilities)}"
+                f"responsibilities: expected ({len(x)}, {self.components}), got {len(responsibilities)} rows"
             )
         responsibilities = responsibilities.to(x)
         counts = responsibilities.sum(0) + COUNT_OFFSET
@@ -129,6 +131,15 @@ class Mixture(Pair):
         return self.arrange(
             {"weights": weights / weights.sum(), **self.maximise_parameters(responsibilities, counts, x)}
         )
+
+    def _check_range(self, x: Any) -> None:
+        """Check rows by their range alone, as EM does at every step; in detail if they are outside."""
+        low, high = self.bounds
+        if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == self.features and len(x):
+            smallest, largest = x.aminmax()
+            if low <= smallest and largest <= high:
+                return
+        self.check(x)
 
     def arrange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bring the components into the order that the model requires."""
@@ -299,6 +310,7 @@ class BernoulliMixture(Mixture):
     """
 
     conjugate = True
+    bounds = (0.0, 1.0)
 
     def __init__(self, features: int | Sequence[str], *, components: int, alpha: float = 0.1, **shared: Any) -> None:
         check_positive("alpha", alpha, zero=True)
