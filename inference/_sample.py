@@ -46,7 +46,8 @@ def sample(
     r"""Sample the posterior of a model by Markov chains.
 
     Finite latent sites are summed out exactly, and drawn from their posterior afterwards; ``Gibbs`` draws them in the
-    chains. The guide, if there is one, is not used.
+    chains. The guide, if there is one, is not used. A narrow mode beside a wide one may be missed by every chain; the
+    chains then agree, and no diagnostic reports it.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.

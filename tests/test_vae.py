@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from inference import fit, prior_predictive
+from inference import fit, log_evidence, prior_predictive
 from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.draws.scoring import log_joint
@@ -344,3 +344,13 @@ def test_a_gradient_reaches_both_networks() -> None:
         Trace_ELBO().loss_and_grads(pair.model, pair.guide, torch.rand(8, 6).double())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pair.parameters())
     pyro.clear_param_store()
+
+
+def test_log_evidence_of_labelled_rows_is_without_the_term_that_trains_the_classifier() -> None:
+    """The same with alpha = 50 and with none."""
+    pair, x, y = labelled()
+    found = []
+    for weight in (50.0, 0.0):
+        pair.auxiliary = weight
+        found.append(log_evidence(pair, {"x": x, "y": y}, k=50, progress=False).values)
+    torch.testing.assert_close(found[0], found[1])
