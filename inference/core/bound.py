@@ -144,7 +144,9 @@ class BoundPair:
         batch = [s.batch for s in sites.values()]
         observes = any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes)
         values: dict[str, Any] = {n: trace.nodes[n]["value"] for n, s in sites.items() if s.role == "observed"}
-        frames = [f for n in nodes for f in n["cond_indep_stack"] if f.full_size is not None]
+        # The plate of a minibatch is subsampled by its caller.
+        stacks = [n["cond_indep_stack"] for n in nodes] if self.data.get("rows") is None else []
+        frames = [f for stack in stacks for f in stack if f.full_size is not None]
         subsampled = tuple(dict.fromkeys(f.name for f in frames if f.size < f.full_size))
         params = [n["value"] for n in trace.nodes.values() if n["type"] == "param"]
         numbers = [*params, *(n["value"] for n in nodes if not n["is_observed"])]
