@@ -105,6 +105,8 @@ def _one_line(context: typer.Context) -> Iterator[None]:
         warnings.showwarning = show
         try:
             yield
+        except typer.Exit:  # a RuntimeError
+            raise
         except KeyboardInterrupt:
             _complain("interrupted")
             raise typer.Exit(INTERRUPTED) from None

@@ -198,6 +198,7 @@ def test_a_fit_that_diverges_fails_and_is_written_as_partial(run, tmp_path, monk
     for name, line in said.items():
         answer = run("fit", "naive_bayes", "--data", "iris", "--method", name, "--out", tmp_path / name)
         assert answer.exit_code == 1
+        assert answer.stderr.count("error:") == 1
         assert line in answer.stderr
         assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name.lower()}-partial.nc"]
     answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "all")
