@@ -120,7 +120,7 @@ def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, value, 0.0).flatten()
 
 
-PATCHES: dict[str, tuple[tuple[Any, str, Callable[..., Any]], ...]] = {
+PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "host reads": (
         (torch._C, "_get_tracing_state", _tracing_state),
         (Tensor, "item", lambda self: self.detach()),
