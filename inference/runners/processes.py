@@ -215,7 +215,7 @@ def _prepare(
 
 def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
     """Set a kernel up; return its potential where supports move and Pyro chose the transforms."""
-    initialize = getattr(kernel, "_initialize_model_properties", None)
+    initialize: Any = getattr(kernel, "_initialize_model_properties", None)
     moving: MovingSupports | None = None
 
     def follow(*arguments: Any) -> None:
