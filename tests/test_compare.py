@@ -569,7 +569,7 @@ def test_rows_with_latents_of_their_own_are_scored_by_particles() -> None:
 
 
 def test_a_guide_of_the_fitted_rows_alone_scores_no_others_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="held-out rows are not scored|does not broadcast") as said:
+    with pytest.warns(UserWarning, match="held-out rows are not scored|cannot be mapped") as said:
         found = compare(
             lambda: rows_with_factors(False), torch.randn(20).double(), {"SVI": FIT}, heldout=torch.zeros(3).double()
         )

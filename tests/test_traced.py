@@ -117,7 +117,7 @@ def test_a_potential_that_reads_its_draws_is_refused_and_the_line_is_named() -> 
                 make(potential, start)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not broadcast", "ignore:.*diagnosis")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped", "ignore:.*diagnosis")
 def test_chains_of_a_model_that_reads_its_draws_are_the_eager_chains() -> None:
     run = partial(sample, branching, Y[:1], draws=20, warmup=20, chains=1, progress=False)
     with pytest.warns(UserWarning, match=r"eagerly.*test_traced.py:\d+ \(if mu.tolist\(\) > 0:\) reads"):
@@ -126,7 +126,7 @@ def test_chains_of_a_model_that_reads_its_draws_are_the_eager_chains() -> None:
     assert torch.equal(compiled.draws["mu"], run(compile=False).draws["mu"])
 
 
-@pytest.mark.filterwarnings("ignore:.*does not broadcast")
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped")
 def test_a_fit_of_a_model_that_reads_its_draws_is_the_eager_fit() -> None:
     def run(compile: bool) -> Any:
         return fit((branching, AutoNormal(branching)), Y, steps=20, draws=10, compile=compile, progress=False)

@@ -197,7 +197,7 @@ def _local(bound: BoundPair) -> LocalLatents | None:
         return None
     with warnings.catch_warnings():
         # That draws run one by one is said where it takes long.
-        warnings.filterwarnings("ignore", message=".* does not broadcast over draws")
+        warnings.filterwarnings("ignore", message=".* cannot be mapped over draws")
         try:
             return probe(bound, True)
         except REFUSALS:
