@@ -222,7 +222,7 @@ def _of_rows(bound: BoundPair, seen: Mapping[str, Tensor], score: Tensor) -> Ten
 
 def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""What masks leave of each observed site, (\*plates)."""
-    first, last = (_masks(bound, {n: v[k][None] for n, v in posterior.items()}) for k in (0, -1))
+    first, last = (_masks(bound, {n: v[k] for n, v in posterior.items()}) for k in (0, -1))
     for name, mask in first.items():
         if not torch.equal(mask, last[name]):
             raise ValueError(f"the mask of {name} depends on latent sites, and az.loo takes one for all draws")
@@ -231,7 +231,7 @@ def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _masks(bound: BoundPair, draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
-        trace = engine.trace(bound, bound.model, draw, None)
+        trace = engine.trace(bound, bound.model, draw)
     return {n: _mask(trace.nodes[n], s) for n, s in bound.select("observed").items()}
 
 

@@ -138,19 +138,20 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
     if count == 1:
         return {n: v[None] for n, v in one({n: v[0] for n, v in draws.items()}).items()}
     name = "model" if half is bound.model else "guide"
+    ways = bound.memo.setdefault("ways", {})
     key, obstacle = f"{name} {getattr(wrap, '__name__', '')} given {sorted(draws)}", ""
-    if key not in bound.memo:
+    if key not in ways:
         with preserved_rng(), torch.no_grad():
             # The first run makes parameters, and shows errors as they are.
             one({n: v[0] for n, v in draws.items()})
     # A program may write to a tensor that it makes, such as the means of a recursion: each draw then has its own.
     for buffers in (False, True):
-        if bound.memo.get(key, buffers) != buffers:
+        if ways.get(key, buffers) != buffers:
             continue
         state = torch.get_rng_state()
         try:
             results = mapped(one, draws, count, device_of(bound), buffers=buffers)
-            bound.memo[key] = buffers
+            ways[key] = buffers
             return results
         except InvalidDraw as error:
             raise ValueError(f"{bound.name}: {error}") from None
@@ -158,7 +159,7 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
             torch.set_rng_state(state)
             obstacle = str(error) or type(error).__name__
     if obstacle:
-        bound.memo[key] = None
+        ways[key] = None
         _warn_slow(bound, name, obstacle)
     return _one_by_one(one, draws, count)
 

@@ -175,4 +175,4 @@ def _unscaled(trace: Any) -> Any:
 
 
 def _minibatch(bound: BoundPair, rows: Tensor) -> BoundPair:
-    return replace(bound, data=bound.arguments(rows), memo=bound.memo)
+    return replace(bound, data=bound.arguments(rows), memo={"ways": bound.memo.setdefault("ways", {})})
