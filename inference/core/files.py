@@ -32,6 +32,7 @@ def write_whole(path: str | Path, writer: Callable[[Path], Any]) -> Path:
         >>> path = write_whole(Path(folder.name) / "said.txt", lambda path: path.write_text("all of it"))
         >>> path.read_text()
         'all of it'
+        >>> folder.cleanup()
     """
     place = Path(path).resolve()
     new = place.with_name(f".{place.stem}.{secrets.token_hex(4)}{place.suffix}")
