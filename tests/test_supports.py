@@ -14,9 +14,9 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
-from inference import sample
-from inference.compiler.supports import outside_supports
+from inference import fit, sample
 from inference.core.bound import bind
+from inference.draws.scoring import outside_supports
 from inference.kernels import ChEES, Gibbs
 
 quiet = partial(sample, progress=False, compile=False)
@@ -104,6 +104,18 @@ def test_draws_of_a_guide_outside_of_a_support_that_moves_are_found() -> None:
     assert outside_supports(bound, draws) == pytest.approx({"x": share})
     inside = {"a": double(1.0, 2.0, 3.0), "x": double(0.5, 0.6, 0.7)}
     assert outside_supports(bound, inside) == {}
+
+
+def test_a_guide_that_leaves_a_moving_support_is_told() -> None:
+    def guide(y: Tensor) -> None:
+        pyro.sample("a", dist.LogNormal(double(0.5), 0.5))
+        pyro.sample("x", dist.Uniform(double(0.0), 1.5))
+
+    result = fit((below_another, guide), Y, steps=0, progress=False)
+    left = float((result.draws["x"] > result.draws["a"]).double().mean())
+    (said, *_) = result.diagnosis.advice
+    assert left > 0
+    assert said.startswith(f"{100 * left:.2g} % of the guide's draws of x have density zero")
 
 
 def test_missing_entries_do_not_wander_where_they_are_observed() -> None:

@@ -19,7 +19,6 @@ from torch.distributions import biject_to, constraints
 from torch.func import functionalize
 
 from inference.compiler.capture import Untraceable, traced
-from inference.core.bound import BoundPair
 
 TRIES = 3
 """Random points at which supports are compared."""
@@ -103,7 +102,7 @@ class _Constraining(Messenger):
         msg["value"] = self.constrained[name] = transform(value)
         msg["is_observed"] = True
         self.log_jacobian = self.log_jacobian + transform.log_abs_det_jacobian(value, msg["value"]).sum()
-        self.bounds[name] = list(_tensors(support))
+        self.bounds[name] = list(limits_of(support))
 
 
 def follow_supports(
@@ -127,7 +126,7 @@ def follow_supports(
     if not isinstance(pyros, _PEMaker) or trace is None:
         return None
     latent = {n: trace.nodes[n] for n in pyros.transforms}
-    start = {n: list(_tensors(node["fn"].support)) for n, node in latent.items()}
+    start = {n: list(limits_of(node["fn"].support)) for n, node in latent.items()}
     if not any(start.values()):
         return None
     example = {n: biject_to(node["fn"].support).inv(node["value"]) for n, node in latent.items()}
@@ -163,57 +162,16 @@ def _refuse_held(
     held.update(before)
 
 
-def _tensors(support: Any) -> Iterator[Tensor]:
+def limits_of(support: Any) -> Iterator[Tensor]:
     """The tensors in a constraint: its bounds."""
     for value in vars(support).values() if isinstance(support, constraints.Constraint) else support:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, constraints.Constraint | list | tuple):
-            yield from _tensors(value)
+            yield from limits_of(value)
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True)
     )
-
-
-def outside_supports(bound: BoundPair, draws: Mapping[str, Tensor]) -> dict[str, float]:
-    r"""Fraction of draws of each latent site that lie outside of its support, given the other sites of the same draw.
-
-    A guide whose transforms were taken from one draw of the model, as those of Pyro's autoguides are, leaves a support
-    that moves with another latent site.
-
-    Args:
-        bound: The pair and its data.
-        draws: Draws by site, (S, \*shape).
-
-    Returns:
-        The sites with a positive fraction; empty where no support moves.
-    """
-    names = [n for n, s in bound.select("latent").items() if n in draws and not s.discrete]
-
-    def inside(values: Mapping[str, Tensor]) -> dict[str, tuple[list[Tensor], Tensor]]:
-        conditioned = poutine.condition(bound.model, data=dict(values))
-        with poutine.block():
-            trace: Any = poutine.trace(conditioned).get_trace(**bound.arguments())
-        nodes = {n: trace.nodes[n] for n in names}
-        return {n: (list(_tensors(v["fn"].support)), v["fn"].support.check(v["value"]).all()) for n, v in nodes.items()}
-
-    size = len(next(iter(draws.values()))) if draws else 0
-    with torch.no_grad():
-        ends = [inside({n: v[k] for n, v in draws.items()}) for k in sorted({0, size // 2, size - 1} - {-1})]
-        moving = [n for n in names if any(not _same(ends[0][n][0], e[n][0]) for e in ends)]
-        if not moving:
-            return {}
-
-        def checked(*values: Tensor) -> Tensor:
-            return torch.stack([inside(dict(zip(draws, values, strict=True)))[n][1] for n in moving])
-
-        try:
-            mapped: Any = torch.vmap(traced(functionalize(checked), *(v[0] for v in draws.values())))
-            held = mapped(*draws.values())
-        except Untraceable:
-            held = torch.stack([checked(*row) for row in zip(*draws.values(), strict=True)])
-    shares = {n: float((~h).double().mean()) for n, h in zip(moving, held.T, strict=True)}
-    return {n: share for n, share in shares.items() if share > 0}

@@ -154,8 +154,19 @@ def judge_guide(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> 
     if not any((v != v[:1]).any() for v in draws.values()):
         return GuideCheck()
     with preserved_rng(), pyro.validation_enabled(False):
+        outside = scoring.outside_supports(bound, draws)
+        if outside:
+            return GuideCheck(faults=tuple(map(_outside, outside, outside.values())), unjudged=("Pareto k: see above",))
         rows = _local(bound)
         return _judge_rows(bound, rows) if rows is not None else _judge_jointly(bound, draws, density)
+
+
+def _outside(name: str, fraction: float) -> str:
+    return (
+        f"{100 * fraction:.2g} % of the guide's draws of {name} have density zero: its support moves with other sites, "
+        "and the guide keeps that of one draw; use sample(), or write the site by one of fixed support "
+        "(x = a * u in place of x ~ Uniform(0, a))."
+    )
 
 
 def _faults(bound: BoundPair) -> tuple[str, ...]:

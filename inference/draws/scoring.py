@@ -16,8 +16,9 @@ from pyro import poutine
 from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 
+from inference.compiler.supports import limits_of
 from inference.core.bound import BoundPair, Site
-from inference.draws.engine import Draws, check_draws, contract, enumerated, run, sample_names
+from inference.draws.engine import Draws, check_draws, contract, enumerated, run, sample_names, trace
 
 
 def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
@@ -115,3 +116,32 @@ def _score_of_site(node: Any, site: Site) -> Tensor:
     value = node["fn"].log_prob(node["value"])
     value = pyro.distributions.util.scale_and_mask(value, node["scale"], node["mask"])
     return value.expand(site.shape[: site.batch])
+
+
+@torch.no_grad()
+def outside_supports(bound: BoundPair, draws: Draws) -> dict[str, float]:
+    """Fraction of draws of each latent site outside of its support, given the other sites of the same draw.
+
+    A guide whose transforms were taken from one draw of the model, as those of Pyro's autoguides are, leaves a support
+    that moves with another latent site.
+
+    Returns:
+        The sites with a positive fraction; empty where no support moves.
+    """
+    names = [n for n, s in bound.select("latent").items() if n in draws and not s.discrete]
+
+    def limits(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        nodes = trace(bound, bound.model, values).nodes
+        return {n: list(limits_of(nodes[n]["fn"].support)) for n in names}
+
+    def inside(trace: Any) -> dict[str, Tensor]:
+        return {n: trace.nodes[n]["fn"].support.check(trace.nodes[n]["value"]).all() for n in moving}
+
+    if not names:
+        return {}
+    first, last = (limits({n: v[k] for n, v in draws.items()}) for k in (0, -1))
+    moving = [n for n in names if not all(map(torch.equal, first[n], last[n]))]
+    if not moving:
+        return {}
+    fractions = {n: float((~v).double().mean()) for n, v in run(bound, bound.model, draws, None, inside).items()}
+    return {n: fraction for n, fraction in fractions.items() if fraction > 0}
