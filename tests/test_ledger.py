@@ -153,7 +153,8 @@ def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_pa
     assert "quick: not comparable" in answer.stdout
     assert "published" in answer.stdout
     (record,) = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-    assert record["quick"] and record["figure"] > 0
+    # A generator of a few steps may make no row that passes for data.
+    assert record["quick"] and record["figure"] >= 0
     again = record["details"].get("the same by numpy", record["details"]["figure"])
     assert again == pytest.approx(record["details"]["figure"], rel=1e-5)
 

@@ -25,7 +25,6 @@ from inference import Result
 from inference.core.bound import bind
 from inference.draws.scoring import rowwise
 from ppl_models.data.sets import load
-from ppl_models.data.simulate import simulate_naive_bayes
 from ppl_models.models.naive_bayes import (
     BernoulliNaiveBayes,
     Counts,
@@ -519,11 +518,19 @@ def test_nuts_with_labels_missing_agrees_with_the_sum_over_all_ways_to_label(fam
 
 @pytest.mark.parametrize("known", ["partly", "not at all"])
 def test_labels_of_separated_classes_are_recovered(known: str) -> None:
-    data, truth = simulate_naive_bayes(400, features=12, classes=3, seed=2, dtype=torch.float64)
+    # Class k has the mean 3 in four features of its own: two classes are 3 * sqrt(8) = 8.5 standard deviations apart.
+    truth = 3.0 * torch.eye(3, dtype=torch.float64).repeat_interleave(4, 1)
+    torch.manual_seed(2)
+    labels = torch.randint(3, (400,))
+    data = {"x": truth[labels] + torch.randn(400, 12, dtype=torch.float64), "y": labels}
     y = missing(data["y"], every=20)
     given = {"x": data["x"], "y": y} if known == "partly" else {"x": data["x"]}
-    # Without labels the classes have no names: each start of the means settles which is which.
-    result = inference.fit(GaussianNaiveBayes(12, 3).double(), given, steps=500, draws=200, progress=False, seed=1)
+    # Without labels the classes have no names, and a start may put two of them into one: the best of several counts.
+    results = [
+        inference.fit(GaussianNaiveBayes(12, 3).double(), given, steps=500, draws=200, progress=False, seed=seed)
+        for seed in range(4)
+    ]
+    result = min(results, key=lambda r: r.losses[-50:].mean())
     posterior = result.idata.posterior["y"]
     assert posterior.dims == ("chain", "draw", "rows")
     mode = torch.as_tensor(scipy.stats.mode(posterior.values.reshape(200, 400), axis=0).mode)
@@ -532,7 +539,7 @@ def test_labels_of_separated_classes_are_recovered(known: str) -> None:
         names = torch.stack([torch.bincount(data["y"][mode == k], minlength=3).argmax() for k in range(3)])
     assert (names[mode] == data["y"]).double().mean() > 0.97
     means = result.draws["means"].mean(0)
-    assert (means - truth["means"][names]).abs().max() < 0.5
+    assert (means - truth[names]).abs().max() < 0.5
     if known == "partly":
         assert (torch.as_tensor(posterior.values[0, :, ::20]) == data["y"][::20]).all()
 

@@ -130,7 +130,9 @@ def test_pyros_weights_for_all_rows_at_once_fail_on_rows(alone) -> None:
     def effective(log_weights: Tensor) -> float:
         return float((1 / log_weights.softmax(0).square().sum(0)).mean())
 
-    assert effective(ratio) > 15 > 3 > effective(ratio.sum(1))
+    # Of fifty particles: many for a row, hardly more than one for 64 rows at once.
+    assert effective(ratio) > 3 * effective(ratio.sum(1))
+    assert effective(ratio.sum(1)) < 3
     # What the rows' posterior is taken for: that of a single particle is either 0 or 1.
     z = guide_trace.nodes["z_1"]["value"]
     by_row = torch.einsum("in,inu->nu", ratio.softmax(0), z)
