@@ -76,7 +76,8 @@ def to_idata(
         left_out: Takes the reason for each group that is left out.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
-    ``/`` in a name, which NetCDF does not allow, becomes ``_``, with a warning. Deterministic sites and posterior draws
+    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and the
+    attribute ``site`` has the name of the site. Deterministic sites and posterior draws
     of summed-out sites are added. A group that cannot be computed is left out with a warning, and so are predictive
     groups of more than ``STORED`` numbers and a log likelihood that would read more than ``SCORED``.
 
@@ -123,7 +124,7 @@ def to_idata(
     if "posterior" in kept:
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior: ArviZ knows no empty group.
-    return az.InferenceData(attrs=notes, **_renamed(bound, kept))  # type: ignore[arg-type]
+    return az.InferenceData(attrs=notes, **_renamed(kept))  # type: ignore[arg-type]
 
 
 def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
@@ -285,17 +286,17 @@ def allowed_names(names: Iterable[str]) -> dict[str, str]:
     return {n: found[n] for n in listed}
 
 
-def _renamed(bound: BoundPair, datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-    """Datasets with names that NetCDF takes, the same in all of them; told once for a pair."""
+def _renamed(datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Datasets with names that NetCDF takes, the same in all of them; the attribute ``site`` has a site's own."""
     names = allowed_names(str(n) for d in datasets.values() for n in (*d.variables, *d.dims))
     changed = {n: new for n, new in names.items() if n != new}
     if not changed:
         return datasets
-    if "renamed" not in bound.memo:
-        bound.memo["renamed"] = True
-        said = ", ".join(f"{n} as {new}" for n, new in list(changed.items())[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        warnings.warn(f"{bound.name}: NetCDF takes no / in a name: idata has {said}{more}", stacklevel=5)
-    return {
+    renamed = {
         g: d.rename({n: v for n, v in changed.items() if n in d.variables or n in d.dims}) for g, d in datasets.items()
     }
+    for dataset in renamed.values():
+        for name, new in changed.items():
+            if new in dataset.variables:
+                dataset[new].attrs["site"] = name
+    return renamed

@@ -68,11 +68,13 @@ class Conditionals(Rowwise):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size((*sample_shape, *self.batch_shape))
         rows = max(shape.numel(), 1)
-        which = torch.randint(len(self.logits), (rows,), device=self.like.device)
         x = torch.full((rows, *self.event_shape), torch.nan, dtype=self.like.dtype, device=self.like.device)
-        drawn = torch.empty_like(x)
-        for k in which.unique().tolist():
-            drawn[which == k], _ = self.complete(x[which == k], k)
+        drawn, _ = self.complete(x)
+        if len(self.logits) > 1:
+            # Every row is drawn in every order and takes one: which rows an order has would steer the program.
+            which = torch.randint(len(self.logits), (rows, 1), device=self.like.device)
+            for k in range(1, len(self.logits)):
+                drawn = torch.where(which == k, self.complete(x, k)[0], drawn)
         return drawn.reshape(*shape, *self.event_shape)
 
     def complete(self, x: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
