@@ -207,6 +207,13 @@ def correlated(y: Tensor) -> None:
         pyro.sample("y", dist.MultivariateNormal(d, scale_tril=L), obs=rows)
 
 
+def process(y: Tensor) -> None:
+    x = torch.linspace(0.0, 1.0, len(y))
+    length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
+    covariance = torch.exp(-0.5 * ((x[:, None] - x) / length) ** 2) + torch.eye(len(y))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(y)), covariance), obs=y)
+
+
 def looked_up(y: Tensor) -> None:
     with pyro.plate("levels", 3):
         level = pyro.sample("level", dist.Normal(0.0, 1.0))
@@ -247,6 +254,7 @@ PLAIN = [
     regression,
     bounded,
     correlated,
+    process,
     looked_up,
     indexed_by_a_mask,
     counted,

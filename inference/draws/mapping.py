@@ -24,7 +24,7 @@ import pyro
 import torch
 from pyro.ops import special
 from torch import Tensor
-from torch.distributions import Distribution, dirichlet
+from torch.distributions import Distribution, constraints, dirichlet
 from torch.overrides import TorchFunctionMode
 
 from inference.compiler.capture import is_library
@@ -60,6 +60,7 @@ _NEW = {
 }
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _WARNINGS = {pyro.util.warn_if_nan.__code__, pyro.util.warn_if_inf.__code__}
+_POSITIVE_DEFINITE = type(constraints.positive_definite).check.__code__
 _CHECKS = {Distribution.__init__.__code__, Distribution._validate_sample.__code__}
 
 
@@ -147,6 +148,9 @@ class _Rules(TorchFunctionMode):
         frame = sys._getframe(2)
         if frame.f_code in _WARNINGS:
             return False
+        if frame.f_code is _POSITIVE_DEFINITE:
+            self.checks.append(("expected a symmetric matrix", torch.as_tensor(frame.f_locals["sym_check"]).all()))
+            return True
         if frame.f_code not in _CHECKS:
             return Tensor.__bool__(value)
         known = frame.f_locals
