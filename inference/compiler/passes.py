@@ -211,3 +211,141 @@ def is_view(node: Node) -> bool:
     # An in-place operation returns its argument too, but that has no other name.
     views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
     return node.op == "get_attr" or views
+
+
+def constants_of(graph: GraphModule) -> dict[Node, Any]:
+    """Values of the nodes that depend on no input, views included."""
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = constant_of(graph, str(node.target)).detach()
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known
+
+
+def out_of_place(graph: GraphModule) -> bool:
+    """Replace in-place operations on tensors without views by others; False if one is left."""
+    for node in list(graph.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        changed = node.args[0]
+        namespace, _, name = schema.name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), name[:-1], None) if name.endswith("_") else None
+        target = getattr(packet, schema.overload_name or "default", None)
+        if target is None or changed.op != "call_function" or is_view(changed) or any(map(is_view, changed.users)):
+            return False
+        value, result = changed.meta["val"], node.meta["val"]
+        if value.dtype != result.dtype or value.shape != result.shape:
+            return False
+        node.target = target
+        for user in [u for u in changed.users if node < u]:
+            user.replace_input_with(changed, node)
+    graph.recompile()
+    return True
+
+
+def simplify(graph: GraphModule) -> GraphModule:
+    """Drop copies of names, operations that were made before, and what nobody uses, from a graph without gradients."""
+    aten, known = torch.ops.aten, dict[Any, Node]()
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            continue
+        key = node.op, str(node.target), repr((node.args, sorted(node.kwargs.items())))
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def collect_selections(graph: GraphModule) -> GraphModule:
+    """Take many slices of one tensor by one operation, and put their gradients together by one.
+
+    A loop over the rows of a tensor selects each of them, and its gradient adds a tensor that is zero but for one row
+    for each, which takes time quadratic in their number.
+    """
+    aten, chosen = torch.ops.aten, dict[Any, list[Node]]()
+    for node in graph.graph.nodes:
+        if node.target is aten.select.int:
+            chosen.setdefault((node.args[0], node.args[1]), []).append(node)
+    for (source, dim), nodes in chosen.items():
+        if len(nodes) < FEW:
+            continue
+        size = source.meta["val"].shape[dim]
+        with graph.graph.inserting_after(source):
+            rows = graph.graph.call_function(aten.unbind.int, (source, dim))
+        for node in nodes:
+            with graph.graph.inserting_after(rows):
+                row = graph.graph.call_function(operator.getitem, (rows, node.args[2] % size))
+            row.meta = dict(node.meta)
+            node.replace_all_uses_with(row)
+            graph.graph.erase_node(node)
+    for node in reversed(list(graph.graph.nodes)):
+        if _adds(node) and not (len(node.users) == 1 and _adds(next(iter(node.users)))):
+            _stack_rows(graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+FEW = 4
+"""Slices of one tensor from which they are taken together."""
+
+
+def _adds(node: Node) -> bool:
+    return node.target is torch.ops.aten.add.Tensor and len(node.all_input_nodes) == len(node.args) and not node.kwargs
+
+
+def _stack_rows(graph: GraphModule, total: Node) -> None:
+    """Replace the gradients of single rows in a sum by one tensor of all rows."""
+    aten, terms, waiting = torch.ops.aten, list[Node](), [total]
+    while waiting:
+        node = waiting.pop()
+        if node is total or (_adds(node) and len(node.users) == 1):
+            waiting += node.all_input_nodes if len(node.all_input_nodes) == 2 else []
+        else:
+            terms.append(node)
+    kinds: dict[Any, dict[int, Node]] = {}
+    rest = []
+    for term in terms:
+        if term.target is aten.select_backward.default and len(term.users) == 1:
+            gradient, sizes, dim, index = term.args
+            rows = kinds.setdefault((tuple(sizes), dim % len(sizes)), {})
+            if index % sizes[dim] not in rows:
+                rows[index % sizes[dim]] = gradient
+                continue
+        rest.append(term)
+    if not any(len(rows) >= FEW for rows in kinds.values()):
+        return
+    with graph.graph.inserting_before(total):
+        for (sizes, dim), rows in kinds.items():
+            some = next(iter(rows.values()))
+            zero = graph.graph.call_function(aten.zeros_like.default, (some,)) if len(rows) < sizes[dim] else None
+            rest.append(
+                graph.graph.call_function(aten.stack.default, ([rows.get(k, zero) for k in range(sizes[dim])], dim))
+            )
+        made = rest[0]
+        for term in rest[1:]:
+            made = graph.graph.call_function(aten.add.Tensor, (made, term))
+    made.meta = dict(total.meta)
+    total.replace_all_uses_with(made)
+    graph.graph.erase_node(total)
+
+
+def is_pure(graph: GraphModule) -> bool:
+    """Whether no operation of a graph changes a tensor in place."""
+    schemas = (getattr(n.target, "_schema", None) for n in graph.graph.nodes)
+    return not any(s is not None and s.is_mutable for s in schemas)

@@ -40,6 +40,22 @@ MAX_FUSED_NODES = 3000
 compiler an hour and gigabytes."""
 
 
+PIECED_NODES = 1000
+"""Nodes of one chain's graph from which it is cut into pieces that repeat, if it has any."""
+
+
+PIECE_NODES, PIECE_LEAST = 300, 100
+"""Nodes of a piece at most, and of a stretch that repeats at least: inductor takes 3 to 6 s for 300."""
+
+
+PIECE_USES = 3
+"""Uses of a program from which it is compiled."""
+
+
+PIECES_COVER = 0.5
+"""Share of a graph that has to repeat."""
+
+
 NUMBERS_PER_DISPATCH = 2000
 """Numbers that are computed in the time in which one operation is dispatched."""
 
