@@ -86,8 +86,9 @@ class Pieces:
 
     @property
     def worth(self) -> list[_Program]:
-        """Programs that repeat often enough to be compiled."""
-        return [p for p in self._programs.values() if p.uses >= policy.PIECE_USES]
+        """Programs that are to be compiled: those that make up most operations."""
+        long = [p for p in self._programs.values() if p.nodes >= policy.PIECE_NODES // 10]
+        return sorted(long, key=lambda p: -p.nodes * p.uses)[: policy.PIECE_PROGRAMS]
 
     @property
     def nodes(self) -> int:
@@ -95,7 +96,7 @@ class Pieces:
         return int(sum(p.nodes**2 for p in self.worth) ** 0.5)
 
     def fuse(self, *inputs: Tensor) -> None:
-        """Compile the programs that repeat, at inputs of the shapes of later calls."""
+        """Compile the programs that are worth it, at inputs of the shapes of later calls."""
         values, chosen = self._started(inputs), {id(p) for p in self.worth}
         for piece in self._pieces:
             if id(piece.program) in chosen and piece.program.run == piece.program.graph.forward:
@@ -163,7 +164,8 @@ def periods(labels: np.ndarray, first: int = 0) -> list[tuple[int, int, int]]:
 
 def _grouped(first: int, last: int, period: int) -> list[tuple[int, int]]:
     """Pieces of several periods each, so many that few periods are left over."""
-    rounds, most = (last - first) // period, max(1, policy.PIECE_NODES // period)
+    rounds = (last - first) // period
+    most = max(1, min(policy.PIECE_NODES // period, rounds // policy.PIECE_USES))
     each = min(range(max(1, most // 2), most + 1), key=lambda k: (rounds % k, -k))
     size = each * period
     bounds = [(k, k + size) for k in range(first, first + rounds // each * size, size)]

@@ -48,8 +48,12 @@ PIECE_NODES, PIECE_LEAST = 300, 100
 """Nodes of a piece at most, and of a stretch that repeats at least: inductor takes 3 to 6 s for 300."""
 
 
-PIECE_USES = 3
-"""Uses of a program from which it is compiled."""
+PIECE_USES = 6
+"""Pieces into which a stretch that repeats is cut at least: the first and the last differ from those between."""
+
+
+PIECE_PROGRAMS = 8
+"""Distinct pieces that are compiled at most, at 1 to 4 s each."""
 
 
 PIECES_COVER = 0.5
