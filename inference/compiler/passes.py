@@ -219,7 +219,7 @@ def constants_of(graph: GraphModule) -> dict[Node, Any]:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known[node] = constant_of(graph, str(node.target)).detach()
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _is_noise(node):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known
@@ -257,9 +257,7 @@ def simplify(graph: GraphModule) -> GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            continue
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if _is_noise(node) or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
             continue
         key = node.op, str(node.target), repr((node.args, sorted(node.kwargs.items())))
         first = known.setdefault(key, node)
@@ -349,3 +347,7 @@ def is_pure(graph: GraphModule) -> bool:
     """Whether no operation of a graph changes a tensor in place."""
     schemas = (getattr(n.target, "_schema", None) for n in graph.graph.nodes)
     return not any(s is not None and s.is_mutable for s in schemas)
+
+
+def _is_noise(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

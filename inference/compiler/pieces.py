@@ -9,7 +9,7 @@ the piece.
 
 from __future__ import annotations
 
-from collections import Counter
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,7 @@ class Pieces:
     @property
     def worth(self) -> list[_Program]:
         """Programs that are to be compiled: those that make up most operations."""
-        long = [p for p in self._programs.values() if p.nodes >= policy.PIECE_NODES // 10]
+        long = [p for p in self._programs.values() if p.nodes * p.uses >= policy.PIECE_NODES // 10]
         return sorted(long, key=lambda p: -p.nodes * p.uses)[: policy.PIECE_PROGRAMS]
 
     @property
@@ -129,12 +129,18 @@ def cut(graph: GraphModule) -> list[tuple[int, int]] | None:
     if not out_of_place(graph):
         return None
     collect_selections(simplify(graph))
+    for node in [n for n in graph.graph.nodes if n.target is operator.getitem]:
+        node.args[0].append(node)
     constants = constants_of(graph)
     operations = _operations(graph, constants)
     labels: dict[Any, int] = {}
     numbers = np.array([labels.setdefault(_label(n, constants), len(labels)) for n in operations])
     bounds, covered, end = [], 0, 0
     for first, last, period in sorted(periods(numbers)):
+        # What has several results stays together with them: a piece takes and gives tensors.
+        first = next((k for k in range(first, last) if operations[k].target is not operator.getitem), last)
+        while last < len(operations) and operations[last].target is operator.getitem:
+            last -= 1
         bounds += [(end, first)] if end < first else []
         bounds += _grouped(first, last, period)
         covered, end = covered + last - first, last
@@ -168,6 +174,8 @@ def _grouped(first: int, last: int, period: int) -> list[tuple[int, int]]:
     most = max(1, min(policy.PIECE_NODES // period, rounds // policy.PIECE_USES))
     each = min(range(max(1, most // 2), most + 1), key=lambda k: (rounds % k, -k))
     size = each * period
+    if not rounds:
+        return [(first, last)] if first < last else []
     bounds = [(k, k + size) for k in range(first, first + rounds // each * size, size)]
     return bounds + ([(bounds[-1][1], last)] if bounds[-1][1] < last else [])
 
@@ -200,8 +208,3 @@ def _extracted(operations: Sequence[Node]) -> tuple[GraphModule, list[Node], lis
         copies[node]._rename(f"v{len(copies)}")
     graph.output([copies[n] for n in results])
     return GraphModule({}, graph), inputs, results
-
-
-def counted(pieces: Pieces) -> Counter[int]:
-    """Uses of each distinct program by its number of operations."""
-    return Counter({p.nodes: p.uses for p in pieces._programs.values()})

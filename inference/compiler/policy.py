@@ -52,8 +52,8 @@ PIECE_USES = 6
 """Pieces into which a stretch that repeats is cut at least: the first and the last differ from those between."""
 
 
-PIECE_PROGRAMS = 8
-"""Distinct pieces that are compiled at most, at 1 to 4 s each."""
+PIECE_PROGRAMS = 12
+"""Distinct pieces that are compiled at most, at 1 to 3 s each."""
 
 
 PIECES_COVER = 0.5
