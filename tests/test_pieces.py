@@ -13,9 +13,10 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.compiler.capture import traced
-from inference.compiler.passes import collect_selections, out_of_place, simplify
+from inference.compiler.passes import out_of_place, simplify
 from inference.compiler.pieces import periods
 from inference.compiler.potential import BatchedPotential
+from inference.compiler.selections import collect_selections
 
 CHAINS = 5
 

@@ -24,7 +24,8 @@ from torch.fx.node import map_arg
 from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.fuse import fused
-from inference.compiler.passes import collect_selections, constants_of, out_of_place, share_products, simplify
+from inference.compiler.passes import constants_of, out_of_place, share_products, simplify
+from inference.compiler.selections import collect_selections
 
 
 @dataclass
