@@ -24,15 +24,16 @@ from torch.fx.node import map_arg
 from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.fuse import fused
-from inference.compiler.passes import constants_of, out_of_place, share_products, simplify
+from inference.compiler.passes import constants_of, is_view, out_of_place, share_products, simplify
 from inference.compiler.selections import collect_selections
 
 
 @dataclass
 class _Program:
-    """What equal pieces share: operations, the graph of many chains, and what runs it."""
+    """What equal pieces share: operations, their number beyond that of inputs and results, the graph, what runs it."""
 
     nodes: int
+    gain: int
     graph: GraphModule
     run: Callable[..., Any]
     uses: int = 0
@@ -88,7 +89,8 @@ class Pieces:
     @property
     def worth(self) -> list[_Program]:
         """Programs that are to be compiled: those that make up most operations."""
-        long = [p for p in self._programs.values() if p.nodes * p.uses >= policy.PIECE_NODES // 10]
+        # A stack of hundreds of rows takes a compiler a minute and gains nothing.
+        long = [p for p in self._programs.values() if p.gain > 0 and p.nodes * p.uses >= policy.PIECE_NODES // 10]
         return sorted(long, key=lambda p: -p.nodes * p.uses)[: policy.PIECE_PROGRAMS]
 
     @property
@@ -120,7 +122,8 @@ class Pieces:
         if key not in self._programs:
             mapped = traced(functionalize(torch.vmap(graph, dims)), *given)
             mapped = share_products(simplify(mapped))
-            self._programs[key] = _Program(len(operations), mapped, mapped.forward)
+            gain = sum(not is_view(n) for n in operations) - len(inputs) - len(results)
+            self._programs[key] = _Program(len(operations), gain, mapped, mapped.forward)
         self._programs[key].uses += 1
         return _Piece(self._programs[key], places, tuple(self._places[n] for n in results))
 

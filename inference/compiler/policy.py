@@ -45,7 +45,7 @@ PIECED_NODES = 1000
 
 
 PIECE_NODES, PIECE_LEAST = 300, 100
-"""Nodes of a piece at most, and of a stretch that repeats at least: inductor takes 3 to 6 s for 300."""
+"""Nodes of a piece at most, and of a stretch that repeats at least: inductor takes 1 to 4 s for 300."""
 
 
 PIECE_USES = 6
@@ -53,7 +53,7 @@ PIECE_USES = 6
 
 
 PIECE_PROGRAMS = 12
-"""Distinct pieces that are compiled at most, at 1 to 3 s each."""
+"""Distinct pieces that are compiled at most, at 1 to 4 s each."""
 
 
 PIECES_COVER = 0.5
