@@ -211,3 +211,69 @@ def is_view(node: Node) -> bool:
     # An in-place operation returns its argument too, but that has no other name.
     views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
     return node.op == "get_attr" or views
+
+
+def constants_of(graph: GraphModule) -> dict[Node, Any]:
+    """Values of the nodes that depend on no input, views included."""
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = constant_of(graph, str(node.target)).detach()
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _is_noise(node):
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known
+
+
+def out_of_place(graph: GraphModule) -> bool:
+    """Replace in-place operations on tensors without views by others; False if one is left."""
+    for node in list(graph.graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        changed = node.args[0]
+        namespace, _, name = schema.name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), name[:-1], None) if name.endswith("_") else None
+        target = getattr(packet, schema.overload_name or "default", None)
+        if target is None or changed.op != "call_function" or is_view(changed) or any(map(is_view, changed.users)):
+            return False
+        value, result = changed.meta["val"], node.meta["val"]
+        if value.dtype != result.dtype or value.shape != result.shape:
+            return False
+        node.target = target
+        for user in [u for u in changed.users if node < u]:
+            user.replace_input_with(changed, node)
+    graph.recompile()
+    return True
+
+
+def simplify(graph: GraphModule) -> GraphModule:
+    """Drop copies of names, operations that were made before, and what nobody uses, from a graph without gradients."""
+    aten, known = torch.ops.aten, dict[Any, Node]()
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+            continue
+        if _is_noise(node) or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            continue
+        key = node.op, str(node.target), repr((node.args, sorted(node.kwargs.items())))
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def is_pure(graph: GraphModule) -> bool:
+    """Whether no operation of a graph changes a tensor in place."""
+    schemas = (getattr(n.target, "_schema", None) for n in graph.graph.nodes)
+    return not any(s is not None and s.is_mutable for s in schemas)
+
+
+def _is_noise(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -40,6 +40,26 @@ MAX_FUSED_NODES = 3000
 compiler an hour and gigabytes."""
 
 
+PIECED_NODES = 1000
+"""Nodes of one chain's graph from which it is cut into pieces that repeat, if it has any."""
+
+
+PIECE_NODES, PIECE_LEAST = 300, 100
+"""Nodes of a piece at most, and of a stretch that repeats at least: inductor takes 1 to 4 s for 300."""
+
+
+PIECE_USES = 6
+"""Pieces into which a stretch that repeats is cut at least: the first and the last differ from those between."""
+
+
+PIECE_PROGRAMS = 12
+"""Distinct pieces that are compiled at most, at 1 to 4 s each."""
+
+
+PIECES_COVER = 0.5
+"""Share of a graph that has to repeat."""
+
+
 NUMBERS_PER_DISPATCH = 2000
 """Numbers that are computed in the time in which one operation is dispatched."""
 

@@ -25,11 +25,13 @@ from inference.compiler.layout import rearrange
 from inference.compiler.passes import (
     chains_last,
     fold_constants,
+    is_pure,
     is_view,
     lift_constants,
     pack_constants,
     share_products,
 )
+from inference.compiler.pieces import Pieces, cut
 from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
@@ -155,11 +157,14 @@ class BatchedPotential:
         # Positions and gradients (D, chains): chains are contiguous in memory.
         self.forward: Callable[..., Any] = chains_last(self._loop)
         self.code, self.operations, self.nodes = "", 0, 0
+        self.pieces: Pieces | None = None
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
             recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
-            one = traced(functionalize(recorded), *inputs)
+            self.pieces = self._cut(recorded, (many, *given))
+        if not eager and self.pieces is None:
+            one = recorded if is_pure(recorded) else traced(functionalize(recorded), *inputs)
             graph = fold_constants(share_products(traced(functionalize(torch.vmap(one)), many, *given)))
             packed, call = pack_constants(rearrange(graph), len(given), lift_constants(graph))
             self.held = [*given, *packed]
@@ -167,9 +172,22 @@ class BatchedPotential:
             self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
+        if not eager:
             steps = torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
             for reach in REACHES:
                 self.check(many + reach * steps)
+
+    def _cut(self, recorded: GraphModule, inputs: tuple[Tensor, ...]) -> Pieces | None:
+        """The graph of one chain in pieces, if it is long and repeats itself."""
+        if count_nodes(recorded) < policy.PIECED_NODES:
+            return None
+        bounds = cut(recorded)
+        if bounds is None:
+            return None
+        pieces = Pieces(recorded, bounds, inputs)
+        self.forward = chains_last(pieces)
+        self.operations, self.nodes = pieces.operations, pieces.nodes
+        return pieces
 
     def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""

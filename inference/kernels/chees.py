@@ -185,6 +185,11 @@ class ChEES(BatchedKernel):
         """Compile the block of transitions, and run it once so that compilation happens here."""
         if self.execution != "traced" or not has_compiler():
             return
+        if self._density.pieces is not None:
+            with quietly(), torch.no_grad():
+                self._density.pieces.fuse(self._chains.position.mT, *self._density.held)
+            self.execution = "fused"
+            return
         if self._density.like.device.type == "cpu":
             shapes = tuple(
                 (t.shape, t.stride(), t.dtype) for t in (self._chains.position, *self._metric, *self._density.held)
