@@ -8,6 +8,7 @@ own generator, so that a program draws what the eager computation draws.
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 import warnings
@@ -25,6 +26,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.fx import GraphModule
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inference.compiler.passes import masks_to_indices, normalise_noise
@@ -48,7 +50,7 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
         Untraceable: The function reads the value of a tensor that depends on its inputs; the message has the line of
             the user's code and the last site before it. Or it fails, where it does not fail outside a trace.
     """
-    with preserved_rng(), without_host_reads(), _LastSite() as last:
+    with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
         try:
             with reads_refused() as reads:
                 graph = make_fx(reads.around(function))(*inputs)
@@ -64,6 +66,18 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     masks_to_indices(graph)
     graph.recompile()
     return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Run without Python's garbage collection: a full one looks at all of torch and Pyro, for as long as a trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -92,7 +106,8 @@ _COLLECTING: list[list[Tensor]] = []
 
 
 def _backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
-    params = _COLLECTING[-1]
+    # Parameters may be frozen.
+    params = [p for p in _COLLECTING[-1] if p.requires_grad]
     gradients = torch.autograd.grad(
         loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
@@ -118,6 +133,18 @@ def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, value, 0.0).flatten()
 
 
+def _fake(value: Any, include_real: bool = False) -> Any:
+    # torch makes a mode for each tensor and dispatches through it, for a third of the time of a trace.
+    if type(value) is not Tensor or value.layout is not torch.strided:
+        return _extract_val(value, include_real=include_real)
+    empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return fake_tensor.FakeTensor(_FAKE, empty, value.device)
+
+
+_extract_val = proxy_tensor.extract_val
+_FAKE = fake_tensor.FakeTensorMode(allow_fallback_kernels=True)
+
+
 PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "host reads": (
         (torch._C, "_get_tracing_state", _tracing_state),
@@ -125,6 +152,7 @@ PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
         (pyro.util, "torch_isinf", lambda value: False),
         (torch.nn.functional, "one_hot", _one_hot),
         (Tensor, "masked_select", _masked_select),
+        (proxy_tensor, "extract_val", _fake),
         # Of each tensor torch records Python's whole stack, which takes a fifth of the time of tracing.
         (fake_tensor, "traceback", SimpleNamespace(extract_stack=lambda: None)),
     ),
