@@ -107,7 +107,7 @@ def _frozen_kept() -> Iterator[None]:
     def setdefault(name: str, value: Any, *constraint: Any, **named: Any) -> Tensor:
         frozen = isinstance(value, nn.Parameter) and not value.requires_grad
         kept: Any = enter(name, value, *constraint, **named)
-        if frozen:
+        if frozen and kept.requires_grad:
             kept.unconstrained().requires_grad_(False)
         return kept
 
