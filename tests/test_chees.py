@@ -351,7 +351,8 @@ def test_a_potential_in_place_of_a_model() -> None:
 def test_a_cleared_cache_makes_the_next_draw_start_where_it_is_told() -> None:
     def start(clear: bool) -> torch.Tensor:
         pyro.set_rng_seed(0)
-        kernel = ChEES(potential_fn=lambda z: 0.5 * z["z"].square(), num_chains=4, block=5, jit_compile=False)
+        # An energy of shape (1,), as Pyro's kernels take it too.
+        kernel = ChEES(potential_fn=lambda z: 0.5 * z["z"].square()[None], num_chains=4, block=5, jit_compile=False)
         kernel.initial_params = {"z": torch.zeros(4)}
         kernel.setup(20)
         draw = kernel.initial_params

@@ -108,6 +108,8 @@ _COLLECTING: list[list[Tensor]] = []
 def _backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
     # Parameters may be frozen.
     params = [p for p in _COLLECTING[-1] if p.requires_grad]
+    if not params:
+        return
     gradients = torch.autograd.grad(
         loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
