@@ -348,6 +348,25 @@ def test_a_potential_in_place_of_a_model() -> None:
     assert kernel.diagnostics() == {"divergences": {}}
 
 
+def test_a_cleared_cache_makes_the_next_draw_start_where_it_is_told() -> None:
+    def start(clear: bool) -> torch.Tensor:
+        pyro.set_rng_seed(0)
+        # An energy of shape (1,), as Pyro's kernels take it too.
+        kernel = ChEES(potential_fn=lambda z: 0.5 * z["z"].square()[None], num_chains=4, block=5, jit_compile=False)
+        kernel.initial_params = {"z": torch.zeros(4)}
+        kernel.setup(20)
+        draw = kernel.initial_params
+        for _ in range(22):
+            draw = kernel.sample(draw)
+        if clear:
+            kernel.clear_cache()
+            draw["z"].fill_(1e3)
+        return kernel.sample(draw)["z"]
+
+    assert start(False).abs().max() < 10
+    assert start(True).abs().min() > 100
+
+
 def test_divergences_are_counted_by_chain() -> None:
     with isolated(0):
         kernel = ChEES(partial(centred, EFFECTS), jit_compile=False, num_chains=32)

@@ -218,6 +218,7 @@ def same_as_eager(case: Case, method: Any, execution: str, steps: int) -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*NetCDF takes no / in a name")
 @pytest.mark.parametrize("entry", ZOO.values(), ids=list(ZOO))
 def test_a_traced_fit_of_every_entry_is_the_eager_fit(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fuse, block):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from inference import fit, sample
-from inference.compiler import policy
+from inference.compiler import block, fuse, policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.objective import Compiled
 from inference.compiler.potential import BatchedPotential, CompiledPotential
@@ -360,6 +360,46 @@ def test_a_compiled_loss_can_be_differentiated() -> None:
     compiled = Compiled(Trace_ELBO(), fuse=False)
     torch.testing.assert_close(run(compiled), run(Trace_ELBO()))
     assert compiled.state == "traced"
+
+
+def test_a_call_leaves_the_graphs_of_its_caller_valid() -> None:
+    compiled, guide = Compiled(Trace_ELBO(), fuse=False), AutoNormal(scored_once)
+    with isolated(0):
+        guide()
+        penalty = sum(p.square().sum() for p in guide.parameters())
+        for _ in range(3):
+            compiled.loss_and_grads(scored_once, guide)
+        penalty.backward()
+    assert compiled.state == "traced"
+
+
+class Partly(PyroModule):
+    """A linear regression whose slope is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = PyroModule[nn.Linear](1, 1).double()
+        self.net.weight.requires_grad_(False)
+
+    def forward(self, y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(()).double()))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(self.net(y[:, None])[:, 0], scale), obs=y)
+
+
+@pytest.mark.parametrize("optimizer", [None, pyro.optim.Adam({"lr": 0.01})], ids=["default", "Pyro's"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_fit_leaves_frozen_parameters(compile: bool, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fuse, block):
+        monkeypatch.setattr(module, "has_compiler", lambda: False)
+    model = Partly()
+    frozen, free = model.net.weight.clone(), model.net.bias.clone()
+    pair = (model, AutoNormal(model))
+    result = fit(pair, Y, steps=20, draws=10, compile=compile, optimizer=optimizer, progress=False)
+    assert result.idata.attrs["execution"] == ("traced" if compile else "eager")
+    assert not model.net.weight.requires_grad
+    assert torch.equal(model.net.weight, frozen)
+    assert not torch.equal(model.net.bias, free)
 
 
 def test_a_compiled_objective_has_what_the_objective_has() -> None:

@@ -8,6 +8,7 @@ own generator, so that a program draws what the eager computation draws.
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 import warnings
@@ -50,7 +51,7 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
         Untraceable: The function reads the value of a tensor that depends on its inputs; the message has the line of
             the user's code and the last site before it. Or it fails, where it does not fail outside a trace.
     """
-    with preserved_rng(), without_host_reads(), _LastSite() as last:
+    with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
         try:
             with reads_refused() as reads:
                 graph = make_fx(reads.around(function))(*inputs)
@@ -66,6 +67,18 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     masks_to_indices(graph)
     graph.recompile()
     return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Run without Python's garbage collection: a full one looks at all of torch and Pyro, for as long as a trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -94,7 +107,10 @@ _COLLECTING: list[list[Tensor]] = []
 
 
 def _backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False) -> None:
-    params = _COLLECTING[-1]
+    # Parameters may be frozen.
+    params = [p for p in _COLLECTING[-1] if p.requires_grad]
+    if not params:
+        return
     gradients = torch.autograd.grad(
         loss, params, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
     )

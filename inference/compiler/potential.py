@@ -228,6 +228,8 @@ class BatchedPotential:
         leaf = position.detach().requires_grad_()
         with torch.enable_grad():
             energy = self._potential(self.unpack(leaf), *given)
+            # Pyro's kernels take an energy (1,) too.
+            energy = energy.reshape(()) if energy.dim() else energy
             (gradient,) = torch.autograd.grad(energy, leaf)
         return energy.detach().to(position.dtype), gradient
 

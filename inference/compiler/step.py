@@ -308,7 +308,9 @@ class TracedStep:
         finally:
             with torch.no_grad():
                 for t, v in zip(tensors, values, strict=True):
-                    t.copy_(v)
+                    # A write would make graphs of the caller invalid that hold the tensor.
+                    if not torch.equal(t, v):
+                        t.copy_(v)
             vars(call.objective).update(turns)
             for p, g in gradients:
                 p.grad = g

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
 
 import pyro
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor, nn
 
 from inference.core.checks import check_count
 
@@ -88,12 +90,29 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         check_count("seed", seed, 0)
     state = get_rng_state()
     try:
-        with pyro.get_param_store().scope():
+        with pyro.get_param_store().scope(), _frozen_kept():
             if seed is not None:
                 pyro.set_rng_seed(int(seed))
             yield
     finally:
         set_rng_state(state)
+
+
+@contextmanager
+def _frozen_kept() -> Iterator[None]:
+    """Leave parameters of modules frozen: Pyro sets ``requires_grad`` where those of a PyroModule enter its store."""
+    store = pyro.get_param_store()
+    enter = store.setdefault
+
+    def setdefault(name: str, value: Any, *constraint: Any, **named: Any) -> Tensor:
+        frozen = isinstance(value, nn.Parameter) and not value.requires_grad
+        kept: Any = enter(name, value, *constraint, **named)
+        if frozen and kept.requires_grad:
+            kept.unconstrained().requires_grad_(False)
+        return kept
+
+    with patch.object(store, "setdefault", setdefault):
+        yield
 
 
 @contextmanager

@@ -222,6 +222,10 @@ class ChEES(BatchedKernel):
         self._last = self._queue.popleft()
         return self._last
 
+    def clear_cache(self) -> None:
+        """Forget draws that were run ahead: the next one starts from the position that it is given, as in HMC."""
+        self._last = dict(self._last)
+
     def advance(self) -> Moves:
         """Run one block of transitions: of the warmup until it is over, of draws after that."""
         learning = self.warming

@@ -30,6 +30,7 @@ OBJECTIVES = (
     "TraceMeanField_ELBO",
     "TraceTailAdaptive_ELBO",
     "TraceTMC_ELBO",
+    "Trace_MMD",
     "RenyiELBO",
     "ReweightedWakeSleep",
 )
