@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inference.compiler.supports import limits_of
 from inference.core.bound import BoundPair, Site
-from inference.draws.engine import Draws, check_draws, contract, enumerated, run, sample_names, trace
+from inference.draws.engine import Draws, Read, check_draws, contract, enumerated, run, sample_names, trace
 
 
 def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
@@ -40,7 +40,7 @@ def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     observed = bound.select("observed")
     if any(s.name not in draws for s in bound.select("latent").values()):
         return {"_and_".join(observed): score(bound, draws, "rows")}
-    return {name: score(bound, draws, name) for name in observed}
+    return _scored(bound, draws, lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()})
 
 
 @torch.no_grad()
@@ -84,9 +84,19 @@ def values_of(trace: Any, sites: Mapping[str, Site]) -> dict[str, Tensor]:
     return {n: trace.nodes[n]["value"].expand(s.shape) for n, s in sites.items()}
 
 
-@torch.no_grad()
 def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
-    r"""Log density of draws: ``joint`` (S,), ``rows`` (S, \*common plates), or that of a site (S, \*its plates)."""
+    r"""Log density of draws and data: ``joint`` (S,), or ``rows`` (S, \*common plates), without that of the draws."""
+
+    def read(trace: Any) -> dict[str, Tensor]:
+        names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
+        return {"": contract(trace, names, [] if what == "joint" else common_plates(trace, names))}
+
+    return _scored(bound, draws, read)[""]
+
+
+@torch.no_grad()
+def _scored(bound: BoundPair, draws: Draws, read: Read) -> dict[str, Tensor]:
+    """What is read of a run of the model for each draw, finite sites without draws enumerated."""
     check_draws(bound, draws)
     if bound.subsampled:
         named = ", ".join(bound.subsampled)
@@ -95,14 +105,7 @@ def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:
         raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
-
-    def read(trace: Any) -> dict[str, Tensor]:
-        if what not in ("joint", "rows"):
-            return {"": _score_of_site(trace.nodes[what], bound.sites[what])}
-        names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
-        return {"": contract(trace, names, [] if what == "joint" else common_plates(trace, names))}
-
-    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None)[""]
+    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None)
 
 
 def common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:
