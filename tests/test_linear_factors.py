@@ -103,7 +103,8 @@ def test_the_evidence_keeps_single_precision_where_the_noise_is_small() -> None:
     x = random(40, 2, seed=9) @ pair.loadings.mT.detach() + pair.mean.detach() + 1e-3 * random(40, 5)
     exact = numpy(pair.log_evidence(x))
     close(exact, numpy(by_full_covariance(pair, x)), rtol=1e-6)
-    np.testing.assert_allclose(numpy(pair.float().log_evidence(x.float())), exact, rtol=1e-3)
+    # Rounding x moves a residual by 1e-4 of its standard deviation; the difference of squares would be off by a nat.
+    np.testing.assert_allclose(numpy(pair.float().log_evidence(x.float())), exact, rtol=1e-3, atol=0.02)
 
 
 def test_the_evidence_builds_no_matrix_of_all_pairs_of_features() -> None:
