@@ -236,29 +236,15 @@ def test_what_is_not_judged_is_said() -> None:
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(mu, s), obs=x)
 
-    def lacking(x: torch.Tensor) -> None:
-        pyro.sample("mu", dist.Normal(double(0.0), 1.0))
-
-    def elsewhere(x: torch.Tensor) -> None:
-        pyro.sample("mu", dist.Normal(double(0.0), 1.0))
-        pyro.sample("s", dist.HalfNormal(double(1.0)))
-        pyro.sample("sigma", dist.HalfNormal(double(1.0)))
-
     def whole(x: torch.Tensor) -> None:
         pyro.sample("mu", dist.Normal(double(0.0), 1.0))
         pyro.sample("s", dist.HalfNormal(double(1.0)))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one, two, three = (
-            inference.fit((model, guide), ONES[:, 0], steps=0, draws=draws, progress=False).diagnosis
-            for guide, draws in ((lacking, 100), (elsewhere, 100), (whole, 10))
-        )
-    assert one.advice[0].startswith("The guide leaves out s: ")
-    assert two.advice[0].startswith("The guide draws sigma, which the model does not have (its latent sites: mu, s)")
-    assert three.unjudged == ("Pareto k: 10 draws, of at least 25 that it takes",)
-    for diagnosis in (one, two, three):
-        assert "Not judged: Pareto k: " in str(diagnosis) and "No warning" not in str(diagnosis)
+        diagnosis = inference.fit((model, whole), ONES[:, 0], steps=0, draws=10, progress=False).diagnosis
+    assert diagnosis.unjudged == ("Pareto k: 10 draws, of at least 25 that it takes",)
+    assert "Not judged: Pareto k: " in str(diagnosis) and "No warning" not in str(diagnosis)
 
 
 @pytest.mark.parametrize(

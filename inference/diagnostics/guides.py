@@ -20,18 +20,16 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import arviz as az
 import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from inference.compiler import policy
-from inference.core.bound import BoundPair, sites_of
+from inference.core.bound import BoundPair
 from inference.core.handlers import preserved_rng
 from inference.draws import scoring
 from inference.draws.engine import REFUSALS, device_of
@@ -148,9 +146,6 @@ def judge_guide(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> 
         draws: Draws (S, \*shape) of the guide.
         density: Their log density under the guide, (S,).
     """
-    faults = _faults(bound)
-    if faults:
-        return GuideCheck(faults=faults, unjudged=("Pareto k: guide and model have different latent sites",))
     if not any((v != v[:1]).any() for v in draws.values()):
         return GuideCheck()
     with preserved_rng(), pyro.validation_enabled(False):
@@ -167,26 +162,6 @@ def _outside(name: str, fraction: float) -> str:
         "and the guide keeps that of one draw; use sample(), or write the site by one of fixed support "
         "(x = a * u in place of x ~ Uniform(0, a))."
     )
-
-
-def _faults(bound: BoundPair) -> tuple[str, ...]:
-    latent = bound.select("latent")
-    lacking = [n for n, s in latent.items() if n not in bound.guided and not s.finite]
-    with preserved_rng(), poutine.block():
-        trace = poutine.trace(bound.guide).get_trace(**bound.arguments())
-    nodes: dict[str, Any] = dict(trace.nodes)
-    own = [s.name for s in sites_of(trace).values() if s.role == "latent" and s.name not in bound.sites]
-    strange = [n for n in own if not nodes[n]["infer"].get("is_auxiliary")]
-    said = []
-    if lacking:
-        named = ", ".join(lacking)
-        said.append(f"The guide leaves out {named}: no posterior of {named} is fitted; add a site to the guide.")
-    if strange:
-        said.append(
-            f"The guide draws {', '.join(strange)}, which the model does not have (its latent sites: "
-            f"{', '.join(latent) or 'none'}); rename the site, or mark it with infer={{'is_auxiliary': True}}."
-        )
-    return tuple(said)
 
 
 def _judge_jointly(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> GuideCheck:
