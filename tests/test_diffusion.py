@@ -211,7 +211,8 @@ def test_steps_of_a_batch_leave_no_gap() -> None:
         step, weight = Denoising(10, simple=simple).draw(3 * count)
         assert step.bincount(minlength=count + 1)[1:].tolist() == [3] * count
         torch.testing.assert_close(weight, torch.full((3 * count,), count / 11))
-        assert bool((step.diff() < 0).any())
+        # Steps do not begin at the first one in each batch.
+        assert any(bool((Denoising(10, simple=simple).draw(3 * count)[0].diff() < 0).any()) for _ in range(30))
 
 
 LOSSES = pytest.mark.parametrize(
@@ -298,7 +299,8 @@ def test_the_bound_comes_up_to_the_entropy_as_steps_grow() -> None:
     x = rows(4000)
     truth = MIXTURE.log_prob(x).mean()
     gaps = {steps: float(truth - exact(steps).bound(x).total.mean()) for steps in (10, 30, 100, 300)}
-    assert gaps[300] < 0.06
+    # A third is expected, with an error of about 0.01 nats.
+    assert gaps[300] < 0.5 * gaps[100] < 0.15
     for few, many in ((10, 30), (30, 100)):
         # One over the steps, nearly.
         assert 2 < gaps[few] / gaps[many] < 4.5
