@@ -722,7 +722,7 @@ REFUSED = [
     (Linear(), X, {"estimator": "annealed", "step_size": 0.0}, "step_size: expected a positive number, got 0.0"),
     (Linear(), X, {"batch": 0}, "batch: expected an integer of at least 1, got 0"),
     (Linear(), X, {"start": "posterior"}, 'start: expected "prior" or "guide", got \'posterior\''),
-    (Linear(), X[:0], {}, "data: expected at least one row, got none"),
+    (Linear(), X[:0], {}, "x: expected at least one row, got none"),
     (Linear(), None, {}, "data: expected at least one row, got none"),
     (Linear().model, X, {}, "pair: expected a guide to draw from for importance, got a model alone"),
     (Linear().model, X, {"estimator": "annealed", "start": "guide"}, "pair: expected a guide to draw from for ann"),

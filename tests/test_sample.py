@@ -300,11 +300,3 @@ def test_a_model_without_a_valid_start_says_so() -> None:
         pyro.validation_enabled(False),
     ):
         quiet(impossible, {"y": torch.zeros(2)}, draws=4, warmup=2, chains=2)
-
-
-def test_a_model_that_observes_nothing_has_no_posterior() -> None:
-    def prior() -> None:
-        pyro.sample("mu", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(ValueError, match="data: the model observes nothing, so there is no posterior; use prior_pred"):
-        sample(prior, progress=False)

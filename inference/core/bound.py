@@ -306,8 +306,11 @@ def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
     """The pair bound to its data in types that the model takes.
 
     Raises:
-        ValueError: The model takes the data in no type, or they do not bear the rounding.
+        ValueError: There are no rows, the model takes the data in no type, or they do not bear the rounding.
     """
+    empty = [n for n, v in bound.data.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
+    if empty:
+        raise ValueError(f"{empty[0]}: expected at least one row, got none")
     failure, made = "", None
     for data, rounds in readings(given, bound.data):
         reading = replace(bound, data=data, memo={})

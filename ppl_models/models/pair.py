@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +21,7 @@ from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ppl_models.models.checks import count_of
 from ppl_models.models.parts.grids import Grid
@@ -139,7 +140,7 @@ def checked(method: Method, *, leading: bool = False) -> Method:
     """Let a method check its data first, by :meth:`Pair.check`: those of its arguments that the check knows by name.
 
     Within a model or guide that runs under handlers nothing is checked: it runs at every step, may be traced, and its
-    data have been checked by its verb.
+    data have been checked by its verb. Nor is anything checked under ``torch.vmap``, where no value can be read.
 
     Args:
         method: A method of a pair.
@@ -149,13 +150,17 @@ def checked(method: Method, *, leading: bool = False) -> Method:
 
     @wraps(method)
     def call(self: Pair, *args: Any, **named: Any) -> Any:
-        if not am_i_wrapped():
-            given = signature.bind(self, *args, **named).arguments
+        given = signature.bind(self, *args, **named).arguments
+        if not am_i_wrapped() and not any(map(is_functorch_wrapped_tensor, _tensors(given))):
             known = inspect.signature(self.check).parameters
             self.check(**{n: as_matrix(v) if leading else v for n, v in given.items() if n in known})
         return method(self, *args, **named)
 
     return call  # type: ignore[return-value]
+
+
+def _tensors(given: Mapping[str, Any]) -> list[Tensor]:
+    return [v for v in given.values() if isinstance(v, Tensor)]
 
 
 def as_matrix(rows: Any) -> Any:
