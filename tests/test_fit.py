@@ -219,6 +219,7 @@ def test_a_loss_that_breaks_later_returns_the_last_good_parameters() -> None:
     assert all(v.isfinite().all() for v in result.params.values())
 
 
+@pytest.mark.filterwarnings("ignore:.* left out")
 def test_what_fails_by_its_noise_is_found_again_among_compiled_steps() -> None:
     def far(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -452,7 +453,7 @@ def test_losses_are_not_kept_as_tensors() -> None:
         def check(self, now: bool = False) -> None:
             assert sum(loss() is not None for loss in made) <= CHECK_STEPS
 
-    losses, _ = sys.modules["inference._fit"]._descend(Steps(), 250, repeat(None), None, "a fit", False)
+    losses, *_ = sys.modules["inference._fit"]._descend(Steps(), 250, repeat(None), None, "a fit", False)
     assert losses.shape == (250,)
 
 
@@ -597,6 +598,7 @@ def test_a_fall_of_the_loss_is_told_from_its_noise(scale: float) -> None:
     assert still_falling(np.zeros(0)) == ()
 
 
+@pytest.mark.filterwarnings("ignore:.* left out")
 def test_draws_that_cannot_be_made_lose_no_fit() -> None:
     calls = [0]
 

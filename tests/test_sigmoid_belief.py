@@ -176,7 +176,10 @@ def test_data_that_were_dreamed_reach_the_guide_through_observations(alone) -> N
     ("call", "said"),
     [
         (lambda: SigmoidBeliefNet(3, ()), r"layers: expected a sequence of positive integers, at least 1, got \(\)"),
-        (lambda: HelmholtzMachine(3, (2, 0)), r"layers: expected a sequence of positive integers, at least 1, got \(2, 0\)"),
+        (
+            lambda: HelmholtzMachine(3, (2, 0)),
+            r"layers: expected a sequence of positive integers, at least 1, got \(2, 0\)",
+        ),
         (
             lambda: SigmoidBeliefNet(3).log_evidence(torch.zeros(2, 3)),
             "layers: exact answers over 200 units need 1.6e.60 numbers, expected at most 6.7e.07; use log_evidence.*"

@@ -105,9 +105,10 @@ def test_the_classifier_test_sees_a_difference_and_none() -> None:
     same = classifier_test(normal(500, 0), normal(500, 1))
     assert abs(same.value - 0.5) < 4 * same.error
     far = classifier_test(normal(500, 0), normal(500, 1, shift=2.0))
-    # The best classifier is right with probability Phi(sqrt(2)).
-    assert far.value == pytest.approx(0.921, abs=0.02)
-    assert classifier_test(normal(500, 0), normal(500, 1, shift=2.0), make=LogisticRegression).value > 0.89
+    # The best classifier is right with probability Phi(sqrt(2)) = 0.921; of 1,000 rows, five standard errors are 0.043.
+    assert 0.921 - 0.06 < far.value < 0.921 + 0.043
+    linear = classifier_test(normal(500, 0), normal(500, 1, shift=2.0), make=LogisticRegression)
+    assert 0.921 - 0.05 < linear.value < 0.921 + 0.043
 
 
 def test_precision_recall_and_coverage_tell_dropped_modes_from_bad_rows() -> None:
