@@ -338,10 +338,11 @@ def _show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
     # One column per method: there are too many measures for the width of a terminal.
     _print_whole(_frame(table.T.rename_axis("measure").reset_index()))
-    for column in table.columns:
-        out.print(f"[dim]{column:14}{COLUMNS[column]}[/]", highlight=False)
-    if comparison.truth:
-        out.print(f"[dim]{'truth':14}{entry.source}[/]", highlight=False)
+    legend = Table.grid(padding=(0, 2))
+    meanings = {column: COLUMNS[column] for column in table.columns}
+    for column, meaning in (meanings | ({"truth": entry.source} if comparison.truth else {})).items():
+        legend.add_row(column, escape(meaning), style="dim")
+    out.print(legend)
     for name, result in comparison.results.items():
         for sentence in result.diagnosis.advice:
             out.print(escape(f"{name}: {sentence}"), highlight=False)

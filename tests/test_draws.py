@@ -6,7 +6,7 @@ random, both runs take a central value of it instead, so that predictions can be
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,14 @@ def check_guide(bound: BoundPair) -> dict[str, Tensor]:
     if draws.keys() == {n for n in poutine.trace(bound.guide).get_trace(**bound.arguments()).stochastic_nodes}:
         same(density, [t.log_prob_sum() for t in draw_by_draw(bound, bound.guide, draws, DRAWS)])
     return draws
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """Sets the type of new tensors for the length of a test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
 
 
 # The zoo.
@@ -263,12 +271,33 @@ PLAIN = [
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("model", PLAIN, ids=lambda m: m.__name__)
-def test_a_plain_model(model: Model) -> None:
+def test_a_plain_model(model: Model, dtype: torch.dtype, default_dtype: Callable[[torch.dtype], None]) -> None:
+    default_dtype(dtype)
     with isolated(0), torch.no_grad():
-        bound = bind(model, torch_y)
+        bound = bind(model, torch_y.to(dtype))
         draws = scoring.draw_sites(bound.generator(), {}, DRAWS)
+        if model is not built_ahead:
+            assert all(v.dtype is dtype for n, v in draws.items() if not bound.sites[n].discrete)
         check(bound, {n: v for n, v in draws.items() if n in bound.select("latent")})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1, 0, 1, 1]), np.array([True, False, True, True])], ids=["int", "bool"]
+)
+def test_labels_that_are_no_floats(labels: Any) -> None:
+    def model(y: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    with isolated(0), torch.no_grad():
+        bound = bind(model, labels)
+        draws = {"p": torch.tensor([0.2, 0.5, 0.9])}
+        check(bound, draws)
+        same(scoring.log_joint(bound, draws), [3 * p.log() + (1 - p).log() for p in draws["p"]])
 
 
 @pytest.mark.filterwarnings("error")
@@ -403,6 +432,29 @@ def test_noise_that_torch_does_not_know_is_not_shared_in_silence() -> None:
     function = lambda draw: {"x": draw["x"] + float(np.random.standard_normal())}  # noqa: E731, NPY002
     with pytest.raises(RuntimeError, match="NumPy"):
         mapped(function, {"x": torch.arange(3.0)}, 3, torch.device("cpu"))
+
+
+def test_what_is_written_in_place_is_written_for_each_draw() -> None:
+    x = torch.tensor([-1.0, 0.5, 3.0])
+    got = mapped(lambda draw: {"x": (draw["x"] + 0).clamp_(0.0, 1.0)}, {"x": x}, 3, torch.device("cpu"))["x"]
+    assert torch.equal(got, x.clamp(0.0, 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be mapped over draws")
+def test_a_seed_gives_one_answer_whether_or_not_it_is_known_how_a_program_runs() -> None:
+    def steered(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu if mu > 0 else 2 * mu, 1.0), obs=y)
+
+    # The first run tries to map the program, and fails after it has drawn.
+    generator = bind(steered, torch.tensor(1.0)).generator()
+    first, second = (run_with_seed(generator) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in ("mu", "y"))
+
+
+def run_with_seed(generator: BoundPair) -> dict[str, Tensor]:
+    with isolated(3):
+        return scoring.draw_sites(generator, {}, 5)
 
 
 def test_parameters_that_a_distribution_refuses_at_some_draw_are_named() -> None:

@@ -73,7 +73,7 @@ class Comparison:
     results: dict[str, Result]
     truth: dict[str, tuple[Tensor, Tensor]]
 
-    def plot(self, quantities: int = 12) -> Figure:
+    def plot(self, quantities: int = 11) -> Figure:
         """Plot the posteriors of all methods with the truth, and below them the errors of all posterior means.
 
         The first panel is the log density of draws and data. It does not depend on what the data cannot tell, such as
@@ -148,11 +148,11 @@ def _plot(comparison: Comparison, quantities: int) -> Figure:
     seen = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
     shown = sorted((n for n in seen if not n.startswith("_")), key=lambda n: not n.startswith("truth: "))
     named = {label: seen[label] for label in shown}
-    figure.legend(list(named.values()), list(named), loc="outside upper right", ncols=6, frameon=False)
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=6, frameon=False)
     bound = next(iter(comparison.results.values())).bound
     said = f"{bound.name}: the quantities in which the methods differ most"
     if densities:
-        said += " (signs and labels that the data leave open may differ; the log density does not depend on them)"
+        said += "\n(signs and labels that the data leave open may differ; the log density does not depend on them)"
     figure.suptitle(said, x=0.01, ha="left", fontsize=10)
     return figure
 
