@@ -184,6 +184,25 @@ def test_a_chain_that_fails_says_which_and_why() -> None:
         quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
 
 
+def test_a_warning_of_a_chain_reaches_whoever_asked_for_it(monkeypatch) -> None:
+    monkeypatch.setattr(sampling, "_cores", lambda: 2)
+    late = [0.0]
+
+    class Late(NUTS):
+        """Changes the model after the warmup, which its program cannot know."""
+
+        def end_warmup(self):
+            late[0] = 3.0
+            super().end_warmup()
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.factor("late", late[0] * x)
+
+    with pytest.warns(UserWarning, match=r"chain [01]: call \d+: the traced potential gives .* may be wrong"):
+        quiet(model, kernel=Late, draws=300, warmup=2, chains=2, compile="auto")
+
+
 SLOW = """
 import time, torch, pyro, pyro.distributions as dist
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel

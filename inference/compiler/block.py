@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.fuse import has_compiler, looped, quietly
-from inference.compiler.passes import add_input
+from inference.compiler.passes import add_input, is_noise
 from inference.compiler.step import TracedStep, close
 from inference.core.handlers import preserved_rng
 
@@ -100,7 +100,7 @@ class Block:
                 graph.graph.erase_node(node)
             elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
                 raise Untraceable("a step changes a buffer")
-            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            elif is_noise(node):
                 raise Untraceable(f"{node.target} draws noise that depends on values")
         graph.recompile()
         return graph

@@ -139,7 +139,7 @@ def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
 _extract_val = proxy_tensor.extract_val
 
 
-def _shape_of(value: Any, include_real: bool) -> Any:
+def _shape_of(value: Any, include_real: bool = False) -> Any:
     # What does not hold the values of a tensor stands in the graph for it.
     if type(value) is not Tensor or value.is_sparse or torch._C._functorch.is_functorch_wrapped_tensor(value):
         return _extract_val(value, include_real)
@@ -161,7 +161,7 @@ PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
         # Of each tensor torch records Python's whole stack, which takes a fifth of the time of tracing.
         (fake_tensor, "traceback", SimpleNamespace(extract_stack=lambda: None)),
         # It makes a mode of its own for the shape of each tensor, which takes half of the time of tracing.
-        (proxy_tensor, "extract_val", lambda value, include_real=False: _shape_of(value, include_real)),
+        (proxy_tensor, "extract_val", _shape_of),
     ),
     "backward": ((Tensor, "backward", _backward),),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def lift_constants(graph: GraphModule) -> list[Tensor]:
             held[name].meta = dict(node.meta)
         node.replace_all_uses_with(held[name])
         graph.graph.erase_node(node)
-    tensors = [constant_of(graph, name) for name in held]
+    tensors = [attrgetter(name)(graph) for name in held]
     graph.recompile()
     return tensors
 
@@ -90,22 +91,15 @@ def _is_mask(node: Node) -> bool:
 
 def _constant(node: Node) -> Tensor | None:
     """Value of a node that depends neither on inputs, held tensors nor noise; None for another node."""
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or is_noise(node):
         return None
     if node.target is torch.ops.aten.lift_fresh_copy.default:
-        return constant_of(node.graph.owning_module, str(node.args[0].target))  # type: ignore[arg-type, union-attr]
+        return attrgetter(str(node.args[0].target))(node.graph.owning_module)  # type: ignore[no-any-return, union-attr]
     values = {n: _constant(n) for n in node.all_input_nodes}
     if any(v is None for v in values.values()):
         return None
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def constant_of(graph: GraphModule, name: str) -> Tensor:
-    value: Any = graph
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,13 +171,7 @@ def share_products(graph: GraphModule) -> GraphModule:
 
 def fold_constants(graph: GraphModule) -> GraphModule:
     """Compute what depends on no input, such as terms of the data alone, once instead of in every leapfrog step."""
-    known: dict[Node, Any] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(graph, str(node.target))
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
-            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    known = constants_of(graph)
     # A view stays in the graph: as a constant it would alias the tensor that it views.
     needed = {n for n in graph.graph.nodes if n not in known}
     for node in reversed(known):
@@ -218,8 +206,8 @@ def constants_of(graph: GraphModule) -> dict[Node, Any]:
     known: dict[Node, Any] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            known[node] = constant_of(graph, str(node.target)).detach()
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _is_noise(node):
+            known[node] = attrgetter(str(node.target))(graph).detach()
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not is_noise(node):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known
@@ -228,10 +216,9 @@ def constants_of(graph: GraphModule) -> dict[Node, Any]:
 def out_of_place(graph: GraphModule) -> bool:
     """Replace in-place operations on tensors without views by others; False if one is left."""
     for node in list(graph.graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
+        if not _writes(node):
             continue
-        changed = node.args[0]
+        schema, changed = node.target._schema, node.args[0]
         namespace, _, name = schema.name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), name[:-1], None) if name.endswith("_") else None
         target = getattr(packet, schema.overload_name or "default", None)
@@ -257,7 +244,7 @@ def simplify(graph: GraphModule) -> GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             continue
-        if _is_noise(node) or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if is_noise(node) or _writes(node):
             continue
         key = node.op, str(node.target), repr((node.args, sorted(node.kwargs.items())))
         first = known.setdefault(key, node)
@@ -271,9 +258,13 @@ def simplify(graph: GraphModule) -> GraphModule:
 
 def is_pure(graph: GraphModule) -> bool:
     """Whether no operation of a graph changes a tensor in place."""
-    schemas = (getattr(n.target, "_schema", None) for n in graph.graph.nodes)
-    return not any(s is not None and s.is_mutable for s in schemas)
+    return not any(map(_writes, graph.graph.nodes))
 
 
-def _is_noise(node: Node) -> bool:
+def _writes(node: Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def is_noise(node: Node) -> bool:
+    """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -90,12 +90,12 @@ class Pieces:
     def worth(self) -> list[_Program]:
         """Programs that are to be compiled: those that make up most operations."""
         # A stack of hundreds of rows takes a compiler a minute and gains nothing.
-        long = [p for p in self._programs.values() if p.gain > 0 and p.nodes * p.uses >= policy.PIECE_NODES // 10]
+        long = [p for p in self._programs.values() if p.gain > 0 and p.nodes * p.uses >= policy.PIECE_WORTH]
         return sorted(long, key=lambda p: -p.nodes * p.uses)[: policy.PIECE_PROGRAMS]
 
     @property
     def nodes(self) -> int:
-        """Nodes of a single graph that would take as long to compile as the pieces."""
+        """Nodes of a single graph that would take as long to compile as the pieces, by ``policy.FUSED_NODES``."""
         return int(sum(p.nodes**2 for p in self.worth) ** 0.5)
 
     def fuse(self, *inputs: Tensor) -> None:

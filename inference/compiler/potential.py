@@ -48,14 +48,15 @@ class CompiledPotential:
     r"""Potential energy and gradient of a model as one program, in the form that Pyro's HMC and NUTS take.
 
     A call maps unconstrained values by name to the energy, a tensor whose backward pass returns the gradient that the
-    same call has computed.
+    same call has computed. Calls 1, 2, 4, 8, ... compare the program with the potential; where they differ, the
+    potential runs from then on, and a warning says so.
 
     Args:
         potential: A potential function, for instance that of a kernel after ``setup``.
         example: Unconstrained values by name, for their shapes.
 
     Raises:
-        Untraceable: The potential branches on values of its tensors.
+        Untraceable: The potential reads values of its tensors, or its graph differs from it around ``example``.
     """
 
     def __init__(self, potential: Potential, example: dict[str, Tensor]) -> None:
@@ -134,7 +135,7 @@ class BatchedPotential:
         eager: Call the potential for one chain after another; slow, for potentials that cannot be traced.
 
     Raises:
-        Untraceable: The potential branches on values of its tensors.
+        Untraceable: The potential reads values of its tensors, or its graph differs from it around ``example``.
     """
 
     def __init__(

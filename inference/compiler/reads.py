@@ -5,6 +5,9 @@ size becomes a constant of the trace, and so does every branch taken on it. Such
 depends on an input of the trace or on noise, and the user's line is named. Tensors that depend on neither, such as the
 data of a potential or the indices of a plate, may be read: the value is right as long as nobody changes the tensor in
 place, and the version of each tensor that was read is noted, so that this can be seen.
+
+``item`` is not refused: Pyro's objectives return their loss by it. Where the value depends on an input it returns a
+tensor, and a branch on that, or a number made of it, is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +28,8 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from inference.compiler.passes import is_noise
+
 PACKAGE = Path(__file__).parent.parent
 """Folder of this package."""
 
@@ -32,7 +38,7 @@ LONGEST_LINE = 100
 """Characters of a user's line in a message."""
 
 
-DOORS = (
+READING_METHODS = (
     "tolist",
     "numpy",
     "__array__",
@@ -123,13 +129,9 @@ class Reads(TorchDispatchMode):
     def _combined(self, node: Node) -> list[Tensor] | None:
         if node.op == "get_attr":
             mode = get_innermost_proxy_mode()
-            value: Any = None if mode is None else vars(mode.tracer)["root"]
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return [value]
+            return [attrgetter(str(node.target))(vars(mode.tracer)["root"])]  # type: ignore[union-attr]
         parts = [self._sources[n] for n in node.all_input_nodes]
-        noise = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "placeholder" or noise or any(p is None for p in parts):
+        if node.op == "placeholder" or is_noise(node) or any(p is None for p in parts):
             return None
         return list({id(t): t for p in parts for t in p or ()}.values())
 
@@ -139,7 +141,7 @@ def reads_refused() -> Iterator[Reads]:
     """Refuse reads by what runs under :meth:`Reads.around`, and raise the first refusal though the code caught it."""
     with ExitStack() as stack:
         reads = Reads()
-        for name in DOORS:
+        for name in READING_METHODS:
             stack.enter_context(patch.object(Tensor, name, _watched(name, getattr(Tensor, name), reads)))
         stack.enter_context(patch.object(Tensor, "item", _item(Tensor.item, reads)))
         yield reads
@@ -180,7 +182,7 @@ def _watched(name: str, original: Callable[..., Any], reads: Reads) -> Callable[
     def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if get_innermost_proxy_mode() is None:
             return original(self, *args, **kwargs)
-        if name == "__bool__" and _asks("torch.distributions.distribution"):
+        if name == "__bool__" and _called_by("torch.distributions.distribution"):
             # A distribution that validates its values, though validation is off: one that was expanded before, say.
             return True
         reads.look(self, name)
@@ -204,8 +206,8 @@ def _item(original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
     return item
 
 
-def _asks(module: str) -> bool:
-    """Whether the function that calls a door belongs to a module."""
+def _called_by(module: str) -> bool:
+    """Whether the function that asks for a value belongs to a module."""
     return sys._getframe(2).f_globals.get("__name__") == module
 
 

@@ -15,8 +15,8 @@ FEW = 4
 def collect_selections(graph: GraphModule) -> GraphModule:
     """Take many slices of one tensor by one operation, and put their gradients together by one.
 
-    A loop over the rows of a tensor selects each of them, and its gradient adds a tensor that is zero but for one row
-    for each, which takes time quadratic in their number.
+    A loop over the rows of a tensor selects one row at a time. The gradient of each selection is a tensor of the full
+    size that is zero outside of that row, so that adding them takes time quadratic in the number of rows.
     """
     aten, chosen = torch.ops.aten, dict[Any, list[Node]]()
     for node in graph.graph.nodes:

@@ -45,7 +45,7 @@ class MovingSupports:
 
     def __call__(self, values: dict[str, Tensor], *given: Tensor) -> Tensor:
         handler = self._constraining(values)
-        trace = self._run(handler)
+        trace = _run(self._pyros, handler)
         return -(self._pyros.trace_prob_evaluator.log_prob(trace) + handler.log_jacobian)
 
     def constrain(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class MovingSupports:
         def one(row: Tensor) -> tuple[Tensor, ...]:
             parts = row.split([s.numel() for s in shapes.values()])
             handler = self._constraining({n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)})
-            self._run(handler)
+            _run(self._pyros, handler)
             return tuple(handler.constrained[n] for n in shapes)
 
         if self._mapped is None:
@@ -71,10 +71,6 @@ class MovingSupports:
     def _constraining(self, values: Mapping[str, Tensor]) -> _Constraining:
         fixed = {n: t for n, t in self._pyros.transforms.items() if n not in self.names}
         return _Constraining(values, fixed)
-
-    def _run(self, handler: _Constraining) -> Any:
-        with handler:
-            return poutine.trace(self._pyros.model).get_trace(*self._pyros.model_args, **self._pyros.model_kwargs)
 
 
 class _Constraining(Messenger):
@@ -142,9 +138,15 @@ def follow_supports(
 def _bounds(pyros: _PEMaker, values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """The bounds of each site's support at unconstrained values."""
     handler = _Constraining(values, {})
-    with torch.no_grad(), handler:
-        poutine.trace(pyros.model).get_trace(*pyros.model_args, **pyros.model_kwargs)
+    with torch.no_grad():
+        _run(pyros, handler)
     return handler.bounds
+
+
+def _run(pyros: _PEMaker, handler: _Constraining) -> Any:
+    """A run of the model whose latent sites the handler sets."""
+    with handler:
+        return poutine.trace(pyros.model).get_trace(*pyros.model_args, **pyros.model_kwargs)
 
 
 def _refuse_held(
@@ -172,6 +174,4 @@ def limits_of(support: Any) -> Iterator[Tensor]:
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(map(torch.equal, one, other))

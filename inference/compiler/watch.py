@@ -106,11 +106,11 @@ class Watch:
                 if isinstance(item, list):
                     self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
         elif isinstance(item, nn.Module):
-            self._module(item, name)
+            self._module(item)
         elif isinstance(item, type):
             self._class(item)
         elif hasattr(item, "__dict__") and (isinstance(item, _BAGS) or not is_foreign(type(item).__module__)):
-            self._attributes(item, vars(item), name)
+            self._attributes(item, vars(item))
             self._class(type(item))
         elif is_library(type(item).__module__) and callable(item) and hasattr(item, "__dict__"):
             # A handler around a model, such as poutine.scale.
@@ -137,20 +137,19 @@ class Watch:
         for key, value in (item.__kwdefaults__ or {}).items():
             self._put(dict.get, (item.__kwdefaults__, key), value, f"the default of {key} of {name}()")
 
-    def _module(self, item: nn.Module, name: str) -> None:
+    def _module(self, item: nn.Module) -> None:
         name = type(item).__name__
         inner = ("_parameters", "_buffers", "_modules")
-        theirs = is_library(type(item).__module__)
         for kind in inner:
             entries = vars(item)[kind]
             self._add(dict.get, entries, list(entries), entries.values(), lambda k: f"{name}.{k}")
         plain = {k: v for k, v in vars(item).items() if k not in inner and k not in _UNWATCHED}
-        if theirs:
+        if is_library(type(item).__module__):
             plain = {k: v for k, v in plain.items() if isinstance(v, PLAIN) and not k.startswith("_")}
-        self._attributes(item, plain, name)
+        self._attributes(item, plain)
         self._class(type(item))
 
-    def _attributes(self, item: Any, known: Mapping[str, Any], name: str) -> None:
+    def _attributes(self, item: Any, known: Mapping[str, Any]) -> None:
         kind = type(item).__name__
         self._add(dict.get, vars(item), list(known), known.values(), lambda k: f"{kind}.{k}")
 

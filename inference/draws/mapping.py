@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, dirichlet
 from torch.overrides import TorchFunctionMode
 
-from inference.compiler.capture import is_library
+from inference.compiler.reads import is_library
 
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """From the values of one draw to results of one draw."""

@@ -164,8 +164,6 @@ class ChEES(BatchedKernel):
         self.operations, self.nodes = self._density.operations, self._density.nodes
         self._run: Callable[..., Any] = self._plain()
         self._place(position)
-        if self._density.traced:
-            self._density.check(position)
         self._initial = self._density.unpack(position)
         dim, like = self._density.dim, self._density.like
         dense = dim <= MAX_DENSE_DIM if self.full_mass is None else self.full_mass
@@ -241,7 +239,6 @@ class ChEES(BatchedKernel):
             self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
         if self._taken >= self._warmup:
             self._hold()
-            self._density.check(self._chains.position.mT)
         return self._latest
 
     @property
@@ -322,8 +319,7 @@ class ChEES(BatchedKernel):
 
     def _hold(self) -> None:
         self._ended = True
-        if self._density.traced:
-            self._density.check(self._chains.position.mT)
+        self._density.check(self._chains.position.mT)
         learnt = Tuning(*self._tuning.unbind())
         self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
         self._window.clear()

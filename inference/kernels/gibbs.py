@@ -6,8 +6,9 @@ r"""Gibbs sampling of finite sites, parallel over rows and chains, with Hamilton
     \theta \sim p(\theta \mid z, x)
 
 Elements of a plate must be conditionally independent given all other sites, and are drawn at once: ``setup`` moves one
-element after another at random, and refuses a model where this changes the terms of other elements. The units of an
-event (for instance those of a layer of a belief net) may depend on each other, and are drawn one after another.
+random element per chain, from several states, and refuses a model where this changes the terms of other elements. The
+units of an event (for instance those of a layer of a belief net) may depend on each other, and are drawn one after
+another.
 
 References: Geman and Geman 1984; Neal 1992, "Connectionist learning of belief networks"; Tanner and Wong 1987 (data
 augmentation).

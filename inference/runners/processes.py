@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
@@ -36,13 +36,14 @@ from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, len
 
 @dataclass
 class Chain:
-    """One chain: draws (draws, \\*shape), statistics (draws,), seconds of set-up, last state and adaptation."""
+    """One chain: draws (draws, \\*shape), statistics (draws,), seconds of set-up, last state, adaptation, warnings."""
 
     draws: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
     setup: float
     position: dict[str, np.ndarray]
     adaptation: dict[str, Any]
+    warned: tuple[str, ...] = ()
 
 
 def run_processes(
@@ -125,8 +126,8 @@ def _run_chain(
 class _Watched:
     """A kernel of one chain after ``setup``, and what is read from it.
 
-    What Pyro keeps in attributes of its own kernels is read here and nowhere else. Calls of the potential are counted:
-    there is one per leapfrog step.
+    What Pyro keeps in attributes of its own kernels is read here and in :func:`_set_up` alone. Calls of the potential
+    are counted: there is one per leapfrog step.
 
     Args:
         kernel: The kernel.
@@ -149,7 +150,14 @@ class _Watched:
         return self._potential(values)
 
     def check(self, values: dict[str, Tensor]) -> None:
-        """Compare a program in place of the kernel's own potential with that, where the chain is."""
+        """Compare a program in place of the kernel's own potential with that, where the chain is.
+
+        A program compares itself with the potential that it was made of, but not at its last calls. This one was set up
+        by the chain.
+
+        Raises:
+            Untraceable: They differ.
+        """
         if self._potential is not self._own:
             with torch.no_grad():
                 got, expected = (p(values).reshape(1) for p in (self._potential, self._own))
@@ -215,19 +223,19 @@ def _prepare(
 
 def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
     """Set a kernel up; return its potential where supports move and Pyro chose the transforms."""
-    initialize: Any = getattr(kernel, "_initialize_model_properties", None)
     moving: MovingSupports | None = None
 
     def follow(*arguments: Any) -> None:
         nonlocal moving
         chosen = kernel.transforms
-        initialize(*arguments)  # type: ignore[misc]
+        initialize(*arguments)
         moving = None if chosen else follow_supports(kernel.potential_fn, kernel._prototype_trace)
         kernel.potential_fn = moving or kernel.potential_fn
 
-    if initialize is not None:
+    if isinstance(kernel, HMC):
         # Pyro's set-up looks for a step size: already that has to follow the supports.
-        kernel._initialize_model_properties = follow
+        initialize = kernel._initialize_model_properties
+        kernel._initialize_model_properties = follow  # type: ignore[method-assign]
     with _quiet_start():
         kernel.setup(warmup)
     if isinstance(kernel, RandomWalkKernel):
@@ -293,6 +301,8 @@ def _in_processes(
                     show(k, *answer)
                 else:
                     done[k] = answer
+                    for text in answer.warned:
+                        warnings.warn(f"chain {k}: {text}", stacklevel=2)
                     process.join()
                     running.pop(ready)
     finally:
@@ -316,6 +326,7 @@ def _receive(ours: Any, chain: int, process: Any) -> Any:
 def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int, parents: list[Any]) -> None:
     """Body of a chain's process: sends progress as tuples, and then the chain, or the text of an error.
 
+    Warnings go to the parent with the chain: on the standard error of a process nobody may see them, as in a notebook.
     The parent's ends of the pipes, ``parents``, are closed: then writing fails when the parent is gone, and the process
     ends; with a reader of its own it would wait for ever.
     """
@@ -332,7 +343,9 @@ def _work(run: Callable[..., Chain], seed: int, out: Connection, threads: int, p
             out.send((step, text))
 
     try:
-        out.send(run(say, seed))
+        with warnings.catch_warnings(record=True) as caught:
+            chain = run(say, seed)
+        out.send(replace(chain, warned=tuple(str(w.message) for w in caught)))
     except BrokenPipeError:
         pass
     except Exception as error:
