@@ -586,6 +586,23 @@ def test_a_fit_that_ran_away_is_no_point_estimate() -> None:
     assert "A point estimate" in str(point.diagnosis)
 
 
+def test_a_point_mass_beside_discrete_draws_and_a_single_draw_have_not_run_away() -> None:
+    def mixed() -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.6, 0.4])))
+        x = pyro.sample("x", dist.Normal(2.0 * z, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    def point() -> None:
+        pyro.sample("z", dist.Categorical(pyro.param("p", torch.tensor([0.5, 0.5]))))
+        pyro.sample("x", dist.Delta(pyro.param("at", torch.tensor(1.0))))
+
+    result = quiet((mixed, point), steps=0)
+    assert len(result.draws["z"].unique()) == 2
+    assert "A point estimate" in str(result.diagnosis) and "ran away" not in str(result.diagnosis)
+    single = quiet((model, guide), Y, steps=0, draws=1)
+    assert str(single.diagnosis) == "Not judged: Pareto k: 1 draws, of at least 25 that it takes."
+
+
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_a_fall_of_the_loss_is_told_from_its_noise(scale: float) -> None:
     noise = scale * np.random.default_rng(3).standard_t(3, size=2000)

@@ -1,4 +1,8 @@
-"""Whether a fit is over, by its losses."""
+"""Whether a fit is over, by its losses.
+
+A loss that still falls is reported from five standard errors, so that no fit is reported by chance. ``patience`` stops
+a fit at a fall of less than one: it may stop early by chance.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,13 @@ def fall(losses: np.ndarray) -> float:
     deviation = float(np.median(np.abs(np.diff(last)))) / 0.954
     error = 1.25 * deviation * (2 / len(before)) ** 0.5
     return 2 * difference if difference > max(CERTAIN * error, NATS) else 0.0
+
+
+def settled(losses: np.ndarray) -> bool:
+    """Whether the mean of the second half of the losses (steps,) is not below that of the first by a standard error."""
+    before, after = np.array_split(losses, 2)
+    error = float(np.sqrt(before.var() / len(before) + after.var() / len(after)))
+    return bool(before.mean() - after.mean() <= error)
 
 
 def still_falling(losses: np.ndarray) -> tuple[str, ...]:
