@@ -265,6 +265,16 @@ def test_advice_on_a_guide_follows_its_k(k: float | None, line: str | None) -> N
     assert_advice(diagnose(idata, k), *([line] if line else []))
 
 
+@pytest.mark.parametrize(("outer", "ratio"), [(1.0, r"0\.69"), (0.01, r"1\.7")])
+def test_a_width_off_in_either_direction_is_told_where_k_is_small(outer: float, ratio: str) -> None:
+    """Draws -3, 3 and twice -1, 1; the weights of the outer ones, relative to those within, are 10 and 0.1."""
+    draws = np.tile([-3.0, -1.0, -1.0, 1.0, 1.0, 3.0], 500)
+    weights = np.where(np.abs(draws) > 2, outer, 0.1)
+    check = GuideCheck(0.3, 0.9, 1, np.log(weights))
+    (line,) = diagnose(az.from_dict(posterior={"x": draws[None]}), check).advice
+    assert re.search(rf"the standard deviation of x is {ratio} times that after weighting", line)
+
+
 def test_a_point_estimate_has_no_k() -> None:
     result = inference.fit((normal_model, AutoDelta(normal_model)), ONES, steps=5, progress=False)
     assert result.diagnosis.pareto_k is None
