@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -283,14 +282,6 @@ def test_interrupting_keeps_what_was_learned() -> None:
         result = quiet((interrupted, guide), Y, steps=100)
     assert 0 < len(result.losses) < 20
     assert set(result.params) == {"loc", "scale"}
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handler, which a shell may have switched off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("patience", [None, 5000], ids=["blocks", "single steps"])
