@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
@@ -167,7 +168,6 @@ def edges(model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
         total = total + (kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl)
     for site in model_trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic"):
-            score = site["fn"].log_prob(site["value"])
-            total = total - (score if site["mask"] is None else torch.where(site["mask"], score, 0.0))
+            total = total - scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             scale = torch.as_tensor(site["scale"])
     return total, scale

@@ -33,6 +33,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from inference.core.handlers import StopGradient
+from inference.draws.engine import sample_names
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,7 @@ def latent(trace: Any) -> dict[str, Any]:
 
 def scored(trace: Any) -> dict[str, Any]:
     """Sites of a trace that have a density: neither deterministic nor the subsample of a plate."""
-    nodes = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
-    return {n: s for n, s in nodes if not (s["infer"] or {}).get("_deterministic")}
+    return {n: trace.nodes[n] for n in sample_names(trace)}
 
 
 def check_sites(kind: str, model_trace: Any, guide_trace: Any) -> None:
