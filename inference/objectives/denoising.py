@@ -21,7 +21,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor
 
 from inference.core.bound import BoundPair
-from inference.core.checks import check_not_negative
+from inference.core.checks import check_count, check_not_negative
 from inference.core.contracts import Objective
 from inference.diagnostics.losses import still_falling
 from inference.draws.kl import kl_by_site
@@ -80,8 +80,7 @@ class Denoising(Trace_ELBO, Objective):
     def __init__(
         self, steps: int, *, simple: bool = False, bound: float | None = None, importance: bool = False
     ) -> None:
-        if not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
+        check_count("steps", steps, 2)
         bound = (0.0 if simple else 1.0) if bound is None else bound
         check_not_negative(bound=bound)
         if not (simple or bound):

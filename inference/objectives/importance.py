@@ -32,6 +32,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.core.checks import check_count
 from inference.core.handlers import StopGradient
 from inference.draws.engine import sample_names
 
@@ -63,8 +64,7 @@ class Weighted(Trace_ELBO):
     """
 
     def __init__(self, particles: int) -> None:
-        if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles: expected an integer of at least 1, got {particles!r}")
+        check_count("particles", particles)
         super().__init__(num_particles=particles, max_plate_nesting=1, vectorize_particles=True)
         self._checked: set[tuple[Any, Any]] = set()
 
