@@ -47,6 +47,6 @@ def still_falling(losses: np.ndarray) -> tuple[str, ...]:
     if not fell:
         return ()
     return (
-        f"The loss still falls, by {fell:,.3g} over the last quarter of the steps: the fit is not over, and the guide "
-        "cannot be judged; take more steps, or a higher learning_rate.",
+        f"The loss still falls, by {fell:,.3g} over the last quarter of the steps: the fit is not over; take more "
+        "steps, or a higher learning_rate.",
     )
