@@ -3,7 +3,7 @@
 import warnings
 
 with warnings.catch_warnings():
-    # ArviZ announces its 1.0 at every import; what differs there is kept in one converter, result.py.
+    # ArviZ announces its 1.0 at every import; what differs there is kept in one converter, idata.py.
     warnings.simplefilter("ignore", FutureWarning)
     import arviz  # noqa: F401
 

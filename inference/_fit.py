@@ -6,7 +6,6 @@ loss and leaves the gradients, by which the optimizer moves the parameters.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -32,11 +29,8 @@ from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.handlers import called_by_exclusive, exclusive, isolated
-from inference.diagnostics.convergence import POINT_ESTIMATE
-from inference.diagnostics.guides import PARETO_K
-from inference.diagnostics.losses import still_falling
+from inference.diagnostics.losses import settled as is_settled
 from inference.draws import scoring
-from inference.draws.rows import is_point
 from inference.idata import STORED
 from inference.result import Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
@@ -45,12 +39,6 @@ from inference.runners.work import threads_by_work
 
 LEARNING_RATE = 0.02
 """Initial learning rate of pairs that say nothing."""
-
-
-RAN_AWAY = (
-    "All draws are equal, though the guide is no point mass: its scales are lost in the rounding of its locations. The "
-    "fit ran away; take a lower learning_rate, or tighter priors."
-)
 
 
 @exclusive
@@ -230,13 +218,10 @@ def _give_up(name: str, failure: Failure) -> None:
 
 
 def _settled(losses: list[Any], patience: int) -> bool:
-    """Whether the mean of the last losses is not below that of the losses before by more than its standard error."""
+    """Whether the fit may stop: asked once after every ``patience`` steps."""
     if len(losses) < 2 * patience or len(losses) % patience:
         return False
-    recent = np.array([sum(numbers(x)) for x in losses[-2 * patience :]]).reshape(2, patience)
-    before, after = recent
-    error = math.sqrt((before.var() + after.var()) / patience)
-    return bool(before.mean() - after.mean() <= error)
+    return is_settled(np.array([sum(numbers(x)) for x in losses[-2 * patience :]]))
 
 
 def _minibatches(bound: BoundPair, batch: int | None) -> Iterator[Tensor | None]:
@@ -346,30 +331,7 @@ def _conclude(
         return scoring.sample_guide(bound, size)[0]
 
     method = f"SVI ({kind})" if asked.has_posterior else kind
-    result = conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses, ended=ended)
-    return _judge_losses(result) if asked.has_posterior else result
-
-
-def _judge_losses(result: Result) -> Result:
-    """The result of a fit that was not over when its steps ended, or ran away, says so before it judges the guide."""
-    said, k = result.diagnosis.advice, result.diagnosis.pareto_k
-    ran_away = (RAN_AWAY,) if POINT_ESTIMATE in said and not _is_point(result) else ()
-    unfinished = still_falling(result.losses) if k is None or not k <= PARETO_K[1] else ()
-    dropped = {
-        *(a for a in said if unfinished and a.startswith("Pareto k of the guide")),
-        *([POINT_ESTIMATE] if ran_away else []),
-    }
-    if not unfinished and not ran_away:
-        return result
-    advice = (*ran_away, *unfinished, *(a for a in said if a not in dropped))
-    return replace(result, diagnosis=replace(result.diagnosis, advice=advice))
-
-
-def _is_point(result: Result) -> bool:
-    """Whether the guide is a point mass, and not one whose draws are equal by rounding."""
-    with isolated(), result.state(), poutine.block():
-        trace: Any = poutine.trace(result.bound.guide).get_trace(**result.bound.arguments())
-    return all(is_point(s["fn"]) for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s))
+    return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses, ended=ended)
 
 
 def _affordable(bound: BoundPair, draws: int) -> int:

@@ -76,10 +76,10 @@ def to_idata(
         left_out: Takes the reason for each group that is left out.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
-    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and the
-    attribute ``site`` has the name of the site. Deterministic sites and posterior draws
-    of summed-out sites are added. A group that cannot be computed is left out with a warning, and so are predictive
-    groups of more than ``STORED`` numbers and a log likelihood that would read more than ``SCORED``.
+    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and the attribute ``site`` has the name of the site.
+    Deterministic sites and posterior draws of summed-out sites are added. A group that cannot be computed is left out
+    with a warning, and so are predictive groups of more than ``STORED`` numbers and a log likelihood that would read
+    more than ``SCORED``.
 
     ``log_likelihood`` holds what was observed: entries that a mask hides are dropped, and the rest lies along one
     dimension, ``y_observed`` of the site ``y``. Where a latent site has a value for each observation, the group is left

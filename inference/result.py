@@ -201,7 +201,7 @@ def conclude(
             idata = to_idata(
                 bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs}, left_out=left_out
             )
-            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, left_out), _UNKNOWN)
+            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, losses, left_out), _UNKNOWN)
         else:
             idata = az.InferenceData(attrs=attrs)
             diagnosis = replace(_UNKNOWN, advice=tuple(made))
@@ -227,9 +227,11 @@ def conclude(
 _UNKNOWN = Diagnosis(pd.DataFrame(), None, None, ())
 
 
-def _judge(bound: BoundPair, made: Posterior, idata: az.InferenceData, left_out: LeftOut) -> Diagnosis:
+def _judge(
+    bound: BoundPair, made: Posterior, idata: az.InferenceData, losses: np.ndarray | None, left_out: LeftOut
+) -> Diagnosis:
     if made.density is None:
         return diagnose(idata)
     check = left_out.unless("Pareto k", partial(judge_guide, bound, made.draws, made.density), GuideCheck())
     kl = left_out.unless("KL of the latent sites", partial(local_latent_kl, bound), None)
-    return diagnose(idata, check, kl)
+    return diagnose(idata, check, kl, losses=losses)

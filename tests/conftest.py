@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -25,6 +26,14 @@ def seeds_of_documentation(request: pytest.FixtureRequest) -> Iterator[None]:
     """The examples of documentation print the figures of their own seeds."""
     with seeds.unmoved() if request.module.__name__ in ("test_doctests", "test_readme") else nullcontext():
         yield
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a shell may have switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -158,13 +158,6 @@ def pressing(pair, given, **arguments):
     return fit((pressed, pair.guide), given, steps=60, compile=False, draws=20, progress=False, **arguments)
 
 
-@pytest.fixture
-def ctrl_c():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_an_interrupted_fit_is_written_as_partial_with_the_code_of_an_interrupt(run, tmp_path, monkeypatch, ctrl_c):
     monkeypatch.setitem(ZOO, "naive_bayes", replace(ZOO["naive_bayes"], methods={"SVI": pressing}))
     answer = run("fit", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")

@@ -130,6 +130,19 @@ def tiny_mnist(rows: int = 6) -> dict[str, bytes]:
     return {f"mnist/{file}": idx(part) for file, part in zip(IDX, parts, strict=True)}
 
 
+def mirrored(
+    server: Pages, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, bytes]:
+    """The files of a tiny MNIST, which the mirror alone has."""
+    files = tiny_mnist()
+    table(files)
+    server.pages = {f"/{path}": content for path, content in files.items()}
+    monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
+    for path in files:
+        monkeypatch.setitem(UPSTREAM, path, ())
+    return files
+
+
 def cells(words: list[str], nested: bool = False) -> np.ndarray:
     column = np.empty((len(words), 1), object)
     for row, word in enumerate(words):
@@ -517,14 +530,9 @@ def test_matlab_file_with_a_split(
 def test_a_download_that_is_longer_than_its_file_is_broken_off(
     server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = tiny_mnist()
-    table(files)
+    files = mirrored(server, table, monkeypatch)
     first = f"/mnist/{IDX[0]}"
-    server.pages = {f"/{path}": content for path, content in files.items()}
     server.endless = {first}
-    monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
-    for path in files:
-        monkeypatch.setitem(UPSTREAM, path, ())
     size = len(files[f"mnist/{IDX[0]}"])
     with pytest.raises(FileNotFoundError, match=f"{server.url}{first}: ValueError: expected {size} bytes, got more"):
         data.load("mnist")
@@ -535,15 +543,12 @@ def test_a_download_that_is_longer_than_its_file_is_broken_off(
 def test_a_download_that_grows_when_unpacked_is_not_unpacked(
     server: Pages, cache: Path, table: Callable[[dict[str, bytes]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = tiny_mnist()
-    table(files)
+    files = mirrored(server, table, monkeypatch)
     path = f"mnist/{IDX[0]}"
     bomb = gzip.compress(bytes(2**26), mtime=0)
     server.pages = {f"/{path}": bomb}
     server.compressed = {f"/{path}"}
     monkeypatch.setitem(SIZES, path, 2**20)
-    monkeypatch.setenv("PPL_MODELS_MIRROR", server.url)
-    monkeypatch.setitem(UPSTREAM, path, ())
     tracemalloc.start()
     with pytest.raises(FileNotFoundError, match="does not match the known hash"):
         data.load("mnist")

@@ -265,6 +265,16 @@ def test_advice_on_a_guide_follows_its_k(k: float | None, line: str | None) -> N
     assert_advice(diagnose(idata, k), *([line] if line else []))
 
 
+@pytest.mark.parametrize("outer", [1.0, 0.01])
+def test_a_width_off_in_either_direction_is_told_where_k_is_small(outer: float) -> None:
+    draws = np.tile([-3.0, -1.0, -1.0, 1.0, 1.0, 3.0], 500)
+    check = GuideCheck(0.3, 0.9, 1, np.log(np.where(np.abs(draws) > 2, outer, 0.1)))
+    (line,) = diagnose(az.from_dict(posterior={"x": draws[None]}), check).advice
+    # Variances by hand: two of six draws are at distance 3, and four, of weight 0.1, at 1. All means are zero.
+    ratio = ((2 * 9 + 4) / 6 / ((2 * 9 * outer + 4 * 0.1) / (2 * outer + 4 * 0.1))) ** 0.5
+    assert f"the standard deviation of x is {ratio:.2g} times that after weighting" in line
+
+
 def test_a_point_estimate_has_no_k() -> None:
     result = inference.fit((normal_model, AutoDelta(normal_model)), ONES, steps=5, progress=False)
     assert result.diagnosis.pareto_k is None

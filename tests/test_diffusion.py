@@ -696,12 +696,3 @@ def test_an_edge_asks_for_a_model_that_has_one() -> None:
 
     with pytest.raises((ValueError, TypeError), match="step"):
         fit((model, lambda x: None), rows(3), Denoising(5), progress=False)
-
-
-def test_guidance_leaves_a_learned_variance_as_it_is_with_labels() -> None:
-    pair = small(classes=4, drop=0.1, variance="learned").eval()
-    x, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 3, 0])
-    plain, guided = (pair.predict(x, 3, y, guidance=w) for w in (0.0, 2.0))
-    torch.testing.assert_close(guided.variance_logit, plain.variance_logit)
-    without = pair.predict(x, 3, torch.full_like(y, 4))
-    torch.testing.assert_close(guided.output, 3 * plain.output - 2 * without.output)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -283,14 +282,6 @@ def test_interrupting_keeps_what_was_learned() -> None:
         result = quiet((interrupted, guide), Y, steps=100)
     assert 0 < len(result.losses) < 20
     assert set(result.params) == {"loc", "scale"}
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handler, which a shell may have switched off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("patience", [None, 5000], ids=["blocks", "single steps"])
@@ -584,6 +575,23 @@ def test_a_fit_that_ran_away_is_no_point_estimate() -> None:
     assert result.diagnosis.advice[0].startswith("All draws are equal, though the guide is no point mass")
     point = quiet((far_away, AutoDelta(far_away)), steps=1)
     assert "A point estimate" in str(point.diagnosis)
+
+
+def test_a_point_mass_beside_discrete_draws_and_a_single_draw_have_not_run_away() -> None:
+    def mixed() -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.6, 0.4])))
+        x = pyro.sample("x", dist.Normal(2.0 * z, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    def point() -> None:
+        pyro.sample("z", dist.Categorical(pyro.param("p", torch.tensor([0.5, 0.5]))))
+        pyro.sample("x", dist.Delta(pyro.param("at", torch.tensor(1.0))))
+
+    result = quiet((mixed, point), steps=0)
+    assert len(result.draws["z"].unique()) == 2
+    assert "A point estimate" in str(result.diagnosis) and "ran away" not in str(result.diagnosis)
+    single = quiet((model, guide), Y, steps=0, draws=1)
+    assert str(single.diagnosis) == "Not judged: Pareto k: 1 draws, of at least 25 that it takes."
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])

@@ -4,7 +4,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -80,14 +80,6 @@ def test_a_child_process_has_a_turn_of_its_own() -> None:
     done.set()
     thread.join()
     assert child.exitcode == 0, "it waits for a thread that it does not have"
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Python's own handler, which a shell may have switched off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def pressing(times: int = 1) -> tuple[Any, Any]:

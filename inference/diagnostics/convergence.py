@@ -30,6 +30,7 @@ import scipy.stats
 import xarray as xr
 
 from inference.diagnostics.guides import FALSE_ALARMS, PARETO_K, GuideCheck, advise_guide, weigh
+from inference.diagnostics.losses import still_falling
 
 R_HAT = 1.01
 """R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""
@@ -57,6 +58,12 @@ COLLAPSED_KL = 0.01
 
 
 POINT_ESTIMATE = "A point estimate: all draws are equal, and predictions ignore parameter uncertainty."
+
+
+RAN_AWAY = (
+    "All draws are equal, though the guide is no point mass: its scales are lost in the rounding of its locations. The "
+    "fit ran away; take a lower learning_rate, or tighter priors."
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def diagnose(
     pareto_k: float | GuideCheck | None = None,
     latent_kl: pd.DataFrame | None = None,
     *,
+    losses: np.ndarray | None = None,
     unjudged: Sequence[str] = (),
 ) -> Diagnosis:
     """Diagnose the chains of an InferenceData, or a guide by its importance weights.
@@ -122,12 +130,14 @@ def diagnose(
         idata: InferenceData with a ``posterior`` group; with ``sample_stats`` it is diagnosed as chains.
         pareto_k: Pareto k of the guide, as returned by :func:`pareto_k`, or its whole judgement; None for chains.
         latent_kl: KL divergence by dimension, as returned by ``predict.latent_kl``; None for chains.
+        losses: Loss of each step of the fit. A guide is not judged by a large Pareto k where they still fall.
         unjudged: What could not be judged, each with the reason.
     """
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
         check = pareto_k if isinstance(pareto_k, GuideCheck) else GuideCheck(pareto_k)
-        return _diagnose_guide(idata, check, latent_kl, tuple(unjudged))
+        unfinished = () if losses is None or _usable(check) else still_falling(losses)
+        return _diagnose_guide(idata, check, latent_kl, unfinished, tuple(unjudged))
     table = _summary(_quantities_of(idata), chains=True)
     divergences = int(stats["diverging"].sum())
     chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
@@ -140,17 +150,26 @@ def diagnose(
 
 
 def _diagnose_guide(
-    idata: az.InferenceData, check: GuideCheck, latent_kl: pd.DataFrame | None, unjudged: tuple[str, ...]
+    idata: az.InferenceData,
+    check: GuideCheck,
+    latent_kl: pd.DataFrame | None,
+    unfinished: tuple[str, ...],
+    unjudged: tuple[str, ...],
 ) -> Diagnosis:
     whole = _quantities_of(idata)
     sizes = {str(n): int(np.prod(whole[n].shape[2:])) for n in whole.data_vars}
     omitted = tuple(n for n, size in sizes.items() if size > MAX_QUANTITIES)
     posterior = whole.drop_vars(omitted)
     table = _summary(posterior, chains=False)
-    point = len(table) > 0 and not table["sd"].any()
-    known_tail = check.pareto_k is not None and check.pareto_k <= PARETO_K[1]
-    weighted = _weigh(posterior, check) if known_tail and not point else None
-    advice = (*check.faults, POINT_ESTIMATE) if point else advise_guide(check, weighted)
+    equal = bool(whole.data_vars) and all(bool((v.values == v.values[:1, :1]).all()) for v in whole.data_vars.values())
+    weighted = _weigh(posterior, check) if _usable(check) and not equal else None
+    if equal and check.point is False and whole.sizes["draw"] > 1:
+        advice = (RAN_AWAY, *unfinished, *check.faults)
+    elif equal and check.point is not False:
+        advice = (*unfinished, *check.faults, POINT_ESTIMATE)
+    else:
+        unreliable = check.pareto_k is not None and check.pareto_k > PARETO_K[1]
+        advice = unfinished if unfinished and unreliable else (*unfinished, *advise_guide(check, weighted))
     known = None if latent_kl is None or latent_kl.empty else latent_kl
     return Diagnosis(
         table,
@@ -163,6 +182,10 @@ def _diagnose_guide(
         weighted=None if weighted is None else weighted[["mean", "sd"]],
         omitted=omitted,
     )
+
+
+def _usable(check: GuideCheck) -> bool:
+    return check.pareto_k is not None and check.pareto_k <= PARETO_K[1]
 
 
 def _weigh(posterior: xr.Dataset, check: GuideCheck) -> pd.DataFrame | None:
@@ -322,7 +345,7 @@ def _named(posterior: xr.Dataset, names: set[str]) -> Iterator[tuple[str, np.nda
 
 def _modes(posterior: xr.Dataset, name: str) -> str:
     """Remedy for chains that disagree in a scalar; two groups with a wide gap are at different modes."""
-    draws = _by_name(posterior, name)
+    ((_, draws),) = _named(posterior, {name})
     means, sd = draws.mean(1), np.median(draws.std(1))
     order = np.argsort(means)
     gaps = np.diff(means[order])
@@ -335,14 +358,6 @@ def _modes(posterior: xr.Dataset, name: str) -> str:
         f"({_chains(min(low, high, key=len))}), at different modes whose weights the chains cannot estimate; "
         "use a tighter prior, or an ordering constraint on exchangeable components."
     )
-
-
-def _by_name(posterior: xr.Dataset, name: str) -> np.ndarray:
-    """Draws (chain, draw) of one scalar, by its name in the table."""
-    site = name.split("[")[0] if name not in posterior else name
-    array = posterior[site]
-    at = next(k for k in np.ndindex(array.shape[2:]) if quantity(array, k) == name)
-    return array.values[(slice(None), slice(None), *at)]
 
 
 def _chains(which: np.ndarray) -> str:

@@ -19,21 +19,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import arviz as az
 import numpy as np
 import pandas as pd
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import preserved_rng
 from inference.draws import scoring
-from inference.draws.engine import REFUSALS, device_of
-from inference.draws.rows import LocalLatents, probe
+from inference.draws.engine import REFUSALS, device_of, sample_names
+from inference.draws.rows import LocalLatents, is_point, probe
 
 JUDGED = 100_000_000
 """Numbers of data times draws that the judgement of a guide may read at the end of a fit."""
@@ -87,6 +89,7 @@ class GuideCheck:
         log_weights: Log weights of the first draws, (S,); None where rows are judged one by one.
         rows: Number of rows judged; 0 where all latent sites are judged together.
         failing: Number of these rows with Pareto k above 0.7, or weights that are not finite.
+        point: Whether the guide is a point mass at its continuous sites; None: not asked, as their draws differ.
         faults: Sentences on sites that guide and model do not share.
         unjudged: What could not be judged, each with the reason.
     """
@@ -97,6 +100,7 @@ class GuideCheck:
     log_weights: np.ndarray | None = None
     rows: int = 0
     failing: int = 0
+    point: bool | None = None
     faults: tuple[str, ...] = ()
     unjudged: tuple[str, ...] = ()
 
@@ -146,14 +150,30 @@ def judge_guide(bound: BoundPair, draws: dict[str, Tensor], density: Tensor) -> 
         draws: Draws (S, \*shape) of the guide.
         density: Their log density under the guide, (S,).
     """
-    if not any((v != v[:1]).any() for v in draws.values()):
-        return GuideCheck()
     with preserved_rng(), pyro.validation_enabled(False):
+        real = {n: v for n, v in draws.items() if v.is_floating_point()}
+        point = _is_point(bound) if real and _equal(real) else None
+        if _equal(draws) and (point is not False or len(density) > 1):
+            return GuideCheck(point=point)
         outside = scoring.outside_supports(bound, draws)
         if outside:
-            return GuideCheck(faults=tuple(map(_outside, outside, outside.values())), unjudged=("Pareto k: see above",))
+            faults = tuple(map(_outside, outside, outside.values()))
+            return GuideCheck(point=point, faults=faults, unjudged=("Pareto k: see above",))
         rows = _local(bound)
-        return _judge_rows(bound, rows) if rows is not None else _judge_jointly(bound, draws, density)
+        check = _judge_rows(bound, rows) if rows is not None else _judge_jointly(bound, draws, density)
+        return replace(check, point=point)
+
+
+def _equal(draws: dict[str, Tensor]) -> bool:
+    return not any((v != v[:1]).any() for v in draws.values())
+
+
+def _is_point(bound: BoundPair) -> bool:
+    """Whether the guide is a point mass at its continuous sites, not one whose draws are equal by rounding."""
+    with poutine.block():
+        trace: Any = poutine.trace(bound.guide).get_trace(**bound.arguments())
+    fns = [trace.nodes[n]["fn"] for n in sample_names(trace)]
+    return all(is_point(fn) or fn.support.is_discrete for fn in fns)
 
 
 def _outside(name: str, fraction: float) -> str:

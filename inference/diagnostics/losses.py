@@ -1,4 +1,8 @@
-"""Whether a fit is over, by its losses."""
+"""Whether a fit is over, by its losses.
+
+A loss that still falls is reported from five standard errors, so that no fit is reported by chance. ``patience`` stops
+a fit at a fall of less than one: it may stop early by chance.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,19 @@ def fall(losses: np.ndarray) -> float:
     return 2 * difference if difference > max(CERTAIN * error, NATS) else 0.0
 
 
+def settled(losses: np.ndarray) -> bool:
+    """Whether the mean of the second half of the losses (steps,) is not below that of the first by a standard error."""
+    before, after = np.array_split(losses, 2)
+    error = float(np.sqrt(before.var() / len(before) + after.var() / len(after)))
+    return bool(before.mean() - after.mean() <= error)
+
+
 def still_falling(losses: np.ndarray) -> tuple[str, ...]:
     """One sentence if the loss still falls where a fit ends."""
     fell = fall(losses)
     if not fell:
         return ()
     return (
-        f"The loss still falls, by {fell:,.3g} over the last quarter of the steps: the fit is not over, and the guide "
-        "cannot be judged; take more steps, or a higher learning_rate.",
+        f"The loss still falls, by {fell:,.3g} over the last quarter of the steps: the fit is not over; take more "
+        "steps, or a higher learning_rate.",
     )

@@ -21,6 +21,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
+from inference.core.checks import check_not_negative
 from inference.draws.kl import kl_by_site, masked_by
 
 
@@ -61,9 +62,7 @@ class BetaELBO(Trace_ELBO):
     """
 
     def __init__(self, beta: float = 1.0, *, free_bits: float = 0.0, warmup: int = 0, **settings: Any) -> None:
-        for name, value in {"beta": beta, "free_bits": free_bits, "warmup": warmup}.items():
-            if not value >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {value}")
+        check_not_negative(beta=beta, free_bits=free_bits, warmup=warmup)
         super().__init__(**settings)
         self.beta, self.free_bits, self.warmup = beta, free_bits, warmup
         self.taken = torch.zeros(())

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
 from inference.core.bound import BoundPair
-from inference.core.checks import check_not_negative
+from inference.core.checks import check_count, check_not_negative
 from inference.core.contracts import Objective
 from inference.diagnostics.losses import still_falling
 from inference.draws.kl import kl_by_site
@@ -79,8 +80,7 @@ class Denoising(Trace_ELBO, Objective):
     def __init__(
         self, steps: int, *, simple: bool = False, bound: float | None = None, importance: bool = False
     ) -> None:
-        if not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
+        check_count("steps", steps, 2)
         bound = (0.0 if simple else 1.0) if bound is None else bound
         check_not_negative(bound=bound)
         if not (simple or bound):
@@ -167,7 +167,6 @@ def edges(model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
         total = total + (kl.flatten(len(batch)).sum(-1) if kl.dim() > len(batch) else kl)
     for site in model_trace.nodes.values():
         if site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic"):
-            score = site["fn"].log_prob(site["value"])
-            total = total - (score if site["mask"] is None else torch.where(site["mask"], score, 0.0))
+            total = total - scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             scale = torch.as_tensor(site["scale"])
     return total, scale

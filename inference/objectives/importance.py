@@ -32,7 +32,9 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from inference.core.checks import check_count
 from inference.core.handlers import StopGradient
+from inference.draws.engine import sample_names
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class Weighted(Trace_ELBO):
     """
 
     def __init__(self, particles: int) -> None:
-        if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles: expected an integer of at least 1, got {particles!r}")
+        check_count("particles", particles)
         super().__init__(num_particles=particles, max_plate_nesting=1, vectorize_particles=True)
         self._checked: set[tuple[Any, Any]] = set()
 
@@ -269,8 +270,7 @@ def latent(trace: Any) -> dict[str, Any]:
 
 def scored(trace: Any) -> dict[str, Any]:
     """Sites of a trace that have a density: neither deterministic nor the subsample of a plate."""
-    nodes = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
-    return {n: s for n, s in nodes if not (s["infer"] or {}).get("_deterministic")}
+    return {n: trace.nodes[n] for n in sample_names(trace)}
 
 
 def check_sites(kind: str, model_trace: Any, guide_trace: Any) -> None:
