@@ -86,6 +86,15 @@ def test_errors_of_fractions_are_what_repetition_shows(fraction, shift: float) -
     assert np.sqrt(np.mean(errors**2)) > 1.05 * binomial
 
 
+def test_an_error_from_blocks_is_that_of_a_mean_of_independent_rows() -> None:
+    """It is 1 / sqrt(200) for 200 rows of variance 1; over 200 repetitions the root mean square is known to 1.3 %."""
+    y = normal(200, 0)
+    errors = [
+        two_sample._with_error(lambda a, _: float(a[:, 0].mean()), normal(200, k), y, 1).error for k in range(200)
+    ]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(200**-0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("distance", [mmd, energy_distance])
 def test_distances_do_not_depend_on_the_blocks(distance, monkeypatch) -> None:
     x, y = normal(70, 0), normal(50, 1, shift=0.3)
