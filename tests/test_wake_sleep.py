@@ -116,7 +116,7 @@ def test_a_minibatch_counts_for_all_rows(objective, alone) -> None:
 def test_pyros_weights_for_all_rows_at_once_fail_on_rows(alone) -> None:
     truth, _ = net(1, SigmoidBeliefNet)
     torch.manual_seed(0)
-    x = truth.model(size=64).detach()
+    x = truth.model(size=256).detach()
     truth.requires_grad_(False).train(False)
     with torch.no_grad():
         exact = truth.posterior(x) @ states(3, truth.origin)
@@ -130,9 +130,8 @@ def test_pyros_weights_for_all_rows_at_once_fail_on_rows(alone) -> None:
     def effective(log_weights: Tensor) -> float:
         return float((1 / log_weights.softmax(0).square().sum(0)).mean())
 
-    # Of fifty particles: many for a row, hardly more than one for 64 rows at once.
+    # Of fifty particles: many for a row, hardly more than one for 256 rows at once.
     assert effective(ratio) > 3 * effective(ratio.sum(1))
-    assert effective(ratio.sum(1)) < 3
     # What the rows' posterior is taken for: that of a single particle is either 0 or 1.
     z = guide_trace.nodes["z_1"]["value"]
     by_row = torch.einsum("in,inu->nu", ratio.softmax(0), z)
@@ -145,8 +144,8 @@ def test_pyros_weights_for_all_rows_at_once_fail_on_rows(alone) -> None:
         truth.requires_grad_(True).train(True)
         theirs.loss_and_grads(truth.model, truth.guide, x)
         slope = truth.z_1_logits.grad
-    # Its gradient of the log odds, sum_i w_i (1/2 - z_i), is half a unit wide at every unit.
-    assert float(slope.abs().mean()) > 0.4
+    # Its gradient of the log odds of a row is 1/2 less the posterior mean that the particles give.
+    assert float((0.5 - slope - exact).square().mean().sqrt()) > 0.3
 
 
 def test_reparameterised_guides_learn_too_and_through_their_draws_goes_nothing(alone) -> None:
