@@ -12,9 +12,9 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
-from inference.core.handlers import exclusive, isolated
+from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.diagnostics.latents import local_latent_kl
-from inference.draws.engine import REFUSALS, Draws
+from inference.draws.engine import Draws
 from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
 from inference.result import Result
 

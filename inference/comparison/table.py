@@ -20,9 +20,8 @@ from torch import Tensor
 
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import write_whole
-from inference.core.handlers import isolated
+from inference.core.handlers import REFUSALS, isolated
 from inference.diagnostics.convergence import quantity
-from inference.draws.engine import REFUSALS
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
 from inference.result import Result

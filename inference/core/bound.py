@@ -21,8 +21,8 @@ from torch.distributions import Independent
 
 from inference.core.contracts import Pair
 from inference.core.given import check_rounding, doubtful, readings, to_tensor
-from inference.core.handlers import Uncondition, isolated
-from inference.core.minibatch import REFUSALS, count_rows, cut_by_rows, lengths
+from inference.core.handlers import REFUSALS, Uncondition, isolated
+from inference.core.minibatch import count_rows, cut_by_rows, lengths
 
 
 @dataclass(frozen=True)

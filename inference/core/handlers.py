@@ -24,6 +24,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
+"""What a program may raise on tensors that it was not written for: torch, Pyro and NumPy refuse in their own ways."""
+
+
 class _Turn:
     """Whose turn it is in this process, and how many calls of exclusive functions are inside one another."""
 

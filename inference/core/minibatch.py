@@ -12,13 +12,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from inference.core.handlers import isolated
+from inference.core.handlers import REFUSALS, isolated
 
 if TYPE_CHECKING:
     from inference.core.bound import BoundPair
 
-REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
-"""What a model may raise when it meets data that it was not written for."""
 TRIES = 32
 """Largest number of runs of a model to find out which data belong to its groups."""
 

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import preserved_rng
+from inference.core.handlers import REFUSALS, preserved_rng
 from inference.draws import scoring
-from inference.draws.engine import REFUSALS, device_of, sample_names
+from inference.draws.engine import device_of, sample_names
 from inference.draws.rows import LocalLatents, is_point, probe
 
 JUDGED = 100_000_000

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import preserved_rng
+from inference.core.handlers import REFUSALS, preserved_rng
 from inference.draws.mapping import InvalidDraw, mapped
 
 Draws = Mapping[str, Tensor]
@@ -33,8 +33,6 @@ Wrap = Callable[[Callable[..., Any], int], Callable[..., Any]]
 """From a half and the first dimension that is free for enumeration to a half."""
 One = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """From the values of one draw to what is read of it."""
-REFUSALS = (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, IndexError)
-"""What a program may raise on tensors that it was not written for: torch, Pyro and numpy refuse in their own ways."""
 
 
 def run(

@@ -16,6 +16,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from inference.core.bound import BoundPair
+from inference.core.handlers import REFUSALS
 from inference.draws import engine
 from inference.draws.engine import Draws
 from inference.draws.scoring import values_of
@@ -129,7 +130,7 @@ def _with_guide(rows: LocalLatents, bound: BoundPair) -> LocalLatents:
     whole = replace(rows, bound=bound, splits=False)
     try:
         sites = guide_sites(rows)
-    except engine.REFUSALS:
+    except REFUSALS:
         # A guide with a parameter per row of the data may fail on two rows.
         if not rows.splits:
             raise
