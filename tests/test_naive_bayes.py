@@ -528,7 +528,7 @@ def test_labels_of_separated_classes_are_recovered(known: str) -> None:
     # Without labels the classes have no names, and a start may put two of them into one: the best of several counts.
     results = [
         inference.fit(GaussianNaiveBayes(12, 3).double(), given, steps=500, draws=200, progress=False, seed=seed)
-        for seed in range(4)
+        for seed in range(1 if known == "partly" else 4)
     ]
     result = min(results, key=lambda r: r.losses[-50:].mean())
     posterior = result.idata.posterior["y"]
