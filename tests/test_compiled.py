@@ -165,7 +165,7 @@ def sleeper_guide(x: Tensor, observations: Any = None) -> None:
 def descend(
     objective: Any, pair: tuple[Any, Any], steps: int, *, rate: float = 0.001, batches: Any = None
 ) -> list[Any]:
-    """Losses and gradients of plain gradient steps, each in the current store."""
+    """Losses and gradients of gradient steps of at most 0.1 at the default rate, each in the current store."""
     seen = []
     for step in range(steps):
         x = X if batches is None else X[batches[step % len(batches)]]
@@ -177,7 +177,7 @@ def descend(
         with torch.no_grad():
             for p in params.values():
                 if p.grad is not None:
-                    p -= rate * p.grad
+                    p -= rate * p.grad.clamp(-100, 100)
         zero_grads(params.values())
     return seen
 
