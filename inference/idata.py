@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import arviz as az
@@ -17,6 +18,7 @@ from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
 from inference.core.bound import BoundPair, Site
+from inference.core.files import Lenient
 from inference.draws import engine, scoring
 
 STORED, SCORED = 20_000_000, 500_000_000
@@ -125,6 +127,21 @@ def to_idata(
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior: ArviZ knows no empty group.
     return az.InferenceData(attrs=notes, **_renamed(kept))  # type: ignore[arg-type]
+
+
+def write_netcdf(idata: az.InferenceData, path: Path) -> None:
+    """Write an InferenceData to a NetCDF file that ``arviz.from_netcdf`` reads, with its numbers compressed.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=idata.attrs), **{g: idata[g] for g in idata.groups()}})
+    encoding = {
+        g: {n: {"zlib": True, "shuffle": True} for n, v in tree[g].variables.items() if v.dtype.kind in "biuf"}
+        for g in tree.groups
+    }
+    with Lenient(path) as file:
+        tree.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
 def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:

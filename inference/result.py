@@ -24,7 +24,7 @@ from inference.core.handlers import exclusive, isolated
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
-from inference.idata import LeftOut, to_idata
+from inference.idata import LeftOut, to_idata, write_netcdf
 
 
 class State:
@@ -126,7 +126,7 @@ class Result:
         """
         if not self.idata.groups():
             raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
-        return write_whole(path, lambda new: self.idata.to_netcdf(str(new)))
+        return write_whole(path, partial(write_netcdf, self.idata))
 
     @exclusive
     def draw(self, size: int = 1000, *, seed: int = 1) -> dict[str, Tensor]:

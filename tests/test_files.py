@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -62,12 +63,39 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
         new.write_text("ha")
         raise KeyboardInterrupt
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: .*table.csv"):
         write_whole(path, full)
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, interrupted)
     assert path.read_text() == "good"
     assert list(tmp_path.iterdir()) == [path]
+
+
+LARGE = """
+import resource, sys
+import arviz as az
+import numpy as np
+from inference.core.files import write_whole
+from inference.idata import write_netcdf
+from functools import partial
+
+idata = az.from_dict(posterior={"x": np.random.default_rng(0).normal(size=(4, 500, 50))}, attrs={"ended": "no"})
+write_whole(sys.argv[1], partial(write_netcdf, idata))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+idata.attrs["ended"] = "yes"
+write_whole(sys.argv[1], partial(write_netcdf, idata))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
+def test_a_file_of_draws_that_finds_no_room_ends_in_an_error_and_not_in_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "draws.nc"
+    ended = subprocess.run([sys.executable, "-c", LARGE, str(path)], capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert re.fullmatch(rf"OSError: \[Errno \d+\] .*: '{path}'", ended.stderr.splitlines()[-1])
+    assert "Exception ignored" not in ended.stderr
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_size > 600_000
+    assert az.from_netcdf(str(path)).attrs["ended"] == "no"
 
 
 def test_the_new_file_has_the_mode_and_the_link_of_the_old_one(tmp_path: Path) -> None:

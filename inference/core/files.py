@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Callable
@@ -42,13 +43,49 @@ def write_whole(path: str | Path, writer: Callable[[Path], Any]) -> Path:
             new.chmod(place.stat().st_mode & 0o777)
         _flush(new)
         os.replace(new, place)
-    except BaseException:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(new)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     if os.name == "posix":
         # The name is on the disk when its folder is.
         _flush(place.parent)
     return Path(path)
+
+
+class Lenient(io.FileIO):
+    """A file that takes whatever is written, and says at its end what could not be written.
+
+    HDF5 cannot give a file up: it repeats a write that has failed until the process crashes. Used in a ``with`` block,
+    whose end raises the first error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+b")
+        self._failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while len(left) and self._failure is None:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self._failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = self._failure or error
+            return self.tell() if size is None else size
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._failure is not None:
+            raise self._failure
 
 
 def _flush(path: Path) -> None:
