@@ -205,6 +205,25 @@ def test_methods_are_compared_row_by_row() -> None:
     assert table.loc["MAP", "lpd_mc"] == 0.0 < table.loc["exact", "lpd_mc"]
 
 
+def test_a_conjugate_guide_has_the_predictive_density_in_closed_form_and_draws_that_miss_it_are_told() -> None:
+    """The last row is 13 predictive standard deviations away, where its density is decided by the farthest draw."""
+
+    def posterior(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(x.sum() / (1 + len(x)), (zero() + 1 + len(x)) ** -0.5))
+        pyro.sample("w", dist.Normal(zero().expand(2), 1.0).to_event(1))
+
+    def fixed(pair: Any, data: Any) -> Result:
+        return exactly((model, guide), data, draws=4000)
+
+    heldout = torch.tensor([0.3, 2.0, -0.5, 16.0], dtype=torch.float64)
+    table = compare(lambda: (model, posterior), X, {"exact": exactly, "its draws": fixed}, heldout=heldout).table
+    exact = scipy.stats.norm(MEAN, math.sqrt(1 + SD**2)).logpdf(heldout.numpy()).mean()
+    assert table.loc["exact", "lpd"] == pytest.approx(exact, rel=1e-10)
+    assert table.loc["exact", "lpd_mc"] == table.loc["exact", "lpd_unreliable"] == 0
+    assert table.loc["its draws", "lpd_unreliable"] == 1
+    assert table.loc["its draws", "lpd"] < exact - 0.1
+
+
 def test_the_truth_may_be_found_from_the_pair_and_the_data() -> None:
     seen = []
 

@@ -12,11 +12,13 @@ import arviz as az
 import numpy as np
 import scipy.special
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.diagnostics import two_sample
+from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
 from inference.draws.scoring import draw_sites
 from inference.evidence.estimate import log_evidence
 from inference.predict import classify, pointwise_log_likelihood
@@ -24,21 +26,26 @@ from inference.result import Result
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
+EXACT_ROWS = 5000
+"""Largest number of held-out rows whose exact density is computed, one by one."""
+
 PARTICLES = 500
 """Particles of the guide per held-out row, for pairs with latent sites per row."""
 
 
 @dataclass(frozen=True, eq=False)
 class Densities:
-    """Log predictive densities of held-out rows by Monte Carlo.
+    """Log predictive densities of held-out rows.
 
     Attributes:
         values: Log predictive density of each row, (rows,).
-        error: Monte Carlo error of their mean: standard error and bias, due to the number of draws.
+        error: Monte Carlo error of their mean: standard error and bias, due to the number of draws; 0 if exact.
+        unreliable: Number of rows that a few draws decide, so that their error is unknown; nan if not asked.
     """
 
     values: Tensor
     error: float
+    unreliable: float = math.nan
 
 
 def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dict[str, float], Densities | None]:
@@ -56,7 +63,12 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dic
         return {}, None
     density = found.values
     sd = float(density.std()) if len(density) > 1 else math.nan
-    scores = {"lpd": float(density.mean()), "lpd_se": sd / math.sqrt(len(density)), "lpd_mc": found.error}
+    scores = {
+        "lpd": float(density.mean()),
+        "lpd_se": sd / math.sqrt(len(density)),
+        "lpd_mc": found.error,
+        "lpd_unreliable": found.unreliable,
+    }
     finite = [n for n, s in result.bound.sites.items() if s.finite]
     name = label or (finite[0] if len(finite) == 1 else "")
     # Labels that the fit drew, row by row, say nothing of other rows.
@@ -148,9 +160,59 @@ def _density(result: Result, heldout: Any) -> Densities:
         bias = float(evidence.errors.square().mean()) / 2
         return Densities(evidence.values, math.hypot(evidence.monte_carlo_error, bias))
     score = pointwise_log_likelihood(result, heldout).double()
+    exact = _exact(result, heldout, score[:2])
+    if exact is not None:
+        return Densities(exact, 0.0, 0)
     chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.groups() else 1
     values = score.logsumexp(0) - math.log(len(score))
-    return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0)
+    return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0, _decided_by_few(score))
+
+
+def _exact(result: Result, heldout: Any, score: Tensor) -> Tensor | None:
+    r"""Log predictive density of each row by Bayes' rule, where the guide is the posterior of any data; else None.
+
+    .. math:: p(x_n \mid D) = \frac{p(x_n \mid \theta)\, p(\theta \mid D)}{p(\theta \mid D, x_n)}
+
+    holds at every :math:`\theta` (the candidate's formula: Besag 1989). That it gives the same at two draws shows that
+    the guide is the posterior.
+
+    Args:
+        result: The Result.
+        heldout: New rows.
+        score: Log densities of the rows at the first two draws, (2, rows).
+    """
+    bound, new = result.bound, result.bound.with_data(heldout)
+    together = {n for n in bound.cut if n in new.data}
+    guide = bound.guide
+    if (
+        guide is None
+        or result.diagnosis.pareto_k != -math.inf
+        or len(score) < 2
+        or not together
+        or score.shape[1] > EXACT_ROWS
+    ):
+        return None
+
+    def density(data: Mapping[str, Any]) -> Tensor:
+        draws = ({n: v[k] for n, v in result.draws.items()} for k in range(2))
+        traces = [poutine.trace(poutine.condition(guide, data=d)).get_trace(**data) for d in draws]
+        return torch.stack([torch.as_tensor(t.log_prob_sum()).double() for t in traces])
+
+    with isolated(), result.state(), torch.no_grad():
+        own = density(bound.data)
+        rows = [
+            density({n: torch.cat([v, new.data[n][k : k + 1]]) if n in together else v for n, v in bound.data.items()})
+            for k in range(score.shape[1])
+        ]
+    values = score + own[:, None] - torch.stack(rows, 1)
+    return values[0] if torch.allclose(values[0], values[1], rtol=1e-5, atol=1e-5 * float(own.abs().max())) else None
+
+
+def _decided_by_few(score: Tensor) -> float:
+    """Number of rows whose density, a mean over draws (S, rows), has a Pareto k above 0.7."""
+    if len(score) < MIN_DRAWS:
+        return math.nan
+    return sum(pareto_k(row) > PARETO_K[1] for row in score.mT)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:

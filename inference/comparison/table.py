@@ -33,6 +33,7 @@ COLUMNS = {
     "lpd": "mean log predictive density of held-out rows, in nats",
     "lpd_se": "standard error of lpd over rows",
     "lpd_mc": "Monte Carlo error of lpd (standard error and bias), due to the number of draws",
+    "lpd_unreliable": "held-out rows that a few draws decide (Pareto k above 0.7): too low there by an unknown error",
     "lpd_diff": "lpd minus that of the best method",
     "lpd_diff_se": "standard error of lpd_diff, over the same rows, with the Monte Carlo errors",
     "accuracy": "fraction of held-out labels predicted correctly",
