@@ -559,7 +559,7 @@ def far_away() -> None:
 
 
 def test_a_fit_whose_loss_still_falls_is_not_told_to_take_another_guide() -> None:
-    # A narrow guide: the noise of the loss, which is proportional to its width, is an eighth of what would hide the fall.
+    # The noise of the loss is proportional to the width of the guide: a narrow one has an eighth of what would hide it.
     result = quiet((far_away, AutoNormal(far_away, init_scale=0.01)), draws=200)
     assert "The loss still falls" in result.diagnosis.advice[0]
     assert "richer guide" not in str(result.diagnosis)
