@@ -351,13 +351,14 @@ def test_chains_of_different_width_disagree_too() -> None:
 
 
 def test_few_draws_are_too_few() -> None:
-    assert_advice(diagnose(chains(mu=noise(4, 60, seed=0))), ESS.format("mu"))
+    # R-hat of so few may be above its limit too.
+    assert re.fullmatch(ESS.format("mu"), diagnose(chains(mu=noise(4, 60, seed=0))).advice[-1])
 
 
 def test_draws_that_are_correlated_are_worth_few() -> None:
     """An autoregressive chain of coefficient a has an effective sample size of S (1 - a) / (1 + a)."""
-    diagnosis = diagnose(chains(mu=autoregressive(0.99, 4, 20_000), w=noise(4, 20_000)))
-    assert diagnosis.table.loc["mu", "ess_bulk"] == pytest.approx(80_000 * 0.01 / 1.99, rel=0.25)
+    diagnosis = diagnose(chains(mu=autoregressive(0.9, 4, 20_000), w=noise(4, 20_000)))
+    assert diagnosis.table.loc["mu", "ess_bulk"] == pytest.approx(80_000 * 0.1 / 1.9, rel=0.25)
     assert diagnosis.min_ess_bulk == diagnosis.table.loc["mu", "ess_bulk"]
     diagnosis = diagnose(chains(mu=autoregressive(0.99, 4, 5000), w=noise(4, 5000)))
     assert re.fullmatch(ESS.format("mu"), diagnosis.advice[-1])

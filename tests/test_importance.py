@@ -74,7 +74,11 @@ def test_a_minibatch_counts_for_all_rows(doubly: bool) -> None:
 
 
 def test_the_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise() -> None:
-    made, k, count = pair(), 8, 1000
+    made, k, count = pair(), 8, 300
+    with torch.no_grad():
+        # A guide near the posterior: far from it gradients have tails too heavy for their moments to be compared.
+        for p in made.parameters():
+            p *= 0.3
     found: list[dict[str, Tensor]] = []
     for objective in (IWAE(k), IWAE(k, doubly=True)):
         each = []
@@ -89,8 +93,8 @@ def test_the_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise() 
     plain, doubly = found
     torch.testing.assert_close(doubly["decoder"], plain["decoder"])
     gap = doubly["encoder"] - plain["encoder"]
-    assert float((gap.mean(0) / (gap.std(0) / count**0.5)).abs().max()) < 4.5
-    assert doubly["encoder"].var(0).sum() < 0.4 * plain["encoder"].var(0).sum()
+    assert float((gap.mean(0) / (gap.std(0) / count**0.5)).abs().max()) < 5
+    assert doubly["encoder"].var(0).sum() < 0.05 * plain["encoder"].var(0).sum()
 
 
 def test_more_particles_make_a_tighter_bound_below_the_truth() -> None:

@@ -523,7 +523,7 @@ def test_labels_of_separated_classes_are_recovered(known: str) -> None:
     torch.manual_seed(2)
     labels = torch.randint(3, (400,))
     data = {"x": truth[labels] + torch.randn(400, 12, dtype=torch.float64), "y": labels}
-    y = missing(data["y"], every=20)
+    y = missing(data["y"], every=4)
     given = {"x": data["x"], "y": y} if known == "partly" else {"x": data["x"]}
     # Without labels the classes have no names, and a start may put two of them into one: the best of several counts.
     results = [
@@ -541,7 +541,7 @@ def test_labels_of_separated_classes_are_recovered(known: str) -> None:
     means = result.draws["means"].mean(0)
     assert (means - truth[names]).abs().max() < 0.5
     if known == "partly":
-        assert (torch.as_tensor(posterior.values[0, :, ::20]) == data["y"][::20]).all()
+        assert (torch.as_tensor(posterior.values[0, :, ::4]) == data["y"][::4]).all()
 
 
 @families
