@@ -129,7 +129,11 @@ def grid_moments(data: Data, scale: float, intercept_scale: float) -> dict[str, 
     ("rows", "scale", "separable"), [(20, 1.0, False), (8, 5.0, True), (8, 20.0, True), (1, 1.0, False)]
 )
 def test_moments_equal_numerical_integration(rows: int, scale: float, separable: bool) -> None:
-    """Also where the classes are separable: the posterior is then skewed, and its mode far from its mean."""
+    """Also where the classes are separable: the posterior is then skewed, and its mode far from its mean.
+
+    With 5,000 effective draws, below which the moments are refused, a mean is known to 0.014 standard deviations, and
+    a standard deviation to 1.6 % where the fourth moment is twice that of a normal.
+    """
     data = draw(2, rows, 1)
     if separable:
         data["y"] = (data["x"][:, 0] > 0.3).long()
@@ -138,8 +142,8 @@ def test_moments_equal_numerical_integration(rows: int, scale: float, separable:
     for name, (mean, sd) in pair.moments(**data).items():
         true_mean, true_sd = expected[name]
         assert mean.shape == sd.shape == ((1,) if name == "weights" else ())
-        assert mean.item() == pytest.approx(true_mean, abs=0.01 * true_sd)
-        assert sd.item() == pytest.approx(true_sd, rel=0.01)
+        assert mean.item() == pytest.approx(true_mean, abs=0.05 * true_sd)
+        assert sd.item() == pytest.approx(true_sd, rel=0.06)
 
 
 def test_moments_of_a_weight_whose_feature_is_zero_are_the_priors() -> None:
