@@ -222,19 +222,19 @@ def test_a_loss_that_breaks_later_returns_the_last_good_parameters() -> None:
 def test_what_fails_by_its_noise_is_found_again_among_compiled_steps() -> None:
     def far(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        # The root of a draw beyond three standard deviations: one step in 740.
-        pyro.factor("edge", 0.001 * (3.0 - mu).sqrt())
+        # Draws are driven upwards, and at 3, where steps have long been compiled, a root is that of a negative number.
+        pyro.factor("edge", 10 * mu + 0.001 * (3.0 - mu).sqrt())
         with pyro.plate("rows", len(y), dim=-1):
             pyro.sample("y", dist.Normal(mu.detach(), 1.0), obs=y)
 
-    def still(y: Tensor) -> None:
+    def rising(y: Tensor) -> None:
         loc = pyro.param("loc", torch.zeros(()).double())
-        pyro.sample("mu", dist.Normal(loc, torch.ones(()).double()))
+        pyro.sample("mu", dist.Normal(loc, 0.3 * torch.ones(()).double()))
 
     for single in (None, 5000):
         with pytest.warns(UserWarning, match=r"not finite at step \d+; sites edge; gradients of loc"):
-            result = quiet((far, still), Y, steps=6000, learning_rate=1e-9, compile=True, patience=single)
-        assert len(result.losses) > 20
+            result = quiet((far, rising), Y, steps=2000, learning_rate=0.01, compile=True, patience=single)
+        assert len(result.losses) > 50
 
 
 def test_gradients_that_are_not_finite_name_their_parameters() -> None:

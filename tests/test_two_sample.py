@@ -66,8 +66,9 @@ def test_distances_are_those_by_hand() -> None:
 def test_errors_of_distances_are_what_repetition_shows(distance, shift: float) -> None:
     found = [distance(normal(100, 2 * k), normal(120, 2 * k + 1, shift=shift)) for k in range(200)]
     values, errors = (np.array(v) for v in zip(*found, strict=True))
-    # Where both samples have one law the larger of two noisy estimates is taken: up to a third too much.
-    assert 0.8 < np.sqrt(np.mean(errors**2)) / values.std() < 1.42
+    # Where both samples have one law the larger of two noisy estimates is taken: up to a third too much. The spread of
+    # 200 values is itself known to 5 % where they are normal, and to less where their tails are heavy, as here.
+    assert 0.75 < np.sqrt(np.mean(errors**2)) / values.std() < 1.7
     if not shift:
         assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
 

@@ -204,7 +204,7 @@ def labelled() -> tuple[SemiSupervisedVAE, Tensor, Tensor]:
 def test_m2_sums_missing_labels_out_and_is_certain_of_known_ones() -> None:
     pair, x, y = labelled()
     with isolated(0), torch.no_grad():
-        objective = TraceEnum_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
+        objective = TraceEnum_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)
         losses = [objective.loss(enumerated(pair.model), pair.guide, x=x, y=y) for _ in range(40)]
     expected = 0.0
     with torch.no_grad():
