@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import REFUSALS, preserved_rng
+from inference.core.handlers import REFUSALS, preserved_rng, random_state, set_random_state
 from inference.draws.mapping import InvalidDraw, mapped
 
 Draws = Mapping[str, Tensor]
@@ -146,7 +146,7 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
     for buffers in (False, True):
         if ways.get(key, buffers) != buffers:
             continue
-        state = torch.get_rng_state()
+        state = random_state()
         try:
             results = mapped(one, draws, count, device_of(bound), buffers=buffers)
             ways[key] = buffers
@@ -154,7 +154,7 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
         except InvalidDraw as error:
             raise ValueError(f"{bound.name}: {error}") from None
         except REFUSALS as error:
-            torch.set_rng_state(state)
+            set_random_state(state)
             obstacle = str(error) or type(error).__name__
     if obstacle:
         ways[key] = None

@@ -27,6 +27,7 @@ from ppl_models.models.checks import (
     check_matrix,
     check_positive,
     count_of,
+    seeded,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 
@@ -220,8 +221,7 @@ def _importance_moments(
 
     optimiser.step(closure)
     mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
         rounds = [draws // 4] * 5 + [draws]
         while rounds:
