@@ -1,8 +1,9 @@
 """A device that only pretends: its tensors compute on the CPU, and meeting a tensor of the CPU is an error, as on cuda.
 
-``on_a_pretended_device()`` runs a block in which ``torch.device("pretend")`` exists: factories, ``.to``, modules, autograd
-and ``vmap`` know it. An operation on tensors of both devices raises ``MixedDevices``. Torch allows some, and so does
-this: a copy, an index on the CPU, and a number (a tensor without dimensions) beside tensors of the device.
+``on_a_pretended_device()`` runs a block in which ``torch.device("pretend")`` exists: factories, ``.to``, modules,
+autograd and ``vmap`` know it. An operation on tensors of both devices raises ``MixedDevices``. Torch allows some, and so does
+this: a copy, an index on the CPU, and a number (a tensor without dimensions) beside tensors of the device. Nothing can be
+traced there: a graph would hold the tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from inference.compiler import capture
 
 aten = torch.ops.aten
 NAME = "pretend"
@@ -95,6 +99,10 @@ def _refuse_mixed(func: Any, args: Any, tensors: list[Tensor]) -> None:
             raise MixedDevices(f"{func}: a tensor of the CPU of shape {tuple(v.shape)} beside tensors of the device")
 
 
+def _refuse(*_: Any) -> Any:
+    raise RuntimeError("computations on a pretended device cannot be traced")
+
+
 @contextmanager
 def on_a_pretended_device() -> Iterator[torch.device]:
     """Run a block in which the device exists."""
@@ -104,7 +112,7 @@ def on_a_pretended_device() -> Iterator[torch.device]:
     # ``torch.tensor(1.0, device=...)`` then goes through the mode.
     torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
     try:
-        with _Device():
+        with _Device(), patch.object(capture, "make_fx", _refuse):
             yield torch.device(NAME, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(before)  # type: ignore[attr-defined]

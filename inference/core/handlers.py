@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -141,7 +141,7 @@ def random_state() -> dict[str, Any]:
     return {**state, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Put the random generators into a state of :func:`random_state`.
 
     Devices that were initialised since then get the seed that they would have started from: that of the CPU.
