@@ -1,9 +1,9 @@
 """A device that only pretends: its tensors compute on the CPU, and meeting a tensor of the CPU is an error, as on cuda.
 
 ``on_a_pretended_device()`` runs a block in which ``torch.device("pretend")`` exists: factories, ``.to``, modules,
-autograd and ``vmap`` know it. An operation on tensors of both devices raises ``MixedDevices``. Torch allows some, and so does
-this: a copy, an index on the CPU, and a number (a tensor without dimensions) beside tensors of the device. Nothing can be
-traced there: a graph would hold the tensors of the CPU.
+autograd and ``vmap`` know it. An operation on tensors of both devices raises ``MixedDevices``. Torch allows some on
+cuda, and so does this: a copy, an index on the CPU, and a number (a tensor without dimensions) beside tensors of the
+device. Nothing can be traced there: a graph would hold the tensors of the CPU.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ def enumerate_finite(bound: BoundPair) -> Callable[..., Any]:
 def _check_together(bound: BoundPair, error: RuntimeError) -> None:
     """Raise a ValueError in place of an error that torch may raise because pair and data are on several devices."""
     places = {n: v.device for n, v in bound.data.items() if isinstance(v, Tensor)}
-    parameters = {p.device for m in bound.modules for p in m.parameters()}
+    parameters = {t.device for m in bound.modules for t in (*m.parameters(), *m.buffers())}
     if len(parameters | set(places.values())) > 1:
         found = [f"{n} on {place}" for n, place in places.items()]
         found += [f"the pair on {place}" for place in sorted(parameters, key=str)]

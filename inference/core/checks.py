@@ -50,7 +50,7 @@ def check_device(device: Any) -> torch.device | None:
     except (RuntimeError, AssertionError, TypeError) as error:
         why = " ".join(str(error).split("\n")[0].split())
         expected = f"a device that torch can use here ({', '.join(_usable())})"
-        raise ValueError(f"device: expected {expected}, got {str(device)!r} ({why[:200]})") from None
+        raise ValueError(f"device: expected {expected}, got {str(device)!r} ({why[:60]})") from None
 
 
 def _usable() -> list[str]:
