@@ -94,7 +94,7 @@ class Dataset:
     def to(self, device: str | torch.device) -> Dataset:
         """The same rows on a device, such as "cuda"."""
         place = _usable(device)
-        moved = {
+        moved: dict[str, Any] = {
             split: {name: rows.to(place) for name, rows in columns.items()}
             for split in ("train", "test", "valid")
             if (columns := getattr(self, split)) is not None
