@@ -32,8 +32,8 @@ from inference.core.bound import bind
 from inference.core.handlers import preserved_rng, random_state, set_random_state
 from inference.kernels import ChEES, Gibbs
 from ppl_models import BayesianNetwork, LogisticRegression
-from ppl_models.models.checks import seeded
 from ppl_models.models.pair import Pair
+from ppl_models.models.parts.randomness import seeded
 from ppl_models.zoo.entries import ZOO
 from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.methods import settings

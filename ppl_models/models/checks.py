@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -80,18 +79,6 @@ def random_source(seed: Any, name: str = "seed") -> torch.Generator:
     """A random generator on the CPU from a seed, an integer of at least 0."""
     check_count(name, seed, 0)
     return torch.Generator().manual_seed(int(seed))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run with torch's global random state from a seed, and leave that of the CPU and of all cuda devices as it was."""
-    initialised = torch.cuda.is_initialized()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if initialised else (), device_type="cuda"):
-        torch.manual_seed(seed)
-        yield
-    if not initialised:
-        # Cuda devices are seeded when they are initialised, as the CPU was.
-        torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def check_matrix(name: str, value: Any, width: int) -> None:

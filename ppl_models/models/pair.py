@@ -133,14 +133,21 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
         Example:
             >>> import torch
             >>> from pyro.infer import Trace_ELBO
-            >>> from ppl_models import VAE
-            >>> pair, x = VAE(features=4, factors=2), torch.ones(10, 4)
+            >>> class Location(Visible):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.loc = torch.nn.Parameter(torch.zeros(2))
+            ...     def distribution(self):
+            ...         return dist.Normal(self.loc, 1.0).to_event(1)
+            >>> pair, x = Location(), torch.randn(100, 2) + 3.0
             >>> loss = Trace_ELBO()(*pair.halves())
-            >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
-            >>> for rows in torch.arange(10).split(5):
+            >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+            >>> for _ in range(300):
             ...     optimizer.zero_grad()
-            ...     loss(x[rows], size=10, rows=rows).backward()
+            ...     loss(x).backward()
             ...     optimizer.step()
+            >>> torch.allclose(pair.loc, x.mean(0), atol=1e-2)
+            True
         """
         return Half(self, "model"), Half(self, "guide")
 

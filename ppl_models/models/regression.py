@@ -27,9 +27,9 @@ from ppl_models.models.checks import (
     check_matrix,
     check_positive,
     count_of,
-    seeded,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
+from ppl_models.models.parts.randomness import seeded
 
 
 class Classifier(Pair):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.models.checks import seeded
+from ppl_models.models.parts.randomness import seeded
 
 Grid = tuple[Tensor, str]
 """Images (rows, columns, pixels) in [0, 1], and a title."""
