@@ -55,6 +55,7 @@ def fit(
     draws: int = 1000,
     seed: int = 0,
     compile: bool | str = "auto",
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Result:
     r"""Fit a guide, and the parameters of a model, by stochastic gradient steps on an objective.
@@ -84,6 +85,9 @@ def fit(
         seed: Seed of all randomness. The global random state is left as it was.
         compile: True: run each step as one compiled program. "auto": trace it, or compile it too, where the number of
             steps is worth the cost; ``idata.attrs["execution"]`` says what was chosen. False: run as Pyro does.
+        device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
+            tensors that a plain function makes itself are its own affair. Draws and parameters of the Result are on
+            the CPU. Default: where pair and data are.
         progress: Show a progress bar with the running loss on a terminal.
 
     Returns:
@@ -111,7 +115,7 @@ def fit(
         objective = objective()
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
-    whole = bind(pair, data)
+    whole = bind(pair, data, device)
     if learning_rate is None:
         learning_rate = whole.asked.learning_rate or LEARNING_RATE
     probe = {} if objective is None else Objective.of(objective).probe
@@ -231,8 +235,7 @@ def _minibatches(bound: BoundPair, batch: int | None) -> Iterator[Tensor | None]
         if batch is None:
             yield None
         else:
-            device = next(v.device for v in bound.data.values() if isinstance(v, Tensor))
-            yield from torch.randperm(bound.rows, generator=random).to(device).split(batch)
+            yield from torch.randperm(bound.rows, generator=random).to(bound.device).split(batch)
 
 
 def _plan(

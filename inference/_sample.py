@@ -11,6 +11,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import torch
 from pyro.infer import NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
@@ -41,6 +42,7 @@ def sample(
     chains: int | None = None,
     seed: int = 0,
     compile: bool | str = "auto",
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Result:
     r"""Sample the posterior of a model by Markov chains.
@@ -65,6 +67,8 @@ def sample(
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
             program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does (ChEES
             runs the traced graph).
+        device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
+            the draws of the Result are on the CPU. Default: where pair and data are.
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
@@ -85,7 +89,7 @@ def sample(
         >>> print(f"{result.draws['rate'].mean():.0f}", result.diagnosis.divergences)  # the exact mean is 16 / 6
         3 0
     """
-    bound = bind(pair, data)
+    bound = bind(pair, data, device)
     _check(bound, kernel, compile, draws=draws, warmup=warmup, chains=chains)
     if kernel is None and _only_drawn(bound):
         kernel = Gibbs

@@ -38,7 +38,7 @@ def prior_predictive(
     if size is not None:
         check_count("size", size)
     with isolated(seed):
-        return draw_sites(bind(pair, data).generator(size), {}, draws)
+        return {n: v.cpu() for n, v in draw_sites(bind(pair, data).generator(size), {}, draws).items()}
 
 
 @exclusive
@@ -67,7 +67,7 @@ def posterior_predictive(
         draws = result.draws if data is None else _draws_at(result, data)
         sites = draw_sites(bound.generator(size), draws, result.size)
     observed = set(result.bound.select("observed"))
-    return {k: v for k, v in sites.items() if k in observed}
+    return {k: v.cpu() for k, v in sites.items() if k in observed}
 
 
 def _draws_at(result: Result, data: Any) -> Draws:
@@ -75,7 +75,7 @@ def _draws_at(result: Result, data: Any) -> Draws:
     old = result.bound
     rows = {p for s in old.select("observed").values() for p in s.plates if p}
     local = {n for n, s in old.select("latent").items() if n in result.draws and rows & set(s.plates)}
-    new = bind(old.pair, data)
+    new = old.rebound(data)
     if not local or not set(old.select("observed")) <= set(new.data):
         return {n: v for n, v in result.draws.items() if n not in local}
     names = ", ".join(sorted(local))
@@ -108,7 +108,7 @@ def pointwise_log_likelihood(result: Result, data: Any = None) -> Tensor:
     """
     bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(), result.state():
-        return rowwise(bound, result.draws)
+        return rowwise(bound, result.draws).cpu()
 
 
 @exclusive
@@ -119,7 +119,7 @@ def log_weights(result: Result, draws: int = 1000, *, seed: int = 1) -> Tensor:
     """
     with isolated(seed), result.state():
         values, density = sample_guide(result.bound, draws)
-        return log_joint(result.bound, values) - density
+        return (log_joint(result.bound, values) - density).cpu()
 
 
 @exclusive
@@ -147,7 +147,7 @@ def classify(result: Result, data: Any, *, label: str = "y") -> Tensor:
         labelled = (bound.with_data({**inputs, label: state.expand(bound.rows)}) for state in states)
         scores = [rowwise(rows, result.draws) for rows in labelled]
     joint = torch.stack(scores, -1).logsumexp(0) - math.log(result.size)
-    return joint.softmax(-1)
+    return joint.softmax(-1).cpu()
 
 
 def _states(bound: BoundPair, label: str) -> Tensor:
@@ -174,6 +174,6 @@ def latent_kl(result: Result, data: Any = None, *, seed: int = 0) -> pd.DataFram
         over rows; ``active``, whether the variance is above 0.01 (Burda et al. 2016). Empty where no continuous site
         lies in the plate of rows, or where the guide is a point.
     """
-    bound = result.bound if data is None else bind(result.bound.pair, data)
+    bound = result.bound if data is None else result.bound.rebound(data)
     with isolated(seed), result.state():
         return local_latent_kl(bound)

@@ -63,9 +63,9 @@ class State:
                 tensor.copy_(value)
 
     def values(self) -> dict[str, Tensor]:
-        """Constrained values by dotted name."""
+        """Constrained values by dotted name, on the CPU."""
         with isolated(), self():
-            return {dotted(n): v.detach().clone() for n, v in pyro.get_param_store().items()}
+            return {dotted(n): v.detach().cpu().clone() for n, v in pyro.get_param_store().items()}
 
 
 def dotted(name: str) -> str:
@@ -80,13 +80,13 @@ class Result:
     Attributes:
         idata: ArviZ InferenceData with the groups ``posterior``, ``sample_stats``, ``posterior_predictive``,
             ``log_likelihood`` and ``observed_data``, as far as the method has them and memory allows.
-        params: Constrained parameters by dotted name; empty for chains without parameters.
+        params: Constrained parameters by dotted name, on the CPU; empty for chains without parameters.
         losses: Loss of each step (steps,), or (steps, 2) for an objective with two losses; empty for chains.
         seconds: ``setup`` (until the first step or transition is done), ``run`` (the other steps or transitions) and
             ``draws`` (posterior draws, predictions and diagnostics).
         method: Name of the method, for tables: ``SVI (Trace_ELBO)``, ``NUTS``.
         diagnosis: R-hat, effective sample sizes, divergences, Pareto k, each with advice.
-        draws: Posterior draws of the latent sites, (S, \*shape), chains one after another.
+        draws: Posterior draws of the latent sites, (S, \*shape), chains one after another, on the CPU.
         bound: The pair and its data.
         state: Parameters and buffers as the method left them.
         more: From a number of draws and a seed to further draws.
@@ -137,7 +137,7 @@ class Result:
         """
         check_count("size", size)
         with isolated(seed), self.state():
-            return self.more(size, seed)
+            return _on_cpu(self.more(size, seed))
 
     def summary(self) -> Any:
         """Table of the posterior: mean and sd; for chains also Monte Carlo error, effective sample sizes and R-hat."""
@@ -217,11 +217,15 @@ def conclude(
             advice=(*advice, *diagnosis.advice),
             unjudged=tuple(dict.fromkeys((*diagnosis.unjudged, *left_out.said))),
         ),
-        draws=made.draws if isinstance(made, Posterior) else {},
+        draws=_on_cpu(made.draws) if isinstance(made, Posterior) else {},
         bound=bound,
         state=state,
         more=more,
     )
+
+
+def _on_cpu(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: v.cpu() for n, v in draws.items()}
 
 
 _UNKNOWN = Diagnosis(pd.DataFrame(), None, None, ())

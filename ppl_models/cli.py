@@ -82,6 +82,9 @@ DataName = Annotated[str | None, typer.Option("--data", help="A data set by name
 OutDir = Annotated[str | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
 
 
+Device = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
+
+
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")]
 
 
@@ -140,6 +143,7 @@ def fit(
     ] = None,
     draws: Annotated[int | None, typer.Option(min=4, help="Posterior draws to keep; default: the method's.")] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     out_dir: OutDir = None,
 ) -> None:
     """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
@@ -154,7 +158,7 @@ def fit(
             raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
         options = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "draws": draws}
         chosen = _taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
-        dataset, folder = _prepare(entry, data_name, out_dir)
+        dataset, folder = _prepare(entry, data_name, out_dir, device)
         with isolated(seed):
             model = entry.pair(dataset)
         result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
@@ -176,13 +180,14 @@ def sample(
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
     kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: chosen by the model.")] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     out_dir: OutDir = None,
 ) -> None:
     """Sample a pair's posterior by Markov chains."""
     with _one_line(context):
         entry = find(pair)
         named = None if kernel is None else _named("kernel", kernel, inference.kernels.__all__)
-        dataset, folder = _prepare(entry, data_name, out_dir)
+        dataset, folder = _prepare(entry, data_name, out_dir, device)
         with isolated(seed):
             model = entry.pair(dataset)
         factory = None if named is None else getattr(inference.kernels, named)
@@ -197,6 +202,7 @@ def compare(
     data_name: DataName = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     out_dir: OutDir = None,
 ) -> None:
     """Compare several methods on one pair: a table, a plot and one ArviZ file per method.
@@ -207,7 +213,7 @@ def compare(
         entry = find(pair)
         asked = list(entry.methods) if methods is None else methods.split(",")
         names = list(dict.fromkeys(_named("methods", name.strip(), entry.methods) for name in asked))
-        dataset, folder = _prepare(entry, data_name, out_dir)
+        dataset, folder = _prepare(entry, data_name, out_dir, device)
         seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
         comparison = entry.compare(dataset, seeded, seed=seed)
         _show(comparison, entry, dataset)
@@ -249,12 +255,12 @@ def reproduce(
         out.print(f"[dim]{folder / (chosen.name + '.jsonl')}[/]", highlight=False, soft_wrap=True)
 
 
-def _prepare(entry: Entry, data_name: str | None, out_dir: str | None) -> tuple[Dataset, Path]:
+def _prepare(entry: Entry, data_name: str | None, out_dir: str | None, device: str) -> tuple[Dataset, Path]:
     """Check the data's name and the output directory, so that errors come before any work, and load the data."""
     if data_name is not None:
         _named("data", data_name, data.names())
     folder = _writable(f"results/{entry.name}-{data_name or entry.data}" if out_dir is None else out_dir)
-    return entry.load(data_name), folder
+    return entry.load(data_name, device=device), folder
 
 
 def _named(what: str, name: str, known: Collection[str]) -> str:

@@ -116,6 +116,12 @@ def test_a_pair_of_any_data_is_fitted_to_the_end(run, tmp_path, name: str, writt
         (["fit", "vae", "--seed", "-1"], "--seed"),
         (["fit", "vae", "--seed", str(2**32)], "--seed"),
         (["fit", "vae", "--out", ""], "--out: expected a folder, got ''"),
+        (
+            ["fit", "vae", "--device", "gpu"],
+            "--device: expected a device that torch can use here, such as cpu, got",
+        ),
+        (["sample", "naive_bayes", "--device", "meta:x"], "--device: expected a device"),
+        (["compare", "naive_bayes", "--device", "xyz"], "--device: expected a device"),
         (["fit", "vae", "--stps", "3"], "--stps"),
         (["fit"], "PAIR"),
         (["fot", "vae"], "fot"),

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 
 from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
 from inference.comparison.table import COLUMNS, Comparison
-from inference.core.bound import bind
+from inference.core.bound import bind, move
+from inference.core.checks import check_device
 from inference.core.handlers import exclusive, isolated
 from inference.result import Result
 
@@ -30,6 +32,7 @@ def compare(
     heldout: Any = None,
     label: str | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Comparison:
     r"""Run several methods of inference on one pair and compare their results.
 
@@ -44,6 +47,8 @@ def compare(
         label: Name of the labels in ``heldout``, for accuracy and calibration. Default: the one finite site of the
             model, if there is one.
         seed: Seed from which each pair is built.
+        device: Where to run, such as "cuda": pairs and data are moved there before a method gets them. Default: where
+            they are.
 
     Returns:
         A Comparison. A method that fails has an empty row in the table, and a warning gives the reason.
@@ -55,10 +60,17 @@ def compare(
     if not methods:
         raise ValueError("methods: expected at least one, got none")
 
+    place = check_device(device)
+
     def build() -> Any:
         with isolated(seed):
-            return make_pair()
+            pair = make_pair()
+        if place is not None:
+            move(pair, place)
+        return pair
 
+    if device is not None:
+        data = bind(build(), data, device).data
     moments = _moments(truth, build, data)
     _check_names(build, data, moments, heldout, label)
     results, rows = {}, {}
@@ -83,7 +95,8 @@ def compare(
 
 def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Callable[[], Any], data: Any) -> Moments:
     try:
-        return dict(truth(build(), data) if callable(truth) else truth or {})
+        known = truth(build(), data) if callable(truth) else truth or {}
+        return {n: (mean.cpu(), sd.cpu()) for n, (mean, sd) in known.items()}
     except ArithmeticError as error:
         warnings.warn(f"truth left out: {error}", stacklevel=4)
         return {}

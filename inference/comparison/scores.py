@@ -15,7 +15,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
@@ -74,7 +73,7 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dic
     # Labels that the fit drew, row by row, say nothing of other rows.
     if name not in finite or name in result.draws or not isinstance(heldout, Mapping) or name not in heldout:
         return scores, found
-    probabilities, labels = classify(result, heldout, label=name), torch.as_tensor(heldout[name]).long()
+    probabilities, labels = classify(result, heldout, label=name), torch.as_tensor(heldout[name]).long().cpu()
     return scores | {
         "accuracy": float((probabilities.argmax(-1) == labels).double().mean()),
         "ece": calibration_error(probabilities, labels),
@@ -90,12 +89,12 @@ def sample_scores(result: Result, heldout: Any) -> dict[str, float]:
     generate_like = result.bound.asked.generate_like
     with isolated(0), result.state():
         if generate_like is not None:
-            generated = generate_like(**data)
+            generated = generate_like(**{n: torch.as_tensor(v).to(result.bound.device) for n, v in data.items()})
         else:
-            inputs = bind(result.bound.pair, {n: v for n, v in data.items() if n not in names})
+            inputs = result.bound.rebound({n: v for n, v in data.items() if n not in names})
             drawn = draw_sites(inputs.generator(len(data[names[0]])), {}, 1)
             generated = {n: drawn[n][0] for n in names}
-    scores = [_two_sample(torch.as_tensor(data[n]), generated[n]) for n in names]
+    scores = [_two_sample(torch.as_tensor(data[n]).to(generated[n].device), generated[n]) for n in names]
     return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
 
 
@@ -194,9 +193,9 @@ def _exact(result: Result, heldout: Any, score: Tensor) -> Tensor | None:
         return None
 
     def density(data: Mapping[str, Any]) -> Tensor:
-        draws = ({n: v[k] for n, v in result.draws.items()} for k in range(2))
+        draws = ({n: v[k].to(bound.device) for n, v in result.draws.items()} for k in range(2))
         traces = [poutine.trace(poutine.condition(guide, data=d)).get_trace(**data) for d in draws]
-        return torch.stack([torch.as_tensor(t.log_prob_sum()).double() for t in traces])
+        return torch.stack([torch.as_tensor(t.log_prob_sum()).double() for t in traces]).cpu()
 
     with isolated(), result.state(), torch.no_grad():
         own = density(bound.data)

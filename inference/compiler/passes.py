@@ -115,7 +115,7 @@ def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
 def pack_constants(
     graph: Callable[..., Any], given: int, held: list[Tensor]
 ) -> tuple[list[Tensor], Callable[..., Any]]:
-    """Pack small constants of a graph into one per dtype: every round of a loop pays for each input.
+    """Pack small constants of a graph into one per dtype and device: every round of a loop pays for each input.
 
     Args:
         graph: A function of positions, ``given`` further arguments, and the constants.
@@ -127,7 +127,9 @@ def pack_constants(
     """
     held = [h.detach() for h in held]
     small = [k for k, h in enumerate(held) if h.numel() <= policy.PACKED_NUMBERS]
-    kinds = {held[k].dtype: [j for j in small if held[j].dtype == held[k].dtype] for k in small}
+    kinds: dict[Any, list[int]] = {}
+    for k in small:
+        kinds.setdefault((held[k].dtype, held[k].device), []).append(k)
     whole = [k for k in range(len(held)) if k not in small]
     packs = [torch.cat([held[k].reshape(-1) for k in chosen]) for chosen in kinds.values()]
 

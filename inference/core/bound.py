@@ -7,9 +7,10 @@ is needed, a model alone. :func:`bind` turns any of them and its data into a :cl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from inference.core.checks import check_device
 from inference.core.contracts import Pair
 from inference.core.given import check_rounding, doubtful, readings, to_tensor
 from inference.core.handlers import REFUSALS, Uncondition, isolated
@@ -108,9 +110,14 @@ class BoundPair:
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The torch modules behind the pair."""
-        halves = (self.pair, *(self.pair if isinstance(self.pair, tuple) else ()))
-        owners = [getattr(h, "__self__", h) for h in halves]
-        return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
+        return _modules(self.pair)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data are; without data, where the parameters are."""
+        halves = self.pair if isinstance(self.pair, tuple) else (self.pair,)
+        tensors = chain((v for v in self.data.values() if isinstance(v, Tensor)), *map(_held_by, halves))
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     def arguments(self, rows: Tensor | None = None) -> dict[str, Any]:
         """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
@@ -126,12 +133,20 @@ class BoundPair:
 
     def with_data(self, data: Any) -> BoundPair:
         """The model with other data, to predict or score them. The guide, which may read its data, is left out."""
-        return replace(bind(self.pair, data), guide=None)
+        return replace(self.rebound(data), guide=None)
+
+    def rebound(self, data: Any) -> BoundPair:
+        """The pair bound to other data, which are moved to where its own are."""
+        return _bind(self.pair, data, self.device)
 
     @property
     def _structure(self) -> _Structure:
         if "structure" not in self.memo:
-            self.memo["structure"] = self.run()
+            try:
+                self.memo["structure"] = self.run()
+            except RuntimeError as error:
+                _check_together(self, error)
+                raise
         return self.memo["structure"]
 
     def run(self, *, scored: bool = False) -> _Structure:
@@ -262,7 +277,7 @@ def _units(fn: Any) -> int:
     return count if fn.has_enumerate_support else 0
 
 
-def bind(pair: Any, data: Any = None) -> BoundPair:
+def bind(pair: Any, data: Any = None, device: Any = None) -> BoundPair:
     """Read a pair and its data into a :class:`BoundPair`.
 
     Args:
@@ -271,17 +286,34 @@ def bind(pair: Any, data: Any = None) -> BoundPair:
             None for a model that needs no argument. Floats of arrays and frames take torch's default precision, unless
             the model's own numbers are float64; tensors keep theirs. Whole numbers and booleans become floats where a
             site, or the model, does not take them.
+        device: Where to move the modules of the pair, in place, and the data. Default: they stay where they are.
 
     Raises:
         TypeError: The pair is none of these.
-        ValueError: The data do not fit the model's arguments or the pair's own checks.
+        ValueError: The data do not fit the model's arguments or the pair's own checks, or there is no such device.
     """
+    place = check_device(device)
+    if place is not None:
+        move(pair, place)
+    return _bind(pair, data, place)
+
+
+def move(pair: Any, place: torch.device) -> None:
+    """Move the modules of a pair to a device, in place."""
+    for module in _modules(pair):
+        module.to(place)
+
+
+def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
+    """:func:`bind` with the data moved to a place."""
     model, guide = _halves(pair)
     accepted, free = _parameters(model)
     named = {k: to_tensor(v, k) for k, v in _given(data, accepted).items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
+    if place is not None:
+        named = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in named.items()}
     missing = [k for k, required in accepted.items() if required and k not in named]
     if missing:
         raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
@@ -340,6 +372,41 @@ def enumerate_finite(bound: BoundPair) -> Callable[..., Any]:
     if not bound.enumerated:
         return bound.model
     return config_enumerate(bound.model, default="parallel")
+
+
+def _check_together(bound: BoundPair, error: RuntimeError) -> None:
+    """Raise a ValueError in place of an error that torch may raise because pair and data are on several devices."""
+    places = {n: v.device for n, v in bound.data.items() if isinstance(v, Tensor)}
+    parameters = {t.device for m in bound.modules for t in (*m.parameters(), *m.buffers())}
+    if len(parameters | set(places.values())) > 1:
+        found = [f"{n} on {place}" for n, place in places.items()]
+        found += [f"the pair on {place}" for place in sorted(parameters, key=str)]
+        raise ValueError(
+            f"device: expected pair and data on one device, got {', '.join(found)}; device= moves both"
+        ) from error
+
+
+def _modules(pair: Any) -> tuple[torch.nn.Module, ...]:
+    """The modules that a pair, or its halves, are or belong to."""
+    halves = (pair, *(pair if isinstance(pair, tuple) else ()))
+    owners = [getattr(h, "__self__", h) for h in halves]
+    return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
+
+
+def _held_by(half: Any) -> Iterator[Tensor]:
+    """Tensors that a half holds: what it was given by ``partial``, and parameters and buffers of its module."""
+    while True:
+        owner = getattr(half, "__self__", half)
+        if isinstance(half, partial):
+            yield from (v for v in (*half.args, *half.keywords.values()) if isinstance(v, Tensor))
+            half = half.func
+        elif isinstance(owner, torch.nn.Module):
+            yield from chain(owner.parameters(), owner.buffers())
+            return
+        elif hasattr(half, "__wrapped__"):
+            half = half.__wrapped__
+        else:
+            return
 
 
 def _halves(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import torch
+
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise a ValueError unless the value is an integer and at least ``least``."""
@@ -33,3 +35,25 @@ def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
     if not any(value is k or (value == k and type(value) is type(k)) for k in known):
         shown = [f'"{k}"' if isinstance(k, str) else str(k) for k in known]
         raise ValueError(f"{name}: expected {', '.join(shown[:-1])} or {shown[-1]}, got {value!r}")
+
+
+def check_device(device: Any) -> torch.device | None:
+    """A device as torch knows it, or None for None.
+
+    Raises:
+        ValueError: It is no device, or one that torch cannot use on this machine.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = " ".join(str(error).split("\n")[0].split())
+        expected = f"a device that torch can use here ({', '.join(_usable())})"
+        raise ValueError(f"device: expected {expected}, got {str(device)!r} ({why[:60]})") from None
+
+
+def _usable() -> list[str]:
+    """The kinds of devices of this machine that torch can use."""
+    known = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, usable in known.items() if usable)]

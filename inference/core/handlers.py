@@ -11,9 +11,9 @@ from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
 import pyro
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 
 from inference.core.checks import check_count
@@ -92,14 +92,17 @@ def isolated(seed: int | None = None) -> Iterator[None]:
     """
     if seed is not None:
         check_count("seed", seed, 0)
-    state = get_rng_state()
+    state = random_state()
     try:
         with pyro.get_param_store().scope(), _frozen_kept():
             if seed is not None:
                 pyro.set_rng_seed(int(seed))
             yield
     finally:
-        set_rng_state(state)
+        set_random_state(state)
+        if seed is not None and not torch.cuda.is_initialized():
+            # A seed reaches cuda devices when they are initialised: the last one that was given.
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager
@@ -121,12 +124,33 @@ def _frozen_kept() -> Iterator[None]:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Run without moving the random state."""
-    state = get_rng_state()
+    """Run without moving the random state of any device."""
+    state = random_state()
     try:
         yield
     finally:
-        set_rng_state(state)
+        set_random_state(state)
+
+
+def random_state() -> dict[str, Any]:
+    """State of the random generators of Python, of NumPy, and of torch on the CPU and on all cuda devices.
+
+    Devices that are not initialised are left alone: asking for their state would initialise them.
+    """
+    state = pyro.util.get_rng_state()
+    return {**state, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the random generators into a state of :func:`random_state`.
+
+    Devices that were initialised since then get the seed that they would have started from: that of the CPU.
+    """
+    pyro.util.set_rng_state(state)
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    elif torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 class Uncondition(UnconditionMessenger):

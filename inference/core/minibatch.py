@@ -52,7 +52,7 @@ def row_plate(bound: BoundPair, plates: Mapping[str, int]) -> str | None:
     for name, size in plates.items() if bound.takes_rows else ():
         try:
             # Twice as many rows, of which these are the first half: only the plate of rows tells of the others.
-            trace = _run(bound, {**bound.data, "size": 2 * size, "rows": torch.arange(size, device=_device(bound))})
+            trace = _run(bound, {**bound.data, "size": 2 * size, "rows": torch.arange(size, device=bound.device)})
         except REFUSALS:
             continue
         frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ()) if f.name == name]
@@ -81,7 +81,7 @@ def cut_by_rows(bound: BoundPair) -> frozenset[str]:
 
 def _agrees(bound: BoundPair, plate: str, cut: frozenset[str]) -> bool:
     """Whether the rows of a minibatch have the densities that they have among all rows, given the same latents."""
-    rows = torch.arange(bound.rows - 1, bound.rows // 2 - 1, -1, device=_device(bound))
+    rows = torch.arange(bound.rows - 1, bound.rows // 2 - 1, -1, device=bound.device)
     batch = {k: v[rows] if k in cut else v for k, v in bound.data.items()}
     try:
         with isolated(0):
@@ -119,7 +119,3 @@ def _take(site: Any, value: Tensor, plate: str, rows: Tensor, event: int | None 
 
 def _density(site: Any) -> Tensor:
     return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-
-
-def _device(bound: BoundPair) -> torch.device:
-    return next((v.device for v in bound.data.values() if isinstance(v, Tensor) and v.dim()), torch.device("cpu"))

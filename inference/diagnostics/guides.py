@@ -34,7 +34,7 @@ from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, preserved_rng
 from inference.draws import scoring
-from inference.draws.engine import device_of, sample_names
+from inference.draws.engine import sample_names
 from inference.draws.rows import LocalLatents, is_point, probe
 
 JUDGED = 100_000_000
@@ -212,7 +212,7 @@ def _local(bound: BoundPair) -> LocalLatents | None:
 
 def _judge_rows(bound: BoundPair, rows: LocalLatents) -> GuideCheck:
     chosen = torch.randperm(bound.rows)[:ROWS].sort().values
-    part = rows.take(chosen.to(device_of(bound))) if rows.splits else rows
+    part = rows.take(chosen.to(bound.device)) if rows.splits else rows
     count = min(ROW_DRAWS, JUDGED // (rows.width * part.bound.rows))
     if count < MIN_DRAWS:
         return GuideCheck(unjudged=(f"Pareto k: the data are long ({bound.numel:,} numbers)",))

@@ -40,8 +40,8 @@ def local_latent_kl(bound: BoundPair) -> pd.DataFrame:
         ``variance``, the variance over rows of the guide's mean; and ``active``, whether it is above 0.01.
     """
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        subsample = torch.randperm(bound.rows)[:MAX_ROWS] if bound.takes_rows and bound.rows > MAX_ROWS else None
-        arguments = bound.arguments(subsample)
+        many = bound.takes_rows and bound.rows > MAX_ROWS
+        arguments = bound.arguments(torch.randperm(bound.rows)[:MAX_ROWS].to(bound.device) if many else None)
         guide = poutine.trace(bound.guide).get_trace(**arguments)
         local = [n for n in bound.guided if _is_local(guide.nodes[n], bound.rows)]
         if not local:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import REFUSALS, preserved_rng
+from inference.core.handlers import REFUSALS, preserved_rng, random_state, set_random_state
 from inference.draws.mapping import InvalidDraw, mapped
 
 Draws = Mapping[str, Tensor]
@@ -56,9 +56,9 @@ def run(
         return read(trace(bound, half, values, wrap))
 
     check_draws(bound, draws)
-    total = len(next(iter(draws.values()))) if draws else count or 1
+    total, place = len(next(iter(draws.values()))) if draws else count or 1, bound.device
     step = policy.draws_per_pass(_width(bound))
-    parts = [{n: v[start : start + step] for n, v in draws.items()} for start in range(0, total, step)]
+    parts = ({n: v[start : start + step].to(place) for n, v in draws.items()} for start in range(0, total, step))
     sizes = [min(step, total - start) for start in range(0, total, step)]
     results = [_run_part(bound, half, one, part, size, wrap) for part, size in zip(parts, sizes, strict=True)]
     return {n: results[0][n] if len(results) == 1 else torch.cat([r[n] for r in results]) for n in results[0]}
@@ -146,15 +146,15 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
     for buffers in (False, True):
         if ways.get(key, buffers) != buffers:
             continue
-        state = torch.get_rng_state()
+        state = random_state()
         try:
-            results = mapped(one, draws, count, device_of(bound), buffers=buffers)
+            results = mapped(one, draws, count, bound.device, buffers=buffers)
             ways[key] = buffers
             return results
         except InvalidDraw as error:
             raise ValueError(f"{bound.name}: {error}") from None
         except REFUSALS as error:
-            torch.set_rng_state(state)
+            set_random_state(state)
             obstacle = str(error) or type(error).__name__
     if obstacle:
         ways[key] = None
@@ -171,13 +171,6 @@ def _one_by_one(one: One, draws: Draws, count: int) -> dict[str, Tensor]:
             # A point estimate, of which nothing is drawn.
             return {n: v.expand(count, *v.shape) for n, v in parts[0].items()}
     return {n: torch.stack([part[n] for part in parts]) for n in parts[0]}
-
-
-def device_of(bound: BoundPair) -> torch.device:
-    """Where the data are; without data, where the parameters are."""
-    tensors = (v for v in bound.data.values() if isinstance(v, Tensor))
-    parameters = (p for m in bound.modules for p in m.parameters())
-    return next((t.device for group in (tensors, parameters) for t in group), torch.device("cpu"))
 
 
 def _width(bound: BoundPair) -> int:

@@ -88,7 +88,7 @@ class LocalLatents:
 
     def _density(self, trace: Any, names: list[str]) -> Tensor:
         if not names:
-            return torch.zeros(self.bound.rows, device=engine.device_of(self.bound))
+            return torch.zeros(self.bound.rows, device=self.bound.device)
         return engine.contract(trace, names, [self.plate])
 
 
@@ -97,7 +97,7 @@ def probe(bound: BoundPair, guided: bool) -> LocalLatents:
     # An autoguide takes its shapes from its first run, which must see all rows.
     by_guide = bound.guided if guided else frozenset()
     drawn = tuple(n for n, s in bound.select("latent").items() if n in by_guide or not s.finite)
-    start = torch.arange(min(2, bound.rows), device=engine.device_of(bound))
+    start = torch.arange(min(2, bound.rows), device=bound.device)
     part = _minibatch(bound, start) if bound.takes_rows else bound
     rows = LocalLatents(part, "", drawn, splits=bound.takes_rows)
     trace = engine.trace(part, part.model, {n: v[0] for n, v in rows.prior(1).items()}, engine.enumerated)

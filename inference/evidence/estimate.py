@@ -178,7 +178,7 @@ def log_evidence(
         check_count(name, value)
     with isolated(seed), _state(pair, bound)():
         if estimator == "exact" and bound.asked.log_evidence is not None:
-            values = bound.asked.log_evidence(**bound.data).double()
+            values = bound.asked.log_evidence(**bound.data).double().cpu()
             return Evidence(values, torch.zeros_like(values), "exact")
         if estimator == "importance":
             together = min(k, policy.PARTICLES_FIRST)
@@ -204,13 +204,13 @@ def _over(
     default = policy.latents_per_pass(whole.width * together) if whole.splits else count
     estimates = []
     with tqdm(total=count * rounds, desc=f"log p(x) of {name}", disable=None if progress else True, leave=False) as bar:
-        for rows in torch.arange(count, device=engine.device_of(whole.bound)).split(batch or default):
+        for rows in torch.arange(count, device=whole.bound.device).split(batch or default):
             part = whole.take(rows)
             # One draw with validation checks these rows; the passes run without it.
             part.model(part.prior(1), 1)
             with pyro.validation_enabled(False):
                 estimates.append(run(part, rows, bar.update))
-    values, errors = (torch.cat(v) for v in zip(*estimates, strict=True))
+    values, errors = (torch.cat(v).cpu() for v in zip(*estimates, strict=True))
     return Evidence(values, errors, kind)
 
 
@@ -306,7 +306,7 @@ def _unpack(part: LocalLatents, positions: Tensor) -> dict[str, Tensor]:
 def _bind(pair: Any, data: Any) -> BoundPair:
     if not isinstance(pair, Result):
         return bind(pair, data)
-    return pair.bound if data is None else bind(pair.bound.pair, data)
+    return pair.bound if data is None else pair.bound.rebound(data)
 
 
 def _state(pair: Any, bound: BoundPair) -> State:
@@ -357,7 +357,7 @@ def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> di
 
 def _latent(rows: LocalLatents, latents: Draws, name: str) -> Tensor:
     shape = rows.bound.sites[name].shape
-    value = torch.as_tensor(latents[name]) if name in latents else None
+    value = torch.as_tensor(latents[name]).to(rows.bound.device) if name in latents else None
     if value is None or tuple(value.shape) != shape:
         got = ", ".join(latents) or "none" if value is None else tuple(value.shape)
         raise ValueError(f"latents: expected {name} of shape {shape}, got {got}")

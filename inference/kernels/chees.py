@@ -27,6 +27,7 @@ from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.contracts import BatchedKernel
+from inference.core.handlers import random_state, set_random_state
 from inference.kernels.metric import MAX_DENSE_DIM, learn, log_volume, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
@@ -196,7 +197,7 @@ class ChEES(BatchedKernel):
         else:
             # A loop inside the program would wait for the device at every leapfrog step.
             self._density.forward = torch.compile(self._density.forward, dynamic=False)
-        state = torch.get_rng_state()
+        state = random_state()
         try:
             with quietly():
                 self._block(learning=False)
@@ -205,7 +206,7 @@ class ChEES(BatchedKernel):
             self._run = self._plain()
             warnings.warn(f"the chains run traced, but not fused: {type(error).__name__}", stacklevel=3)
         finally:
-            torch.set_rng_state(state)
+            set_random_state(state)
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""

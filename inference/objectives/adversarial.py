@@ -201,7 +201,7 @@ class Adversarial(Game):
             )
 
     def _check_modes(self, bound: BoundPair) -> Iterator[str]:
-        indices = torch.randperm(bound.rows)[:MODE_CHECK_ROWS] if bound.takes_rows else None
+        indices = torch.randperm(bound.rows)[:MODE_CHECK_ROWS].to(bound.device) if bound.takes_rows else None
         named = bound.arguments(indices)
         real, generated = (self._half(bound.model, bound.guide, named, r, detach=True).shown for r in (True, False))
         name = next(iter(real))

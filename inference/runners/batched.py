@@ -73,7 +73,7 @@ class _Run:
                 self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / done))
             values, stats = kernel.collect(blocks)
         # The last block may have made too many draws.
-        flat = {n: v[:draws].transpose(0, 1).flatten(0, 1).cpu() for n, v in values.items()}
+        flat = {n: v[:draws].transpose(0, 1).flatten(0, 1) for n, v in values.items()}
         return flat, {n: v[:draws].T.cpu().numpy() for n, v in stats.items()}
 
     def more(self, state: Any, size: int, seed: int) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def run_processes(
     names = [n for n in bound.sites if n in finished[0].draws]
 
     def joined(chains: list[Chain]) -> dict[str, Tensor]:
-        return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in chains]) for n in names}
+        return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in chains]).to(bound.device) for n in names}
 
     def more(size: int, seed: int) -> dict[str, Tensor]:
         per_chain = -(-size // len(finished))
@@ -98,11 +98,11 @@ def _run_chain(
     pyro.set_rng_seed(seed)
     kernel = kernel_of(bound, factory)
     if start is not None:
-        kernel.initial_params = {n: torch.as_tensor(v) for n, v in start.position.items()}
+        kernel.initial_params = {n: torch.as_tensor(v).to(bound.device) for n, v in start.position.items()}
     moving = _set_up(kernel, warmup)
     watched = _Watched(kernel, potential, moving)
     if start is not None:
-        watched.adapt(start.adaptation)
+        watched.adapt(start.adaptation, bound.device)
     params, states, stats = kernel.initial_params, [], []
     watched.check(params)
     set_up = perf_counter()
@@ -199,11 +199,12 @@ class _Watched:
         metric = {k: v.detach().cpu().numpy() for k, v in self._hmc.inverse_mass_matrix.items()}
         return {"step_size": self._hmc.step_size, "inverse_mass_matrix": metric}
 
-    def adapt(self, adaptation: Mapping[str, Any]) -> None:
+    def adapt(self, adaptation: Mapping[str, Any], device: torch.device) -> None:
         """Take over the :meth:`adaptation` of another kernel."""
         if self._hmc is not None:
             metric = adaptation["inverse_mass_matrix"]
-            self._hmc.mass_matrix_adapter.inverse_mass_matrix = {k: torch.as_tensor(v) for k, v in metric.items()}
+            moved = {k: torch.as_tensor(v).to(device) for k, v in metric.items()}
+            self._hmc.mass_matrix_adapter.inverse_mass_matrix = moved
             self._hmc._adapter.step_size = adaptation["step_size"]
 
 
@@ -272,8 +273,7 @@ def _cores() -> int:
 
 def _can_fork(bound: BoundPair) -> bool:
     # A forked process cannot use its parent's accelerator, and macOS aborts forks that touch its frameworks.
-    on_cpu = all(v.device.type == "cpu" for v in bound.data.values() if isinstance(v, Tensor))
-    return sys.platform.startswith("linux") and on_cpu and not torch.cuda.is_initialized()
+    return sys.platform.startswith("linux") and bound.device.type == "cpu" and not torch.cuda.is_initialized()
 
 
 def _in_processes(

@@ -14,7 +14,6 @@ from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from inference.compiler import policy
@@ -24,6 +23,7 @@ from inference.compiler.objective import Compiled
 from inference.compiler.update import Adam
 from inference.core.bound import BoundPair, unconstrained
 from inference.core.contracts import Objective
+from inference.core.handlers import random_state, set_random_state
 from inference.optim import Joint
 from inference.result import dotted
 
@@ -129,7 +129,7 @@ class CompiledSteps:
     def advance(self, batches: Iterator[Rows]) -> list[Loss]:
         """Take one step, or a block of them, and return their losses."""
         if self.done == self.checked:
-            self._random, self._batches = get_rng_state(), []
+            self._random, self._batches = random_state(), []
         losses: list[Loss] = [*self._take_block()]
         if not losses:
             rows = next(batches)
@@ -165,13 +165,13 @@ class CompiledSteps:
     def _find(self, good: int) -> Failure:
         """Repeat the steps since the last check, up to the one that failed, and name what is not finite."""
         assert self.adam is not None
-        set_rng_state(self._random)
+        set_random_state(self._random)
         for step in range(self.checked, good):
             self._step(self._rows_of(step))
         arguments = self.bound.arguments(self._rows_of(good))
-        noise = get_rng_state()
+        noise = random_state()
         sites = _sites_not_finite(self.bound, arguments)
-        set_rng_state(noise)
+        set_random_state(noise)
         loss, params = gradients(self.objective.objective, self.model, self.bound.guide, arguments)
         culprits = _not_finite(loss, params) or []
         with torch.no_grad():

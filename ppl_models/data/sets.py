@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -83,8 +83,34 @@ class Dataset:
     def repeated(self) -> int:
         """Number of rows of ``test``, without their labels, that are also rows of ``train``."""
         columns = [n for n in self.train if n != "y"]
-        known = {column: set(map(bytes, self.train[column].numpy())) for column in columns}
-        return sum(bytes(row) in known[column] for column in columns for row in self.test[column].numpy())
+        known = {column: set(map(bytes, self.train[column].cpu().numpy())) for column in columns}
+        return sum(bytes(row) in known[column] for column in columns for row in self.test[column].cpu().numpy())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return next(iter(self.train.values())).device
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same rows on a device, such as "cuda"."""
+        place = _usable(device)
+        moved: dict[str, Any] = {
+            split: {name: rows.to(place) for name, rows in columns.items()}
+            for split in ("train", "test", "valid")
+            if (columns := getattr(self, split)) is not None
+        }
+        return replace(self, **moved)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, if torch can use it on this machine; else a ValueError."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = " ".join(str(error).split("\n")[0].split())[:60]
+        raise ValueError(
+            f"device: expected a device that torch can use here, such as cpu, got {str(device)!r} ({why})"
+        ) from None
 
 
 def names() -> tuple[str, ...]:
@@ -100,6 +126,7 @@ def load(
     unit: bool = False,
     labels: int | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> Dataset:
     r"""Load a data set by name; download its files where they are missing.
 
@@ -114,11 +141,12 @@ def load(
         labels: Number of training rows that keep their label, the same number per class; y is then floating
             point, nan where hidden. None: all.
         dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], except those of ``digits``.
+        device: Where the rows are, such as "cuda".
 
     Raises:
-        ValueError: The name is unknown, two transformations are asked for, ``unit`` is asked for data other
-            than images, ``labels`` do not fit the set, ``dtype`` is no floating point type, or a file in
-            ``PPL_MODELS_DATA`` has the wrong SHA-256.
+        ValueError: The name is unknown, there is no such device, two transformations are asked for, ``unit`` is asked
+            for data other than images, ``labels`` do not fit the set, ``dtype`` is no floating point type, or a file
+            in ``PPL_MODELS_DATA`` has the wrong SHA-256.
         FileNotFoundError: A file is nowhere to be found.
 
     Example:
@@ -129,6 +157,7 @@ def load(
     if name not in _LOADERS:
         near = ", ".join(difflib.get_close_matches(str(name), _LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(_LOADERS)}, got {name!r} (nearest: {near})")
+    place = _usable(device)
     if standardise + binarise + unit > 1:
         chosen = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
         raise ValueError(
@@ -160,7 +189,7 @@ def load(
         raw.symbols,
         raw.shape,
         2 if binarise and raw.shape else raw.levels,
-    )
+    ).to(place)
 
 
 def hide_labels(y: Tensor, count: int, *, seed: int = 0) -> Tensor:

@@ -149,7 +149,7 @@ class BayesianNetwork(Pair):
         check_entries("x", x, (x < 0) | (x >= states) | (x != x.floor()), f"states 0 to {states - 1}")
         information = pairwise_information(x, states)
         # The solver minimises, and takes a zero for a missing edge.
-        tree = minimum_spanning_tree((information.max() + 1 - information).triu(1).numpy())
+        tree = minimum_spanning_tree((information.max() + 1 - information).triu(1).cpu().numpy())
         order, above = breadth_first_order(tree, 0, directed=False)
         parents = {names[k]: (names[above[k]],) if above[k] >= 0 else () for k in sorted(order)}
         return cls(parents, states=states, **arguments)

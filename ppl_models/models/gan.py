@@ -223,7 +223,7 @@ class GAN(AdversarialPair):
         check_count("count", count)
         if given is not None:
             check_labels(name, given, count, states, missing=False)
-            return given
+            return given.to(self.origin.device)
         return torch.arange(count, device=self.origin.device) % states
 
     def noisy(self, scale: float) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from pyro import poutine
 from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ppl_models.models.checks import count_of
@@ -124,6 +124,33 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
         ``fit`` and ``sample`` call it first, and so does every method that is :func:`checked`.
         """
 
+    def halves(self) -> tuple[Half, Half]:
+        """Model and guide as modules, for a loop of your own by torch's optimizers.
+
+        Both hold the pair, so that ``Trace_ELBO()(*pair.halves())`` is a module whose ``parameters()`` are those of the
+        pair. An autoguide makes its parameters in its first call: call the guide once before you ask for them.
+
+        Example:
+            >>> import torch
+            >>> from pyro.infer import Trace_ELBO
+            >>> class Location(Visible):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.loc = torch.nn.Parameter(torch.zeros(2))
+            ...     def distribution(self):
+            ...         return dist.Normal(self.loc, 1.0).to_event(1)
+            >>> pair, x = Location(), torch.randn(100, 2) + 3.0
+            >>> loss = Trace_ELBO()(*pair.halves())
+            >>> optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+            >>> for _ in range(300):
+            ...     optimizer.zero_grad()
+            ...     loss(x).backward()
+            ...     optimizer.step()
+            >>> torch.allclose(pair.loc, x.mean(0), atol=1e-2)
+            True
+        """
+        return Half(self, "model"), Half(self, "guide")
+
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Grids of images by name, from rows of data by name: what a pair of images generates or reconstructs."""
         return {}
@@ -134,6 +161,29 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
         if not isinstance(given, int | Integral):
             self.coords[dimension] = [str(name) for name in given]
         return size
+
+
+class Half(nn.Module):
+    """One half of a pair as a module: it holds the pair, and its call is that of the half.
+
+    It is no Pyro module, which would change the names of the pair's parameters. The call leaves Pyro's parameter store
+    alone, which by name would give a second pair the parameters of the first.
+
+    Attributes:
+        pair: The pair.
+        name: Name of the half, ``model`` or ``guide``.
+    """
+
+    def __init__(self, pair: Pair, name: str) -> None:
+        super().__init__()
+        self.pair, self.name = pair, name
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Call the half."""
+        # Pyro reads this setting when a module is made, and again at each call.
+        vars(self.pair._pyro_context).setdefault("param_state", {"params": {}, "constraints": {}})
+        with pyro.settings.context(module_local_params=True):
+            return getattr(self.pair, self.name)(*args, **named)
 
 
 def checked(method: Method, *, leading: bool = False) -> Method:

@@ -29,6 +29,7 @@ from ppl_models.models.checks import (
     count_of,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
+from ppl_models.models.parts.randomness import seeded
 
 
 class Classifier(Pair):
@@ -209,7 +210,7 @@ def _importance_moments(
     density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: float = 30.0
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a log-concave density, by importance sampling from a t at its mode."""
-    mode = torch.zeros(size, dtype=like.dtype, requires_grad=True)
+    mode = torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
     optimiser = torch.optim.LBFGS([mode], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -220,14 +221,13 @@ def _importance_moments(
 
     optimiser.step(closure)
     mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
         rounds = [draws // 4] * 5 + [draws]
         while rounds:
             count = rounds.pop(0)
             scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
-            proposal = dist.MultivariateStudentT(torch.tensor(freedom, dtype=like.dtype), mean, scale)
+            proposal = dist.MultivariateStudentT(like.new_tensor(freedom), mean, scale)
             theta = proposal.sample(torch.Size([count]))
             parts = theta.split(max(1, 2_000_000 // len(like)))
             weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)

@@ -80,17 +80,20 @@ class Entry:
         kind: Any = getattr(self.make, "__self__", self.make)
         return tuple(n for n in inspect.signature(kind.model).parameters if n not in ("self", "size", "rows"))
 
-    def load(self, name: str | None = None) -> Dataset:
-        """The entry's data set, or another by name, prepared for the pair."""
-        whole, takes = data.load(name or self.data, dtype=self.dtype, **self.prepare), self.takes
+    def load(self, name: str | None = None, *, device: str | torch.device = "cpu") -> Dataset:
+        """The entry's data set, or another by name, prepared for the pair, on a device."""
+        whole, takes = data.load(name or self.data, dtype=self.dtype, device=device, **self.prepare), self.takes
         train, test = ({k: v for k, v in split.items() if k in takes} for split in (whole.train, whole.test))
         return replace(whole, train=train, test=test)
 
     def pair(self, dataset: Dataset, **overrides: Any) -> Pair:
-        """A new pair for a data set, in the entry's precision; overrides replace arguments of ``make``."""
+        """A new pair for a data set, in the entry's precision and where the data are.
+
+        Overrides replace arguments of ``make``.
+        """
         known = inspect.signature(self.arguments).parameters
         arguments = self.arguments(dataset, **{n: v for n, v in overrides.items() if n in known})
-        return self.make(**{**arguments, **overrides}).to(self.dtype)
+        return self.make(**{**arguments, **overrides}).to(device=dataset.device, dtype=self.dtype)
 
     def compare(self, dataset: Dataset, methods: Mapping[str, Method] | None = None, *, seed: int = 0) -> Comparison:
         """Run the entry's methods, or those given, on a data set; compare with the entry's truth and held-out rows."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_models.models.parts.randomness import seeded
+
 Grid = tuple[Tensor, str]
 """Images (rows, columns, pixels) in [0, 1], and a title."""
 
@@ -81,8 +83,7 @@ def samples_by(pair: Any, name: str, states: int, columns: int = 12, *, seed: in
 
 def drawn(draw: Callable[[int], Tensor], title: str, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
     """Rows (count, pixels) of a function of the count that uses torch's global random state."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return draw(rows * columns).unflatten(0, (rows, columns)), title
 
 
