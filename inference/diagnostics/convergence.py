@@ -1,8 +1,9 @@
 r"""Convergence diagnostics of chains and guides, with advice.
 
 R-hat and effective sample sizes follow Vehtari et al. 2021 (rank-normalised, split chains;
-https://doi.org/10.1214/20-BA1221), also in the quantiles of which ``ess_tail`` is the smaller size, 5 % and 95 %; by
-default ``arviz_stats.ess`` takes 11 % and 89 %. Guides are judged by :mod:`inference.diagnostics.guides`.
+https://doi.org/10.1214/20-BA1221). As there, ``ess_tail`` is the smaller of the effective sample sizes of the 5 % and
+95 % quantiles; ``arviz_stats.ess`` takes 11 % and 89 % by default.
+Guides are judged by :mod:`inference.diagnostics.guides`.
 
 R-hat of m half chains of n draws with variance W within and V of their means is :math:`\sqrt{1 - 1/n + V/W}`. Where the
 chains agree V is their Monte Carlo error alone, so R-hat is about :math:`\sqrt{1 + m / S_e}` with the effective sample
@@ -44,7 +45,7 @@ estimate R-hat and the effective sample size itself (Vehtari et al. 2021)."""
 
 
 TAILS = (0.05, 0.95)
-"""Quantiles whose smaller effective sample size is that of the tails (Vehtari et al. 2021)."""
+"""Quantiles of which the smaller effective sample size is ``ess_tail``."""
 
 
 MAX_QUANTITIES = 10_000

@@ -122,8 +122,8 @@ def pareto_k(log_weights: Tensor) -> float:
 
     Returns:
         k. Below 0.5 the guide is good; below 0.7 it is usable with importance weighting; above 0.7 it is unreliable.
-        -inf if all weights are equal (the guide is the posterior), inf if fewer than five differ from the rest at the
-        top, nan if some are not finite.
+        -inf if all weights are equal (the guide is the posterior), inf if fewer than five weights lie above the
+        threshold of the tail, nan if some are not finite.
 
     Raises:
         ValueError: There are fewer than 25 draws.
@@ -137,7 +137,7 @@ def pareto_k(log_weights: Tensor) -> float:
         return float("-inf")
     ordered = np.exp(np.sort(weights - weights.max()))
     count = math.ceil(min(len(ordered) / 5, 3 * len(ordered) ** 0.5))
-    # Weights that the largest underflows are none of the tail.
+    # Weights that underflow beside the largest are not part of the tail.
     cutoff = max(ordered[-count - 1], np.finfo(float).tiny)
     tail = ordered[ordered > cutoff] - cutoff
     return _pareto_shape(tail) if len(tail) >= MIN_TAIL else float("inf")
@@ -146,15 +146,15 @@ def pareto_k(log_weights: Tensor) -> float:
 def _pareto_shape(x: np.ndarray) -> float:
     r"""Shape k of a generalised Pareto distribution from ascending values x (n,) above its threshold.
 
-    The posterior mean of Zhang and Stephens (2009), over a grid of :math:`b = -k / \sigma`, shrunk to 1/2 by the weight
-    of ten values as Vehtari et al. (2024) do.
+    The posterior mean of Zhang and Stephens (2009) over a grid of :math:`b = -k / \sigma`, then shrunk towards 1/2 with
+    the weight of ten observations (Vehtari et al. 2024).
     """
     n, points = len(x), 30 + int(len(x) ** 0.5)
     with np.errstate(all="ignore"):
         b = 1 / x[-1] + (1 - np.sqrt(points / (np.arange(points) + 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])
         k = np.log1p(-b[:, None] * x).mean(1)
         weights = scipy.special.softmax(n * (np.log(-b / k) - k - 1))
-        # Weights that are rounding errors alone would count at grid points where the likelihood is not defined.
+        # Grid points of negligible weight are dropped, as ArviZ and the R package loo do.
         kept = weights >= 10 * np.finfo(float).eps
         mean = (weights * b)[kept].sum() / weights[kept].sum()
         shape = np.log1p(-mean * x).mean()
