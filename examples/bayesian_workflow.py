@@ -13,8 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import inference  # isort: skip  # Before ArviZ, whose announcement at import it quiets.
-import arviz as az
+import arviz_stats as azs
 import numpy as np
 import pandas as pd
 import pyro
@@ -26,6 +25,8 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.datasets import load_diabetes
 from torch import Tensor
+
+import inference
 
 NOISE = {"normal": lambda mean, s: dist.Normal(mean, 150 * s), "gamma": lambda mean, s: dist.Gamma(s**-2, s**-2 / mean)}
 
@@ -40,8 +41,8 @@ def regression(noise: Callable[..., dist.Distribution], x: Tensor, y: Tensor | N
 
 def draw_densities(axes: Axes, title: str, y: np.ndarray, replicas: np.ndarray) -> None:
     for replica in replicas[:: max(1, len(replicas) // 50)]:
-        axes.plot(*az.kde(replica), color="C0", lw=0.5, alpha=0.4)
-    axes.plot(*az.kde(y), color="black")
+        axes.plot(*azs.kde(replica)[:2], color="C0", lw=0.5, alpha=0.4)
+    axes.plot(*azs.kde(y)[:2], color="black")
     axes.set(title=title, xlim=(-200, 700), ylim=(0, None), yticks=[], xlabel="y (black: observed, blue: replicated)")
 
 
@@ -56,7 +57,7 @@ def main(draws: int = 1000, warmup: int = 500, chains: int = 4, out: Path = Path
         prior = inference.prior_predictive(partial(regression, noise), {"x": data["x"]}, draws=50)["y"].numpy()
         result = inference.sample(partial(regression, noise), data, kernel, draws=draws, warmup=warmup, chains=chains)
         print(f"{name}: {result.diagnosis}")
-        idata[name], seen, loo = result.idata, result.diagnosis, az.loo(result.idata, pointwise=True)
+        idata[name], seen, loo = result.idata, result.diagnosis, azs.loo(result.idata, pointwise=True)
         posterior = result.idata.posterior_predictive["y"].to_numpy().reshape(-1, len(y))
         checks[name] = {"r_hat": seen.worst_r_hat, "ess": seen.min_ess_bulk, "divergences": seen.divergences}
         checks[name] |= {"k > 0.7": int((loo.pareto_k > 0.7).sum()), "P(lower min)": (posterior.min(1) < min(y)).mean()}
@@ -68,7 +69,7 @@ def main(draws: int = 1000, warmup: int = 500, chains: int = 4, out: Path = Path
         axes[3].plot(y, loo.pareto_k, ".")
         axes[3].axhline(0.7, color="C3", ls="--")
         axes[3].set(title=f"{name}: leave one out", xlabel="y left out", ylabel="Pareto k (reliable below 0.7)")
-    table = az.compare(idata)[["elpd_loo", "se", "p_loo", "elpd_diff", "dse", "weight"]].join(pd.DataFrame(checks).T)
+    table = azs.compare(idata)[["elpd", "se", "p", "elpd_diff", "dse", "weight"]].join(pd.DataFrame(checks).T)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "bayesian_workflow.png", dpi=110)
     print(table.T.to_string(float_format="{:.4g}".format))

@@ -1,12 +1,5 @@
 """Fit, sample and compare any Pyro pair: one ``Result`` that ArviZ reads."""
 
-import warnings
-
-with warnings.catch_warnings():
-    # ArviZ announces its 1.0 at every import; what differs there is kept in one converter, idata.py.
-    warnings.simplefilter("ignore", FutureWarning)
-    import arviz  # noqa: F401
-
 from inference import kernels, objectives
 from inference._fit import fit
 from inference._sample import sample

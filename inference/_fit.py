@@ -108,8 +108,8 @@ def fit(
         ...     with pyro.plate("rows", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> result = fit((model, AutoNormal(model)), torch.tensor([1.0, 2.0, 3.0]), steps=500, progress=False)
-        >>> print(f"{result.draws['mu'].mean():.1f}", result.idata.groups())
-        2.0 ['posterior', 'posterior_predictive', 'log_likelihood', 'observed_data']
+        >>> print(f"{result.draws['mu'].mean():.1f}", *result.idata.children)
+        2.0 posterior posterior_predictive log_likelihood observed_data
     """
     if callable(objective) and not isinstance(objective, ELBO):
         objective = objective()

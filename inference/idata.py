@@ -1,4 +1,4 @@
-r"""Draws of any method as ArviZ's InferenceData."""
+r"""Draws of any method as ArviZ reads them: an xarray DataTree with a group each for draws, statistics and data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import arviz as az
+import arviz_base as azb
 import numpy as np
 import torch
 import xarray as xr
@@ -66,15 +66,15 @@ def to_idata(
     chains: int = 1,
     attrs: Mapping[str, Any] | None = None,
     left_out: LeftOut | None = None,
-) -> az.InferenceData:
-    r"""Convert draws of any method to InferenceData, with the parameters that are in the store.
+) -> xr.DataTree:
+    r"""Convert draws of any method to a DataTree, with the parameters that are in the store.
 
     Args:
         bound: The pair and its data.
         posterior: Draws of the latent sites (chains * draws, \*shape), chains one after another.
         sample_stats: Statistics (chains, draws) of each transition.
         chains: Number of chains.
-        attrs: Attributes of the InferenceData and of its posterior group.
+        attrs: Attributes of the DataTree and of its posterior group.
         left_out: Takes the reason for each group that is left out.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
@@ -85,7 +85,7 @@ def to_idata(
 
     ``log_likelihood`` holds what was observed: entries that a mask hides are dropped, and the rest lies along one
     dimension, ``y_observed`` of the site ``y``. Where a latent site has a value for each observation, the group is left
-    out, and ``attrs["log_likelihood"]`` says so: the weights of ``az.loo`` would be those of that value, and
+    out, and ``attrs["log_likelihood"]`` says so: the weights of ``arviz_stats.loo`` would be those of that value, and
     heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)).
     """
     left_out = left_out or LeftOut(bound.name)
@@ -125,23 +125,22 @@ def to_idata(
     kept = {group: dataset for group, dataset in datasets.items() if dataset is not None}
     if "posterior" in kept:
         kept["posterior"].attrs.update(notes)
-    # A pair without latent sites has no posterior: ArviZ knows no empty group.
-    return az.InferenceData(attrs=notes, **_renamed(kept))  # type: ignore[arg-type]
+    # A pair without latent sites has no posterior, and so no such group.
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **_renamed(kept)})
 
 
-def write_netcdf(idata: az.InferenceData, path: Path) -> None:
-    """Write an InferenceData to a NetCDF file that ``arviz.from_netcdf`` reads, with its numbers compressed.
+def write_netcdf(idata: xr.DataTree, path: Path) -> None:
+    """Write a DataTree to a NetCDF file that ``xarray.open_datatree`` reads, with its numbers compressed.
 
     Raises:
         OSError: The file cannot be written.
     """
-    tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=idata.attrs), **{g: idata[g] for g in idata.groups()}})
     encoding = {
-        g: {n: {"zlib": True, "shuffle": True} for n, v in tree[g].variables.items() if v.dtype.kind in "biuf"}
-        for g in tree.groups
+        g: {n: {"zlib": True, "shuffle": True} for n, v in idata[g].variables.items() if v.dtype.kind in "biuf"}
+        for g in idata.groups
     }
     with Lenient(path) as file:
-        tree.to_netcdf(file, engine="h5netcdf", encoding=encoding)
+        idata.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
 def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
@@ -184,14 +183,12 @@ def _dataset(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, l
 
 
 def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
-    with warnings.catch_warnings():
-        # ArviZ warns of each group with more chains than draws; our diagnosis speaks of short chains.
-        warnings.filterwarnings("ignore", message="More chains")
-        return az.dict_to_dataset(arrays, **names)
+    # ArviZ would warn of each group with more chains than draws; our diagnosis speaks of short chains.
+    return azb.dict_to_dataset(arrays, check_conventions=False, **names)
 
 
 def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, list[str]]) -> xr.Dataset:
-    return az.dict_to_dataset(data, dims=dims, coords=_coords(bound, dims), default_dims=[])
+    return _to_dataset(data, dims=dims, coords=_coords(bound, dims), sample_dims=[])
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
@@ -243,7 +240,7 @@ def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor
     first, last = (_masks(bound, {n: v[k] for n, v in posterior.items()}) for k in (0, -1))
     for name, mask in first.items():
         if not torch.equal(mask, last[name]):
-            raise ValueError(f"the mask of {name} depends on latent sites, and az.loo takes one for all draws")
+            raise ValueError(f"the mask of {name} depends on latent sites, and arviz_stats.loo takes one for all draws")
     return first
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import arviz as az
 import numpy as np
 import pandas as pd
 import pyro
 import torch
+import xarray as xr
 from torch import Tensor
 
 from inference.core.bound import BoundPair
@@ -78,8 +78,9 @@ class Result:
     r"""A fitted posterior.
 
     Attributes:
-        idata: ArviZ InferenceData with the groups ``posterior``, ``sample_stats``, ``posterior_predictive``,
-            ``log_likelihood`` and ``observed_data``, as far as the method has them and memory allows.
+        idata: ``xarray.DataTree`` that ``arviz_base``, ``arviz_stats``, ``arviz_plots`` and ``arviz`` 1.x read. Its
+            groups are ``posterior``, ``posterior_predictive``, ``log_likelihood``, ``sample_stats`` and
+            ``observed_data``, as far as the method has them and memory allows; ``idata.children`` has their names.
         params: Constrained parameters by dotted name, on the CPU; empty for chains without parameters.
         losses: Loss of each step (steps,), or (steps, 2) for an objective with two losses; empty for chains.
         seconds: ``setup`` (until the first step or transition is done), ``run`` (the other steps or transitions) and
@@ -92,7 +93,7 @@ class Result:
         more: From a number of draws and a seed to further draws.
     """
 
-    idata: az.InferenceData
+    idata: xr.DataTree
     params: dict[str, Tensor]
     losses: np.ndarray
     seconds: Mapping[str, float]
@@ -119,12 +120,14 @@ class Result:
         return self.ended.startswith("interrupted")
 
     def save(self, path: str | Path) -> Path:
-        """Write ``idata`` to a NetCDF file for ArviZ, by :func:`inference.write_whole`; return the path.
+        """Write ``idata`` to a NetCDF file, by :func:`inference.write_whole`; return the path.
+
+        ``xarray.open_datatree`` reads it back, which ``arviz`` 1.x calls ``from_netcdf``.
 
         Raises:
             ValueError: There is nothing to write: the method has no posterior, and the pair observes nothing.
         """
-        if not self.idata.groups():
+        if not self.idata.children:
             raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
         return write_whole(path, partial(write_netcdf, self.idata))
 
@@ -158,7 +161,7 @@ class Posterior:
         chains: Number of chains.
         stats: Statistics (chains, draws) of each transition; None without chains.
         density: Log density (S,) of the draws under the guide; None for chains.
-        attrs: Further attributes of the InferenceData.
+        attrs: Further attributes of the DataTree.
     """
 
     draws: dict[str, Tensor]
@@ -203,7 +206,7 @@ def conclude(
             )
             diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, losses, left_out), _UNKNOWN)
         else:
-            idata = az.InferenceData(attrs=attrs)
+            idata = xr.DataTree(xr.Dataset(attrs=attrs))
             diagnosis = replace(_UNKNOWN, advice=tuple(made))
     advice = (f"The run was {ended}: what it returns is not finished.",) if ended else ()
     return Result(
@@ -232,7 +235,7 @@ _UNKNOWN = Diagnosis(pd.DataFrame(), None, None, ())
 
 
 def _judge(
-    bound: BoundPair, made: Posterior, idata: az.InferenceData, losses: np.ndarray | None, left_out: LeftOut
+    bound: BoundPair, made: Posterior, idata: xr.DataTree, losses: np.ndarray | None, left_out: LeftOut
 ) -> Diagnosis:
     if made.density is None:
         return diagnose(idata)

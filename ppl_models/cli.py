@@ -329,7 +329,7 @@ def _report(result: Result, folder: Path, name: str) -> None:
     stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ("-partial" if _unfit(result) else "")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}.nc"
-    if result.idata.groups():
+    if result.idata.children:
         result.save(path)
     else:
         path = path.with_suffix(".csv")

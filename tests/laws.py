@@ -314,7 +314,7 @@ def test_the_result_has_its_groups_and_draws_more(latent: Case, verb: str) -> No
     # The density of an observation given a latent value of its own is left out, and the attributes say so.
     kept = "log_likelihood" not in result.idata.attrs
     groups = {"posterior", "posterior_predictive", "observed_data"} | ({"log_likelihood"} if kept else set())
-    assert groups <= set(result.idata.groups())
+    assert groups <= set(result.idata.children)
     chains = result.idata.posterior.sizes["chain"]
     for name, value in result.draws.items():
         assert np.array_equal(result.idata.posterior[name.replace("/", "_")].values.reshape(value.shape), value.numpy())

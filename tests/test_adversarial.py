@@ -415,7 +415,7 @@ def test_a_fit_has_two_losses_and_no_posterior() -> None:
     result = quiet(gan(), X, Adversarial, steps=30)
     assert result.losses.shape == (30, 2)
     assert result.method == "Adversarial" and not result.draws
-    assert result.idata.groups() == []
+    assert not result.idata.children
     with pytest.raises(ValueError, match="draw: Adversarial learns a model and no posterior"):
         result.draw(3)
 

@@ -3,7 +3,8 @@
 import importlib
 from functools import partial
 
-import arviz as az
+import arviz_base as azb
+import arviz_stats as azs
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -33,8 +34,8 @@ def double(*values: float) -> Tensor:
 
 def z_scores(draws: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """Errors of means, and of mean squared distances from the true mean, in Monte Carlo standard errors."""
-    dataset = az.convert_to_dataset({"mean": draws, "square": (draws - mean) ** 2})
-    error = az.mcse(dataset, method="mean")
+    dataset = azb.convert_to_dataset({"mean": draws, "square": (draws - mean) ** 2})
+    error = azs.mcse(dataset, method="mean")
     means = (dataset["mean"].mean(("chain", "draw")) - mean) / error["mean"]
     squares = (dataset["square"].mean(("chain", "draw")) - sd**2) / error["square"]
     return np.concatenate([np.ravel(means), np.ravel(squares)])
@@ -131,7 +132,7 @@ def test_heavy_tails() -> None:
     for name, law in (("t", scipy.stats.t(3)), ("cauchy", scipy.stats.cauchy())):
         for p in (0.05, 0.25, 0.5, 0.75, 0.95):
             below = (posterior(result, name) < law.ppf(p)).astype(float)
-            error = az.mcse(az.convert_to_dataset({"b": below}), method="mean")["b"]
+            error = azs.mcse(azb.convert_to_dataset({"b": below}), method="mean")["b"]
             assert abs(float(below.mean() - p)) < 4 * float(error), (name, p)
 
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import arviz as az
+import arviz_base as azb
+import arviz_stats as azs
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+import xarray as xr
 from matplotlib.figure import Figure
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -264,7 +266,8 @@ def test_one_held_out_row_has_a_density_without_an_error() -> None:
 def test_chains_have_their_diagnostics_and_guides_theirs(comparison: Comparison) -> None:
     chains, guided = comparison.table.loc["NUTS"], comparison.table.loc["exact"]
     result = comparison.results["NUTS"]
-    ess, r_hat = az.ess(result.idata), az.rhat(result.idata)
+    posterior = result.idata["posterior"].to_dataset()
+    ess, r_hat = azs.ess(posterior), azs.rhat(posterior)
     assert chains["ess"] == pytest.approx(min(float(ess["mu"]), float(ess["w"].min())))
     assert chains["r_hat"] == pytest.approx(max(float(r_hat["mu"]), float(r_hat["w"].max())))
     assert chains["divergences"] == result.idata.sample_stats["diverging"].sum()
@@ -283,7 +286,7 @@ def test_chains_that_disagree_have_no_effective_size_a_second(apart: float) -> N
     result = by_nuts((model, guide), X)
     draws = np.random.default_rng(0).normal(size=(2, 500))
     draws[1] += apart
-    idata = az.from_dict(posterior={"mu": draws}, sample_stats={"diverging": draws > 100})
+    idata = azb.from_dict({"posterior": {"mu": draws}, "sample_stats": {"diverging": draws > 100}})
     judged = inference.diagnose(idata)
     row = compare(make_pair, X, {"chains": lambda *_: replace(result, diagnosis=judged)}).table.loc["chains"]
     assert row["ess"] == judged.min_ess_bulk
@@ -422,9 +425,9 @@ def test_save_writes_a_table_a_plot_and_what_arviz_reads_back(comparison: Compar
     assert image.shape[1] > 500
     assert image.std() > 0.01
     for path, (name, result) in zip(paths[2:], comparison.results.items(), strict=True):
-        read = az.from_netcdf(str(path))
-        assert set(read.groups()) == set(result.idata.groups()), name
-        for group in read.groups():
+        read = xr.open_datatree(path)
+        assert set(read.children) == set(result.idata.children), name
+        for group in read.children:
             assert read[group].equals(result.idata[group]), (name, group)
         assert read.posterior.attrs["method"] == result.method
         draws = result.draws["mu"].numpy().reshape(read.posterior["mu"].shape)
@@ -443,7 +446,7 @@ def test_no_method_overwrites_the_file_of_another(names: tuple[str, str], tmp_pa
     paths = found.save(tmp_path)[2:]
     for path, result in zip(paths, found.results.values(), strict=True):
         assert path.stem
-        np.testing.assert_array_equal(az.from_netcdf(str(path)).posterior["mu"].values[0], result.draws["mu"])
+        np.testing.assert_array_equal(xr.open_datatree(path).posterior["mu"].values[0], result.draws["mu"])
 
 
 DENSITY = "log density of draws and data"

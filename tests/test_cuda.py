@@ -54,7 +54,7 @@ def test_an_entry_is_fitted(name: str, compiled: bool) -> None:
     assert all(v.device.type == "cpu" for v in (*result.draws.values(), *result.params.values()))
     assert (result.idata.attrs["execution"] != "eager") == compiled
     if case.likelihood:
-        assert "posterior_predictive" in result.idata.groups()
+        assert "posterior_predictive" in result.idata.children
 
 
 def test_a_compiled_fit_takes_the_steps_of_an_eager_one() -> None:
@@ -98,7 +98,7 @@ def test_gibbs_runs() -> None:
 def check_chains(result: Result, size: int) -> None:
     """Draws on the CPU, predictions made from them on the GPU, and chains that go on."""
     assert {len(v) for v in result.draws.values()} == {size}
-    assert "posterior_predictive" in result.idata.groups()
+    assert "posterior_predictive" in result.idata.children
     assert all(v.device.type == "cpu" and v.isfinite().all() for v in result.draw(7).values())
 
 

@@ -4,7 +4,8 @@ import re
 import warnings
 from functools import partial
 
-import arviz as az
+import arviz_base as azb
+import arviz_stats as azs
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -12,6 +13,8 @@ import pytest
 import scipy.signal
 import scipy.stats
 import torch
+import xarray as xr
+from arviz_stats.base import array_stats
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
 
@@ -45,11 +48,11 @@ def autoregressive(coefficient: float, chains: int, draws: int) -> np.ndarray:
     return scipy.signal.lfilter([1], [1, -coefficient], innovations)
 
 
-def chains(diverging: int = 0, **sites: np.ndarray) -> az.InferenceData:
+def chains(diverging: int = 0, **sites: np.ndarray) -> xr.DataTree:
     """Chains (chain, draw, ...) as the verbs return them, the first few transitions divergent."""
     shape = next(iter(sites.values())).shape[:2]
     flags = np.arange(np.prod(shape)).reshape(shape) < diverging
-    return az.from_dict(posterior=sites, sample_stats={"diverging": flags})
+    return azb.from_dict({"posterior": sites, "sample_stats": {"diverging": flags}})
 
 
 def assert_advice(diagnosis: Diagnosis, *lines: str) -> None:
@@ -96,6 +99,22 @@ def test_k_of_equal_weights_is_minus_infinity_and_of_weights_that_are_not_finite
         weights = torch.zeros(30)
         weights[7] = value
         assert np.isnan(pareto_k(weights))
+
+
+@pytest.mark.parametrize("draws", [1000, 8000])
+def test_k_is_that_of_arviz_which_takes_negative_log_weights(draws: int) -> None:
+    """Their tail is one weight shorter: k moves by less than its standard error (1 + k) / sqrt(tail)."""
+    weights = 0.6 * np.random.default_rng(4).exponential(size=draws)
+    k, close = pareto_k(torch.tensor(weights)), 1.6 / np.sqrt(3 * np.sqrt(draws))
+    assert k == pytest.approx(float(array_stats.psislw(-weights)[1]), abs=close)
+    assert k != pytest.approx(float(array_stats.psislw(weights)[1]), abs=0.5)
+
+
+def test_k_of_the_fewest_draws_and_of_ties_is_a_number() -> None:
+    normal = np.random.default_rng(5).normal(size=25)
+    assert np.isfinite(pareto_k(torch.tensor(normal)))
+    assert np.isfinite(pareto_k(torch.tensor(normal.repeat(40))))
+    assert pareto_k(torch.tensor([0.0, 1.0] * 50)) == np.inf
 
 
 def test_k_needs_twenty_five_draws() -> None:
@@ -171,7 +190,7 @@ def test_a_guide_that_is_far_too_wide_has_a_small_k_and_is_told_by_its_weights(w
 def test_a_guide_in_the_wrong_place_is_told_by_its_weights() -> None:
     """The posterior is N(0, 1), the guide N(0.8, 1): E[w]^2 / E[w^2] is exp(-0.64) = 0.53."""
     draws = 0.8 + noise(1, 20_000)
-    diagnosis = inference.diagnose(az.from_dict(posterior={"mu": draws}), judged(draws[0], 1.0, 0.8))
+    diagnosis = inference.diagnose(azb.from_dict({"posterior": {"mu": draws}}), judged(draws[0], 1.0, 0.8))
     assert diagnosis.effective == pytest.approx(np.exp(-0.64), rel=0.1)
     assert_advice(diagnosis, r"5\d % of .*; the mean of mu is 0\.[78].* standard deviations off that after weighting.*")
 
@@ -191,7 +210,7 @@ def test_guides_that_are_good_are_not_reported_by_chance(size: int) -> None:
         draws = widths * noise(1000, size, seed=seed)
         weights = (scipy.stats.norm.logpdf(draws) - scipy.stats.norm(0, widths).logpdf(draws)).sum(1)
         check = GuideCheck(0.0, float(effective_fraction(torch.tensor(weights))), size, weights)
-        assert_advice(diagnose(az.from_dict(posterior={"mu": draws[None]}), check))
+        assert_advice(diagnose(azb.from_dict({"posterior": {"mu": draws[None]}}), check))
 
 
 def rows_with_factors(size: int, width: float) -> tuple:
@@ -261,7 +280,7 @@ def test_what_is_not_judged_is_said() -> None:
     ],
 )
 def test_advice_on_a_guide_follows_its_k(k: float | None, line: str | None) -> None:
-    idata = az.from_dict(posterior={"mu": noise(1, 100)})
+    idata = azb.from_dict({"posterior": {"mu": noise(1, 100)}})
     assert_advice(diagnose(idata, k), *([line] if line else []))
 
 
@@ -269,7 +288,7 @@ def test_advice_on_a_guide_follows_its_k(k: float | None, line: str | None) -> N
 def test_a_width_off_in_either_direction_is_told_where_k_is_small(outer: float) -> None:
     draws = np.tile([-3.0, -1.0, -1.0, 1.0, 1.0, 3.0], 500)
     check = GuideCheck(0.3, 0.9, 1, np.log(np.where(np.abs(draws) > 2, outer, 0.1)))
-    (line,) = diagnose(az.from_dict(posterior={"x": draws[None]}), check).advice
+    (line,) = diagnose(azb.from_dict({"posterior": {"x": draws[None]}}), check).advice
     # Variances by hand: two of six draws are at distance 3, and four, of weight 0.1, at 1. All means are zero.
     ratio = ((2 * 9 + 4) / 6 / ((2 * 9 * outer + 4 * 0.1) / (2 * outer + 4 * 0.1))) ** 0.5
     assert f"the standard deviation of x is {ratio:.2g} times that after weighting" in line
@@ -284,7 +303,7 @@ def test_a_point_estimate_has_no_k() -> None:
 @pytest.mark.parametrize("value", [1.0, 0.1, 1 / 3])
 def test_draws_that_are_all_the_same_are_a_point_estimate(value: float) -> None:
     """Also where rounding gives them a standard deviation of 1e-17."""
-    assert_advice(diagnose(az.from_dict(posterior={"mu": np.full((1, 1000), value)})), POINT)
+    assert_advice(diagnose(azb.from_dict({"posterior": {"mu": np.full((1, 1000), value)}})), POINT)
 
 
 # The table
@@ -296,28 +315,35 @@ def test_the_table_has_arvizs_numbers_one_row_a_scalar() -> None:
     table = diagnose(idata).table
     assert list(table.columns) == ["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
     assert list(table.index) == ["mu", *(f"w[{i}, {j}]" for i in range(2) for j in range(3))]
-    theirs = az.summary(idata, var_names=["mu", "w"], round_to="none")
-    for column in table:
-        np.testing.assert_allclose(table[column], theirs[column], rtol=1e-12)
-    rhat, ess = az.rhat(idata, var_names=["mu", "w"]), az.ess(idata, var_names=["mu", "w"])
+    posterior = idata["posterior"].to_dataset()[["mu", "w"]]
+    rhat, ess = azs.rhat(posterior), azs.ess(posterior)
+    theirs = {
+        "mcse_mean": azs.mcse(posterior),
+        "ess_bulk": ess,
+        "ess_tail": azs.ess(posterior, method="tail", prob=(0.05, 0.95)),
+        "r_hat": rhat,
+    }
+    for column, found in theirs.items():
+        expected = np.concatenate([np.ravel(found[n].values) for n in ("mu", "w")])
+        np.testing.assert_allclose(table[column], expected, rtol=1e-12)
     assert diagnose(idata).worst_r_hat == max(float(rhat["mu"]), float(rhat["w"].max()))
     assert diagnose(idata).min_ess_bulk == min(float(ess["mu"]), float(ess["w"].min()))
 
 
 def test_a_quantity_bears_the_names_of_its_coordinates() -> None:
-    idata = az.from_dict(
-        posterior={"w": noise(2, 50, 2)}, coords={"features": ["height", "width"]}, dims={"w": ["features"]}
-    )
+    coords = {"features": ["height", "width"]}
+    idata = azb.from_dict({"posterior": {"w": noise(2, 50, 2)}}, coords=coords, dims={"w": ["features"]})
     assert list(diagnose(idata).table.index) == ["w[height]", "w[width]"]
 
 
 def test_without_chains_the_table_has_mean_and_sd_alone() -> None:
-    idata = az.from_dict(posterior={"mu": noise(1, 500)})
+    idata = azb.from_dict({"posterior": {"mu": noise(1, 500)}})
     diagnosis = diagnose(idata, 0.1)
     assert list(diagnosis.table.columns) == ["mean", "sd"]
     assert diagnosis.table.loc["mu", "sd"] == pytest.approx(noise(1, 500).std(ddof=1))
     assert np.isnan(diagnosis.worst_r_hat)
     assert np.isnan(diagnosis.min_ess_bulk)
+    assert diagnose({"mu": noise(1, 500)}, 0.1).table.equals(diagnosis.table)
 
 
 # Advice on chains
@@ -438,7 +464,7 @@ def test_chains_that_do_not_accept_are_named() -> None:
     idata = chains(mu=noise(4, 1000))
     acceptance = np.full((4, 1000), 0.8)
     acceptance[1] = 0.01
-    idata.sample_stats["acceptance_rate"] = (("chain", "draw"), acceptance)
+    idata["sample_stats/acceptance_rate"] = xr.DataArray(acceptance, dims=("chain", "draw"))
     assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\), so their .*")
 
 

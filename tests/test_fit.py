@@ -542,7 +542,7 @@ def test_what_a_model_that_subsamples_its_own_plate_cannot_say_is_left_out() -> 
 
     with pytest.warns(UserWarning, match="log_likelihood left out: .* a plate that it subsamples: rows"):
         result = quiet((subsampling, exact), Y, steps=0)
-    assert "log_likelihood" not in result.idata.groups()
+    assert "log_likelihood" not in result.idata.children
     assert result.diagnosis.pareto_k is None
     assert float(result.draws["mu"].mean()) == pytest.approx(MEAN, abs=0.2 * SD)
     with pytest.raises(ValueError, match="model: expected all rows in each run, got a plate that it subsamples: rows"):

@@ -151,7 +151,7 @@ def test_a_vae_gan_keeps_its_posterior() -> None:
     objective = Adversarial(r1=0.1, bound=Trace_ELBO(), weight=1.0)
     result = train(pair, x, objective, steps=300, batch=200, learning_rate=0.003, draws=5)
     assert result.draws["z"].shape == (5, 2000, 2)
-    assert "posterior" in result.idata.groups() and "log_likelihood" in result.idata.attrs
+    assert "posterior" in result.idata.children and "log_likelihood" in result.idata.attrs
     assert pair.generate(7).shape == (7, 2)
 
 

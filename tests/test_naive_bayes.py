@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import arviz as az
+import arviz_stats as azs
 import numpy as np
 import pyro
 import pytest
@@ -162,9 +162,11 @@ def assert_chains_agree(result: Result, moments: dict[str, tuple[Any, Any]], z: 
     """Mean and standard deviation of chains, within z Monte Carlo standard errors by the effective sample size."""
     for name, (mean, sd) in moments.items():
         array = result.idata.posterior[name]
-        for method, true in (("mean", mean), ("std", sd)):
-            found = getattr(array, method)(("chain", "draw")).values
-            error = az.mcse(array, method=method.replace("std", "sd"))[name].values
+        squares = (array - array.mean(("chain", "draw"))) ** 2
+        # The error of a standard deviation by the delta method: that of the variance over 2 sd.
+        errors = azs.mcse(array, method="mean"), azs.mcse(squares, method="mean") / (2 * array.std(("chain", "draw")))
+        for method, true, error in zip(("mean", "std"), (mean, sd), errors, strict=True):
+            found, error = getattr(array, method)(("chain", "draw")).values, error.values
             np.testing.assert_array_less(abs(found - np.asarray(true)), z * error)
             assert (error < 0.2 * np.asarray(sd)).all()  # enough draws for the comparison to mean something
 

@@ -221,7 +221,7 @@ def test_large_groups_are_left_out_aloud(monkeypatch) -> None:
     monkeypatch.setattr(inference.idata, "STORED", 100)
     with pytest.warns(UserWarning, match=r"left out posterior_predictive \(720 numbers; .* log_likelihood \(720 num"):
         result = fitted()
-    assert set(result.idata.groups()) == {"posterior", "observed_data"}
+    assert set(result.idata.children) == {"posterior", "observed_data"}
     assert pointwise_log_likelihood(result).shape == (60, 12)
 
 

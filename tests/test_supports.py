@@ -3,7 +3,8 @@
 from functools import partial
 from typing import Any
 
-import arviz as az
+import arviz_base as azb
+import arviz_stats as azs
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -45,8 +46,8 @@ def moments() -> dict[str, tuple[float, float]]:
 def assert_moments(draws: dict[str, np.ndarray]) -> None:
     for name, expected in moments().items():
         for power, exact in enumerate(expected, 1):
-            values = az.convert_to_dataset({"v": draws[name] ** power})
-            error = float(az.mcse(values, method="mean")["v"])
+            values = azb.convert_to_dataset({"v": draws[name] ** power})
+            error = float(azs.mcse(values, method="mean")["v"])
             assert abs(float(values["v"].mean()) - exact) < 5 * error, (name, power)
     assert (draws["x"] < draws["a"]).all()
 
@@ -129,8 +130,8 @@ def test_missing_entries_do_not_wander_where_they_are_observed() -> None:
 
     result = quiet(model, {"y": y, "seen": seen}, kernel=ChEES, draws=150, warmup=200)
     assert result.diagnosis.worst_r_hat < 1.03
-    missing = az.convert_to_dataset({"v": result.idata.posterior["y_unobserved"].values})
+    missing = azb.convert_to_dataset({"v": result.idata.posterior["y_unobserved"].values})
     precision = 3 + 1 / 9
     off = missing["v"].mean(("chain", "draw")) - 6 / precision
-    assert float((abs(off) / az.mcse(missing, method="mean")["v"]).max()) < 5
+    assert float((abs(off) / azs.mcse(missing, method="mean")["v"]).max()) < 5
     assert float(result.draws["mu"].mean()) == pytest.approx(6 / precision, abs=0.05)

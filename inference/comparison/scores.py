@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import arviz as az
+import arviz_stats as azs
 import numpy as np
 import scipy.special
 import torch
@@ -142,7 +142,7 @@ def monte_carlo_error(score: Tensor, chains: int) -> float:
     influence = relative.mean(1)
     if not float(influence.var()) > 0:
         return 0.0
-    size = count if chains == 1 else float(az.ess(influence.reshape(chains, -1).cpu().numpy()))
+    size = count if chains == 1 else float(azs.ess(influence.reshape(chains, -1).cpu().numpy()))
     # Antithetic chains have more effective draws than draws; short ones have no number.
     size = size if math.isfinite(size) else count / chains
     bias = float(relative.var(0).mean()) / 2 / size
@@ -162,7 +162,7 @@ def _density(result: Result, heldout: Any) -> Densities:
     exact = _exact(result, heldout, score[:2])
     if exact is not None:
         return Densities(exact, 0.0, 0)
-    chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.groups() else 1
+    chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.children else 1
     values = score.logsumexp(0) - math.log(len(score))
     return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0, _decided_by_few(score))
 

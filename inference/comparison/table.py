@@ -10,7 +10,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import arviz as az
+import arviz_stats as azs
 import numpy as np
 import pandas as pd
 import torch
@@ -95,7 +95,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "table.csv"]
         write_whole(paths[0], self.table.to_csv)
-        kept = {name: result for name, result in self.results.items() if result.idata.groups()}
+        kept = {name: result for name, result in self.results.items() if result.idata.children}
         if kept:
             paths.append(folder / "posteriors.png")
             write_whole(paths[1], partial(self.plot().savefig, dpi=110))
@@ -194,7 +194,7 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
 
 def _plot_draws(axes: Axes, draws: np.ndarray, colour: str, label: str) -> None:
     if np.ptp(draws) > 1e-9 * abs(draws).max():
-        x, density = az.kde(draws)
+        x, density, _ = azs.kde(draws)
         axes.plot(x, density, color=colour, lw=1.4, label=label)
     else:
         axes.axvline(draws[0], color=colour, lw=1.4, ls=":", label=label)

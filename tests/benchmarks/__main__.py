@@ -22,7 +22,7 @@ from . import chains, posteriors, start
 from .table import SUITES, render
 from .worker import Worker
 
-PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz")
+PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz-stats")
 Say = Callable[..., None]
 
 

@@ -106,15 +106,16 @@ def judge(draws: samplers.Draws) -> dict[str, Any]:
 
     A quantity that does not move at all has neither R-hat nor ESS, and counts as the worst.
     """
-    import arviz as az
+    import arviz_base as azb
+    import arviz_stats as azs
 
     def flat(of: Callable[..., Any], draws: Any = draws, **method: str) -> np.ndarray:
-        sets = {n: az.convert_to_dataset({n: v}) for n, v in draws.items()}
+        sets = {n: azb.convert_to_dataset({n: v}) for n, v in draws.items()}
         return np.concatenate([np.ravel(of(ds, **method)[n].values) for n, ds in sets.items()])
 
     shape = next(iter(draws.values())).shape
-    r_hat = np.nan_to_num(flat(az.rhat, method="rank"), nan=np.inf)
-    ess = np.nan_to_num(flat(az.ess, method="bulk"), nan=0.0)
+    r_hat = np.nan_to_num(flat(azs.rhat, method="rank"), nan=np.inf)
+    ess = np.nan_to_num(flat(azs.ess, method="bulk"), nan=0.0)
     pooled = [v.reshape(shape[0] * shape[1], -1) for v in draws.values()]
     sd = np.concatenate([p.std(0) for p in pooled])
     squares = {n: (v - v.mean((0, 1))) ** 2 for n, v in draws.items()}
@@ -125,9 +126,9 @@ def judge(draws: samplers.Draws) -> dict[str, Any]:
         "ess": float(ess.min()),
         "mean": np.concatenate([p.mean(0) for p in pooled]).tolist(),
         "sd": sd.tolist(),
-        "mean_error": flat(az.mcse, method="mean").tolist(),
-        # By the delta method: the variance's error over 2 sd. ArviZ's own fails on new versions of NumPy.
-        "sd_error": (flat(az.mcse, squares, method="mean") / (2 * sd)).tolist(),
+        "mean_error": flat(azs.mcse, method="mean").tolist(),
+        # By the delta method: the variance's error over 2 sd.
+        "sd_error": (flat(azs.mcse, squares, method="mean") / (2 * sd)).tolist(),
     }
 
 

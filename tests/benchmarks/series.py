@@ -71,11 +71,12 @@ def prepare(case: str, contender: str, *more: str) -> Callable[[int], dict[str, 
 
 def judge(draws: Arrays, reference: Arrays) -> dict[str, float]:
     """Smallest bulk ESS, largest R-hat, and the error of the means against the reference with its noise floor."""
-    import arviz as az
+    import arviz_base as azb
+    import arviz_stats as azs
 
-    ours, theirs = (az.convert_to_dataset(d) for d in (draws, {n: reference[n] for n in draws}))
-    ess, r_hat = az.ess(ours, method="bulk"), az.rhat(ours)
-    errors = [az.mcse(d, method="mean") for d in (ours, theirs)]
+    ours, theirs = (azb.convert_to_dataset(d) for d in (draws, {n: reference[n] for n in draws}))
+    ess, r_hat = azs.ess(ours, method="bulk"), azs.rhat(ours)
+    errors = [azs.mcse(d, method="mean") for d in (ours, theirs)]
     off, floor = [], []
     for name in draws:
         sd = float(theirs[name].std())
