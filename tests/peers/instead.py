@@ -37,8 +37,24 @@ OBJECTIVES = (
 CHAINS, WARMUP = 16, 300
 """Chains of ChEES, and its least warmup: it adapts across chains, with fewer transitions than a single chain takes."""
 
-_runs: dict[str, int] = {}
-"""How the calls of the objectives in the present test ran: ``traced``, or why not, with counts."""
+
+class _Runs:
+    """How the calls of the objectives in the present test ran: ``traced``, or why not, with counts.
+
+    A test hands its own object on to the model, and with it this plugin: without a ``__dict__`` the counts are not taken
+    for something that the model reads.
+    """
+
+    __slots__ = ("counts",)
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def count(self, how: str) -> None:
+        self.counts[how] = self.counts.get(how, 0) + 1
+
+
+_runs = _Runs()
 
 
 class TimedOut(BaseException):
@@ -63,7 +79,7 @@ def compiled(elbo: type) -> type:
                         self._first(model, guide, args, kwargs)
                         program, inputs = super().prepare(model, guide, args, kwargs, update)
             how = "traced" if program is not None else self._eager or "a first call"
-            _runs[how] = _runs.get(how, 0) + 1
+            _runs.count(how)
             for w in told:
                 if "runs eagerly" not in str(w.message):
                     warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
@@ -105,7 +121,7 @@ class Chains(ChEES):
             super().setup(max(warmup_steps, WARMUP), *args, **kwargs)
         why = [str(w.message).partition("traced: ")[2] for w in told if "eagerly" in str(w.message)]
         how = why[0] if why else "traced"
-        _runs[how] = _runs.get(how, 0) + 1
+        _runs.count(how)
         self._asked, self._out = warmup_steps, list[dict[str, Any]]()
 
     def sample(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +163,7 @@ def pytest_runtest_call(item: Any) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimedOut(f"longer than {os.environ['PEERS_SECONDS']} s")
 
-    _runs.clear()
+    _runs.counts.clear()
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(int(os.environ["PEERS_SECONDS"]))
     try:
@@ -165,7 +181,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
         outcome = "timed out" if error and call.excinfo.errisinstance(TimedOut) else report.outcome
         if hasattr(report, "wasxfail"):
             outcome = "expected to fail"
-        line = {"test": item.nodeid, "outcome": outcome, "error": error, "runs": dict(_runs), "s": call.duration}
+        line = {"test": item.nodeid, "outcome": outcome, "error": error, "runs": dict(_runs.counts), "s": call.duration}
         with open(os.environ["PEERS_OUT"], "a") as file:
             file.write(json.dumps(line) + "\n")
     return report
