@@ -41,8 +41,8 @@ CHAINS, WARMUP = 16, 300
 class _Runs:
     """How the calls of the objectives in the present test ran: ``traced``, or why not, with counts.
 
-    A test hands its own object on to the model, and with it this plugin: without a ``__dict__`` the counts are not taken
-    for something that the model reads.
+    A model may reach this plugin through the object of its test; without a ``__dict__`` the counts are not taken for
+    something that the model reads.
     """
 
     __slots__ = ("counts",)
