@@ -392,7 +392,7 @@ def test_draws_that_are_correlated_are_worth_few() -> None:
 
 def test_a_short_tail_is_advised_on_where_the_bulk_is_well() -> None:
     """Fresh signs on a slow magnitude: the mean mixes fast, the quantiles slowly."""
-    diagnosis = diagnose(chains(mu=autoregressive(0.97, 4, 1000) * np.sign(noise(4, 1000, seed=1))))
+    diagnosis = diagnose(chains(mu=autoregressive(0.99, 4, 1000) * np.sign(noise(4, 1000, seed=1))))
     row = diagnosis.table.loc["mu"]
     assert row["ess_tail"] < 400 < row["ess_bulk"]
     assert diagnosis.advice[-1] == f"Effective sample size is {row['ess_tail']:.0f} for mu, {FEW}"
