@@ -26,10 +26,11 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 import inference
-from inference import Comparison, Result
+from inference import Comparison, Result, pointwise_log_likelihood
 from inference.comparison.compare import compare
 from inference.comparison.scores import calibration_error, monte_carlo_error, noise_floor
 from inference.comparison.table import COLUMNS
+from ppl_models import GaussianNaiveBayes
 
 X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
 INDEPENDENT_FRACTION = torch.tensor([-1.0, 0.25, 1.5, 3.0], dtype=torch.float64)
@@ -224,6 +225,22 @@ def test_a_conjugate_guide_has_the_predictive_density_in_closed_form_and_draws_t
     assert table.loc["exact", "lpd_mc"] == table.loc["exact", "lpd_unreliable"] == 0
     assert table.loc["its draws", "lpd_unreliable"] == 1
     assert table.loc["its draws", "lpd"] < exact - 0.1
+
+
+def test_rows_without_their_labels_are_scored_by_a_conjugate_posterior_too() -> None:
+    """A posterior given one row more without its label is none of the pair's: the draws give the sum over labels."""
+    train = {"x": torch.linspace(-2, 2, 30).double()[:, None], "y": torch.arange(30) % 2}
+    rows = {"x": torch.tensor([[0.5], [-1.0]]).double()}
+
+    def exact(pair: Any, data: Any) -> Result:
+        return exactly((pair.model, pair.exact), data)
+
+    found = compare(lambda: GaussianNaiveBayes(1, 2).double(), train, {"exact": exact}, heldout=rows)
+    labels = [torch.full((2,), k) for k in range(2)]
+    known = [pointwise_log_likelihood(found.results["exact"], {**rows, "y": y}) for y in labels]
+    summed = torch.stack(known).logsumexp((0, 1)) - math.log(500)
+    assert found.table.loc["exact", "lpd"] == pytest.approx(float(summed.mean()), rel=1e-9)
+    assert found.table.loc["exact", "lpd_mc"] > 0
 
 
 def test_the_truth_may_be_found_from_the_pair_and_the_data() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -20,7 +21,8 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from inference import sample
-from inference.kernels import HMC, NUTS
+from inference.core.bound import bind
+from inference.kernels import HMC, NUTS, ChEES
 
 sampling = importlib.import_module("inference.runners.processes")
 quiet = partial(sample, progress=False)
@@ -201,6 +203,21 @@ def test_a_warning_of_a_chain_reaches_whoever_asked_for_it(monkeypatch) -> None:
 
     with pytest.warns(UserWarning, match=r"chain [01]: call \d+: the traced potential gives .* may be wrong"):
         quiet(model, kernel=Late, draws=300, warmup=2, chains=2, compile="auto")
+
+
+@pytest.mark.parametrize("kernel", [ChEES, NUTS])
+def test_a_prior_draw_that_cannot_be_evaluated_says_nothing_of_the_model(kernel: Any) -> None:
+    """Half of all draws of the prior have no density: whether a call works depended on the state of the generator."""
+
+    def half() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("y", dist.Normal(x.log(), 1.0), obs=torch.tensor(0.0).double())
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        assert list(bind(half).sites) == ["x", "y"]
+        result = quiet(half, kernel=kernel, draws=4, warmup=4, chains=1 if kernel is NUTS else 2, seed=seed)
+        assert (result.draws["x"] > 0).all()
 
 
 SLOW = """

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from inference.core.handlers import isolated
+from inference.core.handlers import REFUSALS, isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
 from inference.draws.scoring import draw_sites
@@ -181,16 +181,14 @@ def _exact(result: Result, heldout: Any, score: Tensor) -> Tensor | None:
         score: Log densities of the rows at the first two draws, (2, rows).
     """
     bound, new = result.bound, result.bound.with_data(heldout)
-    together = {n for n in bound.cut if n in new.data}
-    guide = bound.guide
-    if (
-        guide is None
-        or result.diagnosis.pareto_k != -math.inf
-        or len(score) < 2
-        or not together
-        or score.shape[1] > EXACT_ROWS
-    ):
+    guide, together = bound.guide, bound.cut
+    if guide is None or result.diagnosis.pareto_k != -math.inf or len(score) < 2 or score.shape[1] > EXACT_ROWS:
         return None
+    if not together or not together <= set(new.data):
+        return None
+
+    def with_row(k: int) -> dict[str, Any]:
+        return {n: torch.cat([bound.data[n], new.data[n][k : k + 1]]) for n in together}
 
     def density(data: Mapping[str, Any]) -> Tensor:
         draws = ({n: v[k].to(bound.device) for n, v in result.draws.items()} for k in range(2))
@@ -199,12 +197,14 @@ def _exact(result: Result, heldout: Any, score: Tensor) -> Tensor | None:
 
     with isolated(), result.state(), torch.no_grad():
         own = density(bound.data)
-        rows = [
-            density({n: torch.cat([v, new.data[n][k : k + 1]]) if n in together else v for n, v in bound.data.items()})
-            for k in range(score.shape[1])
-        ]
+        try:
+            rows = [density({**bound.data, **with_row(k)}) for k in range(score.shape[1])]
+        except REFUSALS:
+            return None
     values = score + own[:, None] - torch.stack(rows, 1)
-    return values[0] if torch.allclose(values[0], values[1], rtol=1e-5, atol=1e-5 * float(own.abs().max())) else None
+    precise = all(v.dtype == torch.float64 for v in result.draws.values() if v.is_floating_point())
+    rounding = (1e-8 if precise else 1e-5) * max(1.0, float(own.abs().max()))
+    return values[0] if torch.allclose(values[0], values[1], rtol=0, atol=rounding) else None
 
 
 def _decided_by_few(score: Tensor) -> float:

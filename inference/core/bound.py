@@ -23,7 +23,7 @@ from torch.distributions import Independent
 from inference.core.checks import check_device
 from inference.core.contracts import Pair
 from inference.core.given import check_rounding, doubtful, readings, to_tensor
-from inference.core.handlers import REFUSALS, Uncondition, isolated
+from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows, lengths
 
 
@@ -151,8 +151,9 @@ class BoundPair:
 
     def run(self, *, scored: bool = False) -> _Structure:
         """Run the model on its data; with ``scored`` observed whole numbers and booleans are scored as well."""
-        with isolated(), torch.no_grad(), poutine.block():
-            trace = poutine.trace(poutine.mask(self.model, mask=False)).get_trace(**self.arguments())
+        model = poutine.trace(poutine.mask(self.model, mask=False))
+        with isolated(0), torch.no_grad(), poutine.block():
+            trace = first_valid(lambda: model.get_trace(**self.arguments()))
         sites = sites_of(trace)
         nodes: list[Any] = [n for n in trace.nodes.values() if n["type"] == "sample"]
         dims = [-f.dim for n in nodes for f in n["cond_indep_stack"] if f.vectorized]
@@ -201,7 +202,7 @@ class BoundPair:
     def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...]]:
         if self.guide is None:
             return frozenset(), False, ()
-        with isolated(), torch.no_grad(), poutine.block():
+        with isolated(0), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
         nodes: dict[str, Any] = dict(trace.nodes)

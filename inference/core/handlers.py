@@ -132,6 +132,26 @@ def preserved_rng() -> Iterator[None]:
         set_random_state(state)
 
 
+def first_valid(run: Callable[[], T], tries: int = 20) -> T:
+    """Return what a run that draws from a prior returns, run again where it draws what cannot be evaluated.
+
+    A rare draw of a prior may leave the range of floating-point numbers (the path of an ODE), or give a matrix that
+    cannot be factorised. It says nothing of the model.
+
+    Raises:
+        ValueError: Parameters or values are invalid in each of ``tries`` runs. Other errors are raised at once.
+    """
+    for _ in range(tries - 1):
+        try:
+            return run()
+        except torch.linalg.LinAlgError:
+            continue
+        except ValueError as error:
+            if "found invalid values" not in str(error):
+                raise
+    return run()
+
+
 def random_state() -> dict[str, Any]:
     """State of the random generators of Python, of NumPy, and of torch on the CPU and on all cuda devices.
 

@@ -27,7 +27,7 @@ from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.contracts import BatchedKernel
-from inference.core.handlers import random_state, set_random_state
+from inference.core.handlers import first_valid, random_state, set_random_state
 from inference.kernels.metric import MAX_DENSE_DIM, learn, log_volume, positive_sd
 from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
 
@@ -410,26 +410,16 @@ class ChEES(BatchedKernel):
         with warnings.catch_warnings():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
-            example, self.potential_fn, self.transforms, trace = self._initialize(model, args, kwargs)
+            start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
+            example, self.potential_fn, self.transforms, trace = first_valid(
+                partial(start, model, args, kwargs), MAX_START_DRAWS
+            )
         if self._given_transforms is None:
             points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
             self._follow(follow_supports(self.potential_fn, trace, held, points))
         if held:
             self.potential_fn = _holding(self.potential_fn, held)
         return example
-
-    def _initialize(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Pyro's start of a model, tried again where a matrix cannot be factorised."""
-        start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
-        for _ in range(MAX_START_DRAWS - 1):
-            try:
-                return start(model, args, kwargs)
-            except torch.linalg.LinAlgError:
-                continue
-            except ValueError as error:
-                if "PositiveDefinite" not in str(error):
-                    raise
-        return start(model, args, kwargs)
 
     def _follow(self, moving: MovingSupports | None) -> None:
         """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from inference.core.bound import bind
 from inference.core.contracts import BatchedKernel, Pair
+from inference.core.handlers import first_valid
 from inference.draws import engine
 from inference.draws.scoring import draw_sites
 from inference.kernels.chees import ChEES
@@ -134,7 +135,7 @@ class Gibbs(BatchedKernel):
             got = ", ".join(latent) or "none"
             raise ValueError(f"model: Gibbs expected a finite latent site, got {got}; use ChEES or NUTS")
         with torch.no_grad():
-            trace = poutine.trace(self._bound.model).get_trace()
+            trace = first_valid(poutine.trace(self._bound.model).get_trace)
             self._units = {n: self._read(n, trace.nodes[n]["fn"]) for n in finite}
             self._observed = self._bound.observations
             start = draw_sites(self._bound.generator(), {}, self.num_chains)

@@ -31,6 +31,7 @@ from inference.compiler.potential import compile_kernel, refuse_difference
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
+from inference.core.handlers import first_valid
 from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
 
 
@@ -229,7 +230,7 @@ def _set_up(kernel: Any, warmup: int) -> MovingSupports | None:
     def follow(*arguments: Any) -> None:
         nonlocal moving
         chosen = kernel.transforms
-        initialize(*arguments)
+        first_valid(partial(initialize, *arguments))
         moving = None if chosen else follow_supports(kernel.potential_fn, kernel._prototype_trace)
         kernel.potential_fn = moving or kernel.potential_fn
 
