@@ -28,7 +28,7 @@ from torch import Tensor
 import inference
 from inference import Comparison, Result, pointwise_log_likelihood
 from inference.comparison.compare import compare
-from inference.comparison.scores import calibration_error, monte_carlo_error, noise_floor
+from inference.comparison.scores import _decided_by_few, calibration_error, monte_carlo_error, noise_floor
 from inference.comparison.table import COLUMNS
 from ppl_models import GaussianNaiveBayes
 
@@ -225,6 +225,15 @@ def test_a_conjugate_guide_has_the_predictive_density_in_closed_form_and_draws_t
     assert table.loc["exact", "lpd_mc"] == table.loc["exact", "lpd_unreliable"] == 0
     assert table.loc["its draws", "lpd_unreliable"] == 1
     assert table.loc["its draws", "lpd"] < exact - 0.1
+
+
+def test_rows_that_a_few_draws_decide_are_those_with_heavy_tails_of_their_density() -> None:
+    """The density of a row in the middle of the draws is bounded; that of a row far out is decided by the nearest draw."""
+    mu = 3 * np.random.default_rng(0).normal(size=(1000, 1))
+    score = torch.tensor(scipy.stats.norm(mu, 1).logpdf(np.array([0.0, 30.0])))
+    assert _decided_by_few(score) == 1
+    assert _decided_by_few(score[:, :1]) == 0
+    assert math.isnan(_decided_by_few(score[:20]))
 
 
 def test_rows_without_their_labels_are_scored_by_a_conjugate_posterior_too() -> None:
