@@ -228,7 +228,7 @@ def test_a_conjugate_guide_has_the_predictive_density_in_closed_form_and_draws_t
 
 
 def test_rows_that_a_few_draws_decide_are_those_with_heavy_tails_of_their_density() -> None:
-    """The density of a row in the middle of the draws is bounded; that of a row far out is decided by the nearest draw."""
+    """The density of a row amid the draws is bounded; that of a row far out is decided by the nearest draw."""
     mu = 3 * np.random.default_rng(0).normal(size=(1000, 1))
     score = torch.tensor(scipy.stats.norm(mu, 1).logpdf(np.array([0.0, 30.0])))
     assert _decided_by_few(score) == 1
