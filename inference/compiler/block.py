@@ -103,7 +103,7 @@ class Block:
             elif is_noise(node):
                 raise Untraceable(f"{node.target} draws noise that depends on values")
         graph.recompile()
-        return graph
+        return graph.compiled()
 
     def _loop(self) -> Callable[..., Any]:
         # The call of a module goes through hooks that the compiler cannot follow.

@@ -1,7 +1,7 @@
 r"""Record a computation as one graph of tensor operations.
 
 Pyro's cost on small and medium models is Python. Here the whole computation, effect handlers and gradients included,
-runs once under ``make_fx``, which records the tensor operations alone. Meanwhile what Pyro reads back to the host (a
+runs once under a mode that records the tensor operations alone. Meanwhile what Pyro reads back to the host (a
 loss as a number, checks for nan) is patched out, and the random state is preserved. Random numbers come from torch's
 own generator, so that a program draws what the eager computation draws.
 """
@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,14 +23,10 @@ import torch
 from pyro.ops.provenance import extract_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch._subclasses import fake_tensor
-from torch.fx import GraphModule
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from inference.compiler.passes import masks_to_indices, normalise_noise
 from inference.compiler.reads import ReadsValue, is_library, reads_refused
+from inference.compiler.recorder import Recording
 from inference.core.handlers import preserved_rng
 
 Gradients = list[Tensor | None]
@@ -41,7 +36,7 @@ class Untraceable(RuntimeError):
     """A computation that cannot be recorded: it reads the values of its tensors, for instance to branch on them."""
 
 
-def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
+def traced(function: Callable[..., Any], *inputs: Any) -> Recording:
     """Record the tensor operations of a function of tensors.
 
     Returns:
@@ -54,7 +49,7 @@ def traced(function: Callable[..., Any], *inputs: Any) -> GraphModule:
     with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
         try:
             with reads_refused() as reads:
-                graph = make_fx(reads.around(function))(*inputs)
+                graph = reads.record(function, *inputs)
         except ReadsValue as error:
             # Not the text of this error: Pyro adds the shapes of its trace to that.
             told = f"{reads.refused}{_after(last.name)}; use torch.where in place of a branch on it"
@@ -136,21 +131,6 @@ def _masked_select(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, value, 0.0).flatten()
 
 
-_extract_val = proxy_tensor.extract_val
-
-
-def _shape_of(value: Any, include_real: bool = False) -> Any:
-    # What does not hold the values of a tensor stands in the graph for it.
-    if type(value) is not Tensor or value.is_sparse or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return _extract_val(value, include_real)
-    with _disable_current_modes():
-        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return fake_tensor.FakeTensor(_SHAPES, empty, value.device)
-
-
-_SHAPES = fake_tensor.FakeTensorMode(allow_fallback_kernels=True)
-
-
 PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "host reads": (
         (torch._C, "_get_tracing_state", _tracing_state),
@@ -158,10 +138,6 @@ PATCHES: dict[str, tuple[tuple[Any, str, Any], ...]] = {
         (pyro.util, "torch_isinf", lambda value: False),
         (torch.nn.functional, "one_hot", _one_hot),
         (Tensor, "masked_select", _masked_select),
-        # Of each tensor torch records Python's whole stack, which takes a fifth of the time of tracing.
-        (fake_tensor, "traceback", SimpleNamespace(extract_stack=lambda: None)),
-        # It makes a mode of its own for the shape of each tensor, which takes half of the time of tracing.
-        (proxy_tensor, "extract_val", _shape_of),
     ),
     "backward": ((Tensor, "backward", _backward),),
 }
@@ -194,8 +170,6 @@ class _LastSite(Messenger):
 def _first_sentence(error: BaseException) -> str:
     # Pyro adds the shapes of the trace.
     text = " ".join(str(error).partition("Trace Shapes:")[0].split())
-    if "get value out of a tracing tensor" in text:
-        return "its control flow depends on the value of a tensor"
     return text[:300]
 
 

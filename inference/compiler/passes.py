@@ -148,7 +148,7 @@ def share_products(graph: GraphModule) -> GraphModule:
     aten = torch.ops.aten
     for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
         # A shared matrix was expanded over chains: its first dimension has stride zero.
-        which = [k for k in (0, 1) if node.args[k].meta["val"].stride(0) == 0]
+        which = [k for k in (0, 1) if node.args[k].meta["val"].strides[0] == 0]
         if len(which) != 1:
             continue
         left, right = node.args

@@ -25,6 +25,7 @@ from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.fuse import fused
 from inference.compiler.passes import constants_of, is_view, out_of_place, share_products, simplify
+from inference.compiler.recorder import Form, Recording
 from inference.compiler.selections import collect_selections
 
 
@@ -34,7 +35,7 @@ class _Program:
 
     nodes: int
     gain: int
-    graph: GraphModule
+    graph: Recording
     run: Callable[..., Any]
     uses: int = 0
 
@@ -118,12 +119,12 @@ class Pieces:
         places = tuple(self._places[n] for n in inputs)
         given = [values[k] for k in places]
         dims = tuple(None if n in self._constants else 0 for n in inputs)
-        key = (graph.code, dims, tuple(_form(v) for v in given))
+        key = (graph.code, dims, tuple(map(Form.of, given)))
         if key not in self._programs:
             mapped = traced(functionalize(torch.vmap(graph, dims)), *given)
-            mapped = share_products(simplify(mapped))
+            share_products(simplify(mapped))
             gain = sum(not is_view(n) for n in operations) - len(inputs) - len(results)
-            self._programs[key] = _Program(len(operations), gain, mapped, mapped.forward)
+            self._programs[key] = _Program(len(operations), gain, mapped, mapped.compiled().forward)
         self._programs[key].uses += 1
         return _Piece(self._programs[key], places, tuple(self._places[n] for n in results))
 
@@ -190,12 +191,8 @@ def _operations(graph: GraphModule, constants: dict[Node, Any]) -> list[Node]:
 
 def _label(node: Node, constants: dict[Node, Any]) -> Any:
     """What an operation has in common with the same operation of another round."""
-    inputs = tuple((n in constants, _form(n.meta.get("val"))) for n in node.all_input_nodes)
+    inputs = tuple((n in constants, n.meta.get("val")) for n in node.all_input_nodes)
     return str(node.target), str(map_arg((node.args, node.kwargs), lambda n: "node")), inputs
-
-
-def _form(value: Any) -> Any:
-    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def _extracted(operations: Sequence[Node]) -> tuple[GraphModule, list[Node], list[Node]]:

@@ -32,6 +32,7 @@ from inference.compiler.passes import (
     share_products,
 )
 from inference.compiler.pieces import Pieces, cut
+from inference.compiler.recorder import Form
 from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
@@ -297,9 +298,9 @@ def failures_to_nan(graph: GraphModule) -> GraphModule:
     for check in [n for n in graph.graph.nodes if n.target is aten._linalg_check_errors.default]:
         failed = check.args[0]
         parts = [n for n in failed.args[0].users if n.target is operator.getitem and n is not failed]
-        for part in (n for n in parts if n.meta["val"].is_floating_point()):
+        for part in (n for n in parts if n.meta["val"].dtype.is_floating_point):
             users, shape = list(part.users), list(failed.meta["val"].shape)
-            ones = [1] * (part.meta["val"].dim() - len(shape))
+            ones = [1] * (len(part.meta["val"].shape) - len(shape))
             with graph.graph.inserting_after(max(part, failed)):
                 mask = graph.graph.call_function(aten.reshape.default, (failed, shape + ones))
             with graph.graph.inserting_after(mask):
@@ -321,8 +322,8 @@ def count_nodes(graph: GraphModule) -> int:
 def count_operations(graph: GraphModule) -> int:
     """Operations in a call of a graph, counted by :func:`policy.operations_of`."""
     calls = [n for n in graph.graph.nodes if n.op == "call_function"]
-    values = [n.meta["val"] for n in calls if not is_view(n) and isinstance(n.meta.get("val"), Tensor)]
-    return policy.operations_of(len(calls), sum(v.numel() for v in values if v.device.type == "cpu"))
+    values = [n.meta["val"] for n in calls if not is_view(n) and isinstance(n.meta.get("val"), Form)]
+    return policy.operations_of(len(calls), sum(v.shape.numel() for v in values if v.device.type == "cpu"))
 
 
 def compile_kernel(kernel: MCMCKernel, calls: int, mode: bool | str) -> str:

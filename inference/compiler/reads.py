@@ -25,10 +25,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from inference.compiler.passes import is_noise
+from inference.compiler.recorder import Recorder, Recording
 
 PACKAGE = Path(__file__).parent.parent
 """Folder of this package."""
@@ -60,7 +60,7 @@ class ReadsValue(RuntimeError):
     """A traced computation reads the value of a tensor that depends on what is traced."""
 
 
-class Reads(TorchDispatchMode):
+class Reads:
     """Refuses reads of values that depend on the inputs of a trace, and notes the others.
 
     Attributes:
@@ -68,35 +68,32 @@ class Reads(TorchDispatchMode):
         refused: The first refusal, which the traced code may have caught.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self) -> None:
-        super().__init__()
         self.allowed: list[tuple[Tensor, int]] = []
         self.refused: ReadsValue | None = None
         self._sources: dict[Node, list[Tensor] | None] = {}
+        self._recorder = Recorder(self._watch)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at operations whose result, or its shape, depends on values."""
-        tags = getattr(func, "tags", ())
+    def record(self, function: Callable[..., Any], *inputs: Tensor) -> Recording:
+        """The graph of a call of a function."""
+        return self._recorder.record(function, *inputs)
+
+    @property
+    def recording(self) -> bool:
+        """Whether operations are being recorded now, and this is not a call that the recorder itself makes."""
+        return _get_current_dispatch_mode() is self._recorder
+
+    def _watch(self, func: Any, args: Any) -> bool:
+        """Look at operations whose result, or its shape, depends on values; True where the result is a number."""
+        tags = func.tags
         if torch.Tag.data_dependent_output in tags:
             for tensor in _tensors(args):
                 self.look(tensor, func)
-            with _disable_current_modes():
-                return func(*args, **(kwargs or {}))
+            return True
         if torch.Tag.dynamic_output_shape in tags:
             for tensor in _deciding(func, args):
                 self.look(tensor, func)
-        return func(*args, **(kwargs or {}))
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, run under this mode; a trace's own mode has to be outside of it."""
-
-        def run(*inputs: Any) -> Any:
-            with self:
-                return function(*inputs)
-
-        return run
+        return False
 
     def look(self, tensor: Tensor, by: Any) -> None:
         """Raise ReadsValue if a tensor depends on an input or on noise; else note the tensors that it depends on."""
@@ -109,11 +106,8 @@ class Reads(TorchDispatchMode):
 
     def sources(self, tensor: Tensor) -> list[Tensor] | None:
         """Tensors from outside the trace on which a tensor depends; None if it depends on an input or on noise."""
-        mode = get_innermost_proxy_mode()
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-        proxy: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-        return [tensor] if proxy is None else self._of_node(proxy.proxy.node)
+        node = self._recorder.node_of(tensor)
+        return [tensor] if node is None else self._of_node(node)
 
     def _of_node(self, node: Node) -> list[Tensor] | None:
         waiting = [node]
@@ -128,8 +122,7 @@ class Reads(TorchDispatchMode):
 
     def _combined(self, node: Node) -> list[Tensor] | None:
         if node.op == "get_attr":
-            mode = get_innermost_proxy_mode()
-            return [attrgetter(str(node.target))(vars(mode.tracer)["root"])]  # type: ignore[union-attr]
+            return [attrgetter(str(node.target))(self._recorder.root)]
         parts = [self._sources[n] for n in node.all_input_nodes]
         if node.op == "placeholder" or is_noise(node) or any(p is None for p in parts):
             return None
@@ -138,7 +131,7 @@ class Reads(TorchDispatchMode):
 
 @contextmanager
 def reads_refused() -> Iterator[Reads]:
-    """Refuse reads by what runs under :meth:`Reads.around`, and raise the first refusal though the code caught it."""
+    """Refuse reads by what is recorded, and raise the first refusal though the code caught it."""
     with ExitStack() as stack:
         reads = Reads()
         for name in READING_METHODS:
@@ -180,7 +173,7 @@ def users_line() -> str:
 
 def _watched(name: str, original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
     def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if get_innermost_proxy_mode() is None:
+        if not reads.recording:
             return original(self, *args, **kwargs)
         if name == "__bool__" and _called_by("torch.distributions.distribution"):
             # A distribution that validates its values, though validation is off: one that was expanded before, say.
@@ -196,10 +189,11 @@ def _item(original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
     """``item`` as a tensor where the value depends on what is traced: a loss that an objective returns as a number."""
 
     def item(self: Tensor) -> Any:
-        if get_innermost_proxy_mode() is not None and reads.sources(self) is None:
+        if not reads.recording:
+            return original(self)
+        if reads.sources(self) is None:
             return self.detach()
-        if get_innermost_proxy_mode() is not None:
-            reads.look(self, "item")
+        reads.look(self, "item")
         with _disable_current_modes():
             return original(self)
 
