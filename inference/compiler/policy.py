@@ -57,7 +57,7 @@ PIECE_PROGRAMS = 12
 """Distinct pieces that are compiled at most, at 1 to 4 s each."""
 
 
-PIECE_WORTH = 100
+PIECE_WORTH = 60
 """Operations of a call that a distinct piece has to make up, over all its uses, to be compiled: it costs a second and 8
 ms per node, and saves 8 us per operation in each of the 1,500 calls that a run of default length makes."""
 
