@@ -19,11 +19,9 @@ from torch.fx import GraphModule
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.fuse import has_compiler, looped, quietly
-from inference.compiler.passes import add_input, is_noise
+from inference.compiler.passes import is_noise
 from inference.compiler.step import TracedStep, close
 from inference.core.handlers import preserved_rng
-
-_FILL = {torch.ops.aten.randn.default: Tensor.normal_, torch.ops.aten.rand.default: Tensor.uniform_}
 
 
 class Block:
@@ -34,7 +32,8 @@ class Block:
         inputs: Its inputs, the same tensors in each step.
 
     Raises:
-        Untraceable: The program draws noise that is neither normal nor uniform, or cannot run in a loop.
+        Untraceable: The program has a sampler that cannot be split into noise and what is made of it, or cannot run in
+            a loop.
     """
 
     def __init__(self, program: TracedStep, inputs: list[Tensor]) -> None:
@@ -49,11 +48,9 @@ class Block:
         types = dict.fromkeys(inputs[k].dtype for k in moving)
         self._packs = [[k for k in moving if inputs[k].dtype == dtype] for dtype in types]
         self._graph = self._stepped()
-        self._noise = [
-            torch.empty((policy.BLOCK_STEPS, *v.shape), dtype=v.dtype, device=v.device) for _, v in self._draws
-        ]
-        fills = [_FILL[target] for target, _ in self._draws]
-        self._fills = [part for rows in zip(*self._noise, strict=True) for part in zip(fills, rows, strict=True)]
+        with preserved_rng():
+            self._noise = [v.new_empty((policy.BLOCK_STEPS, *v.shape)) for v in program.noise()]
+        self._rows = [part for rows in zip(*self._noise, strict=True) for part in zip(program.draws, rows, strict=True)]
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
         self._run = looped(self._loop(), ("block", self._graph.code, shapes))
         self._compare_with_single_steps()
@@ -63,8 +60,8 @@ class Block:
         if self._program.due(policy.BLOCK_STEPS):
             self._program.compare_with_eager(self._program.call)
         with torch.no_grad():
-            for fill, part in self._fills:
-                fill(part)
+            for draw, row in self._rows:
+                draw.into(row)
             fixed = tuple(self._inputs[k].detach() for k in self._fixed)
             carried, losses = self._run(tuple(map(self._pack, self._packs)), fixed, tuple(self._noise))
             for places, vector in zip(self._packs, carried, strict=True):
@@ -81,28 +78,24 @@ class Block:
 
     def _stepped(self) -> GraphModule:
         """The program's graph without in-place writes: a map from packs and other inputs to loss and new packs."""
-        step = self._program.graph
+        step, last = self._program.graph, len(self._packs) + len(self._fixed)
 
         def run(*tensors: Tensor) -> list[Tensor]:
-            inputs = dict(zip(self._fixed, tensors[len(self._packs) :], strict=True))
+            fixed, noise = tensors[len(self._packs) : last], tensors[last:]
+            inputs = dict(zip(self._fixed, fixed, strict=True))
             for places, vector in zip(self._packs, tensors, strict=False):
                 inputs |= zip(places, (v.clone() for v in self._unpack(places, vector)), strict=True)
-            loss, *_ = step(*(inputs[k] for k in range(len(inputs))))
+            loss, *_ = step(*(inputs[k] for k in range(len(inputs))), *noise)
             return [loss, *(torch.cat([inputs[k].flatten() for k in places]) for places in self._packs)]
 
-        with self._program.untouched():
-            graph = traced(functionalize(run), *map(self._pack, self._packs), *(self._inputs[k] for k in self._fixed))
-        self._draws = []
-        for node in list(graph.graph.nodes):
-            if node.target in _FILL:
-                self._draws.append((node.target, node.meta["val"]))
-                node.replace_all_uses_with(add_input(graph, f"noise_{len(self._draws)}"))
-                graph.graph.erase_node(node)
-            elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+        fixed = [self._inputs[k] for k in self._fixed]
+        with self._program.untouched(), preserved_rng():
+            graph = traced(functionalize(run), *map(self._pack, self._packs), *fixed, *self._program.noise())
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
                 raise Untraceable("a step changes a buffer")
             elif is_noise(node):
                 raise Untraceable(f"{node.target} draws noise that depends on values")
-        graph.recompile()
         return graph.compiled()
 
     def _loop(self) -> Callable[..., Any]:
@@ -121,7 +114,9 @@ class Block:
     def _compare_with_single_steps(self) -> None:
         """Compile, and raise Untraceable if the losses differ from those of single steps under the same noise."""
         with preserved_rng(), self._program.untouched(), torch.no_grad():
-            expected = torch.stack([self._program.graph(*self._inputs)[0] for _ in range(policy.BLOCK_STEPS)])
+            expected = torch.stack(
+                [self._program.graph(*self._inputs, *self._program.noise())[0] for _ in range(policy.BLOCK_STEPS)]
+            )
         calls = self._program.calls
         with preserved_rng(), self._program.untouched():
             try:

@@ -24,7 +24,7 @@ from pyro.ops.provenance import extract_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from inference.compiler.passes import masks_to_indices, normalise_noise
+from inference.compiler.passes import masks_to_indices
 from inference.compiler.reads import ReadsValue, is_library, reads_refused
 from inference.compiler.recorder import Recording
 from inference.core.handlers import preserved_rng
@@ -36,8 +36,13 @@ class Untraceable(RuntimeError):
     """A computation that cannot be recorded: it reads the values of its tensors, for instance to branch on them."""
 
 
-def traced(function: Callable[..., Any], *inputs: Any) -> Recording:
+def traced(function: Callable[..., Any], *inputs: Any, lift: bool = False) -> Recording:
     """Record the tensor operations of a function of tensors.
+
+    Args:
+        function: Maps tensors to tensors, which may be nested in tuples, lists and dictionaries.
+        inputs: Tensors to call it with.
+        lift: Whether noise becomes inputs of the graph, after the others; ``meta["draws"]`` draws it.
 
     Returns:
         The graph. Its ``meta["read"]`` holds the tensors from outside whose values were read, with their versions.
@@ -48,7 +53,7 @@ def traced(function: Callable[..., Any], *inputs: Any) -> Recording:
     """
     with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
         try:
-            with reads_refused() as reads:
+            with reads_refused(lift=lift) as reads:
                 graph = reads.record(function, *inputs)
         except ReadsValue as error:
             # Not the text of this error: Pyro adds the shapes of its trace to that.
@@ -58,7 +63,6 @@ def traced(function: Callable[..., Any], *inputs: Any) -> Recording:
             # Whatever else: the function has run before, and what is its own fault shows again where it runs eagerly.
             raise Untraceable(f"{_first_sentence(error)}{_place(error)}{_after(last.name)}") from error
     graph.meta["read"] = reads.allowed
-    normalise_noise(graph)
     masks_to_indices(graph)
     graph.recompile()
     return graph

@@ -15,13 +15,13 @@ from torch.fx.node import map_arg
 from inference.compiler import policy
 
 
-def lift_constants(graph: GraphModule) -> list[Tensor]:
-    """Turn the tensors that a graph holds into its last inputs, in place, and return them; their values may change."""
+def lift_constants(graph: GraphModule, before: int = 0) -> list[Tensor]:
+    """Turn the tensors that a graph holds into its last inputs but ``before``, and return them; they may change."""
     held: dict[str, Node] = {}
     for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
         if name not in held:
-            held[name] = add_input(graph, f"held_{len(held)}")
+            held[name] = add_input(graph, f"held_{len(held)}", before)
             held[name].meta = dict(node.meta)
         node.replace_all_uses_with(held[name])
         graph.graph.erase_node(node)
@@ -30,38 +30,12 @@ def lift_constants(graph: GraphModule) -> list[Tensor]:
     return tensors
 
 
-def add_input(graph: GraphModule, name: str) -> Node:
-    """Add an input to a graph, after its others."""
+def add_input(graph: GraphModule, name: str, before: int = 0) -> Node:
+    """Add an input to a graph, before its last ``before``."""
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    inputs = inputs[: len(inputs) - before]
     with graph.graph.inserting_after(inputs[-1]) if inputs else graph.graph.inserting_before():
         return graph.graph.placeholder(name)
-
-
-def normalise_noise(graph: GraphModule) -> None:
-    """Write noise in the form in which inductor draws torch's own numbers, and is fastest."""
-    aten = torch.ops.aten
-    for node in list(graph.graph.nodes):
-        value = node.meta.get("val")
-        if node.target is aten.normal_.default and len(node.args) == 1 and not node.kwargs:
-            empty = node.args[0]
-            if empty.target in (aten.empty.memory_format, aten.new_empty.default) and len(empty.users) == 1:
-                with graph.graph.inserting_before(node):
-                    noise = _call(graph, aten.randn.default, list(value.shape), dtype=value.dtype, device=value.device)
-                node.replace_all_uses_with(noise)
-                graph.graph.erase_node(node)
-                graph.graph.erase_node(empty)
-        elif node.target is aten.bernoulli.default and len(node.args) == 1 and value.device.type == "cpu":
-            probability = node.args[0]
-            with graph.graph.inserting_before(node):
-                noise = _call(graph, aten.rand.default, list(value.shape), dtype=value.dtype, device=value.device)
-                below = _call(graph, aten.lt.Tensor, noise, probability)
-                draw = _call(graph, aten._to_copy.default, below, dtype=value.dtype)
-            node.replace_all_uses_with(draw)
-            graph.graph.erase_node(node)
-
-
-def _call(graph: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:
-    return graph.graph.call_function(target, args, kwargs)
 
 
 def masks_to_indices(graph: GraphModule) -> None:

@@ -68,15 +68,17 @@ class Reads:
         refused: The first refusal, which the traced code may have caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lift: bool = False) -> None:
         self.allowed: list[tuple[Tensor, int]] = []
         self.refused: ReadsValue | None = None
         self._sources: dict[Node, list[Tensor] | None] = {}
-        self._recorder = Recorder(self._watch)
+        self._recorder = Recorder(self._watch, lift=lift)
 
     def record(self, function: Callable[..., Any], *inputs: Tensor) -> Recording:
-        """The graph of a call of a function."""
-        return self._recorder.record(function, *inputs)
+        """The graph of a call of a function; ``meta["draws"]`` says what its last inputs are to be filled with."""
+        graph = self._recorder.record(function, *inputs)
+        graph.meta["draws"] = self._recorder.draws or []
+        return graph
 
     @property
     def recording(self) -> bool:
@@ -130,10 +132,10 @@ class Reads:
 
 
 @contextmanager
-def reads_refused() -> Iterator[Reads]:
+def reads_refused(*, lift: bool = False) -> Iterator[Reads]:
     """Refuse reads by what is recorded, and raise the first refusal though the code caught it."""
     with ExitStack() as stack:
-        reads = Reads()
+        reads = Reads(lift=lift)
         for name in READING_METHODS:
             stack.enter_context(patch.object(Tensor, name, _watched(name, getattr(Tensor, name), reads)))
         stack.enter_context(patch.object(Tensor, "item", _item(Tensor.item, reads)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +17,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from inference.compiler.noise import IN_PLACE, Draw, Form, Result, split
+
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of arguments that stand in a graph as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What is known of a tensor of a graph: all but its values."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, value: Tensor) -> Form | None:
-        """The form of a tensor; None for one that has no strides."""
-        strided = value.layout is torch.strided
-        return cls(value.shape, value.stride(), value.dtype, value.device) if strided else None
+EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+"""Operations that make a tensor to be filled."""
 
 
 class Recording(GraphModule):
@@ -73,21 +62,28 @@ class Recorder(TorchDispatchMode):
     Args:
         watch: Called with each operation and its arguments before it runs; returns whether the operation is to run
             without being recorded, because its result is a number.
+        lift: Whether the noise that the function draws becomes inputs of the graph, after its others.
+
+    Attributes:
+        draws: What draws these inputs, in their order; None where they are not lifted.
     """
 
-    def __init__(self, watch: Callable[[Any, Any], bool]) -> None:
+    def __init__(self, watch: Callable[[Any, Any], bool], *, lift: bool = False) -> None:
         super().__init__()
         self.graph, self.root = Graph(), nn.Module()
+        self.draws: list[Draw] | None = [] if lift else None
         self._nodes = WeakTensorKeyDictionary()
         self._constants: dict[int, tuple[Tensor, Node]] = {}
+        self._last: Node | None = None
+        self._drawing = False
         self._watch = watch
 
     def record(self, function: Callable[..., Any], *inputs: Tensor) -> Recording:
         """The graph of a call of a function of tensors; its results may be nested in tuples, lists and dictionaries."""
         places = [self.graph.placeholder(f"x{k}") for k in range(len(inputs))]
         for place, value in zip(places, inputs, strict=True):
-            place.meta["val"] = Form.of(value)
-            self._nodes[value] = place
+            self._note(value, place)
+        self._last = places[-1] if places else None
         # Autocast keeps the low-precision copies of parameters, which no graph would make.
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
@@ -118,12 +114,57 @@ class Recorder(TorchDispatchMode):
                 return out
         if self._watch(func, args):
             return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not self._drawing:
+            parts = split(func, args, kwargs)
+            out = self._drawn(func, args, *parts) if parts is not None else None
+            if out is not None:
+                return out
         # The tensor that torch.tensor has made may be changed in place, the constant of a graph may not.
         target = torch.ops.aten.lift_fresh_copy.default if func is torch.ops.aten.lift_fresh.default else func
         node = self.graph.call_function(target, self._argument(args), self._argument(kwargs))
         out = target(*args, **kwargs)
         self._note(out, node)
         return out
+
+    def _drawn(self, func: Any, args: Any, draw: Draw, result: Result) -> Any:
+        """Record an operation as noise and what makes its result of it; None if it is to be recorded as it is."""
+        into = self._filled(func, args)
+        if self.draws is not None:
+            noise: Tensor | None = self._lifted(draw, self.draws)
+        elif into is not None or (func is torch.ops.aten.bernoulli.default and args[0].device.type == "cpu"):
+            # Elsewhere Bernoulli draws are not those of uniform ones.
+            self._drawing = True
+            with self:
+                noise = draw.plainly()
+            self._drawing = False
+        else:
+            noise = None
+        if noise is None:
+            return None
+        if into is not None:
+            # The tensor was made to be filled: it is the noise.
+            into.copy_(noise)
+            self._nodes[into] = self._nodes[noise]
+            return into
+        with self:
+            return result(noise)
+
+    def _lifted(self, draw: Draw, draws: list[Draw]) -> Tensor:
+        """Noise as an input of the graph."""
+        noise = draw()
+        with self.graph.inserting_after(self._last) if self._last else self.graph.inserting_before():
+            self._last = self.graph.placeholder(f"noise_{len(draws)}")
+        draws.append(draw)
+        self._note(noise, self._last)
+        return noise
+
+    def _filled(self, func: Any, args: Any) -> Tensor | None:
+        """The tensor that an operation fills with noise, if it was made for that and nobody has seen it."""
+        if func not in IN_PLACE:
+            return None
+        node = self._nodes.get(args[0])
+        made = node is not None and node.target in EMPTY and not node.users
+        return args[0] if made and args[0].is_contiguous() else None
 
     def _note(self, out: Any, node: Node) -> None:
         if isinstance(out, Tensor):

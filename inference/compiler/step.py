@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inference.compiler.capture import Gradients, Untraceable, collect_gradients, traced
 from inference.compiler.fuse import fused
-from inference.compiler.passes import lift_constants
+from inference.compiler.noise import Draw, Given
+from inference.compiler.passes import is_noise, lift_constants
 from inference.compiler.reads import is_library
 from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
@@ -110,14 +111,15 @@ class TracedStep:
         self._held: list[Tensor] = []
         self.watch = Watch(*self.call.roots())
         self.graph, self._held = self._trace()
+        self.draws: list[Draw] = self.graph.meta["draws"]
         self.read: list[tuple[Tensor, int]] = self.graph.meta["read"]
         self._leave_own()
         self._run: Callable[..., Any] = self.graph
 
-    def __call__(self, inputs: list[Tensor]) -> tuple[Any, Gradients]:
-        """Loss, and the gradient of each parameter (None where the loss does not depend on it)."""
+    def __call__(self, inputs: list[Tensor], noise: list[Tensor] | None = None) -> tuple[Any, Gradients]:
+        """Loss, and the gradient of each parameter (None where the loss does not depend on it), under new noise."""
         with torch.no_grad():
-            outputs = self._run(*inputs)
+            outputs = self._run(*inputs, *(self.noise() if noise is None else noise))
         self.calls += 1
         single, count, present = self._form
         rest = iter(outputs[count:])
@@ -147,9 +149,14 @@ class TracedStep:
         kept = self.update.tensors if self.update else ()
         return [*(store[n] for n in self.names), *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
 
+    def noise(self) -> list[Tensor]:
+        """What the program draws in a call, in the order of the eager run: its last inputs."""
+        return [draw() for draw in self.draws]
+
     def fuse(self, inputs: list[Tensor]) -> None:
         """Compile the graph."""
-        self._run = fused(self.graph, inputs)
+        with preserved_rng():
+            self._run = fused(self.graph, [*inputs, *self.noise()])
         self.fused = self._run is not self.graph
 
     def moving(self, inputs: list[Tensor]) -> list[int]:
@@ -210,7 +217,7 @@ class TracedStep:
         """Compare with the eager objective under the same noise: loss and gradients.
 
         A fused program that differs is replaced by its graph, and that is compared: inductor may exchange independent
-        draws of noise.
+        draws of samplers that cannot be split into noise and what is made of it.
 
         Raises:
             Untraceable: They differ.
@@ -225,11 +232,14 @@ class TracedStep:
 
     def _compare(self, call: Call) -> None:
         inputs, count = self.inputs(call), self.calls
-        with preserved_rng(), self.untouched(call):
-            losses, gradients = self._eagerly(inputs, call)
-            expected = self._outcome(losses, gradients)
-        with preserved_rng(), self.untouched(call):
-            got = self._outcome(*self(inputs))
+        with preserved_rng():
+            noise = self.noise()
+            with preserved_rng(), self.untouched(call):
+                with Given(self.draws, noise):
+                    losses, gradients = self._eagerly(inputs, call)
+                expected = self._outcome(losses, gradients)
+            with preserved_rng(), self.untouched(call):
+                got = self._outcome(*self(inputs, noise))
         self.calls = count
         if not close(got[:1], expected[:1]) or not close(got[1:], expected[1:]):
             raise Untraceable(
@@ -273,14 +283,18 @@ class TracedStep:
     def _trace(self) -> tuple[GraphModule, list[Tensor]]:
         call = self.call
         before = Objective.of(call.objective).constants()
-        with self.untouched(call):
-            graph = traced(self._whole, *self.inputs(call))
-            self._turned = call.turns()
+        for lift in (True, False):
+            with self.untouched(call):
+                graph = traced(self._whole, *self.inputs(call), lift=lift)
+                self._turned = call.turns()
+            # With a sampler that cannot be split the program draws all of its noise itself, in the order of the run.
+            if not any(map(is_noise, graph.graph.nodes)):
+                break
         changed = [k for k, v in Objective.of(call.objective).constants().items() if before.get(k) != v]
         vars(call.objective).update(before)
         if changed:
             raise Untraceable(f"the objective changes its attribute {changed[0]} in every step; keep it in a tensor")
-        return graph, lift_constants(graph)
+        return graph, lift_constants(graph, before=len(graph.meta["draws"]))
 
     def _whole(self, *inputs: Tensor) -> list[Tensor]:
         """The computation that is traced: losses and gradients, or with an update the losses alone."""
