@@ -574,3 +574,11 @@ def test_bad_starts_get_one_line() -> None:
 
     with pytest.raises(ValueError, match="cannot find valid initial params"), pyro.validation_enabled(False):
         run(nowhere)
+
+
+def test_a_model_without_continuous_sites_is_refused_before_it_is_traced() -> None:
+    def model() -> None:
+        pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="^model: expected a continuous latent site to sample, got none$"):
+        ChEES(model).setup(10)

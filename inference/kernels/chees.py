@@ -414,6 +414,8 @@ class ChEES(BatchedKernel):
             example, self.potential_fn, self.transforms, trace = first_valid(
                 partial(start, model, args, kwargs), MAX_START_DRAWS
             )
+        if not example:
+            raise ValueError("model: expected a continuous latent site to sample, got none")
         if self._given_transforms is None:
             points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
             self._follow(follow_supports(self.potential_fn, trace, held, points))
