@@ -20,6 +20,7 @@ from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
 from inference.core.handlers import exclusive, isolated
+from inference.core.private import lacking
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
 from inference.result import Posterior, Result, conclude
@@ -103,6 +104,8 @@ def sample(
                 warnings.warn(
                     f"{bound.name}: NUTS in place of ChEES, because it cannot be traced: {error}", stacklevel=3
                 )
+                # What tracing lacks was said.
+                compile = False if lacking() else compile
         factory = kernel or NUTS
         example = factory(partial(bound.model, **bound.arguments()))
         if not Kernel.of(example).draws_finite:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
 from torch.func import functionalize
 from torch.fx import GraphModule
 
@@ -22,6 +21,7 @@ from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.passes import is_noise
 from inference.compiler.step import TracedStep, close
 from inference.core.handlers import preserved_rng
+from inference.core.private import copy_all, scan
 
 
 class Block:
@@ -65,7 +65,7 @@ class Block:
             fixed = tuple(self._inputs[k].detach() for k in self._fixed)
             carried, losses = self._run(tuple(map(self._pack, self._packs)), fixed, tuple(self._noise))
             for places, vector in zip(self._packs, carried, strict=True):
-                torch._foreach_copy_([self._inputs[k] for k in places], self._unpack(places, vector))
+                copy_all([self._inputs[k] for k in places], self._unpack(places, vector))
         self._program.calls += policy.BLOCK_STEPS
         return losses.tolist()
 

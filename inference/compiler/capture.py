@@ -28,6 +28,7 @@ from inference.compiler.passes import masks_to_indices
 from inference.compiler.reads import ReadsValue, is_library, reads_refused
 from inference.compiler.recorder import Recording
 from inference.core.handlers import preserved_rng
+from inference.core.private import lacking
 
 Gradients = list[Tensor | None]
 
@@ -51,6 +52,8 @@ def traced(function: Callable[..., Any], *inputs: Any, lift: bool = False) -> Re
         Untraceable: The function reads the value of a tensor that depends on its inputs; the message has the line of
             the user's code and the last site before it. Or it fails, where it does not fail outside a trace.
     """
+    if lacking():
+        raise Untraceable(lacking())
     with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
         try:
             with reads_refused(lift=lift) as reads:

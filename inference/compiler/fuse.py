@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from inference.compiler import policy
+from inference.core.private import compile_graph
 
 _PROGRAMS: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 """Fused programs of this process by the text of their graphs, the last used last: a fit of the same shapes compiles
@@ -42,7 +43,7 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
 
     def build() -> Callable[..., Any]:
         with quietly(), torch.no_grad():
-            return torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[attr-defined, no-any-return]
+            return compile_graph(graph, list(inputs), options=OPTIONS)  # type: ignore[no-any-return]
 
     try:
         return _kept((graph.code, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)), build)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from inference.core.private import tree_flatten, tree_map, tree_unflatten
 
 SHORT, LONGER = 8, 4
 """Largest size of a short last dimension, and the least ratio of the size of the dimension before it to that."""
@@ -54,7 +55,7 @@ class _Rearranging(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         flat, form = tree_flatten((args, kwargs), is_leaf=_is_transposed)
         tensors = [v for v in flat if isinstance(v, Tensor | _Transposed)]
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and tensors:
+        if torch.Tag.pointwise in getattr(target, "tags", ()) and tensors:
             if len(tensors) == 1 and id(tensors[0]) in self._expanded:
                 whole, base = self._expanded[id(tensors[0])]
                 out = self._call(target, [base if v is whole else v for v in flat], form)

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from inference.core.private import TorchDispatchMode
 
 aten = torch.ops.aten
 

@@ -25,10 +25,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from inference.compiler.passes import is_noise
 from inference.compiler.recorder import Recorder, Recording
+from inference.core.private import current_mode, tree_leaves, without_modes
 
 PACKAGE = Path(__file__).parent.parent
 """Folder of this package."""
@@ -83,7 +83,7 @@ class Reads:
     @property
     def recording(self) -> bool:
         """Whether operations are being recorded now, and this is not a call that the recorder itself makes."""
-        return _get_current_dispatch_mode() is self._recorder
+        return current_mode() is self._recorder
 
     def _watch(self, func: Any, args: Any) -> bool:
         """Look at operations whose result, or its shape, depends on values; True where the result is a number."""
@@ -181,7 +181,7 @@ def _watched(name: str, original: Callable[..., Any], reads: Reads) -> Callable[
             # A distribution that validates its values, though validation is off: one that was expanded before, say.
             return True
         reads.look(self, name)
-        with _disable_current_modes():
+        with without_modes():
             return original(self, *args, **kwargs)
 
     return read
@@ -196,7 +196,7 @@ def _item(original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
         if reads.sources(self) is None:
             return self.detach()
         reads.look(self, "item")
-        with _disable_current_modes():
+        with without_modes():
             return original(self)
 
     return item
@@ -208,7 +208,7 @@ def _called_by(module: str) -> bool:
 
 
 def _tensors(args: Any) -> list[Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(args) if isinstance(v, Tensor)]
+    return [v for v in tree_leaves(args) if isinstance(v, Tensor)]
 
 
 def _deciding(func: Any, args: Any) -> list[Tensor]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from inference.compiler.noise import IN_PLACE, Draw, Form, Result, split
+from inference.core.private import TorchDispatchMode, is_mapped, unmapped
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of arguments that stand in a graph as they are."""
@@ -97,8 +97,8 @@ class Recorder(TorchDispatchMode):
 
     def node_of(self, value: Tensor) -> Node | None:
         """The node of a tensor; None for one that is no input and no result of an operation."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
-            value = torch._C._functorch.get_unwrapped(value)
+        while is_mapped(value):
+            value = unmapped(value)
         return self._nodes.get(value)  # type: ignore[no-any-return]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

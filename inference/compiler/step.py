@@ -25,7 +25,6 @@ from pyro.ops.provenance import extract_provenance
 from pyro.poutine.runtime import apply_stack
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from inference.compiler.capture import Gradients, Untraceable, collect_gradients, traced
 from inference.compiler.fuse import fused
@@ -35,6 +34,7 @@ from inference.compiler.reads import is_library
 from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
+from inference.core.private import tree_flatten, tree_unflatten
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative error up to which a program agrees with the eager objective."""

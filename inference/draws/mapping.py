@@ -28,6 +28,7 @@ from torch.distributions import Distribution, constraints, dirichlet
 from torch.overrides import TorchFunctionMode
 
 from inference.compiler.reads import is_library
+from inference.core.private import sample_dirichlet
 
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """From the values of one draw to results of one draw."""
@@ -188,7 +189,7 @@ class _Binomial(torch.autograd.Function):
 class _Dirichlet:
     """torch's sampler of Dirichlet without its gradient, which is an autograd function that ``vmap`` refuses."""
 
-    apply = staticmethod(torch._sample_dirichlet)
+    apply = staticmethod(sample_dirichlet)
 
 
 class _SafeLog(torch.autograd.Function):
@@ -212,7 +213,8 @@ class _SafeLog(torch.autograd.Function):
 
 @contextmanager
 def _samplers() -> Iterator[None]:
-    with patch.object(dirichlet, "_Dirichlet", _Dirichlet), patch.object(special, "_SafeLog", _SafeLog):
+    ours = _Dirichlet if sample_dirichlet else dirichlet._Dirichlet
+    with patch.object(dirichlet, "_Dirichlet", ours), patch.object(special, "_SafeLog", _SafeLog):
         yield
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
-from torch._higher_order_ops.while_loop import while_loop
+
+from inference.core.private import scan, while_loop
 
 MAX_ENERGY_ERROR = 1000.0
 """Energy error above which a trajectory has diverged, as in Stan and Pyro."""

@@ -24,6 +24,7 @@ from inference.compiler.update import Adam
 from inference.core.bound import BoundPair, unconstrained
 from inference.core.contracts import Objective
 from inference.core.handlers import random_state, set_random_state
+from inference.core.private import copy_all
 from inference.optim import Joint
 from inference.result import dotted
 
@@ -88,7 +89,7 @@ class EagerSteps:
         if self.last.keys() != params.keys():
             self.last = {n: torch.empty_like(p) for n, p in params.items()}
         with torch.no_grad():
-            torch._foreach_copy_(list(self.last.values()), [params[n] for n in self.last])
+            copy_all(list(self.last.values()), [params[n] for n in self.last])
 
     def check(self, now: bool = False) -> Failure | None:
         """The step that was not finite, if there was one; looked at ``now``, at the end, a program is compared too."""
@@ -274,8 +275,8 @@ def gradients(
 def _not_finite(loss: Any, params: dict[str, Tensor]) -> list[str] | None:
     """Names of the parameters whose gradients are not finite; None if the loss and all gradients are finite."""
     grads = {n: p.grad for n, p in params.items() if p.grad is not None}
-    norms = torch._foreach_norm(list(grads.values())) if grads else []
-    if np.isfinite(loss).all() and all(torch.stack(list(norms)).isfinite().tolist() if norms else []):
+    # One read of an accelerator for all gradients.
+    if np.isfinite(loss).all() and bool(torch.nn.utils.get_total_norm(grads.values()).isfinite()):
         return None
     return sorted(dotted(n) for n, g in grads.items() if not g.isfinite().all())
 

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from inference.compiler import policy
+from inference.core.private import TorchDispatchMode, lacking, tree_leaves
 from inference.runners.base import threads_set
 
 T = TypeVar("T")
@@ -46,7 +45,7 @@ def threads_by_work() -> Iterator[Callable[..., Any]]:
     def call(function: Callable[..., T], *args: Any) -> T:
         nonlocal calls
         calls += 1
-        if most == 1 or calls > 1:
+        if most == 1 or calls > 1 or lacking():
             return function(*args)
         with _Largest() as largest:
             out = function(*args)

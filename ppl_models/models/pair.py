@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ppl_models.models.checks import count_of
 from ppl_models.models.parts.grids import Grid
@@ -201,12 +201,18 @@ def checked(method: Method, *, leading: bool = False) -> Method:
     @wraps(method)
     def call(self: Pair, *args: Any, **named: Any) -> Any:
         given = signature.bind(self, *args, **named).arguments
-        if not am_i_wrapped() and not any(map(is_functorch_wrapped_tensor, _tensors(given))):
+        if not am_i_wrapped() and not any(map(_is_mapped, _tensors(given))):
             known = inspect.signature(self.check).parameters
             self.check(**{n: as_matrix(v) if leading else v for n, v in given.items() if n in known})
         return method(self, *args, **named)
 
     return call  # type: ignore[return-value]
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of many in ``torch.vmap``, where its values cannot be read."""
+    asks = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return asks is not None and bool(asks(tensor))
 
 
 def _tensors(given: Mapping[str, Any]) -> list[Tensor]:
