@@ -9,6 +9,7 @@ from functools import partial
 from itertools import repeat
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -32,6 +33,7 @@ from inference.objectives import (
 )
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS
+from inference.runners.work import threads_by_work
 
 quiet = partial(fit, progress=False)
 Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
@@ -621,3 +623,18 @@ def test_draws_that_cannot_be_made_lose_no_fit() -> None:
     assert len(result.losses) == 20
     assert set(result.params) == {"loc", "scale"}
     assert "no draws from this guide" in str(result.diagnosis)
+
+
+@pytest.mark.parametrize("quota", [1, 2])
+def test_threads_are_no_more_than_the_cores_of_the_container(quota: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts the cores of the machine; where a container has one, two threads wait for one another."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda: quota)
+    threads, large = torch.get_num_threads(), torch.zeros(600_000)
+    torch.set_num_threads(2)
+    try:
+        with threads_by_work() as call:
+            assert call(lambda: (large + 1).numel() and torch.get_num_threads()) == 1
+            assert call(torch.get_num_threads) == quota
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

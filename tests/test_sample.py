@@ -113,7 +113,7 @@ def test_draws_do_not_depend_on_the_number_of_processes(monkeypatch) -> None:
     run = partial(quiet, gamma_poisson, COUNTS, draws=20, warmup=20, chains=3, seed=5)
     torch.set_num_threads(1)
     two = run()
-    monkeypatch.setattr(sampling, "_cores", lambda: 1)
+    monkeypatch.setattr(sampling, "cores", lambda: 1)
     one = run()
     assert torch.equal(one.draws["rate"], two.draws["rate"])
 
@@ -132,7 +132,7 @@ def test_two_chains_run_side_by_side(monkeypatch) -> None:
             time.sleep(0.02)
             return params
 
-    monkeypatch.setattr(sampling, "_cores", lambda: 2)
+    monkeypatch.setattr(sampling, "cores", lambda: 2)
     started = time.perf_counter()
     result = quiet(gamma_poisson, COUNTS, Slow, draws=50, warmup=0, chains=2)
     pids = set(result.draws["rate"].tolist())
@@ -187,7 +187,7 @@ def test_a_chain_that_fails_says_which_and_why() -> None:
 
 
 def test_a_warning_of_a_chain_reaches_whoever_asked_for_it(monkeypatch) -> None:
-    monkeypatch.setattr(sampling, "_cores", lambda: 2)
+    monkeypatch.setattr(sampling, "cores", lambda: 2)
     late = [0.0]
 
     class Late(NUTS):
@@ -245,7 +245,7 @@ def model():
     pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.zeros(()))
 
 import inference.runners.processes as processes
-processes._cores = lambda: 2
+processes.cores = lambda: 2
 sample(model, None, Slow, draws=100_000, warmup=0, chains=2, compile=False, progress=False)
 """
 

@@ -6,8 +6,6 @@ on a clock, which would make the last digits of a result depend on how busy the 
 
 from __future__ import annotations
 
-import torch
-
 TRACE_FIT_STEPS, FUSE_FIT_STEPS = 1000, 5000
 """Steps from which a fit is traced, and fused. Both the cost of compiling and the gain per step grow with the number of
 operations of the graph (tens of milliseconds against microseconds per operation), so the number of steps decides."""
@@ -157,9 +155,9 @@ def operations_of(dispatched: int, numbers: int) -> int:
     return dispatched + numbers // NUMBERS_PER_DISPATCH
 
 
-def threads_for(numbers: int, chains: int) -> int:
-    """Threads for a batched kernel of so many chains on data of so many numbers."""
-    return 1 if chains * numbers < SINGLE_THREAD_NUMBERS else torch.get_num_threads()
+def threads_for(numbers: int, chains: int, most: int) -> int:
+    """Threads for a batched kernel of so many chains on data of so many numbers, at most so many."""
+    return 1 if chains * numbers < SINGLE_THREAD_NUMBERS else most
 
 
 def threads_of_fit(numbers: int, most: int) -> int:

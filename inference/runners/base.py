@@ -68,6 +68,23 @@ def kernel_of(bound: BoundPair, factory: KernelFactory) -> Any:
     return factory(partial(DrawMissing()(bound.model) if missing else bound.model, **bound.arguments()))
 
 
+def cores() -> int:
+    """Cores that this process may use: by its affinity, the quota of its container, and ``LOKY_MAX_CPU_COUNT``."""
+    # scikit-learn's own; half a second to import.
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
+def most_threads() -> int:
+    """Threads that torch is set to, but no more than there are cores: in a container torch counts the machine's.
+
+    How busy the cores are does not count: sums in another number of threads have other last digits, and a run would not
+    be the same again.
+    """
+    return min(torch.get_num_threads(), cores())
+
+
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
     """Run torch with so many threads."""

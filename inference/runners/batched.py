@@ -13,7 +13,16 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
+from inference.runners.base import (
+    Bars,
+    ChainRun,
+    KernelFactory,
+    kernel_of,
+    lengths,
+    method_of,
+    most_threads,
+    threads_set,
+)
 
 
 def run_batched(
@@ -31,7 +40,7 @@ def run_batched(
     kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
-    run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains))
+    run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains, most_threads()))
     run.setup(draws)
     setup = perf_counter() - started
     with Bars(bound, 1, warmup + draws, progress) as show:

@@ -6,7 +6,6 @@ Each chain has its own seed, so that draws do not depend on the number of cores.
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import signal
 import sys
 import traceback
@@ -32,7 +31,17 @@ from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
 from inference.core.handlers import first_valid
-from inference.runners.base import Bars, ChainRun, KernelFactory, kernel_of, lengths, method_of, threads_set
+from inference.runners.base import (
+    Bars,
+    ChainRun,
+    KernelFactory,
+    cores,
+    kernel_of,
+    lengths,
+    method_of,
+    most_threads,
+    threads_set,
+)
 
 
 @dataclass
@@ -60,7 +69,7 @@ def run_processes(
     """Run a kernel of one chain once per chain; lengths that are None are its defaults."""
     started = perf_counter()
     draws, warmup, chains = lengths(False, draws, warmup, chains)
-    workers = min(chains, _cores()) if _can_fork(bound) else 1
+    workers = min(chains, cores()) if _can_fork(bound) else 1
     potential, how = _prepare(bound, factory, warmup, -(-chains // workers) * (warmup + draws), mode, workers)
     run = partial(_run_chain, bound, factory, draws=draws, warmup=warmup, potential=potential)
     prepared = perf_counter() - started
@@ -216,7 +225,7 @@ def _prepare(
     if mode is False:
         return None, "eager"
     # A forked process cannot run a program that was compiled for several threads.
-    with threads_set(1 if workers > 1 else torch.get_num_threads()), _quiet_start():
+    with threads_set(1 if workers > 1 else most_threads()), _quiet_start():
         kernel = kernel_of(bound, factory)
         _set_up(kernel, warmup)
         how = compile_kernel(kernel, policy.NUTS_GRADIENTS * transitions, mode)
@@ -268,10 +277,6 @@ def _seeds(seed: int | list[int], count: int) -> list[int]:
     return [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(count)]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _can_fork(bound: BoundPair) -> bool:
     # A forked process cannot use its parent's accelerator, and macOS aborts forks that touch its frameworks.
     return sys.platform.startswith("linux") and bound.device.type == "cpu" and not torch.cuda.is_initialized()
@@ -284,7 +289,7 @@ def _in_processes(
     waiting = list(enumerate(seeds))
     running: dict[Any, tuple[int, Any]] = {}
     done: dict[int, Chain] = {}
-    threads = max(1, _cores() // workers)
+    threads = max(1, cores() // workers)
     try:
         while waiting or running:
             while waiting and len(running) < workers:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from inference.compiler import policy
 from inference.core.private import TorchDispatchMode, lacking, tree_leaves
-from inference.runners.base import threads_set
+from inference.runners.base import most_threads, threads_set
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class _Largest(TorchDispatchMode):
 @contextmanager
 def threads_by_work() -> Iterator[Callable[..., Any]]:
     """Give a function that calls another: first in one thread, then in as many as the first call's work is worth."""
-    most = torch.get_num_threads()
+    most = most_threads()
     calls = 0
 
     def call(function: Callable[..., T], *args: Any) -> T:
