@@ -44,6 +44,7 @@ scan = _take("torch._higher_order_ops.scan", "scan")
 while_loop = _take("torch._higher_order_ops.while_loop", "while_loop")
 sample_dirichlet = _take("torch", "_sample_dirichlet")
 copy_all = _take("torch", "_foreach_copy_", _copy_each)
+norms = _take("torch", "_foreach_norm", lambda tensors: [t.norm() for t in tensors])
 
 
 def compile_graph(*args: Any, **settings: Any) -> Any:

@@ -24,7 +24,7 @@ from inference.compiler.update import Adam
 from inference.core.bound import BoundPair, unconstrained
 from inference.core.contracts import Objective
 from inference.core.handlers import random_state, set_random_state
-from inference.core.private import copy_all
+from inference.core.private import copy_all, norms
 from inference.optim import Joint
 from inference.result import dotted
 
@@ -275,8 +275,9 @@ def gradients(
 def _not_finite(loss: Any, params: dict[str, Tensor]) -> list[str] | None:
     """Names of the parameters whose gradients are not finite; None if the loss and all gradients are finite."""
     grads = {n: p.grad for n, p in params.items() if p.grad is not None}
-    # One read of an accelerator for all gradients.
-    if np.isfinite(loss).all() and bool(torch.nn.utils.get_total_norm(grads.values()).isfinite()):
+    # Stacked: an accelerator is waited for once.
+    finite = all(torch.stack(list(norms(list(grads.values())))).isfinite().tolist()) if grads else True
+    if finite and np.isfinite(loss).all():
         return None
     return sorted(dotted(n) for n, g in grads.items() if not g.isfinite().all())
 
