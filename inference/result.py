@@ -8,23 +8,29 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyro
 import torch
-import xarray as xr
 from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import exclusive, isolated
+from inference.core.lazy import lazy
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.idata import LeftOut, to_idata, write_netcdf
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+else:
+    pd = lazy("pandas")
+    xr = lazy("xarray")
 
 
 class State:
@@ -204,10 +210,10 @@ def conclude(
             idata = to_idata(
                 bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs}, left_out=left_out
             )
-            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, losses, left_out), _UNKNOWN)
+            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, losses, left_out), _unknown())
         else:
             idata = xr.DataTree(xr.Dataset(attrs=attrs))
-            diagnosis = replace(_UNKNOWN, advice=tuple(made))
+            diagnosis = replace(_unknown(), advice=tuple(made))
     advice = (f"The run was {ended}: what it returns is not finished.",) if ended else ()
     return Result(
         idata=idata,
@@ -231,7 +237,8 @@ def _on_cpu(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: v.cpu() for n, v in draws.items()}
 
 
-_UNKNOWN = Diagnosis(pd.DataFrame(), None, None, ())
+def _unknown() -> Diagnosis:
+    return Diagnosis(pd.DataFrame(), None, None, ())
 
 
 def _judge(

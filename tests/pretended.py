@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from inference.compiler import capture
+from inference.compiler.recorder import Recorder
 
 aten = torch.ops.aten
 NAME = "pretend"
@@ -112,7 +112,7 @@ def on_a_pretended_device() -> Iterator[torch.device]:
     # ``torch.tensor(1.0, device=...)`` then goes through the mode.
     torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
     try:
-        with _Device(), patch.object(capture, "make_fx", _refuse):
+        with _Device(), patch.object(Recorder, "record", _refuse):
             yield torch.device(NAME, 0)
     finally:
         torch._C._set_only_lift_cpu_tensors(before)  # type: ignore[attr-defined]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
@@ -15,7 +14,13 @@ from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind, move
 from inference.core.checks import check_device
 from inference.core.handlers import exclusive, isolated
+from inference.core.lazy import lazy
 from inference.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = lazy("pandas")
 
 Method = Callable[..., Result]
 """A way to fit or sample, mostly ``partial(fit, ...)`` or ``partial(sample, ...)``. ``compare`` calls it with a pair

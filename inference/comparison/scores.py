@@ -6,22 +6,28 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import arviz_stats as azs
 import numpy as np
-import scipy.special
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from inference.core.handlers import REFUSALS, isolated
+from inference.core.lazy import lazy
 from inference.diagnostics import two_sample
 from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
 from inference.draws.scoring import draw_sites
 from inference.evidence.estimate import log_evidence
 from inference.predict import classify, pointwise_log_likelihood
 from inference.result import Result
+
+if TYPE_CHECKING:
+    import arviz_stats as azs
+    from scipy import special
+else:
+    azs = lazy("arviz_stats")
+    special = lazy("scipy.special")
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -262,7 +268,7 @@ def noise_floor(quantities: int, draws: int) -> float:
         >>> f"{noise_floor(122, 1000):.3f}"
         '0.087'
     """
-    return float(scipy.special.ndtri((1 + 0.5 ** (1 / quantities)) / 2) / math.sqrt(draws))
+    return float(special.ndtri((1 + 0.5 ** (1 / quantities)) / 2) / math.sqrt(draws))
 
 
 def standardised_errors(result: Result, truth: Moments) -> tuple[np.ndarray, np.ndarray]:

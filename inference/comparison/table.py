@@ -9,22 +9,29 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import arviz_stats as azs
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import write_whole
 from inference.core.handlers import REFUSALS, isolated
+from inference.core.lazy import lazy
 from inference.diagnostics.convergence import quantity
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
 from inference.result import Result
+
+if TYPE_CHECKING:
+    import arviz_stats as azs
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+else:
+    azs = lazy("arviz_stats")
+    pd = lazy("pandas")
 
 DENSITY_DRAWS, DENSITY_NUMBERS = 200, 20_000_000
 """Draws per method whose log density is plotted, and numbers of data that these may read."""
@@ -133,6 +140,8 @@ def _plot(comparison: Comparison, quantities: int) -> Figure:
     picks, densities = _picks(comparison, quantities), _log_densities(comparison)
     columns, errors, first = 4, bool(comparison.truth), int(bool(densities))
     rows = max(-(-(len(picks) + first) // columns), 1 - errors)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 2.5 * rows + 3.2 * errors + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows + errors, columns, height_ratios=[1.0] * rows + [1.3] * errors)
     colours = {n: f"C{k}" for k, n in enumerate(comparison.results)}

@@ -23,17 +23,27 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import arviz_base as azb
-import arviz_stats as azs
 import numpy as np
-import pandas as pd
-import scipy.special
-import scipy.stats
-import xarray as xr
 
+from inference.core.lazy import lazy
 from inference.diagnostics.guides import FALSE_ALARMS, PARETO_K, GuideCheck, advise_guide, weigh
 from inference.diagnostics.losses import still_falling
+
+if TYPE_CHECKING:
+    import arviz_base as azb
+    import arviz_stats as azs
+    import pandas as pd
+    import xarray as xr
+    from scipy import special, stats
+else:
+    azb = lazy("arviz_base")
+    azs = lazy("arviz_stats")
+    pd = lazy("pandas")
+    special = lazy("scipy.special")
+    stats = lazy("scipy.stats")
+    xr = lazy("xarray")
 
 R_HAT = 1.01
 """R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""
@@ -329,8 +339,8 @@ def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
     z = math.sqrt(2 * math.log(4 * quantities / FALSE_ALARMS))
     limits = []
     for values in (draws, abs(draws - np.median(draws))):
-        ranks = scipy.stats.rankdata(values).reshape(values.shape)
-        normal = scipy.special.ndtri((ranks - 0.375) / (values.size + 0.25))
+        ranks = stats.rankdata(values).reshape(values.shape)
+        normal = special.ndtri((ranks - 0.375) / (values.size + 0.25))
         halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
         within = halves.var(-1, ddof=1).mean()
         means = halves.mean(-1)

@@ -21,12 +21,10 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyro
-import scipy.special
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -34,9 +32,17 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, preserved_rng
+from inference.core.lazy import lazy
 from inference.draws import scoring
 from inference.draws.engine import sample_names
 from inference.draws.rows import LocalLatents, is_point, probe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from scipy import special
+else:
+    pd = lazy("pandas")
+    special = lazy("scipy.special")
 
 JUDGED = 100_000_000
 """Numbers of data times draws that the judgement of a guide may read at the end of a fit."""
@@ -153,7 +159,7 @@ def _pareto_shape(x: np.ndarray) -> float:
     with np.errstate(all="ignore"):
         b = 1 / x[-1] + (1 - np.sqrt(points / (np.arange(points) + 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])
         k = np.log1p(-b[:, None] * x).mean(1)
-        weights = scipy.special.softmax(n * (np.log(-b / k) - k - 1))
+        weights = special.softmax(n * (np.log(-b / k) - k - 1))
         # Grid points of negligible weight are dropped, as ArviZ and the R package loo do.
         kept = weights >= 10 * np.finfo(float).eps
         mean = (weights * b)[kept].sum() / weights[kept].sum()

@@ -6,17 +6,22 @@ where it is zero for all rows has collapsed to the prior, and the model does not
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import BoundPair
+from inference.core.lazy import lazy
 from inference.draws.kl import kl_by_site
 from inference.draws.rows import is_point
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = lazy("pandas")
 
 ACTIVE_VARIANCE = 0.01
 """Variance of the posterior mean over rows above which a dimension is active (Burda et al. 2016)."""
