@@ -11,6 +11,7 @@ import gzip
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -188,7 +189,10 @@ def _matlab(path: Path) -> Arrays:
     """A ``.mat`` file in the form of the ``.npz`` file made from it: packed bits, labels from 0."""
     from scipy.io import loadmat
 
-    raw = loadmat(path)
+    with warnings.catch_warnings():
+        # SciPy 1.18 announces that sparse arrays will come in place of sparse matrices: either will do.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        raw = loadmat(path)
     if "documents" in raw:
         x, y, words = {"x": raw["documents"].T}, {"y": raw["newsgroups"]}, {"words": raw["wordlist"]}
         words["groups"] = raw["groupnames"]
