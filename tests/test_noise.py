@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import ReweightedWakeSleep, TraceEnum_ELBO
+from pyro.infer import ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -149,3 +150,29 @@ def test_a_fit_with_noise_as_inputs_is_the_eager_fit() -> None:
         results.append(quiet((model, guide), {"x": x}, TraceEnum_ELBO(max_plate_nesting=1), steps=1000, compile=mode))
     assert results[1].idata.attrs["execution"] == "traced"
     torch.testing.assert_close(results[0].draws["w"], results[1].draws["w"])
+
+
+@pytest.mark.parametrize("lift", [True, False])
+def test_a_run_that_seeds_the_generator_is_not_given_new_noise(lift: bool) -> None:
+    """It draws the same noise at each step, on purpose; compared under given noise its program looked right."""
+
+    def seeded(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(()).double())
+        torch.manual_seed(3)
+        if not lift:
+            pyro.sample("unused", dist.Gamma(torch.ones(()).double(), 1.0), infer={"is_auxiliary": True})
+        pyro.sample("mu", dist.Normal(loc, 1.0))
+
+    x, results = torch.tensor([0.5, 1.5]).double(), []
+    for mode in (False, True):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            results.append(quiet((seeded, guide), {"x": x}, Trace_ELBO(), steps=20, compile=mode))
+    assert [r.idata.attrs["execution"] for r in results] == ["eager", "eager"]
+    assert any("runs eagerly from now on" in str(w.message) for w in told)
+    torch.testing.assert_close(results[0].losses, results[1].losses)

@@ -24,10 +24,11 @@ from pyro.ops.provenance import extract_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from inference.compiler.passes import masks_to_indices
+from inference.compiler.noise import Draw
+from inference.compiler.passes import is_noise, masks_to_indices
 from inference.compiler.reads import ReadsValue, is_library, reads_refused
 from inference.compiler.recorder import Recording
-from inference.core.handlers import preserved_rng
+from inference.core.handlers import preserved_rng, random_state, set_random_state
 from inference.core.private import lacking
 
 Gradients = list[Tensor | None]
@@ -55,6 +56,7 @@ def traced(function: Callable[..., Any], *inputs: Any, lift: bool = False) -> Re
     if lacking():
         raise Untraceable(lacking())
     with preserved_rng(), without_host_reads(), _uncollected(), _LastSite() as last:
+        before = random_state()
         try:
             with reads_refused(lift=lift) as reads:
                 graph = reads.record(function, *inputs)
@@ -65,10 +67,27 @@ def traced(function: Callable[..., Any], *inputs: Any, lift: bool = False) -> Re
         except Exception as error:
             # Whatever else: the function has run before, and what is its own fault shows again where it runs eagerly.
             raise Untraceable(f"{_first_sentence(error)}{_place(error)}{_after(last.name)}") from error
+        if lift and not any(map(is_noise, graph.graph.nodes)):
+            _refuse_seeds(before, graph.meta["draws"])
     graph.meta["read"] = reads.allowed
     masks_to_indices(graph)
     graph.recompile()
     return graph
+
+
+def _refuse_seeds(before: dict[str, Any], draws: list[Draw]) -> None:
+    """Raise Untraceable if a run that began in a random state did more to torch's generators than to draw.
+
+    A run that seeds them draws the same noise each time; as an input of a program the noise would be new.
+    """
+    after = random_state()
+    set_random_state(before)
+    for draw in draws:
+        draw()
+    drawn = random_state()
+    states = [(after["torch"], drawn["torch"]), *zip(after.get("cuda", ()), drawn.get("cuda", ()), strict=True)]
+    if not all(torch.equal(a, b) for a, b in states):
+        raise Untraceable("it sets the state of torch's generator in each run")
 
 
 @contextmanager
