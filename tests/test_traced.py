@@ -459,3 +459,32 @@ def test_plain_svi_is_told_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
         losses = [svi.step() for _ in range(5)]
     assert all(type(x) is float for x in losses)
     assert not [w for w in recwarn if "eagerly" in str(w.message)]
+
+
+def test_what_was_written_into_a_tensor_is_not_read_as_a_constant() -> None:
+    """As ``OrderedLogistic`` does it: nothing but the writes into its views tells that the tensor depends on x."""
+
+    def written(x: Tensor) -> Any:
+        table = torch.zeros(2, 2)
+        table[:, 0] = x
+        return (table / 2).sum().item()
+
+    graph = traced(written, torch.ones(2))
+    assert float(graph(torch.tensor([3.0, 5.0]))) == 4.0
+
+    def branching(x: Tensor) -> Tensor:
+        table = torch.zeros(2, 2)
+        table[0] = x
+        return x if bool(table.sum() > 1) else -x
+
+    with pytest.raises(Untraceable, match=r"reads the value of a tensor by bool\(\)"):
+        traced(branching, torch.ones(2))
+
+
+def test_constants_that_are_written_in_place_may_be_read() -> None:
+    def masked(x: Tensor) -> Tensor:
+        weights = torch.zeros(3)
+        weights[1:] = 2.0
+        return x * weights.sum().item()
+
+    assert traced(masked, torch.ones(2))(torch.tensor([1.0, 2.0])).tolist() == [4.0, 8.0]

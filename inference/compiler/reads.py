@@ -72,7 +72,7 @@ class Reads:
         self.allowed: list[tuple[Tensor, int]] = []
         self.refused: ReadsValue | None = None
         self._sources: dict[Node, list[Tensor] | None] = {}
-        self._recorder = Recorder(self._watch, lift=lift)
+        self._recorder = Recorder(self._watch, lambda tensor: self.sources(tensor) is None, lift=lift)
 
     def record(self, function: Callable[..., Any], *inputs: Tensor) -> Recording:
         """The graph of a call of a function; ``meta["draws"]`` says what its last inputs are to be filled with."""
@@ -108,6 +108,8 @@ class Reads:
 
     def sources(self, tensor: Tensor) -> list[Tensor] | None:
         """Tensors from outside the trace on which a tensor depends; None if it depends on an input or on noise."""
+        if self._recorder.was_written(tensor):
+            return None
         node = self._recorder.node_of(tensor)
         return [tensor] if node is None else self._of_node(node)
 
@@ -126,7 +128,12 @@ class Reads:
         if node.op == "get_attr":
             return [attrgetter(str(node.target))(self._recorder.root)]
         parts = [self._sources[n] for n in node.all_input_nodes]
-        if node.op == "placeholder" or is_noise(node) or any(p is None for p in parts):
+        if (
+            node.op == "placeholder"
+            or node in self._recorder.after_writes
+            or is_noise(node)
+            or any(p is None for p in parts)
+        ):
             return None
         return list({id(t): t for p in parts for t in p or ()}.values())
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from inference.compiler.noise import IN_PLACE, Draw, Form, Result, split
-from inference.core.private import TorchDispatchMode, is_mapped, unmapped
+from inference.core.private import TorchDispatchMode, is_mapped, tree_leaves, unmapped
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of arguments that stand in a graph as they are."""
@@ -62,13 +62,18 @@ class Recorder(TorchDispatchMode):
     Args:
         watch: Called with each operation and its arguments before it runs; returns whether the operation is to run
             without being recorded, because its result is a number.
+        depends: Whether a tensor depends on an input or on noise, as far as its node tells.
         lift: Whether the noise that the function draws becomes inputs of the graph, after its others.
 
     Attributes:
         draws: What draws these inputs, in their order; None where they are not lifted.
+        after_writes: Nodes that read memory into which something was written that depends on an input or on noise: a
+            node does not tell what was written into a view of it.
     """
 
-    def __init__(self, watch: Callable[[Any, Any], bool], *, lift: bool = False) -> None:
+    def __init__(
+        self, watch: Callable[[Any, Any], bool], depends: Callable[[Tensor], bool], *, lift: bool = False
+    ) -> None:
         super().__init__()
         self.graph, self.root = Graph(), nn.Module()
         self.draws: list[Draw] | None = [] if lift else None
@@ -76,7 +81,9 @@ class Recorder(TorchDispatchMode):
         self._constants: dict[int, tuple[Tensor, Node]] = {}
         self._last: Node | None = None
         self._drawing = False
-        self._watch = watch
+        self._watch, self._depends = watch, depends
+        self.after_writes: set[Node] = set()
+        self._written: dict[int, Any] = {}
 
     def record(self, function: Callable[..., Any], *inputs: Tensor) -> Recording:
         """The graph of a call of a function of tensors; its results may be nested in tuples, lists and dictionaries."""
@@ -122,9 +129,33 @@ class Recorder(TorchDispatchMode):
         # The tensor that torch.tensor has made may be changed in place, the constant of a graph may not.
         target = torch.ops.aten.lift_fresh_copy.default if func is torch.ops.aten.lift_fresh.default else func
         node = self.graph.call_function(target, self._argument(args), self._argument(kwargs))
+        if self._written or func._schema.is_mutable:
+            self._follow_writes(func, args, kwargs, node)
         out = target(*args, **kwargs)
         self._note(out, node)
         return out
+
+    def was_written(self, value: Tensor) -> bool:
+        """Whether something that depends on an input or on noise was written into the memory of a tensor."""
+        return bool(self._written) and value.layout is torch.strided and self._memory(value)._cdata in self._written
+
+    def _memory(self, value: Tensor) -> Any:
+        while is_mapped(value):
+            value = unmapped(value)
+        return value.untyped_storage()
+
+    def _follow_writes(self, func: Any, args: Any, kwargs: Any, node: Node) -> None:
+        """Note what an operation writes into memory, and whether it reads what was written."""
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        if any(map(self.was_written, tensors)):
+            self.after_writes.add(node)
+        if not func._schema.is_mutable or not (node in self.after_writes or any(map(self._depends, tensors))):
+            return
+        for place, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, Tensor) and place.alias_info is not None and place.alias_info.is_write:
+                # Kept, so that no other memory gets its address.
+                memory = self._memory(value)
+                self._written[memory._cdata] = memory
 
     def _drawn(self, func: Any, args: Any, draw: Draw, result: Result) -> Any:
         """Record an operation as noise and what makes its result of it; None if it is to be recorded as it is."""
