@@ -488,3 +488,15 @@ def test_constants_that_are_written_in_place_may_be_read() -> None:
         return x * weights.sum().item()
 
     assert traced(masked, torch.ones(2))(torch.tensor([1.0, 2.0])).tolist() == [4.0, 8.0]
+
+
+def test_a_mask_that_is_written_in_place_selects_what_it_selects_eagerly() -> None:
+    """It was computed again from the node that made it, all False."""
+    rows = torch.arange(5.0)
+
+    def selected(x: Tensor) -> Tensor:
+        mask = torch.zeros(5, dtype=torch.bool)
+        mask[1:3] = True
+        return (x * rows[mask]).sum()
+
+    assert float(traced(selected, torch.tensor(1.0))(torch.tensor(2.0))) == 6.0

@@ -25,7 +25,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.compiler.noise import Draw
-from inference.compiler.passes import is_noise, masks_to_indices
+from inference.compiler.passes import is_noise
 from inference.compiler.reads import ReadsValue, is_library, reads_refused
 from inference.compiler.recorder import Recording
 from inference.core.handlers import preserved_rng, random_state, set_random_state
@@ -70,7 +70,7 @@ def traced(function: Callable[..., Any], *inputs: Any, lift: bool = False) -> Re
         if lift and not any(map(is_noise, graph.graph.nodes)):
             _refuse_seeds(before, graph.meta["draws"])
     graph.meta["read"] = reads.allowed
-    masks_to_indices(graph)
+    graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 

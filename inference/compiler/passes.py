@@ -38,44 +38,6 @@ def add_input(graph: GraphModule, name: str, before: int = 0) -> Node:
         return graph.graph.placeholder(name)
 
 
-def masks_to_indices(graph: GraphModule) -> None:
-    """Replace constant boolean masks by integer indices, so that inductor knows the shape of the result."""
-    aten = torch.ops.aten
-    for node in list(graph.graph.nodes):
-        if node.target not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            continue
-        places: list[Any] = []
-        for index in node.args[1]:
-            mask = _constant(index) if isinstance(index, Node) and _is_mask(index) else None
-            if mask is None:
-                places.append(index)
-                continue
-            for numbers in mask.nonzero(as_tuple=True):
-                name = f"_places_{len(list(graph.buffers()))}"
-                graph.register_buffer(name, numbers)
-                with graph.graph.inserting_before(node):
-                    places.append(graph.graph.get_attr(name))
-        node.args = (node.args[0], places, *node.args[2:])
-    graph.graph.eliminate_dead_code()
-
-
-def _is_mask(node: Node) -> bool:
-    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
-
-
-def _constant(node: Node) -> Tensor | None:
-    """Value of a node that depends neither on inputs, held tensors nor noise; None for another node."""
-    if node.op != "call_function" or is_noise(node):
-        return None
-    if node.target is torch.ops.aten.lift_fresh_copy.default:
-        return attrgetter(str(node.args[0].target))(node.graph.owning_module)  # type: ignore[no-any-return, union-attr]
-    values = {n: _constant(n) for n in node.all_input_nodes}
-    if any(v is None for v in values.values()):
-        return None
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a function of positions (chains, D) into one of positions (D, chains)."""
 

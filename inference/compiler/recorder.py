@@ -128,12 +128,25 @@ class Recorder(TorchDispatchMode):
                 return out
         # The tensor that torch.tensor has made may be changed in place, the constant of a graph may not.
         target = torch.ops.aten.lift_fresh_copy.default if func is torch.ops.aten.lift_fresh.default else func
-        node = self.graph.call_function(target, self._argument(args), self._argument(kwargs))
+        node = self.graph.call_function(target, self._argument(self._places(func, args)), self._argument(kwargs))
         if self._written or func._schema.is_mutable:
             self._follow_writes(func, args, kwargs, node)
         out = target(*args, **kwargs)
         self._note(out, node)
         return out
+
+    def _places(self, func: Any, args: Any) -> Any:
+        """Arguments with boolean masks as integer indices, so that the shape of a result does not depend on values.
+
+        The watch has refused masks that depend on an input or on noise.
+        """
+        if func is not torch.ops.aten.index.Tensor:
+            return args
+        places: list[Any] = []
+        for index in args[1]:
+            mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            places += index.nonzero(as_tuple=True) if mask else [index]
+        return (args[0], places)
 
     def was_written(self, value: Tensor) -> bool:
         """Whether something that depends on an input or on noise was written into the memory of a tensor."""
