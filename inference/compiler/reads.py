@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from inference.compiler.passes import is_noise
-from inference.compiler.recorder import Recorder, Recording
+from inference.compiler.recorder import INDEXED, Recorder, Recording, is_mask
 from inference.core.private import current_mode, tree_leaves, without_modes
 
 PACKAGE = Path(__file__).parent.parent
@@ -95,6 +95,11 @@ class Reads:
         if torch.Tag.dynamic_output_shape in tags:
             for tensor in _deciding(func, args):
                 self.look(tensor, func)
+        elif func in INDEXED:
+            # Its masks are recorded as the places that they select, where they depend on nothing that is traced.
+            for mask in filter(is_mask, args[1]):
+                if self.sources(mask) is not None:
+                    self.look(mask, func)
         return False
 
     def look(self, tensor: Tensor, by: Any) -> None:
@@ -221,7 +226,7 @@ def _tensors(args: Any) -> list[Tensor]:
 def _deciding(func: Any, args: Any) -> list[Tensor]:
     """Arguments on whose values the shape of the result depends."""
     if func is torch.ops.aten.index.Tensor:
-        return [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        return list(filter(is_mask, args[1]))
     return [args[1]] if func is torch.ops.aten.masked_select.default else _tensors(args)
 
 

@@ -27,6 +27,20 @@ EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, t
 """Operations that make a tensor to be filled."""
 
 
+INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+"""Operations that select by indices, their second argument."""
+
+
+def is_mask(index: Any) -> bool:
+    """Whether an index is a boolean mask."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
 class Recording(GraphModule):
     """A graph that becomes code when it is run: passes change it often, and a large one takes a second each time."""
 
@@ -136,17 +150,17 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _places(self, func: Any, args: Any) -> Any:
-        """Arguments with boolean masks as integer indices, so that the shape of a result does not depend on values.
+        """Arguments with boolean masks as integer indices: a compiler knows the shape of what those select.
 
-        The watch has refused masks that depend on an input or on noise.
+        A mask that depends on an input or on noise, which can only be written through, stays.
         """
-        if func is not torch.ops.aten.index.Tensor:
+        if func not in INDEXED:
             return args
         places: list[Any] = []
         for index in args[1]:
-            mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-            places += index.nonzero(as_tuple=True) if mask else [index]
-        return (args[0], places)
+            constant = is_mask(index) and not self._depends(index)
+            places += index.nonzero(as_tuple=True) if constant else [index]
+        return (args[0], places, *args[2:])
 
     def was_written(self, value: Tensor) -> bool:
         """Whether something that depends on an input or on noise was written into the memory of a tensor."""
