@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +17,8 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair, Site
 from inference.core.files import Lenient
-from inference.core.lazy import lazy
+from inference.core.lazy import azb, xr
 from inference.draws import engine, scoring
-
-if TYPE_CHECKING:
-    import arviz_base as azb
-    import xarray as xr
-else:
-    azb = lazy("arviz_base")
-    xr = lazy("xarray")
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""

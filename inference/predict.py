@@ -3,7 +3,7 @@ r"""Predictions from a pair or a Result: prior and posterior predictive draws, l
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -12,16 +12,11 @@ from torch import Tensor
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
 from inference.core.handlers import REFUSALS, exclusive, isolated
-from inference.core.lazy import lazy
+from inference.core.lazy import pd
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.engine import Draws
 from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
 from inference.result import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = lazy("pandas")
 
 
 @exclusive

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -19,18 +19,11 @@ from inference.core.bound import BoundPair
 from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import exclusive, isolated
-from inference.core.lazy import lazy
+from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.idata import LeftOut, to_idata, write_netcdf
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import xarray as xr
-else:
-    pd = lazy("pandas")
-    xr = lazy("xarray")
 
 
 class State:

@@ -582,3 +582,41 @@ def test_a_model_without_continuous_sites_is_refused_before_it_is_traced() -> No
 
     with pytest.raises(ValueError, match="^model: expected a continuous latent site to sample, got none$"):
         ChEES(model).setup(10)
+
+
+def doubled_in_place(y: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(torch.zeros(4).double(), 1.0).to_event(1))
+    mask = torch.zeros(4, dtype=torch.bool)
+    mask[1:] = True
+    mean = a.clone()
+    mean[mask] = mean[mask] * 2
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def test_fused_chains_of_a_model_that_writes_by_a_mask_have_the_conjugate_posterior() -> None:
+    """Precisions 1 + 1 and 1 + 4. Inductor wrote into the positions that its loop carries: every mean was wrong."""
+    result = quiet(doubled_in_place, double(1, 1, 1, 1), kernel=ChEES, draws=200, warmup=200, compile=True)
+    assert result.idata.attrs["execution"] == "fused"
+    mean, sd = np.array([0.5, 0.4, 0.4, 0.4]), np.array([0.5, 0.2, 0.2, 0.2]) ** 0.5
+    assert_normal(z_scores(posterior(result, "a"), mean, sd))
+
+
+@pytest.mark.parametrize("name", ["position", "energy", "acceptance"])
+def test_a_fused_program_with_other_transitions_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looped(function, key):
+        def wrong(*inputs):
+            chains, tuning, moves = function(*inputs)
+            inputs[1].position.fill_(7.0)
+            return chains, tuning, moves._replace(**{name: getattr(moves, name) * 1.1})
+
+        return wrong
+
+    model = partial(gaussian, torch.eye(2).double())
+    draws = [quiet(model, kernel=ChEES, draws=20, warmup=20, compile=False).draws["x"]]
+    monkeypatch.setattr(chees, "looped", looped)
+    with pytest.warns(UserWarning, match="not fused: a fused transition differs from the traced one in .. of 64"):
+        result = quiet(model, kernel=ChEES, draws=20, warmup=20, compile=True)
+    assert result.idata.attrs["execution"] == "traced"
+    draws.append(result.draws["x"])
+    torch.testing.assert_close(*draws, rtol=0, atol=0)

@@ -183,13 +183,13 @@ def test_the_readme_has_the_tree_as_it_is() -> None:
     assert f"```text\n{tree()}\n```" in README
 
 
-if __name__ == "__main__":
-    print(tree())
-
-
 def test_what_a_result_needs_is_imported_with_the_first_result() -> None:
     """ArviZ and what it brings along took two seconds of ``import inference``, on top of torch and Pyro."""
     late = ["arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "scipy.stats", "sklearn", "joblib"]
     code = f"import sys, inference; print([m for m in {late} if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+if __name__ == "__main__":
+    print(tree())

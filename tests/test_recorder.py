@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functionalize
 
 from inference.compiler.capture import Untraceable, traced
-from inference.compiler.recorder import Form
+from inference.compiler.form import Form
 
 
 def changed_copy(x: Tensor) -> Tensor:

@@ -481,6 +481,25 @@ def test_what_was_written_into_a_tensor_is_not_read_as_a_constant() -> None:
         traced(branching, torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda table, x: torch.mul(x, 2.0, out=table[0]),
+        lambda table, x: torch.topk(x, 2, out=(table[0], torch.empty(2, dtype=torch.long))),
+        lambda table, x: torch._foreach_copy_([table[1], table[0]], [torch.zeros(2), x]),
+    ],
+    ids=["out", "several results", "a list of tensors"],
+)
+def test_writes_by_any_argument_are_followed(write: Callable[..., Any]) -> None:
+    def branching(x: Tensor) -> Tensor:
+        table = torch.zeros(2, 2)
+        write(table, x)
+        return x if bool(table.sum() > 1) else -x
+
+    with torch.no_grad(), pytest.raises(Untraceable, match=r"reads the value of a tensor by bool\(\)"):
+        traced(branching, torch.ones(2))
+
+
 def test_constants_that_are_written_in_place_may_be_read() -> None:
     def masked(x: Tensor) -> Tensor:
         weights = torch.zeros(3)
@@ -500,3 +519,32 @@ def test_a_mask_that_is_written_in_place_selects_what_it_selects_eagerly() -> No
         return (x * rows[mask]).sum()
 
     assert float(traced(selected, torch.tensor(1.0))(torch.tensor(2.0))) == 6.0
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_constant_mask_of_a_write_is_recorded_as_the_places_that_it_selects(outside: bool) -> None:
+    mask = torch.tensor([True, False, True])
+
+    def written(x: Tensor) -> Tensor:
+        table = torch.ones(3)
+        if outside:
+            table[mask] = x
+        else:
+            inside = torch.zeros(3, dtype=torch.bool)
+            inside[::2] = True
+            table[inside] = x
+        return table * torch.arange(1.0, 4.0)
+
+    graph = traced(written, torch.zeros(2))
+    (put,) = (n for n in graph.graph.nodes if "index_put" in str(n.target))
+    assert [n.meta["val"].dtype for n in put.args[1]] == [torch.int64]
+    assert graph(torch.tensor([5.0, 7.0])).tolist() == [5.0, 2.0, 21.0]
+
+
+def test_a_mask_of_a_write_that_depends_on_an_input_is_followed() -> None:
+    def written(x: Tensor) -> Tensor:
+        table = x.clone()
+        table[x < 0] = 0.0
+        return table
+
+    assert traced(written, torch.ones(2))(torch.tensor([1.0, -1.0])).tolist() == [1.0, 0.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,13 +14,8 @@ from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind, move
 from inference.core.checks import check_device
 from inference.core.handlers import exclusive, isolated
-from inference.core.lazy import lazy
+from inference.core.lazy import pd
 from inference.result import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = lazy("pandas")
 
 Method = Callable[..., Result]
 """A way to fit or sample, mostly ``partial(fit, ...)`` or ``partial(sample, ...)``. ``compare`` calls it with a pair

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +14,13 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.core.handlers import REFUSALS, isolated
-from inference.core.lazy import lazy
+from inference.core.lazy import azs, special
 from inference.diagnostics import two_sample
 from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
 from inference.draws.scoring import draw_sites
 from inference.evidence.estimate import log_evidence
 from inference.predict import classify, pointwise_log_likelihood
 from inference.result import Result
-
-if TYPE_CHECKING:
-    import arviz_stats as azs
-    from scipy import special
-else:
-    azs = lazy("arviz_stats")
-    special = lazy("scipy.special")
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -18,20 +18,15 @@ from torch import Tensor
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import write_whole
 from inference.core.handlers import REFUSALS, isolated
-from inference.core.lazy import lazy
+from inference.core.lazy import azs, pd
 from inference.diagnostics.convergence import quantity
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
 from inference.result import Result
 
 if TYPE_CHECKING:
-    import arviz_stats as azs
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-else:
-    azs = lazy("arviz_stats")
-    pd = lazy("pandas")
 
 DENSITY_DRAWS, DENSITY_NUMBERS = 200, 20_000_000
 """Draws per method whose log density is plotted, and numbers of data that these may read."""

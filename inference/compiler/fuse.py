@@ -33,6 +33,12 @@ OPTIONS: dict[str, Any] = {
 that the processor names, without compiling a test of each: the first program of a machine takes 7 s in place of 17."""
 
 
+LOOP_OPTIONS: dict[str, Any] = {**OPTIONS, "cpp_wrapper": True, "use_joint_graph_passes": False}
+"""Options for loops. A round costs no Python, as the wrapper is C++. The passes over joint graphs are left out: they
+remove copies from the body of a loop, after which inductor (torch 2.13) writes into the values that the loop carries
+where ``clone().mT`` is written to by indices."""
+
+
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Compile a graph to a program of tensors; where that cannot be done, warn and return the graph itself.
 
@@ -54,10 +60,7 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
 
 
 def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
-    """Compile a function of tensors, its loops included; programs are kept by ``key``.
-
-    The wrapper of the program is C++, so that a round of a loop costs no Python.
-    """
+    """Compile a function of tensors, its loops included; programs are kept by ``key``."""
 
     def build() -> Callable[..., Any]:
         # A code object of its own: Dynamo keeps programs by code object, and gives up at the eighth.
@@ -68,8 +71,7 @@ def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             # Made at the first call, so that whatever a compiler may raise is raised where the call is made.
             if not made:
-                options = {**OPTIONS, "cpp_wrapper": True}
-                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=options))
+                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=LOOP_OPTIONS))
             return made[0](*inputs)
 
         return run

@@ -23,9 +23,10 @@ from torch.fx.node import map_arg
 
 from inference.compiler import policy
 from inference.compiler.capture import traced
+from inference.compiler.form import Form
 from inference.compiler.fuse import fused
 from inference.compiler.passes import constants_of, is_view, out_of_place, share_products, simplify
-from inference.compiler.recorder import Form, Recording
+from inference.compiler.recorder import Recording
 from inference.compiler.selections import collect_selections
 
 
@@ -106,6 +107,11 @@ class Pieces:
             if id(piece.program) in chosen and piece.program.run == piece.program.graph.forward:
                 piece.program.run = fused(piece.program.graph, [values[k] for k in piece.inputs])
             self._run_piece(piece, values)
+
+    def unfuse(self) -> None:
+        """Run the graphs of the programs again."""
+        for program in self._programs.values():
+            program.run = program.graph.forward
 
     def _started(self, inputs: Sequence[Tensor]) -> list[Any]:
         return [*inputs, *self._start[self._inputs :]]

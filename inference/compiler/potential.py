@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
+from inference.compiler.form import Form
 from inference.compiler.fuse import fused
 from inference.compiler.layout import rearrange
 from inference.compiler.passes import (
@@ -32,7 +33,6 @@ from inference.compiler.passes import (
     share_products,
 )
 from inference.compiler.pieces import Pieces, cut
-from inference.compiler.recorder import Form
 from inference.core.contracts import Kernel
 
 Potential = Callable[..., Tensor]
@@ -174,6 +174,7 @@ class BatchedPotential:
             self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
             self.forward = graph.forward
+        self._traced = self.forward
         if not eager:
             steps = torch.linspace(-1, 1, many.numel()).to(many).reshape(many.shape)
             for reach in REACHES:
@@ -190,6 +191,12 @@ class BatchedPotential:
         self.forward = chains_last(pieces)
         self.operations, self.nodes = pieces.operations, pieces.nodes
         return pieces
+
+    def unfuse(self) -> None:
+        """Run the graph, or the graphs of its pieces, again."""
+        self.forward = self._traced
+        if self.pieces is not None:
+            self.pieces.unfuse()
 
     def run(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (chains,) and gradients (chains, D) at positions (chains, D)."""

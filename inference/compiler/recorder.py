@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from inference.compiler.noise import IN_PLACE, Draw, Form, Result, split
+from inference.compiler.form import Form
+from inference.compiler.noise import IN_PLACE, Draw, Result, split
 from inference.core.private import TorchDispatchMode, is_mapped, tree_leaves, unmapped
 
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -164,12 +165,16 @@ class Recorder(TorchDispatchMode):
 
     def was_written(self, value: Tensor) -> bool:
         """Whether something that depends on an input or on noise was written into the memory of a tensor."""
-        return bool(self._written) and value.layout is torch.strided and self._memory(value)._cdata in self._written
+        return bool(self._written) and self._memory(value)[0] in self._written
 
-    def _memory(self, value: Tensor) -> Any:
+    def _memory(self, value: Tensor) -> tuple[int, Any]:
+        """Where a tensor lies, and what keeps other memory from getting that place; 0 where it lies nowhere."""
         while is_mapped(value):
             value = unmapped(value)
-        return value.untyped_storage()
+        if value.layout is not torch.strided:
+            return 0, None
+        memory = value.untyped_storage()
+        return memory.data_ptr(), memory
 
     def _follow_writes(self, func: Any, args: Any, kwargs: Any, node: Node) -> None:
         """Note what an operation writes into memory, and whether it reads what was written."""
@@ -178,11 +183,11 @@ class Recorder(TorchDispatchMode):
             self.after_writes.add(node)
         if not func._schema.is_mutable or not (node in self.after_writes or any(map(self._depends, tensors))):
             return
-        for place, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, Tensor) and place.alias_info is not None and place.alias_info.is_write:
-                # Kept, so that no other memory gets its address.
-                memory = self._memory(value)
-                self._written[memory._cdata] = memory
+        given = {place.name: value for place, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        for place in func._schema.arguments:
+            if place.alias_info is not None and place.alias_info.is_write:
+                targets = [v for v in tree_leaves(given.get(place.name)) if isinstance(v, Tensor)]
+                self._written |= {where: memory for where, memory in map(self._memory, targets) if where}
 
     def _drawn(self, func: Any, args: Any, draw: Draw, result: Result) -> Any:
         """Record an operation as noise and what makes its result of it; None if it is to be recorded as it is."""

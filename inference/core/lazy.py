@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["azb", "azs", "pd", "special", "stats", "xr"]
 
 
 class _Lazy(ModuleType):
@@ -14,12 +16,13 @@ class _Lazy(ModuleType):
         return getattr(import_module(self.__name__), name)
 
 
-def lazy(name: str) -> Any:
-    """A module that is imported when something of it is first asked for.
-
-    Example:
-        >>> table = lazy("pandas")
-        >>> len(table.DataFrame({"a": [1, 2]}))
-        2
-    """
-    return _Lazy(name)
+if TYPE_CHECKING:
+    import arviz_base as azb
+    import arviz_stats as azs
+    import pandas as pd
+    import xarray as xr
+    from scipy import special, stats
+else:
+    azb, azs = _Lazy("arviz_base"), _Lazy("arviz_stats")
+    pd, xr = _Lazy("pandas"), _Lazy("xarray")
+    special, stats = _Lazy("scipy.special"), _Lazy("scipy.stats")

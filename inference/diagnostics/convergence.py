@@ -23,27 +23,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inference.core.lazy import lazy
+from inference.core.lazy import azb, azs, pd, special, stats, xr
 from inference.diagnostics.guides import FALSE_ALARMS, PARETO_K, GuideCheck, advise_guide, weigh
 from inference.diagnostics.losses import still_falling
-
-if TYPE_CHECKING:
-    import arviz_base as azb
-    import arviz_stats as azs
-    import pandas as pd
-    import xarray as xr
-    from scipy import special, stats
-else:
-    azb = lazy("arviz_base")
-    azs = lazy("arviz_stats")
-    pd = lazy("pandas")
-    special = lazy("scipy.special")
-    stats = lazy("scipy.stats")
-    xr = lazy("xarray")
 
 R_HAT = 1.01
 """R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -32,17 +32,10 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, preserved_rng
-from inference.core.lazy import lazy
+from inference.core.lazy import pd, special
 from inference.draws import scoring
 from inference.draws.engine import sample_names
 from inference.draws.rows import LocalLatents, is_point, probe
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from scipy import special
-else:
-    pd = lazy("pandas")
-    special = lazy("scipy.special")
 
 JUDGED = 100_000_000
 """Numbers of data times draws that the judgement of a guide may read at the end of a fit."""

@@ -6,7 +6,7 @@ where it is zero for all rows has collapsed to the prior, and the model does not
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -14,14 +14,9 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import BoundPair
-from inference.core.lazy import lazy
+from inference.core.lazy import pd
 from inference.draws.kl import kl_by_site
 from inference.draws.rows import is_point
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = lazy("pandas")
 
 ACTIVE_VARIANCE = 0.01
 """Variance of the posterior mean over rows above which a dimension is active (Burda et al. 2016)."""
