@@ -107,6 +107,8 @@ class ChEES(BatchedKernel):
         torch.Size([100, 32, 2])
     """
 
+    _chains: Chains
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -189,7 +191,7 @@ class ChEES(BatchedKernel):
         if self.execution != "traced" or not has_compiler():
             return
         density, plain, state = self._density, self._plain(), random_state()
-        chains: Chains = self._chains
+        chains = self._chains
         try:
             with quietly(), torch.no_grad():
                 # A program that is wrong may write into what it is given.
