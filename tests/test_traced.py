@@ -541,10 +541,34 @@ def test_a_constant_mask_of_a_write_is_recorded_as_the_places_that_it_selects(ou
     assert graph(torch.tensor([5.0, 7.0])).tolist() == [5.0, 2.0, 21.0]
 
 
-def test_a_mask_of_a_write_that_depends_on_an_input_is_followed() -> None:
+@pytest.mark.parametrize("value", [0.0, torch.tensor([0.5]), torch.arange(1.0, 3.0)], ids=["number", "tensor", "rows"])
+def test_a_mask_of_a_write_that_depends_on_an_input_is_followed(value: Any) -> None:
     def written(x: Tensor) -> Tensor:
-        table = x.clone()
-        table[x < 0] = 0.0
+        table = x[:, None] * torch.ones(2)
+        table[x < 0] = value
+        table.mT[:, x > 2] = -1.0
         return table
 
-    assert traced(written, torch.ones(2))(torch.tensor([1.0, -1.0])).tolist() == [1.0, 0.0]
+    graph = traced(written, torch.ones(3))
+    for x in (torch.tensor([1.0, -1.0, 3.0]), torch.tensor([-2.0, -1.0, -1.0])):
+        torch.testing.assert_close(graph(x), written(x))
+
+
+def test_chains_of_a_model_that_sets_what_is_negative_to_zero_are_traced(recwarn: pytest.WarningsRecorder) -> None:
+    """The posterior has a kink at zero; its mean is that of a quadrature."""
+
+    def rectified(y: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        mean = a.clone()
+        mean[a < 0] = 0.0
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+    result = sample(rectified, torch.ones(3).double(), draws=500, warmup=300, progress=False)
+    assert result.method == "ChEES"
+    assert not [w for w in recwarn if "eager" in str(w.message)]
+    grid = torch.linspace(-6, 6, 100_001).double()
+    weights = (-(grid**2) / 2 - 2 * (1 - grid.clamp(min=0)) ** 2).softmax(0)
+    mean = float((weights * grid).sum())
+    sd = float((weights * (grid - mean) ** 2).sum().sqrt())
+    assert float((result.draws["a"].mean(0) - mean).abs().max()) < 0.05 * sd

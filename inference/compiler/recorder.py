@@ -141,6 +141,11 @@ class Recorder(TorchDispatchMode):
             out = self._drawn(func, args, *parts) if parts is not None else None
             if out is not None:
                 return out
+        if func in INDEXED[1:] and args[2].numel() == 1 and len(args[1]) == 1 and not any(args[3:4]):
+            (mask,) = args[1]
+            if is_mask(mask) and self._depends(mask):
+                with self:
+                    return self._fill(func, args[0], mask, args[2])
         # The tensor that torch.tensor has made may be changed in place, the constant of a graph may not.
         target = torch.ops.aten.lift_fresh_copy.default if func is torch.ops.aten.lift_fresh.default else func
         node = self.graph.call_function(target, self._argument(self._places(func, args)), self._argument(kwargs))
@@ -153,7 +158,7 @@ class Recorder(TorchDispatchMode):
     def _places(self, func: Any, args: Any) -> Any:
         """Arguments with boolean masks as integer indices: a compiler knows the shape of what those select.
 
-        A mask that depends on an input or on noise, which can only be written through, stays.
+        A mask that depends on an input or on noise, through which something is written, stays.
         """
         if func not in INDEXED:
             return args
@@ -162,6 +167,12 @@ class Recorder(TorchDispatchMode):
             constant = is_mask(index) and not self._depends(index)
             places += index.nonzero(as_tuple=True) if constant else [index]
         return (args[0], places, *args[2:])
+
+    def _fill(self, func: Any, out: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+        """Write one number where a mask is true, by an operation that ``vmap`` maps, whatever the mask."""
+        mask = mask.bool().reshape(*mask.shape, *[1] * (out.dim() - mask.dim()))
+        in_place = func is not torch.ops.aten.index_put.default
+        return (out.masked_fill_ if in_place else out.masked_fill)(mask, value.reshape(()))
 
     def was_written(self, value: Tensor) -> bool:
         """Whether something that depends on an input or on noise was written into the memory of a tensor."""
