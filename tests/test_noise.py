@@ -45,6 +45,8 @@ DRAWS: dict[str, Callable[[Tensor], Any]] = {
     "bernoulli_ of a tensor": lambda x: torch.empty(8, 5).double().bernoulli_(x),
     "multinomial": lambda x: torch.multinomial(x, 1, True),
     "dropout": lambda x: torch.nn.functional.dropout(x, 0.4),
+    "native dropout": lambda x: torch.native_dropout(x, 0.4, True),
+    "noise that is changed in place": lambda x: (torch.randn(8, 5).mul_(2.0) * x, torch.rand_like(x).add_(1.0)),
     "a permutation": lambda x: x[torch.randperm(8)[:3]],
     "randint": lambda x: x * torch.randint(2, 9, (8, 5)),
     "several": lambda x: (torch.rand(3), torch.bernoulli(x), torch.randn(2), torch.multinomial(x, 1), torch.randn(8)),
@@ -74,19 +76,30 @@ def test_noise_is_an_input_and_the_numbers_are_those_of_the_operation(name: str)
         torch.testing.assert_close(graph(P, *(e.clone() for e in noise)), expected)
         # In any order of running: what is drawn between does not matter.
         torch.rand(7)
+        kept = [e.clone() for e in noise]
         with Given(draws, noise) as given:
             torch.testing.assert_close(function(P), expected)
         assert not given.left
+        torch.testing.assert_close(noise, kept)
 
 
-@pytest.mark.parametrize("sampler", [dist.Gamma(2.0, 1.0), dist.Poisson(3.0), dist.Binomial(7, torch.tensor(0.4))])
-def test_samplers_that_reject_stay_operations(sampler: Any) -> None:
-    graph = traced(lambda x: x + sampler.sample(), torch.zeros(()), lift=True)
+@pytest.mark.parametrize(
+    "sampled",
+    [
+        dist.Gamma(2.0, 1.0).sample,
+        dist.Poisson(3.0).sample,
+        dist.Binomial(7, torch.tensor(0.4)).sample,
+        lambda: torch.multinomial(torch.ones(5), 2),
+    ],
+    ids=["Gamma", "Poisson", "binomial", "several of a multinomial"],
+)
+def test_samplers_that_reject_stay_operations(sampled: Any) -> None:
+    graph = traced(lambda x: x + sampled(), torch.zeros(()), lift=True)
     assert any(map(is_noise, graph.graph.nodes))
 
 
 def test_rows_of_noise_are_what_single_draws_would_be() -> None:
-    graph = traced(lambda x: (x + torch.randn(8, 5), torch.rand(3), torch.randperm(4)), P, lift=True)
+    graph = traced(lambda x: (x + torch.rand_like(x.mT).mT, torch.rand(3), torch.randperm(4)), P, lift=True)
     draws = graph.meta["draws"]
     torch.manual_seed(0)
     expected = [draw() for _ in range(3) for draw in draws]
