@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from pyro.infer import NUTS
+from pyro.infer import NUTS as PyroNUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from inference.compiler.capture import Untraceable
@@ -23,8 +23,9 @@ from inference.core.handlers import exclusive, isolated
 from inference.core.private import lacking
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
+from inference.kernels.nuts import NUTS
 from inference.result import Posterior, Result, conclude
-from inference.runners.base import ChainRun, KernelFactory
+from inference.runners.base import ChainRun, KernelFactory, method_of
 from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
 
@@ -56,18 +57,18 @@ def sample(
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
         data: A tensor (the model's first argument) or a mapping of names to tensors.
         kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
-            ``partial(NUTS, target_accept_prob=0.95)``. Default: ChEES; NUTS for fewer than eight chains, or where the
-            model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one has too many
-            joint states to sum over.
-        draws: Draws to keep per chain. Default: 250 for batched kernels, 1000 for others.
-        warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for batched kernels, 1000 for
+            ``partial(NUTS, target_accept_prob=0.95)``. Default: ChEES; NUTS for fewer than eight chains; Pyro's own
+            NUTS where the model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one
+            has too many joint states to sum over.
+        draws: Draws to keep per chain. Default: 250 for ChEES and Gibbs, 1000 for others.
+        warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for ChEES and Gibbs, 1000 for
             others.
-        chains: Number of chains. Default: 64 for batched kernels, 4 for others, of which as many run at once as there
-            are cores.
+        chains: Number of chains. Default: 64 for ChEES and Gibbs, 4 for others. ``ChEES``, ``Gibbs`` and ``NUTS`` hold
+            them in one tensor; of other kernels, as many run at once as there are cores.
         seed: Seed of all randomness. The global random state is left as it was.
-        compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES, as one compiled
-            program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does (ChEES
-            runs the traced graph).
+        compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES and NUTS, as one
+            compiled program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does
+            (ChEES and NUTS run the traced graph).
         device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
             the draws of the Result are on the CPU. Default: where pair and data are.
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
@@ -96,17 +97,19 @@ def sample(
         kernel = Gibbs
     started = perf_counter()
     with isolated(seed):
-        if kernel is None and (chains is None or chains >= MIN_CHAINS):
+        if kernel is None:
+            batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:
-                made = run_batched(bound, partial(ChEES, eager=False), draws, warmup, chains, compile, progress)
+                made = run_batched(bound, partial(batched, eager=False), draws, warmup, chains, compile, progress)
                 return _conclude(bound, made, perf_counter() - started)
             except Untraceable as error:
+                name = method_of(batched)
                 warnings.warn(
-                    f"{bound.name}: NUTS in place of ChEES, because it cannot be traced: {error}", stacklevel=3
+                    f"{bound.name}: Pyro's NUTS in place of {name}, because it cannot be traced: {error}", stacklevel=3
                 )
                 # What tracing lacks was said.
                 compile = False if lacking() else compile
-        factory = kernel or NUTS
+        factory = kernel or PyroNUTS
         example = factory(partial(bound.model, **bound.arguments()))
         if not Kernel.of(example).draws_finite:
             _check_summed(bound)

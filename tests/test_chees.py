@@ -22,7 +22,7 @@ from inference.core.handlers import isolated
 from inference.kernels import NUTS, ChEES, trajectory
 from inference.result import Result
 
-chees = importlib.import_module("inference.kernels.chees")
+hamiltonian = importlib.import_module("inference.kernels.hamiltonian")
 quiet = partial(sample, progress=False)
 run = partial(quiet, kernel=ChEES, compile=False)
 pytestmark = pytest.mark.usefixtures("alone")
@@ -614,7 +614,7 @@ def test_a_fused_program_with_other_transitions_is_not_used(name: str, monkeypat
 
     model = partial(gaussian, torch.eye(2).double())
     draws = [quiet(model, kernel=ChEES, draws=20, warmup=20, compile=False).draws["x"]]
-    monkeypatch.setattr(chees, "looped", looped)
+    monkeypatch.setattr(hamiltonian, "looped", looped)
     with pytest.warns(UserWarning, match="not fused: a fused transition differs from the traced one in .. of 64"):
         result = quiet(model, kernel=ChEES, draws=20, warmup=20, compile=True)
     assert result.idata.attrs["execution"] == "traced"

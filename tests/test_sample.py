@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import NUTS as PyroNUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
@@ -45,7 +46,9 @@ def agrees(draws: Tensor, mean: float, sd: float, effective: float) -> bool:
     return abs(float(draws.mean()) - mean) < 4 * sd / effective**0.5
 
 
-@pytest.mark.parametrize("kernel", [NUTS, partial(HMC, trajectory_length=1.5)], ids=["NUTS", "HMC"])
+@pytest.mark.parametrize(
+    "kernel", [NUTS, PyroNUTS, partial(HMC, trajectory_length=1.5)], ids=["NUTS", "Pyro's NUTS", "HMC"]
+)
 def test_a_constrained_posterior_is_the_conjugate_one(kernel) -> None:
     result = quiet(gamma_poisson, COUNTS, kernel, draws=500, warmup=300, chains=2)
     mean, sd = float(POSTERIOR.mean), float(POSTERIOR.stddev)
@@ -190,7 +193,7 @@ def test_a_warning_of_a_chain_reaches_whoever_asked_for_it(monkeypatch) -> None:
     monkeypatch.setattr(sampling, "cores", lambda: 2)
     late = [0.0]
 
-    class Late(NUTS):
+    class Late(PyroNUTS):
         """Changes the model after the warmup, which its program cannot know."""
 
         def end_warmup(self):

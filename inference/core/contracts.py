@@ -244,6 +244,7 @@ class BatchedKernel(Kernel):
     Attributes:
         num_chains: Number of chains C, set before ``setup``.
         jit_compile: Whether ``setup`` compiles, set before it.
+        lengths: Default numbers of draws, warmup draws and chains.
         block: Transitions per call of ``advance``.
         execution: How the kernel runs: ``eager``, ``traced`` or ``fused``.
         restarted: Number of chains that the warmup moved elsewhere.
@@ -255,6 +256,7 @@ class BatchedKernel(Kernel):
     """
 
     batched = True
+    lengths: tuple[int, int, int] = (250, 300, 64)
     num_chains: int = 64
     jit_compile: bool = False
     block: int = 1

@@ -11,25 +11,16 @@ Reference: Hoffman, Radul and Sountsov 2021 (https://proceedings.mlr.press/v130/
 from __future__ import annotations
 
 import math
-import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
-from inference.compiler.capture import Untraceable
-from inference.compiler.fuse import has_compiler, looped, quietly
-from inference.compiler.potential import BatchedPotential
-from inference.compiler.supports import MovingSupports, follow_supports
-from inference.core.contracts import BatchedKernel
-from inference.core.handlers import first_valid, random_state, set_random_state
-from inference.kernels.metric import MAX_DENSE_DIM, learn, log_volume, positive_sd
-from inference.kernels.trajectory import Chains, Metric, Moves, Noise, Tuning, fresh_tuning, run_block
+from inference.kernels.hamiltonian import Hamiltonian, check_integers, check_positive
+from inference.kernels.metric import learn, log_volume, positive_sd
+from inference.kernels.trajectory import Chains, Noise, Tuning, fresh_tuning, run_block
 
 BLOCK = 10
 """Transitions per call of the program."""
@@ -49,19 +40,7 @@ RESTART_SD = 6.0
 posterior (the root of half its dimensions, at least 4)."""
 
 
-GIVEN_POINTS = 8
-"""Chains whose given values are tried, to see that no support depends on them."""
-
-
-PARTED = 1 / 8
-"""Fraction of chains that may part from those of the traced program in the first transition of the fused one."""
-
-
-MAX_START_DRAWS = 100
-"""Maximum number of times that random starts are drawn until their density is finite, as in Pyro."""
-
-
-class ChEES(BatchedKernel):
+class ChEES(Hamiltonian):
     r"""ChEES-HMC: Hamiltonian Monte Carlo of many chains at once, adapted across chains.
 
     Under plain ``pyro.infer.MCMC`` a draw of a site has shape (chains, \*shape), so chains are the second dimension of
@@ -107,7 +86,7 @@ class ChEES(BatchedKernel):
         torch.Size([100, 32, 2])
     """
 
-    _chains: Chains
+    transitions = staticmethod(run_block)
 
     def __init__(
         self,
@@ -127,193 +106,24 @@ class ChEES(BatchedKernel):
         given: Mapping[str, Tensor] | None = None,
         block: int = BLOCK,
     ) -> None:
-        if (model is None) == (potential_fn is None):
-            raise ValueError("model: expected either a model or a potential_fn")
-        for name, value, least in (("num_chains", num_chains, 2), ("max_steps", max_steps, 1), ("block", block, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        for name, number in (("step_size", step_size), ("trajectory_length", trajectory_length)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {number!r}")
-        if not 0 < target_accept_prob < 1:
-            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {target_accept_prob!r}")
-        self.model, self.potential_fn = model, potential_fn
-        self.num_chains, self.max_steps, self.full_mass = num_chains, max_steps, full_mass
-        self.jit_compile, self._eager = jit_compile, eager
-        self.transforms: dict[str, Any] = dict(transforms or {})
-        self._target, self._start = target_accept_prob, (step_size, trajectory_length)
-        self._given_transforms, self._nesting = transforms, max_plate_nesting
-        self._moving: MovingSupports | None = None
-        self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
-        super().__init__()
-
-    @property
-    def given(self) -> dict[str, Tensor]:
-        r"""Values of the fixed sites, (chains, \*shape)."""
-        return dict(self._given)
-
-    @given.setter
-    def given(self, values: Mapping[str, Tensor]) -> None:
-        self._given = {n: values[n].contiguous() for n in self._given}
-        self._density.held[: len(self._given)] = self._given.values()
-        self._place(self._chains.position.mT)
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Trace the model, draw starts of finite density, and plan the warmup."""
-        example = self._one_chain(args, kwargs)
-        self._density = self._trace(example)
-        position = self._start_position()
-        try:
-            self._density.check(position)
-        except Untraceable as error:
-            self._density = self._untraced(example, error)
-        self.execution = "traced" if self._density.traced else "eager"
-        self.operations, self.nodes = self._density.operations, self._density.nodes
-        self._run: Callable[..., Any] = self._plain()
-        self._place(position)
-        self._initial = self._density.unpack(position)
-        dim, like = self._density.dim, self._density.like
-        dense = dim <= MAX_DENSE_DIM if self.full_mass is None else self.full_mass
-        self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in Metric._fields))
-        self._tuning = fresh_tuning(*self._start, like)
-        self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
-        self.gradients = 0
-        self._renewals = _renewals(warmup_steps)
-        self._window: list[Tensor] = []
-        self.restarted, self._moved = 0, torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
-        self._last = self._initial
-        self._diverging: list[Tensor] = []
-        if self.jit_compile:
-            self.fuse()
-
-    def fuse(self) -> None:
-        """Compile the block of transitions, and run it once so that compilation happens here."""
-        if self.execution != "traced" or not has_compiler():
-            return
-        density, plain, state = self._density, self._plain(), random_state()
-        chains = self._chains
-        try:
-            with quietly(), torch.no_grad():
-                # A program that is wrong may write into what it is given.
-                self._chains = Chains(*(v.clone() for v in chains))
-                *rest, noise = self._inputs(learning=False)
-                expected = plain(*rest, Noise(*(v[:1] for v in noise)))[2]
-                if density.pieces is not None:
-                    density.pieces.fuse(self._chains.position.mT, *density.held)
-                elif density.like.device.type == "cpu":
-                    shapes = tuple(
-                        (t.shape, t.stride(), t.dtype) for t in (self._chains.position, *self._metric, *density.held)
-                    )
-                    self._run = looped(plain, ("chees", density.code, shapes))
-                else:
-                    # A loop inside the program would wait for the device at every leapfrog step.
-                    density.forward = torch.compile(density.forward, dynamic=False)
-                    self._run = self._plain()
-                _refuse_other_moves(self._run(*rest, noise)[2], expected)
-            self.execution = "fused"
-        except Exception as error:  # whatever a compiler may raise
-            density.unfuse()
-            self._run = plain
-            reason = error if isinstance(error, Untraceable) else type(error).__name__
-            warnings.warn(f"the chains run traced, but not fused: {reason}", stacklevel=3)
-        finally:
-            self._chains = chains
-            set_random_state(state)
-
-    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""
-        if params is not self._last:
-            self._place(self._density.pack(params))
-        if self._handed == self._warmup:
-            self.end_warmup()
-        if not self._queue:
-            values = self.handed(self.advance().position)
-            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(self.block))
-        self._handed += 1
-        self._last = self._queue.popleft()
-        return self._last
-
-    def clear_cache(self) -> None:
-        """Forget draws that were run ahead: the next one starts from the position that it is given, as in HMC."""
-        self._last = dict(self._last)
-
-    def advance(self) -> Moves:
-        """Run one block of transitions: of the warmup until it is over, of draws after that."""
-        learning = self.warming
-        self._chains, self._tuning, moves = self._block(learning)
-        self._latest = moves._replace(position=moves.position.mT)
-        self._taken += self.block
-        self.gradients += int(moves.leapfrogs.sum())
-        if not learning:
-            self._diverging.append(self._latest.diverging)
-            return self._latest
-        self._window.append(self._latest.position)
-        if self._taken in self._renewals:
-            self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
-        if self._taken >= self._warmup:
-            self._hold()
-        return self._latest
-
-    @property
-    def warming(self) -> bool:
-        """Whether the next block belongs to the warmup."""
-        return not self._ended
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """State of the chains and of the adaptation; assign it to resume from there."""
-        return self._chains, self._tuning, self._metric, self._taken
-
-    @state.setter
-    def state(self, state: tuple[Any, ...]) -> None:
-        self._chains, self._tuning, self._metric, self._taken = state
-        self._queue.clear()
-
-    def collect(self, blocks: list[Moves]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
-        moves = Moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
-        self._density.check(self._chains.position.mT)
-        stats = {
-            "n_steps": moves.leapfrogs[:, None].expand_as(moves.energy).long(),
-            "step_size": moves.step_size[:, None].expand_as(moves.energy),
-            "lp": -moves.energy,
-            "acceptance_rate": moves.acceptance,
-            "diverging": moves.diverging,
-        }
-        return self.constrain(moves.position), stats
-
-    def constrained(self) -> dict[str, Tensor]:
-        r"""Current constrained values by site, (chains, \*shape)."""
-        return self.constrain(self._chains.position.mT)
-
-    def unpack(self, positions: Tensor) -> dict[str, Tensor]:
-        r"""Unconstrained values by site, (..., \*shape), of positions (..., D)."""
-        return self._density.unpack(positions)
-
-    def handed(self, positions: Tensor) -> dict[str, Tensor]:
-        r"""Values by site (..., \*shape) as ``sample`` returns them: unconstrained, but for supports that move."""
-        values = self.unpack(positions)
-        if self._moving is None:
-            return values
-        constrained = self.constrain(positions)
-        return {n: constrained[n] if n in self._moving.names else v for n, v in values.items()}
-
-    def constrain(self, positions: Tensor) -> dict[str, Tensor]:
-        r"""Values by site (..., \*shape) of positions (..., D)."""
-        values = self.unpack(positions)
-        if self._moving is not None:
-            shape = positions.shape[:-1]
-            flat = {n: v.reshape(-1, *v.shape[len(shape) :]) for n, v in values.items()}
-            return {n: v.reshape(*shape, *v.shape[1:]) for n, v in self._moving.constrain(flat).items()}
-        return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
-
-    def end_warmup(self) -> None:
-        """Stop adapting: fix the metric, and step size and trajectory length at their running means."""
-        if self._handed <= self._warmup:
-            # The rest of the last block of the warmup holds no draws.
-            self._queue.clear()
-        if self.warming:
-            self._hold()
+        super().__init__(
+            model,
+            potential_fn,
+            num_chains=num_chains,
+            least=2,
+            step_size=step_size,
+            target_accept_prob=target_accept_prob,
+            full_mass=full_mass,
+            jit_compile=jit_compile,
+            eager=eager,
+            transforms=transforms,
+            max_plate_nesting=max_plate_nesting,
+            given=given,
+            block=block,
+        )
+        check_integers(max_steps=(max_steps, 1))
+        check_positive(trajectory_length=trajectory_length)
+        self.max_steps, self._first_length = max_steps, trajectory_length
 
     def logging(self) -> OrderedDict[str, str]:
         """Step size, maximum number of leapfrog steps and acceptance probability, for a progress bar."""
@@ -322,52 +132,31 @@ class ChEES(BatchedKernel):
         acceptance = float(self._latest.acceptance.mean())
         return OrderedDict({"step size": f"{step:.2e}", "steps": f"{steps:.0f}", "acc. prob": f"{acceptance:.3f}"})
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Indices of the divergent draws after the warmup, by chain."""
-        if not self._diverging:
-            return {"divergences": {}}
-        diverging = torch.cat(self._diverging).cpu()
-        chains = diverging.any(0).nonzero().flatten().tolist()
-        return {"divergences": {f"chain {c}": diverging[:, c].nonzero().flatten().tolist() for c in chains}}
+    def _plan(self) -> None:
+        like = self._density.like
+        self._tuning = fresh_tuning(self._first_step, self._first_length, like)
+        self._renewals = _renewals(self._warmup)
+        self.restarted, self._moved = 0, torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
 
-    def _hold(self) -> None:
-        self._ended = True
-        self._density.check(self._chains.position.mT)
-        learnt = Tuning(*self._tuning.unbind())
-        self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
-        self._window.clear()
-
-    def _place(self, position: Tensor) -> None:
-        energy, gradient = self._density.run(position)
-        copies = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
-        self._chains = Chains(*copies)
-        self._queue: deque[dict[str, Tensor]] = deque()
-
-    def _block(self, learning: bool) -> tuple[Chains, Tensor, Moves]:
-        with torch.no_grad():
-            return self._run(*self._inputs(learning))
-
-    def _inputs(self, learning: bool) -> tuple[Any, ...]:
-        """Arguments of a block of transitions, its noise the last of them."""
-        like, shape = self._density.like, (self.block, *self._chains.position.shape)
+    def _rules(self, learning: bool) -> Tensor:
         # Before the metric is known, trajectories from remote starts are kept short.
         limit = self.max_steps if self._ended else min(self.max_steps, 4 + self._taken)
-        rules = like.new_tensor([self._target, limit, learning])
+        return self._density.like.new_tensor([self._target, limit, learning])
+
+    def _noise(self) -> Noise:
+        like, shape = self._density.like, (self.block, *self._chains.position.shape)
         jitter = like.new_tensor([1 - TRAJECTORY_JITTER * _halton(self._taken + t + 1) for t in range(self.block)])
         normal = torch.randn(shape, dtype=like.dtype, device=like.device)
         uniform = torch.rand((self.block, shape[-1]), dtype=like.dtype, device=like.device).log()
-        # Other strides would compile another program.
-        chains = Chains(*(v.contiguous() for v in self._chains))
-        return self._density.held, chains, self._tuning, self._metric, rules, Noise(normal, uniform, jitter)
+        return Noise(normal, uniform, jitter)
 
-    def _plain(self) -> Callable[..., Any]:
-        """A block of transitions as a function of tensors alone."""
-        forward = self._density.forward
+    def _adapt(self) -> None:
+        if self._taken in self._renewals:
+            self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
 
-        def block(held: list[Tensor], *rest: Any) -> Any:
-            return run_block(lambda q: forward(q, *held), *rest)
-
-        return block
+    def _settle(self) -> None:
+        learnt = Tuning(*self._tuning.unbind())
+        self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
 
     def _restart(self) -> Tensor:
         """Move chains of far too high energy to the positions of others, so that they do not spoil the adaptation.
@@ -414,88 +203,6 @@ class ChEES(BatchedKernel):
         self._metric, slowest = learn(draws, self._metric)
         step = 1.5 * self._density.dim**-0.25
         self._tuning = fresh_tuning(step, max(2.0, math.pi / 2 * slowest), self._density.like)
-
-    def _one_chain(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        if self.model is None:
-            if self._initial is None:
-                raise ValueError("initial_params: expected unconstrained values of all chains, got none")
-            return {n: v[0] for n, v in self._initial.items()}
-        held = {n: v[0] for n, v in self._given.items()}
-        model = poutine.condition(self.model, data=held) if held else self.model
-        with warnings.catch_warnings():
-            # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
-            warnings.filterwarnings("ignore", message="Encountered")
-            start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
-            example, self.potential_fn, self.transforms, trace = first_valid(
-                partial(start, model, args, kwargs), MAX_START_DRAWS
-            )
-        if not example:
-            raise ValueError("model: expected a continuous latent site to sample, got none")
-        if self._given_transforms is None:
-            points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
-            self._follow(follow_supports(self.potential_fn, trace, held, points))
-        if held:
-            self.potential_fn = _holding(self.potential_fn, held)
-        return example
-
-    def _follow(self, moving: MovingSupports | None) -> None:
-        """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""
-        self._moving = moving
-        if moving is not None:
-            self.potential_fn = moving
-            self.transforms = {n: t for n, t in self.transforms.items() if n not in moving.names}
-
-    def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
-        given = tuple(self._given.values())
-        try:
-            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
-        except Untraceable as error:
-            return self._untraced(example, error)
-
-    def _untraced(self, example: dict[str, Tensor], error: Untraceable) -> BatchedPotential:
-        if not self._eager:
-            raise error
-        said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
-        warnings.warn(said, stacklevel=5)
-        given = tuple(self._given.values())
-        return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
-
-    def _start_position(self) -> Tensor:
-        return self._density.pack(self._initial) if self._initial else self._random_start()
-
-    def _random_start(self) -> Tensor:
-        """Uniform starts in (-2, 2), as in Pyro, redrawn while density or gradient is not finite."""
-        like, shape = self._density.like, (self.num_chains, self._density.dim)
-        position = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-2, 2)
-        for _ in range(MAX_START_DRAWS):
-            energy, gradient = self._density.run(position)
-            bad = ~(energy.isfinite() & gradient.isfinite().all(-1))
-            if not bad.any():
-                return position
-            position = torch.where(bad[:, None], torch.empty_like(position).uniform_(-2, 2), position)
-        raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
-
-
-def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """The potential of a model conditioned on ``held``, as a function of these values as well."""
-
-    def call(values: dict[str, Tensor], *given: Tensor) -> Tensor:
-        held.update(zip(held, given, strict=True))
-        return potential(values)
-
-    return call
-
-
-def _refuse_other_moves(moves: Moves, expected: Moves) -> None:
-    """Raise Untraceable where the first transition of a block is not the expected one.
-
-    Trajectories of a few chains may part by rounding: they are long, or an acceptance is decided by a last digit.
-    """
-    rtol = 1e-3 if expected.energy.dtype == torch.float32 else 1e-6
-    ours, theirs = (torch.cat([m.position[0], m.energy[:1], m.acceptance[:1]]) for m in (moves, expected))
-    other, chains = int((~torch.isclose(ours, theirs, rtol, rtol, equal_nan=True)).any(0).sum()), ours.shape[-1]
-    if other > PARTED * chains:
-        raise Untraceable(f"a fused transition differs from the traced one in {other} of {chains} chains")
 
 
 def _renewals(warmup: int) -> set[int]:

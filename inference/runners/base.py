@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from inference.core.bound import BoundPair
 from inference.core.handlers import DrawMissing
 
-LENGTHS = {True: (250, 300, 64), False: (1000, 1000, 4)}
-"""Default draws, warmup and chains: of a batched kernel, and of one that runs a single chain."""
+LENGTHS = (1000, 1000, 4)
+"""Default draws, warmup and chains of a kernel that runs a single chain."""
 
 
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
@@ -51,9 +51,9 @@ class ChainRun:
     restarted: int = 0
 
 
-def lengths(batched: bool, *asked: int | None) -> tuple[int, ...]:
+def lengths(defaults: tuple[int, ...], *asked: int | None) -> tuple[int, ...]:
     """Draws, warmup and chains as asked for, with defaults for None."""
-    return tuple(default if n is None else n for n, default in zip(asked, LENGTHS[batched], strict=True))
+    return tuple(default if n is None else n for n, default in zip(asked, defaults, strict=True))
 
 
 def method_of(factory: Any) -> str:

@@ -38,7 +38,7 @@ def run_batched(
     started = perf_counter()
     kernel = kernel_of(bound, factory)
     kernel.adopt(bound.asked)
-    draws, warmup, chains = lengths(True, draws, warmup, chains or kernel.num_chains)
+    draws, warmup, chains = lengths(kernel.lengths, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains, most_threads()))
     run.setup(draws)

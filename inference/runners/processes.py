@@ -32,6 +32,7 @@ from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
 from inference.core.handlers import first_valid
 from inference.runners.base import (
+    LENGTHS,
     Bars,
     ChainRun,
     KernelFactory,
@@ -68,7 +69,7 @@ def run_processes(
 ) -> ChainRun:
     """Run a kernel of one chain once per chain; lengths that are None are its defaults."""
     started = perf_counter()
-    draws, warmup, chains = lengths(False, draws, warmup, chains)
+    draws, warmup, chains = lengths(LENGTHS, draws, warmup, chains)
     workers = min(chains, cores()) if _can_fork(bound) else 1
     potential, how = _prepare(bound, factory, warmup, -(-chains // workers) * (warmup + draws), mode, workers)
     run = partial(_run_chain, bound, factory, draws=draws, warmup=warmup, potential=potential)

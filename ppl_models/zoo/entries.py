@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from pyro.infer import NUTS, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 from inference import Method, Moments, fit, sample
+from inference.kernels import NUTS
 from inference.objectives import RWS, VIMCO, WakeSleep
 from ppl_models.data.sets import Dataset
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE

@@ -1,0 +1,431 @@
+r"""Hamiltonian Monte Carlo of many chains in one tensor: what kernels of it share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+
+from inference.compiler.capture import Untraceable
+from inference.compiler.fuse import has_compiler, looped, quietly
+from inference.compiler.potential import BatchedPotential
+from inference.compiler.supports import MovingSupports, follow_supports
+from inference.core.contracts import BatchedKernel
+from inference.core.handlers import first_valid, random_state, set_random_state
+from inference.kernels.metric import MAX_DENSE_DIM
+from inference.kernels.trajectory import Chains, Metric
+
+PARTED = 1 / 8
+"""Fraction of chains that may part from those of the traced program in the first transition of the fused one."""
+
+
+GIVEN_POINTS = 8
+"""Chains whose given values are tried, to see that no support depends on them."""
+
+
+MAX_START_DRAWS = 100
+"""Maximum number of times that random starts are drawn until their density is finite, as in Pyro."""
+
+
+class Hamiltonian(BatchedKernel):
+    r"""Hamiltonian Monte Carlo of many chains at once: their potential, their starts, and blocks of transitions.
+
+    A subclass runs a block by a function of tensors alone (:meth:`transitions`), and adapts between blocks.
+
+    Args:
+        model: A Pyro model; finite sites are summed out.
+        potential_fn: In place of a model, a function from the unconstrained values of one chain, by name, to minus the
+            log density.
+        num_chains: Number of chains.
+        least: Smallest number of chains.
+        step_size: Initial step size.
+        target_accept_prob: Target of the acceptance probability.
+        full_mass: Whether the metric is dense. Default: dense up to 200 dimensions.
+        jit_compile: Whether to compile blocks of transitions into one program; otherwise the traced graph runs.
+        eager: Whether to run a model that cannot be traced eagerly, with a warning; if False, it raises
+            ``Untraceable``.
+        transforms: Transforms from constrained to unconstrained values by site. Default: Pyro's.
+        max_plate_nesting: Number of dimensions used by plates. Default: found by running the model.
+        given: Values of further sites of the model, (chains, \*shape), that stay fixed while the chains move.
+        block: Transitions per call of the program.
+    """
+
+    transitions: ClassVar[Callable[..., Any]]
+    """A block of transitions: from a density, chains, tuning, metric, rules and noise to chains, tuning and moves."""
+
+    overhead: int = 0
+    """Operations of a leapfrog step besides those of its gradient."""
+
+    _chains: Chains
+    _tuning: Tensor
+    _latest: Any
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None,
+        *,
+        num_chains: int,
+        least: int,
+        step_size: float,
+        target_accept_prob: float,
+        full_mass: bool | None,
+        jit_compile: bool,
+        eager: bool,
+        transforms: Mapping[str, Any] | None,
+        max_plate_nesting: int | None,
+        given: Mapping[str, Tensor] | None,
+        block: int,
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError("model: expected either a model or a potential_fn")
+        check_integers(num_chains=(num_chains, least), block=(block, 1))
+        check_positive(step_size=step_size)
+        if not 0 < target_accept_prob < 1:
+            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {target_accept_prob!r}")
+        self.model, self.potential_fn = model, potential_fn
+        self.num_chains, self.full_mass = num_chains, full_mass
+        self.jit_compile, self._eager = jit_compile, eager
+        self.transforms: dict[str, Any] = dict(transforms or {})
+        self._target, self._first_step = target_accept_prob, step_size
+        self._given_transforms, self._nesting = transforms, max_plate_nesting
+        self._moving: MovingSupports | None = None
+        self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
+        super().__init__()
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        r"""Values of the fixed sites, (chains, \*shape)."""
+        return dict(self._given)
+
+    @given.setter
+    def given(self, values: Mapping[str, Tensor]) -> None:
+        self._given = {n: values[n].contiguous() for n in self._given}
+        self._density.held[: len(self._given)] = self._given.values()
+        self._place(self._chains.position.mT)
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Trace the model, draw starts of finite density, and plan the warmup."""
+        example = self._one_chain(args, kwargs)
+        self._density = self._trace(example)
+        position = self._start_position()
+        try:
+            self._density.check(position)
+        except Untraceable as error:
+            self._density = self._untraced(example, error)
+        self.execution = "traced" if self._density.traced else "eager"
+        self.operations, self.nodes = self._density.operations + self.overhead, self._density.nodes
+        self._run: Callable[..., Any] = self._plain()
+        self._place(position)
+        self._initial = self._density.unpack(position)
+        dim, like = self._density.dim, self._density.like
+        dense = dim <= MAX_DENSE_DIM if self.full_mass is None else self.full_mass
+        self._metric = Metric(*(torch.eye(dim).to(like) if dense else like.new_ones(dim) for _ in Metric._fields))
+        self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
+        self.gradients = 0
+        self._window: list[Tensor] = []
+        self._last = self._initial
+        self._diverging: list[Tensor] = []
+        self._plan()
+        if self.jit_compile:
+            self.fuse()
+
+    def fuse(self) -> None:
+        """Compile the block of transitions, and run it once so that compilation happens here."""
+        if self.execution != "traced" or not has_compiler():
+            return
+        density, plain, state = self._density, self._plain(), random_state()
+        chains = self._chains
+        try:
+            with quietly(), torch.no_grad():
+                # A program that is wrong may write into what it is given.
+                self._chains = Chains(*(v.clone() for v in chains))
+                *rest, noise = self._inputs(learning=False)
+                expected = plain(*rest, type(noise)(*(v[:1] for v in noise)))[2]
+                if density.pieces is not None:
+                    density.pieces.fuse(self._chains.position.mT, *density.held)
+                elif density.like.device.type == "cpu":
+                    shapes = tuple(
+                        (t.shape, t.stride(), t.dtype) for t in (self._chains.position, *self._metric, *density.held)
+                    )
+                    self._run = looped(plain, (type(self), density.code, self._sizes(), shapes))
+                else:
+                    # A loop inside the program would wait for the device at every leapfrog step.
+                    density.forward = torch.compile(density.forward, dynamic=False)
+                    self._run = self._plain()
+                _refuse_other_moves(self._run(*rest, noise)[2], expected)
+            self.execution = "fused"
+        except Exception as error:  # whatever a compiler may raise
+            density.unfuse()
+            self._run = plain
+            reason = error if isinstance(error, Untraceable) else type(error).__name__
+            warnings.warn(f"the chains run traced, but not fused: {reason}", stacklevel=3)
+        finally:
+            self._chains = chains
+            set_random_state(state)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""
+        if params is not self._last:
+            self._place(self._density.pack(params))
+        if self._handed == self._warmup:
+            self.end_warmup()
+        if not self._queue:
+            values = self.handed(self.advance().position)
+            self._queue.extend({n: v[t] for n, v in values.items()} for t in range(self.block))
+        self._handed += 1
+        self._last = self._queue.popleft()
+        return self._last
+
+    def clear_cache(self) -> None:
+        """Forget draws that were run ahead: the next one starts from the position that it is given, as in HMC."""
+        self._last = dict(self._last)
+
+    def advance(self) -> Any:
+        """Run one block of transitions: of the warmup until it is over, of draws after that."""
+        learning = self.warming
+        self._chains, self._tuning, moves = self._block(learning)
+        self._latest = moves._replace(position=moves.position.mT)
+        self._taken += self.block
+        self.gradients += int(moves.leapfrogs.sum(0).max())
+        if not learning:
+            self._diverging.append(self._latest.diverging)
+            return self._latest
+        self._window.append(self._latest.position)
+        self._adapt()
+        if self._taken >= self._warmup:
+            self._hold()
+        return self._latest
+
+    @property
+    def warming(self) -> bool:
+        """Whether the next block belongs to the warmup."""
+        return not self._ended
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """State of the chains and of the adaptation; assign it to resume from there."""
+        return self._chains, self._tuning, self._metric, self._taken
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self._chains, self._tuning, self._metric, self._taken = state
+        self._queue.clear()
+
+    def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
+        moves = type(blocks[0])(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        self._density.check(self._chains.position.mT)
+        return self.constrain(moves.position), self._statistics(moves)
+
+    def constrained(self) -> dict[str, Tensor]:
+        r"""Current constrained values by site, (chains, \*shape)."""
+        return self.constrain(self._chains.position.mT)
+
+    def unpack(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Unconstrained values by site, (..., \*shape), of positions (..., D)."""
+        return self._density.unpack(positions)
+
+    def handed(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) as ``sample`` returns them: unconstrained, but for supports that move."""
+        values = self.unpack(positions)
+        if self._moving is None:
+            return values
+        constrained = self.constrain(positions)
+        return {n: constrained[n] if n in self._moving.names else v for n, v in values.items()}
+
+    def constrain(self, positions: Tensor) -> dict[str, Tensor]:
+        r"""Values by site (..., \*shape) of positions (..., D)."""
+        values = self.unpack(positions)
+        if self._moving is not None:
+            shape = positions.shape[:-1]
+            flat = {n: v.reshape(-1, *v.shape[len(shape) :]) for n, v in values.items()}
+            return {n: v.reshape(*shape, *v.shape[1:]) for n, v in self._moving.constrain(flat).items()}
+        return {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in values.items()}
+
+    def end_warmup(self) -> None:
+        """Stop adapting: fix the metric, and step size and trajectory length at their running means."""
+        if self._handed <= self._warmup:
+            # The rest of the last block of the warmup holds no draws.
+            self._queue.clear()
+        if self.warming:
+            self._hold()
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Indices of the divergent draws after the warmup, by chain."""
+        if not self._diverging:
+            return {"divergences": {}}
+        diverging = torch.cat(self._diverging).cpu()
+        chains = diverging.any(0).nonzero().flatten().tolist()
+        return {"divergences": {f"chain {c}": diverging[:, c].nonzero().flatten().tolist() for c in chains}}
+
+    def _statistics(self, moves: Any) -> dict[str, Tensor]:
+        """Statistics of transitions (draws, chains), by ArviZ's names."""
+        draws, shape = len(moves.energy), moves.energy.shape
+        return {
+            "n_steps": moves.leapfrogs.reshape(draws, -1).expand(shape).long(),
+            "step_size": moves.step_size.reshape(draws, -1).expand(shape),
+            "lp": -moves.energy,
+            "acceptance_rate": moves.acceptance,
+            "diverging": moves.diverging,
+        }
+
+    @abstractmethod
+    def _plan(self) -> None:
+        """Set ``_tuning``, and plan the warmup."""
+
+    @abstractmethod
+    def _rules(self, learning: bool) -> Tensor:
+        """Settings of the next block, one vector."""
+
+    @abstractmethod
+    def _noise(self) -> Any:
+        """Random numbers of a block of transitions, (T, ...) each."""
+
+    @abstractmethod
+    def _adapt(self) -> None:
+        """Learn from the blocks of the warmup so far."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Fix what is adapted, at the end of the warmup."""
+
+    def _sizes(self) -> tuple[Any, ...]:
+        """Further sizes on which the program of a block depends."""
+        return ()
+
+    def _hold(self) -> None:
+        self._ended = True
+        self._density.check(self._chains.position.mT)
+        self._settle()
+        self._window.clear()
+
+    def _place(self, position: Tensor) -> None:
+        energy, gradient = self._density.run(position)
+        copies = (v.clone(memory_format=torch.contiguous_format) for v in (position.mT, energy, gradient.mT))
+        self._chains = Chains(*copies)
+        self._queue: deque[dict[str, Tensor]] = deque()
+
+    def _block(self, learning: bool) -> tuple[Chains, Tensor, Any]:
+        with torch.no_grad():
+            return self._run(*self._inputs(learning))
+
+    def _inputs(self, learning: bool) -> tuple[Any, ...]:
+        """Arguments of a block of transitions, its noise the last of them."""
+        # Other strides would compile another program.
+        chains = Chains(*(v.contiguous() for v in self._chains))
+        return self._density.held, chains, self._tuning, self._metric, self._rules(learning), self._noise()
+
+    def _plain(self) -> Callable[..., Any]:
+        """A block of transitions as a function of tensors alone."""
+        forward, transitions = self._density.forward, type(self).transitions
+
+        def block(held: list[Tensor], *rest: Any) -> Any:
+            return transitions(lambda q: forward(q, *held), *rest)
+
+        return block
+
+    def _one_chain(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        if self.model is None:
+            if self._initial is None:
+                raise ValueError("initial_params: expected unconstrained values of all chains, got none")
+            return {n: v[0] for n, v in self._initial.items()}
+        held = {n: v[0] for n, v in self._given.items()}
+        model = poutine.condition(self.model, data=held) if held else self.model
+        with warnings.catch_warnings():
+            # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
+            warnings.filterwarnings("ignore", message="Encountered")
+            start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
+            example, self.potential_fn, self.transforms, trace = first_valid(
+                partial(start, model, args, kwargs), MAX_START_DRAWS
+            )
+        if not example:
+            raise ValueError("model: expected a continuous latent site to sample, got none")
+        if self._given_transforms is None:
+            points = [{n: v[k] for n, v in self._given.items()} for k in range(min(self.num_chains, GIVEN_POINTS))]
+            self._follow(follow_supports(self.potential_fn, trace, held, points))
+        if held:
+            self.potential_fn = _holding(self.potential_fn, held)
+        return example
+
+    def _follow(self, moving: MovingSupports | None) -> None:
+        """Take a potential whose supports move, if there is one; ``sample`` then hands these sites out constrained."""
+        self._moving = moving
+        if moving is not None:
+            self.potential_fn = moving
+            self.transforms = {n: t for n, t in self.transforms.items() if n not in moving.names}
+
+    def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
+        given = tuple(self._given.values())
+        try:
+            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
+        except Untraceable as error:
+            return self._untraced(example, error)
+
+    def _untraced(self, example: dict[str, Tensor], error: Untraceable) -> BatchedPotential:
+        if not self._eager:
+            raise error
+        said = f"the chains run eagerly, one after another, because they cannot be traced: {error}"
+        warnings.warn(said, stacklevel=5)
+        given = tuple(self._given.values())
+        return BatchedPotential(self.potential_fn, example, self.num_chains, given=given, eager=True)  # type: ignore[arg-type]
+
+    def _start_position(self) -> Tensor:
+        return self._density.pack(self._initial) if self._initial else self._random_start()
+
+    def _random_start(self) -> Tensor:
+        """Uniform starts in (-2, 2), as in Pyro, redrawn while density or gradient is not finite."""
+        like, shape = self._density.like, (self.num_chains, self._density.dim)
+        position = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(-2, 2)
+        for _ in range(MAX_START_DRAWS):
+            energy, gradient = self._density.run(position)
+            bad = ~(energy.isfinite() & gradient.isfinite().all(-1))
+            if not bad.any():
+                return position
+            position = torch.where(bad[:, None], torch.empty_like(position).uniform_(-2, 2), position)
+        raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
+
+
+def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Callable[..., Tensor]:
+    """The potential of a model conditioned on ``held``, as a function of these values as well."""
+
+    def call(values: dict[str, Tensor], *given: Tensor) -> Tensor:
+        held.update(zip(held, given, strict=True))
+        return potential(values)
+
+    return call
+
+
+def _refuse_other_moves(moves: Any, expected: Any) -> None:
+    """Raise Untraceable where the first transition of a block is not the expected one.
+
+    Trajectories of a few chains may part by rounding: they are long, or an acceptance is decided by a last digit.
+    """
+    rtol = 1e-3 if expected.energy.dtype == torch.float32 else 1e-6
+    ours, theirs = (torch.cat([m.position[0], m.energy[:1], m.acceptance[:1]]) for m in (moves, expected))
+    other, chains = int((~torch.isclose(ours, theirs, rtol, rtol, equal_nan=True)).any(0).sum()), ours.shape[-1]
+    if other > PARTED * chains:
+        raise Untraceable(f"a fused transition differs from the traced one in {other} of {chains} chains")
+
+
+def check_integers(**given: tuple[Any, int]) -> None:
+    """Raise ValueError unless each argument is an integer of at least its bound."""
+    for name, (value, least) in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def check_positive(**given: float) -> None:
+    """Raise ValueError unless each argument is a positive number."""
+    for name, number in given.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {number!r}")
