@@ -235,8 +235,9 @@ def test_a_model_that_cannot_be_traced_runs_eagerly_and_says_so() -> None:
         pyro.factor("f", torch.tensor(-(float(x.detach()) ** 2) / 2))
 
     kernel = NUTS(reading, num_chains=2, max_tree_depth=3, block=4)
-    with isolated(0), pytest.warns(UserWarning, match=r"the chains run eagerly, one after another.*float\(\)"):
-        kernel.setup(0)
+    with isolated(0):
+        with pytest.warns(UserWarning, match=r"the chains run eagerly, one after another.*float\(\)"):
+            kernel.setup(0)
         moves = kernel.advance()
     assert kernel.execution == "eager"
     assert bool(moves.position.isfinite().all())
