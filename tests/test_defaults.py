@@ -7,15 +7,18 @@ one another, which is what a model that has learnt nothing but means amounts to.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn import decomposition, naive_bayes
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from typer.testing import CliRunner
 
 from inference import Comparison, Result, two_sample
 from ppl_models.cli import app
+from ppl_models.data import load
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import ZOO
 from ppl_models.zoo.entry import Entry
@@ -75,12 +78,33 @@ def both(*checks: Check) -> Check:
 
 
 def draws_like_the_data(table: Comparison, result: Result, data: Dataset) -> None:
-    name = next(n for n in data.test if n in result.bound.generated)
-    real, train = data.test[name], data.train[name]
+    """The share of drawn rows that lie among real ones is far above that of rows of independent pixels.
+
+    The energy distance is too blunt: of real rows it is 0.000 +- 0.003, of rows of independent pixels 0.016 +- 0.002.
+    """
+    real, train = data.test["x"], data.train["x"]
     random = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(train), real.shape, generator=random)
-    shuffled = train.gather(0, rows)
-    assert first(table, "energy") < 0.5 * two_sample.energy_distance(real, shuffled).value
+    shuffled = train.gather(0, torch.randint(len(train), real.shape, generator=random))
+    assert first(table, "precision") > two_sample.precision(real, shuffled).value + 0.3
+
+
+def codes_tell_labels(table: Comparison, result: Result, data: Dataset) -> None:
+    """Rows of one code are mostly of one label, by far more than rows at random are."""
+    pair, labels = result.bound.pair, load("digits").test["y"].numpy()
+    with torch.no_grad():
+        codes = pair.reader(pair.trunk(data.test["x"])).argmax(-1).numpy()
+    counts = confusion_matrix(labels, codes)
+    shuffled = confusion_matrix(np.random.default_rng(0).permutation(labels), codes)
+    assert counts.max(0).sum() > 1.5 * shuffled.max(0).sum()
+
+
+def translates_as_the_domains_were_made(table: Comparison, result: Result, data: Dataset) -> None:
+    """The other domain are other digits, turned by a quarter and inverted: the map is known up to noise."""
+    a, b = data.test["a"], data.test["b"]
+    true = 1 - torch.rot90(a.reshape(-1, 8, 8), 1, (1, 2)).flatten(1)
+    with torch.no_grad():
+        error = (result.bound.pair.translate(a) - true).square().sum(1).mean()
+    assert error < 0.1 * (b - b.mean(0)).square().sum(1).mean()
 
 
 def reconstructs(table: Comparison, result: Result, data: Dataset) -> None:
@@ -153,11 +177,11 @@ FIGURES: dict[str, Check] = {
     "semi_supervised_vae": finds_labels,
     "gan": draws_like_the_data,
     "conditional_gan": draws_like_the_data,
-    "infogan": draws_like_the_data,
+    "infogan": codes_tell_labels,
     "bigan": draws_like_the_data,
     "vaegan": reconstructs,
     "adversarial_autoencoder": reconstructs,
-    "cyclegan": draws_like_the_data,
+    "cyclegan": translates_as_the_domains_were_made,
     "diffusion": needs_few_bits,
 }
 QUICK = {"factor_analysis", "ppca", "autoencoder", "markov_chain"}
