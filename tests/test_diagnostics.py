@@ -475,6 +475,16 @@ def test_chains_that_do_not_accept_are_named() -> None:
     assert_advice(diagnose(idata), r"Chain 1 hardly moved \(mean acceptance below 0\.05\), so their .*")
 
 
+@pytest.mark.parametrize("share", [0.04, 0.06])
+def test_trajectories_that_were_cut_short_are_told(share: float) -> None:
+    idata = chains(mu=noise(4, 1000))
+    cut = np.zeros((4, 1000), dtype=bool)
+    cut[0, : int(share * 4000)] = True
+    idata["sample_stats/reached_max_treedepth"] = xr.DataArray(cut, dims=("chain", "draw"))
+    said = [r"240 of 4000 transitions reached the maximum tree depth, which cut .*"] if share > 0.05 else []
+    assert_advice(diagnose(idata), *said)
+
+
 def test_many_chains_need_no_more_effective_draws_than_four() -> None:
     draws = autoregressive(0.9, 64, 1000)
     diagnosis = diagnose(chains(mu=draws))

@@ -188,6 +188,7 @@ def test_depth_and_divergences_are_told() -> None:
     stats = result.idata.sample_stats
     assert int(stats.tree_depth.max()) == 3
     assert int(stats.n_steps.max()) == 7
+    assert (stats.reached_max_treedepth.values == (stats.tree_depth.values == 3)).all()
     assert int(stats.diverging.sum()) == result.diagnosis.divergences
     # At a step far too long every transition diverges, at its first leaf.
     with isolated(0):

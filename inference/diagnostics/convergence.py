@@ -47,6 +47,10 @@ MAX_QUANTITIES = 10_000
 """Number of quantities up to which a site of a guide has lines in the table."""
 
 
+CUT_SHORT = 0.05
+"""Share of transitions at the maximum tree depth from which it is said, as in PyMC."""
+
+
 MIN_ACCEPTANCE = 0.05
 """Mean acceptance below which a chain hardly moves."""
 
@@ -149,7 +153,7 @@ def diagnose(
     apart = _disagreeing(table, _quantities_of(idata))
     advice = _advise_chains(table, divergences, chains, draws, method, apart, partial(_modes, _quantities_of(idata)))
     converged = None if chains == 1 else bool(table["r_hat"].notna().any()) and not len(apart)
-    said = (*_advise_stuck(idata), *_advise_restarts(idata), *advice)
+    said = (*_advise_stuck(idata), *_advise_restarts(idata), *_advise_depth(idata), *advice)
     return Diagnosis(table, divergences, None, said, unjudged=tuple(unjudged), converged=converged)
 
 
@@ -290,6 +294,17 @@ def _advise_stuck(idata: xr.DataTree) -> tuple[str, ...]:
     return (
         f"{_chains(stuck).capitalize()} hardly moved (mean acceptance below {MIN_ACCEPTANCE}), so their draws do not "
         "represent the posterior; run a longer warmup, or look for a region where the density is flat or not finite.",
+    )
+
+
+def _advise_depth(idata: xr.DataTree) -> tuple[str, ...]:
+    """Advice about trajectories that were cut short."""
+    cut = idata["sample_stats"].to_dataset().get("reached_max_treedepth")
+    if cut is None or float(cut.mean()) <= CUT_SHORT:
+        return ()
+    return (
+        f"{int(cut.sum())} of {cut.size} transitions reached the maximum tree depth, which cut their trajectories "
+        "short; raise max_tree_depth (partial(NUTS, max_tree_depth=12)), or reparameterise sites of very different scales.",
     )
 
 

@@ -65,6 +65,8 @@ class NUTS(Hamiltonian):
         ValueError: An argument is out of range, ``setup`` finds no start of finite density, or ``initial_params`` are
             missing.
 
+    Further statistics under ``sample``: ``tree_depth`` and ``reached_max_treedepth``.
+
     References: Hoffman and Gelman 2014 (https://jmlr.org/papers/v15/hoffman14a.html); Betancourt 2017
     (https://arxiv.org/abs/1701.02434); Phan, Pradhan and Jankowiak 2019 (https://arxiv.org/abs/1912.11554).
 
@@ -157,7 +159,8 @@ class NUTS(Hamiltonian):
 
     def _statistics(self, moves: TreeMoves) -> dict[str, Tensor]:
         depth = moves.depth.long()
-        return {**super()._statistics(moves), "tree_depth": depth}
+        cut = depth >= self.max_tree_depth
+        return {**super()._statistics(moves), "tree_depth": depth, "reached_max_treedepth": cut}
 
     def _restart_steps(self, log_step: Tensor) -> None:
         """Double or halve step sizes until the acceptance of one step crosses its bound, and adapt from there."""

@@ -162,7 +162,7 @@ _SVI: dict[str, Method] = {"MAP": partial(point, steps=1000, learning_rate=0.5),
 _CONJUGATE: dict[str, Method] = {"exact": exact, **_SVI}
 
 
-_CHAINS: dict[str, Method] = {"ChEES": sample, "NUTS": partial(sample, kernel=NUTS, draws=1000, warmup=500, chains=2)}
+_CHAINS: dict[str, Method] = {"ChEES": sample, "NUTS": partial(sample, kernel=NUTS, draws=1000, warmup=500)}
 
 
 _CLASSIFIERS: dict[str, Any] = {
