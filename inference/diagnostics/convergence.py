@@ -304,7 +304,7 @@ def _advise_depth(idata: xr.DataTree) -> tuple[str, ...]:
         return ()
     return (
         f"{int(cut.sum())} of {cut.size} transitions reached the maximum tree depth, which cut their trajectories "
-        "short; raise max_tree_depth (partial(NUTS, max_tree_depth=12)), or reparameterise sites of very different scales.",
+        "short; raise max_tree_depth (partial(NUTS, max_tree_depth=12)), or bring sites to similar scales.",
     )
 
 
