@@ -32,7 +32,7 @@ from inference.core.handlers import called_by_exclusive, exclusive, isolated
 from inference.diagnostics.losses import settled as is_settled
 from inference.draws import scoring
 from inference.idata import STORED
-from inference.result import Posterior, Result, conclude
+from inference.result import GuideDraws, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 from inference.runners.work import threads_by_work
@@ -328,11 +328,7 @@ def _conclude(
         values, density = scoring.sample_guide(bound, _affordable(bound, draws))
         return Posterior(values, density=density)
 
-    def more(size: int, seed: int) -> dict[str, Tensor]:
-        if not asked.has_posterior:
-            raise ValueError(f"draw: {kind} learns a model and no posterior; use prior_predictive, or the pair itself")
-        return scoring.sample_guide(bound, size)[0]
-
+    more = GuideDraws(bound, "" if asked.has_posterior else kind)
     method = f"SVI ({kind})" if asked.has_posterior else kind
     return conclude(bound, make, more, seconds, method=method, execution=execution, losses=losses, ended=ended)
 

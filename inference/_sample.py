@@ -19,7 +19,7 @@ from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
-from inference.core.handlers import exclusive, isolated
+from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.private import lacking
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
@@ -50,8 +50,8 @@ def sample(
     r"""Sample the posterior of a model by Markov chains.
 
     Finite latent sites are summed out exactly, and drawn from their posterior afterwards; ``Gibbs`` draws them in the
-    chains. The guide, if there is one, is not used. A narrow mode beside a wide one may be missed by every chain; the
-    chains then agree, and no diagnostic reports it.
+    chains. The guide, if there is one, is not used. Modules run in evaluation mode, as in predictions. A narrow mode
+    beside a wide one may be missed by every chain; the chains then agree, and no diagnostic reports it.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
@@ -96,7 +96,7 @@ def sample(
     if kernel is None and _only_drawn(bound):
         kernel = Gibbs
     started = perf_counter()
-    with isolated(seed):
+    with isolated(seed), evaluating(bound.modules):
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:

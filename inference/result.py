@@ -2,6 +2,7 @@ r"""``Result``, which every method returns, and how a method ends in one."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,17 +14,66 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from inference.core.bound import BoundPair
+from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
 from inference.core.files import write_whole
-from inference.core.handlers import exclusive, isolated
+from inference.core.handlers import evaluating, exclusive, first_valid, isolated
 from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
+from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
+from inference.saved import Saved, fingerprints, read
+
+
+@dataclass(frozen=True)
+class GuideDraws:
+    """Further draws of a fit: from the guide.
+
+    Attributes:
+        bound: The pair and its data.
+        learns: The objective, if it learns a model and no posterior; else empty.
+    """
+
+    bound: BoundPair
+    learns: str = ""
+
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """Draws of the latent sites."""
+        if self.learns:
+            raise ValueError(
+                f"draw: {self.learns} learns a model and no posterior; use prior_predictive, or the pair itself"
+            )
+        return sample_guide(self.bound, size)[0]
+
+    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What a file has to hold so that the draws can be made again: JSON, and tensors."""
+        return {"kind": "guide", "learns": self.learns}, []
+
+
+@dataclass(frozen=True)
+class NoDraws:
+    """In place of further draws that a file cannot hold."""
+
+    method: str
+
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """Raise ValueError."""
+        raise ValueError(f"draw: chains of {self.method} cannot go on from a file; sample again, with more draws")
+
+    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What a file has to hold."""
+        return {"kind": "none"}, []
+
+
+RESTORED: dict[str, Callable[[BoundPair, Mapping[str, Any], list[Tensor]], Callable[[int, int], dict[str, Tensor]]]] = {
+    "guide": lambda bound, record, _: GuideDraws(bound, record["learns"]),
+}
+"""From a pair and a record to further draws, by the kind of the record."""
 
 
 class State:
@@ -44,27 +94,37 @@ class State:
     def __call__(self) -> Iterator[None]:
         """Restore the parameters in a scope of the store, with modules in evaluation mode and without gradients."""
         now = [t.detach().clone() for t, _ in self._tensors]
-        training = [m for module in self._modules for m in module.modules() if m.training]
         try:
-            for module in training:
-                module.training = False
-            with pyro.get_param_store().scope(self._store.copy()), torch.no_grad():
+            with pyro.get_param_store().scope(self._store.copy()), torch.no_grad(), evaluating(self._modules):
                 self._put(then for _, then in self._tensors)
                 yield
         finally:
             self._put(now)
-            for module in training:
-                module.training = True
 
     def _put(self, values: Any) -> None:
         with torch.no_grad():
             for (tensor, _), value in zip(self._tensors, values, strict=True):
                 tensor.copy_(value)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Unconstrained values by the names of the parameter store."""
+        names = {id(v): n for n, v in self._store["params"].items()}
+        return {names[id(t)]: v for t, v in self._tensors if id(t) in names}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by the number of their module and their name."""
+        values = {id(t): v for t, v in self._tensors}
+        return {n: values[id(b)] for n, b in buffers_of(self._modules).items()}
+
     def values(self) -> dict[str, Tensor]:
         """Constrained values by dotted name, on the CPU."""
         with isolated(), self():
             return {dotted(n): v.detach().cpu().clone() for n, v in pyro.get_param_store().items()}
+
+
+def buffers_of(modules: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """Buffers of modules by ``number.name``."""
+    return {f"{k}.{n}": b for k, m in enumerate(modules) for n, b in m.named_buffers()}
 
 
 def dotted(name: str) -> str:
@@ -119,16 +179,85 @@ class Result:
         return self.ended.startswith("interrupted")
 
     def save(self, path: str | Path) -> Path:
-        """Write ``idata`` to a NetCDF file, by :func:`inference.write_whole`; return the path.
+        """Write the Result to a folder, which :meth:`load` reads; to a path that ends with ``.nc``, ``idata`` alone.
 
-        ``xarray.open_datatree`` reads it back, which ``arviz`` 1.x calls ``from_netcdf``.
+        The folder holds ``result.json``, ``tensors.safetensors`` (parameters, buffers, draws, losses, and where the
+        chains are) and ``idata.nc``. A path ``.nc`` gets a NetCDF file that ``xarray.open_datatree`` reads, which
+        ``arviz`` 1.x calls ``from_netcdf``. Either is written whole or not at all. The data are not written: the folder
+        has their SHA-256.
 
         Raises:
-            ValueError: There is nothing to write: the method has no posterior, and the pair observes nothing.
+            ValueError: There is nothing for a NetCDF file: the method has no posterior, and the pair observes nothing.
+            FileExistsError: The path is a file, or a folder that is no saved Result.
+            OSError: It cannot be written; what stood there stands.
         """
-        if not self.idata.children:
-            raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
-        return write_whole(path, partial(write_netcdf, self.idata))
+        if Path(path).suffix == ".nc":
+            if not self.idata.children:
+                raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
+            return write_whole(path, partial(write_netcdf, self.idata))
+        more, chains = getattr(self.more, "record", NoDraws(self.method).record)()
+        return Saved(
+            method=self.method,
+            name=self.bound.name,
+            seconds=dict(self.seconds),
+            attrs={str(n): v.item() if isinstance(v, np.generic) else v for n, v in self.idata.attrs.items()},
+            diagnosis=self.diagnosis,
+            data=fingerprints(self.bound.data),
+            more=more,
+            tensors={
+                **{f"param/{n}": v for n, v in self.state.parameters().items()},
+                **{f"buffer/{n}": v for n, v in self.state.buffers().items()},
+                **{f"draws/{n}": v for n, v in self.draws.items()},
+                **{f"state/{k}": v for k, v in enumerate(chains)},
+                "losses": torch.as_tensor(self.losses),
+            },
+            idata=self.idata,
+        ).write(path)
+
+    @classmethod
+    @exclusive
+    def load(cls, path: str | Path, pair: Any, data: Any = None) -> Result:
+        """Read a Result that :meth:`save` has written to a folder.
+
+        Parameters and buffers are put into the modules of the pair. Draws, losses and the diagnosis are those of the
+        file; further draws, predictions and the evidence are the same to the last digit on the same machine.
+
+        Args:
+            path: The folder.
+            pair: The pair, built as it was: a pair, a ``(model, guide)`` tuple or a model.
+            data: Its data. Others than those of the fit get a warning, and predictions are about them.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            ValueError: A file is damaged or foreign, or the pair has other parameters or sites.
+        """
+        saved = read(path)
+        bound = bind(pair, data)
+        _compare_data(saved, bound)
+        with isolated(0):
+            _put_parameters(saved, bound)
+            state = State(bound.modules)
+            for name, value in saved.part("draws").items():
+                site = bound.sites.get(name)
+                if site is None or torch.Size(site.shape) != value.shape[1:]:
+                    got = "none" if site is None else tuple(site.shape)
+                    raise ValueError(f"pair: expected a site {name} of shape {tuple(value.shape[1:])}, got {got}")
+            chains = saved.part("state")
+            restore = RESTORED.get(saved.more["kind"])
+            held = [chains[str(k)] for k in range(len(chains))]
+            more = NoDraws(saved.method) if restore is None else restore(bound, saved.more, held)
+            return cls(
+                idata=saved.idata,
+                params=state.values(),
+                losses=saved.tensors["losses"].numpy(),
+                seconds=saved.seconds,
+                method=saved.method,
+                diagnosis=saved.diagnosis,
+                draws=saved.part("draws"),
+                bound=bound,
+                state=state,
+                more=more,
+            )
 
     @exclusive
     def draw(self, size: int = 1000, *, seed: int = 1) -> dict[str, Tensor]:
@@ -224,6 +353,48 @@ def conclude(
         state=state,
         more=more,
     )
+
+
+def _compare_data(saved: Saved, bound: BoundPair) -> None:
+    """Warn where data are not those of the saved Result; raise ValueError where some are missing."""
+    now = fingerprints(bound.data)
+    missing = [n for n in saved.data if n not in now]
+    if missing:
+        raise ValueError(f"data: expected {', '.join(missing)}, as in the saved Result, got none")
+    other = [n for n, v in saved.data.items() if now[n] != v]
+    if other:
+        warnings.warn(
+            f"data: {', '.join(other)} differs from that of the saved Result, whose draws and diagnosis are of its own",
+            stacklevel=4,
+        )
+
+
+def _put_parameters(saved: Saved, bound: BoundPair) -> None:
+    """Let the pair make its parameters, and give them and its buffers the saved values."""
+    with torch.no_grad():
+        # Chains have no use for the guide.
+        for half in (bound.guide, bound.model) if saved.more["kind"] == "guide" else (bound.model,):
+            if half is not None:
+                first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
+    store, given = pyro.get_param_store(), saved.part("param")
+    own = [n for n in given if n not in store and "$$$" not in n]
+    for name in own:
+        # A parameter that the objective has made.
+        pyro.param(name, given[name])
+    buffers, held = buffers_of(bound.modules), saved.part("buffer")
+    # A program in which a parameter is not called has none in the store: those of the file are what was learnt.
+    for what, now, then in (("parameter", dict(store._params), given), ("buffer", buffers, held)):
+        for name in [*then, *(n for n in now if n not in then)]:
+            if name not in then:
+                raise ValueError(f"pair: expected no {what} {dotted(name)}, which the saved Result does not have")
+            wanted, got = tuple(then[name].shape), tuple(now[name].shape) if name in now else "none"
+            if wanted != got:
+                raise ValueError(f"pair: expected a {what} {dotted(name)} of shape {wanted}, got {got}")
+    with torch.no_grad():
+        for name, value in given.items():
+            store._params[name].copy_(value)
+        for name, value in held.items():
+            buffers[name].copy_(value)
 
 
 def _on_cpu(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import NUTS, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from inference import (
@@ -32,6 +32,7 @@ from inference import (
 )
 from inference.core.bound import BoundPair, bind, enumerate_finite, sites_of
 from inference.core.handlers import isolated
+from inference.kernels import NUTS
 from ppl_models.models.linear_factors import FactorModel
 from ppl_models.models.pair import HALVES, Pair
 from ppl_models.zoo.entry import Entry
@@ -148,6 +149,33 @@ def latent(likely: Case) -> Case:
     if not likely.latent:
         pytest.skip("no latent sites")
     return likely
+
+
+def test_a_saved_result_is_read_back_and_goes_on(case: Case, tmp_path: Any) -> None:
+    """Predictions, further draws and log densities of a Result from a folder are those of the Result itself."""
+    results = [case.fitted, *([case.chains] if case.chained else [])]
+    for k, result in enumerate(results):
+        loaded = Result.load(result.save(tmp_path / f"run{k}"), case.pair(seed=5), case.data)
+        assert (loaded.method, str(loaded.diagnosis)) == (result.method, str(result.diagnosis))
+        pd.testing.assert_frame_equal(loaded.diagnosis.table, result.diagnosis.table, check_index_type=False)
+        np.testing.assert_array_equal(loaded.losses, result.losses)
+        assert loaded.idata.equals(result.idata)
+        same(loaded.params, result.params)
+        same(loaded.draws, result.draws)
+        if result.draws:
+            same(loaded.draw(7, seed=2), result.draw(7, seed=2))
+        if case.likelihood:
+            same(posterior_predictive(loaded), posterior_predictive(result))
+            torch.testing.assert_close(
+                pointwise_log_likelihood(loaded), pointwise_log_likelihood(result), rtol=0, atol=0
+            )
+
+
+def same(one: Any, other: Any) -> None:
+    """Whether two groups of tensors are equal to the last bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture

@@ -346,3 +346,26 @@ def test_a_model_without_a_valid_start_says_so() -> None:
         pyro.validation_enabled(False),
     ):
         quiet(impossible, {"y": torch.zeros(2)}, draws=4, warmup=2, chains=2)
+
+
+def test_chains_are_of_the_model_in_evaluation_mode() -> None:
+    """With dropout the density of a draw is noise, and a kernel ran on that in silence; predictions had none of it."""
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, y: torch.Tensor) -> None:
+            w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(w * self.dropout(torch.ones(len(y)).double()), 1.0), obs=y)
+
+    model = Regression()
+    y = torch.full((8,), 2.0).double()
+    for kernel in (NUTS, PyroNUTS):
+        result = quiet(model, y, kernel, draws=300, warmup=200, chains=2)
+        # Precision 1 + 8, mean 16 / 9.
+        assert agrees(result.draws["w"], 16 / 9, 1 / 3, result.diagnosis.min_ess_bulk)
+        assert float(result.draws["w"].std()) == pytest.approx(1 / 3, rel=0.3)
+        assert model.training and model.dropout.training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,60 @@ def write_whole(path: str | Path, writer: Callable[[Path], Any]) -> Path:
         raise
     if os.name == "posix":
         # The name is on the disk when its folder is.
+        _flush(place.parent)
+    return Path(path)
+
+
+def write_folder(path: str | Path, writer: Callable[[Path], Any], mark: str) -> Path:
+    """Write a folder of files so that it is there whole or not at all.
+
+    The writer fills another folder beside it, with a name that begins with a dot, which takes its place when all of it
+    is on the disk. A folder that is there is replaced if it was written likewise; between its end and the new one's
+    beginning there is none for an instant.
+
+    Args:
+        path: Where the folder is to stand.
+        writer: Writes files into the folder that it is given.
+        mark: Name of a file that every such folder has. Another folder is not replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: There is a file, or a folder without the mark.
+        OSError: The folder cannot be written; so does whatever the writer raises.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = write_folder(Path(folder.name) / "said", lambda f: (f / "it.txt").write_text("all of it"), "it.txt")
+        >>> (path / "it.txt").read_text()
+        'all of it'
+        >>> folder.cleanup()
+    """
+    place = Path(path).resolve()
+    if place.exists() and not (place / mark).is_file():
+        raise FileExistsError(f"{path}: expected no file, or a folder with {mark}, got something else, which is kept")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (place.with_name(f".{place.name}.{secrets.token_hex(4)}") for _ in range(2))
+    try:
+        new.mkdir()
+        writer(new)
+        for file in (*new.rglob("*"), new):
+            if os.name == "posix" or file.is_file():
+                _flush(file)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(new, place)
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if os.name == "posix":
         _flush(place.parent)
     return Path(path)
 

@@ -2,17 +2,23 @@ r"""Run a batched kernel, which holds all chains in one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pyro
+import torch
 from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
+from inference.core.handlers import preserved_rng
+from inference.core.private import tree_flatten, tree_leaves, tree_unflatten
+from inference.kernels import NUTS, ChEES, Gibbs
+from inference.result import RESTORED
 from inference.runners.base import (
     Bars,
     ChainRun,
@@ -45,8 +51,88 @@ def run_batched(
     setup = perf_counter() - started
     with Bars(bound, 1, warmup + draws, progress) as show:
         values, stats = run.draw(draws, show)
-    method, more = method_of(factory), partial(run.more, kernel.state)
-    return ChainRun(values, stats, chains, setup, kernel.execution, method, more, kernel.restarted)
+    more = ChainDraws(run, kernel.state, factory)
+    return ChainRun(values, stats, chains, setup, kernel.execution, method_of(factory), more, kernel.restarted)
+
+
+KERNELS: dict[str, Any] = {"ChEES": ChEES, "Gibbs": Gibbs, "NUTS": NUTS}
+"""Kernels whose chains can go on from a file, by the names that stand there."""
+
+
+@dataclass(frozen=True)
+class ChainDraws:
+    """Further draws of a batched kernel: its chains go on.
+
+    Attributes:
+        run: The kernel that ran.
+        state: Its state at the end of the run.
+        factory: What made the kernel.
+    """
+
+    run: _Run
+    state: Any
+    factory: KernelFactory
+
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """Draws of the latent sites."""
+        return self.run.more(self.state, size, seed)
+
+    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What a file has to hold so that the chains can go on: JSON, and tensors."""
+        settings = getattr(self.factory, "keywords", {})
+        kernel = method_of(self.factory)
+        plain = all(isinstance(v, bool | int | float | str | None) for v in settings.values())
+        if KERNELS.get(kernel) is not getattr(self.factory, "func", self.factory) or not plain:
+            return {"kind": "none"}, []
+        run = self.run
+        about = {"chains": run.kernel.num_chains, "mode": run.mode, "fused": run.fused, "threads": run.threads}
+        leaves = tree_leaves(self.state)
+        numbers = {str(k): v for k, v in enumerate(leaves) if not isinstance(v, Tensor)}
+        tensors = [v for v in leaves if isinstance(v, Tensor)]
+        return {"kind": "chains", "kernel": kernel, "settings": settings, **about, "numbers": numbers}, tensors
+
+
+@dataclass
+class _Restored:
+    """Chains of a file that go on: the kernel is set up when it is first asked."""
+
+    bound: BoundPair
+    about: Mapping[str, Any]
+    tensors: list[Tensor]
+    _draws: ChainDraws | None = None
+
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """Draws of the latent sites."""
+        if self._draws is None:
+            with preserved_rng(), torch.enable_grad():
+                self._draws = self._set_up()
+        return self._draws(size, seed)
+
+    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What a file has to hold."""
+        return dict(self.about), self.tensors
+
+    def _set_up(self) -> ChainDraws:
+        about = self.about
+        if about["kernel"] not in KERNELS:
+            raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {about['kernel']!r}")
+        factory = partial(KERNELS[about["kernel"]], **about["settings"])
+        kernel = kernel_of(self.bound, factory)
+        kernel.adopt(self.bound.asked)
+        kernel.num_chains, kernel.jit_compile = about["chains"], False
+        run = _Run(kernel, about["mode"], 0, about["threads"])
+        with threads_set(run.threads):
+            kernel.setup(0)
+            if about["fused"]:
+                kernel.fuse()
+        run.fused = about["fused"]
+        leaves, form = tree_flatten(kernel.state)
+        tensors = (v.to(self.bound.device) for v in self.tensors)
+        held = [about["numbers"][str(k)] if str(k) in about["numbers"] else next(tensors) for k in range(len(leaves))]
+        return ChainDraws(run, tree_unflatten(held, form), factory)
+
+
+RESTORED["chains"] = lambda bound, about, tensors: _Restored(bound, about, tensors)
 
 
 class _Run:
@@ -54,7 +140,7 @@ class _Run:
 
     def __init__(self, kernel: Any, mode: bool | str, warmup: int, threads: int) -> None:
         self.kernel, self.mode, self.warmup, self.threads = kernel, mode, warmup, threads
-        self._fused = False
+        self.fused = False
 
     def setup(self, draws: int) -> None:
         """Set the kernel up for the warmup and so many draws."""
@@ -96,6 +182,6 @@ class _Run:
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
         kernel = self.kernel
-        if not self._fused and policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes):
-            self._fused = True
+        if not self.fused and policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes):
+            self.fused = True
             kernel.fuse()

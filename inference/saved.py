@@ -1,0 +1,176 @@
+r"""The folder of a saved Result: JSON, tensors as safetensors, and a NetCDF file. Nothing in it is code.
+
+``result.json`` says what the Result is and how it was made; ``tensors.safetensors`` holds parameters, buffers, draws,
+losses and the state of chains; ``idata.nc`` is the DataTree, which ArviZ reads by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from inference.core.files import write_folder
+from inference.core.lazy import pd, xr
+from inference.diagnostics.convergence import Diagnosis
+from inference.idata import write_netcdf
+
+FORMAT = 1
+"""Version of the format, which a reader has to know."""
+
+
+ABOUT, TENSORS, IDATA = "result.json", "tensors.safetensors", "idata.nc"
+"""Names of the files."""
+
+
+PACKAGES = ("ppl-models", "torch", "pyro-ppl", "arviz-base", "xarray", "numpy")
+"""Packages whose versions are written."""
+
+
+@dataclass
+class Saved:
+    r"""What the folder of a Result holds.
+
+    Attributes:
+        method: Name of the method.
+        name: Name of the pair.
+        seconds: Seconds by part of the run.
+        attrs: Attributes of the DataTree.
+        diagnosis: The diagnosis.
+        data: Shape, type and SHA-256 of each tensor among the data, by name.
+        more: How further draws are made, as JSON.
+        versions: Versions of packages and of Python.
+        tensors: Tensors by name, with a prefix: ``param/``, ``buffer/``, ``draws/``, ``state/``, and ``losses``.
+        idata: The DataTree.
+    """
+
+    method: str
+    name: str
+    seconds: Mapping[str, float]
+    attrs: Mapping[str, Any]
+    diagnosis: Diagnosis
+    data: Mapping[str, Any]
+    more: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    idata: Any
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors with a prefix, by the rest of their names."""
+        return {n.removeprefix(f"{prefix}/"): v for n, v in self.tensors.items() if n.startswith(f"{prefix}/")}
+
+    def write(self, path: str | Path) -> Path:
+        """Write the folder, whole or not at all.
+
+        Raises:
+            FileExistsError: There is something else at the path.
+            OSError: It cannot be written; what stood there stands.
+        """
+        about = {
+            "format": FORMAT,
+            **{n: getattr(self, n) for n in ("method", "name", "seconds", "attrs", "data", "more", "versions")},
+            "diagnosis": {f.name: _plain(getattr(self.diagnosis, f.name)) for f in fields(Diagnosis)},
+        }
+
+        def writer(folder: Path) -> None:
+            # Copies: tensors that share memory cannot be written, and views would be written whole.
+            kept = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in self.tensors.items()}
+            (folder / ABOUT).write_text(json.dumps(about, indent=1))
+            save_file(kept, folder / TENSORS)
+            if self.idata.children:
+                write_netcdf(self.idata, folder / IDATA)
+
+        return write_folder(path, writer, ABOUT)
+
+
+def read(path: str | Path) -> Saved:
+    """Read the folder of a Result.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: A file of it is damaged, foreign, or of a later format.
+    """
+    folder = Path(path)
+    if not (folder / ABOUT).is_file():
+        raise FileNotFoundError(f"{folder}: expected the folder of a saved Result, got none with {ABOUT}")
+    about = _or_refuse(folder / ABOUT, lambda file: json.loads(file.read_text()))
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        got = about.get("format", "none") if isinstance(about, dict) else "none"
+        raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; a later version may read it")
+    tensors = _or_refuse(folder / TENSORS, load_file)
+    attrs = about["attrs"]
+    idata = xr.DataTree(xr.Dataset(attrs=attrs))
+    if (folder / IDATA).exists():
+        idata = _or_refuse(folder / IDATA, partial(_read_netcdf))
+    given = {n: about[n] for n in ("method", "name", "seconds", "attrs", "data", "more", "versions")}
+    diagnosis = Diagnosis(**{n: _rich(v) for n, v in about["diagnosis"].items()})
+    return Saved(**given, diagnosis=diagnosis, tensors=tensors, idata=idata)
+
+
+def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, type and SHA-256 of each tensor or array among data."""
+    found = {}
+    for name, value in data.items():
+        if isinstance(value, Tensor | np.ndarray):
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
+    return found
+
+
+def _read_netcdf(file: Path) -> Any:
+    with xr.open_datatree(file, engine="h5netcdf") as tree:
+        return tree.load()
+
+
+def _or_refuse(file: Path, reader: Any) -> Any:
+    """What a reader makes of a file; whatever it cannot read is one line with the file's name."""
+    try:
+        return reader(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: expected this file of a saved Result, got none") from None
+    except (ValueError, KeyError, OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: expected a file of a saved Result, got one that cannot be read ({reason})") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of a diagnosis as JSON: tables by their columns."""
+    if isinstance(value, pd.DataFrame):
+        columns = {n: {"dtype": str(v.dtype), "values": v.tolist()} for n, v in value.items()}
+        return {"columns": columns, "index": value.index.tolist(), "name": value.index.name}
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict) and "columns" in value:
+        index = pd.Index(value["index"], name=value["name"])
+        columns = {n: pd.Series(c["values"], index, c["dtype"]) for n, c in value["columns"].items()}
+        return pd.DataFrame(columns, index)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,226 @@
+"""Results in folders: whole or absent, refused where damaged or foreign, and loaded into the user's own pair."""
+
+import errno
+import json
+import os
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor, nn
+
+from inference import Result, fit, posterior_predictive, sample
+from inference.core import files
+from inference.kernels import HMC, NUTS, ChEES, Gibbs
+from inference.saved import ABOUT, IDATA, TENSORS
+
+Y = torch.tensor([1.0, 2.0, 4.0]).double()
+
+
+def model(y: Tensor | None = None, size: int = 3) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 2.0))
+    sd = pyro.sample("sd", dist.LogNormal(torch.zeros(()).double(), 0.5))
+    with pyro.plate("rows", size):
+        pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+
+def fitted(guide: Any = AutoMultivariateNormal, **settings: Any) -> Result:
+    return fit((model, guide(model)), {"y": Y}, steps=40, draws=50, progress=False, **settings)
+
+
+def load(path: Path, guide: Any = AutoMultivariateNormal, data: Any = {"y": Y}) -> Result:  # noqa: B006
+    return Result.load(path, (model, guide(model)), data)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return fitted().save(tmp_path / "run")
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_a_fit_of_plain_pyro_functions_goes_on(guide: Any, tmp_path: Path) -> None:
+    result = fitted(guide)
+    loaded = load(result.save(tmp_path / "run"), guide)
+    same(loaded.draws, result.draws)
+    same(loaded.draw(100, seed=4), result.draw(100, seed=4))
+    same(posterior_predictive(loaded, {}, size=7), posterior_predictive(result, {}, size=7))
+    # And once more, from what was loaded.
+    again = load(loaded.save(tmp_path / "again"), guide)
+    same(again.draw(100, seed=4), result.draw(100, seed=4))
+    assert pyro.get_param_store().keys() == set()
+
+
+@pytest.mark.parametrize("kernel", [ChEES, NUTS, partial(NUTS, max_tree_depth=4, full_mass=False)])
+@pytest.mark.parametrize("compile", [False, True], ids=["traced", "fused"])
+def test_chains_go_on_from_a_folder(kernel: Any, compile: bool, tmp_path: Path) -> None:
+    result = sample(model, {"y": Y}, kernel, draws=20, warmup=60, chains=3, compile=compile, progress=False)
+    loaded = Result.load(result.save(tmp_path / "run"), model, {"y": Y})
+    same(loaded.draw(50, seed=4), result.draw(50, seed=4))
+    assert loaded.idata.sample_stats.equals(result.idata.sample_stats)
+
+
+def test_finite_sites_of_gibbs_go_on(tmp_path: Path) -> None:
+    def mixed(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6]).double()).to_event(1))
+        a = pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("y", dist.Normal(z.sum(-1) + a, 1.0), obs=y)
+
+    y = torch.tensor(1.5).double()
+    result = sample(mixed, y, Gibbs, draws=12, warmup=20, chains=4, progress=False)
+    loaded = Result.load(result.save(tmp_path / "run"), mixed, y)
+    same(loaded.draw(24, seed=4), result.draw(24, seed=4))
+
+
+def test_chains_of_other_kernels_are_read_but_cannot_go_on(tmp_path: Path) -> None:
+    kernel = partial(HMC, trajectory_length=1.0)
+    result = sample(model, {"y": Y}, kernel, draws=8, warmup=8, chains=1, progress=False)
+    loaded = Result.load(result.save(tmp_path / "run"), model, {"y": Y})
+    same(loaded.draws, result.draws)
+    with pytest.raises(ValueError, match="draw: chains of HMC cannot go on from a file; sample again, with more draws"):
+        loaded.draw(5)
+
+
+def test_modules_get_their_parameters_and_buffers(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+
+        def model(self, x: Tensor, y: Tensor) -> None:
+            pyro.module("net", self.net)
+            sd = pyro.param("sd", torch.tensor(1.0).double(), constraint=dist.constraints.positive)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("y", dist.Normal(self.net(x)[:, 0], sd), obs=y)
+
+        def guide(self, x: Tensor, y: Tensor) -> None:
+            pyro.module("net", self.net)
+
+    x = torch.randn(20, 1, generator=torch.Generator().manual_seed(0)).double()
+    data = {"x": x, "y": x[:, 0] * 2}
+    result = fit(Pair(), data, steps=30, learning_rate=0.05, progress=False)
+    pair = Pair()
+    loaded = Result.load(result.save(tmp_path / "run"), pair, data)
+    same(loaded.params, result.params)
+    assert float(loaded.params["sd"]) != 1.0
+    mine, theirs = (dict(p.named_buffers()) for p in (pair, result.bound.pair))
+    same(mine, theirs)
+    assert float(theirs["net.1.running_mean"].abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            lambda path: load(path, AutoNormal),
+            r"pair: expected no parameter AutoNormal.locs.mu, which the saved Result does not have",
+        ),
+        (lambda path: load(path, data={}), "data: expected y, as in the saved Result, got none"),
+        (lambda path: Result.load(path, lambda y: None, {"y": Y}), "pair: expected"),
+    ],
+)
+def test_another_pair_or_no_data_get_one_line(given: Callable[[Path], Any], said: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        given(folder)
+
+
+def test_other_data_are_told(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="data: y differs from that of the saved Result"):
+        load(folder, data={"y": Y + 1})
+
+
+class Harmful:
+    """Runs code where a pickle is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path(os.environ["PWNED"])),)
+
+
+@pytest.mark.parametrize("name", [ABOUT, TENSORS, IDATA])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "a pickle", "a torch file", "missing"])
+def test_a_damaged_or_foreign_file_is_refused_by_name_and_no_code_of_it_runs(
+    name: str, damage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PWNED", str(tmp_path / "pwned"))
+    file = folder / name
+    if damage == "missing":
+        file.unlink()
+    elif damage == "a torch file":
+        torch.save({"x": Harmful()}, file)
+    elif damage == "a pickle":
+        file.write_bytes(pickle.dumps(Harmful()))
+    else:
+        file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2 if damage == "cut short" else 0])
+    if damage == "missing" and name == IDATA:
+        assert not load(folder).idata.children
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
+        load(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_later_format_is_refused(folder: Path) -> None:
+    about = json.loads((folder / ABOUT).read_text())
+    (folder / ABOUT).write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(ValueError, match=r"expected format 1, got 99; a later version may read it"):
+        load(folder)
+
+
+def test_a_kernel_that_the_file_names_is_one_of_ours(tmp_path: Path) -> None:
+    result = sample(model, {"y": Y}, NUTS, draws=8, warmup=8, chains=2, progress=False)
+    path = result.save(tmp_path / "run")
+    about = json.loads((path / ABOUT).read_text())
+    about["more"]["kernel"] = "os.system"
+    (path / ABOUT).write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="kernel: expected one of ChEES, Gibbs, NUTS, got 'os.system'"):
+        Result.load(path, model, {"y": Y}).draw(4)
+
+
+def test_a_folder_that_is_no_result_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("1")
+    result = fitted()
+    with pytest.raises(FileExistsError, match=r"thesis: expected no file, or a folder with result\.json"):
+        result.save(tmp_path / "thesis")
+    assert [p.name for p in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+    with pytest.raises(FileNotFoundError, match="expected the folder of a saved Result"):
+        load(tmp_path / "thesis")
+
+
+def test_a_write_that_fails_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = fitted(learning_rate=0.5)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_flush", full)
+        with pytest.raises(OSError, match="No space left"):
+            other.save(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    other.save(folder)
+    same(load(folder).draws, other.draws)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_was_written_is_said(folder: Path) -> None:
+    about = json.loads((folder / ABOUT).read_text())
+    assert about["method"] == "SVI (Trace_ELBO)"
+    assert about["data"]["y"]["shape"] == [3]
+    assert {"torch", "pyro-ppl", "ppl-models", "python"} <= about["versions"].keys()
+    assert np.isfinite(about["seconds"]["run"])
