@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -216,6 +219,44 @@ def test_a_write_that_fails_leaves_what_was_there(folder: Path, monkeypatch: pyt
     other.save(folder)
     same(load(folder).draws, other.draws)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch, pyro, pyro.distributions as dist
+from inference import fit
+from pyro.infer.autoguide import AutoNormal
+
+def model():
+    pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+
+result = fit((model, AutoNormal(model)), steps=1, draws=4, progress=False)
+print("ready", flush=True)
+while True:
+    result.save(sys.argv[1])
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_folder(tmp_path: Path) -> None:
+    """Ten kills at random times of a process that writes again and again."""
+
+    def large() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+
+    random, path = np.random.default_rng(), tmp_path / "run"
+    for _ in range(10):
+        command = [sys.executable, "-c", KILLED, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "saved\n"]
+            time.sleep(random.uniform(0, 0.5))
+            process.kill()
+        if path.exists():
+            loaded = Result.load(path, (large, AutoNormal(large)))
+            assert loaded.draws["x"].shape == (4, 200_000)
 
 
 def test_what_was_written_is_said(folder: Path) -> None:

@@ -267,6 +267,23 @@ def scored_once() -> None:
     scored(drawn(), Y)
 
 
+def test_a_mask_of_a_write_is_watched() -> None:
+    """It was recorded as the places that it selects."""
+    mask = torch.tensor([True, False])
+
+    def model() -> None:
+        scale = torch.ones(2)
+        scale[mask] = 3.0
+        scored(drawn(), Y, float(scale.sum()))
+        pyro.factor("more", -drawn_again() * scale.sum())
+
+    def drawn_again() -> Tensor:
+        return pyro.sample("other", dist.Normal(torch.zeros(()), 1.0))
+
+    changes = {5: True, 10: False}
+    assert losses_agree(model, lambda call: call in changes and mask[1].fill_(changes[call])).state == "traced"
+
+
 def test_a_tensor_that_was_read_is_watched() -> None:
     beta = torch.ones(())
 
@@ -479,6 +496,16 @@ def test_what_was_written_into_a_tensor_is_not_read_as_a_constant() -> None:
 
     with pytest.raises(Untraceable, match=r"reads the value of a tensor by bool\(\)"):
         traced(branching, torch.ones(2))
+
+
+def test_a_tensor_into_whose_view_was_written_is_not_read_itself() -> None:
+    def listed(x: Tensor) -> Tensor:
+        table = torch.zeros(2)
+        table[:1] = x[:1]
+        return x * sum(table.tolist())
+
+    with pytest.raises(Untraceable, match=r"reads the value of a tensor by tolist\(\)"):
+        traced(listed, torch.ones(2))
 
 
 @pytest.mark.parametrize(
