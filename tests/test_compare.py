@@ -28,8 +28,9 @@ from torch import Tensor
 import inference
 from inference import Comparison, Result, pointwise_log_likelihood
 from inference.comparison.compare import compare
-from inference.comparison.scores import _decided_by_few, calibration_error, monte_carlo_error, noise_floor
+from inference.comparison.scores import _decided_by_few, _particles, calibration_error, monte_carlo_error, noise_floor
 from inference.comparison.table import COLUMNS
+from inference.core.bound import bind
 from ppl_models import GaussianNaiveBayes
 
 X = torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
@@ -624,3 +625,18 @@ def test_a_guide_of_the_fitted_rows_alone_scores_no_others_and_says_so() -> None
     assert any("held-out rows are not scored: " in str(w.message) for w in said)
     assert np.isnan(found.table.loc["SVI", "lpd"])
     assert found.table.loc["SVI", "seconds"] > 0
+
+
+@pytest.mark.parametrize(("steps", "rows", "particles"), [(1, 30, 500), (100, 1000, 150), (100, 100_000, 20)])
+def test_rows_with_many_latents_have_fewer_particles(steps: int, rows: int, particles: int) -> None:
+    def model(x: Tensor | None = None, size: int = 5) -> None:
+        with pyro.plate("rows", size):
+            z = pyro.sample("z", dist.Normal(torch.zeros(20 * steps), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x: Tensor | None = None, size: int = 5) -> None:
+        with pyro.plate("rows", size):
+            pyro.sample("z", dist.Normal(torch.zeros(20 * steps), 1.0).to_event(1))
+
+    bound = bind((model, guide), {"x": torch.zeros(5)})
+    assert _particles(bound, {"x": torch.zeros(rows)}) == particles

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs, special
 from inference.diagnostics import two_sample
@@ -27,8 +28,10 @@ Moments = Mapping[str, tuple[Tensor, Tensor]]
 EXACT_ROWS = 5000
 """Largest number of held-out rows whose exact density is computed, one by one."""
 
-PARTICLES = 500
-"""Particles of the guide per held-out row, for pairs with latent sites per row."""
+PARTICLES, LEAST_PARTICLES, PARTICLE_NUMBERS = 500, 20, 300_000_000
+"""Particles of the guide per held-out row, for pairs with latent sites per row: at most, at least, and the numbers that
+those of all rows may have in between. A diffusion chain of 100 steps has 6,400 numbers per row of 64: with 500 particles
+540 rows took half an hour."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +156,7 @@ def _density(result: Result, heldout: Any) -> Densities:
     bound = result.bound
     observed = {p for s in bound.select("observed").values() for p in s.plates}
     if bound.guided and all((observed - {None}) & set(bound.sites[n].plates) for n in bound.guided):
-        evidence = log_evidence(result, heldout, k=PARTICLES, progress=False)
+        evidence = log_evidence(result, heldout, k=_particles(bound, heldout), progress=False)
         # The bias of the logarithm of a mean of weights is minus half its squared error.
         bias = float(evidence.errors.square().mean()) / 2
         return Densities(evidence.values, math.hypot(evidence.monte_carlo_error, bias))
@@ -164,6 +167,14 @@ def _density(result: Result, heldout: Any) -> Densities:
     chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.children else 1
     values = score.logsumexp(0) - math.log(len(score))
     return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0, _decided_by_few(score))
+
+
+def _particles(bound: BoundPair, heldout: Any) -> int:
+    """Particles for each held-out row, by the numbers that the guide draws for a row and the number of rows."""
+    width = sum(torch.Size(bound.sites[n].shape).numel() for n in bound.guided) / max(bound.rows, 1)
+    tensors = heldout.values() if isinstance(heldout, Mapping) else [heldout]
+    rows = max((len(v) for v in tensors if isinstance(v, Tensor) and v.dim()), default=1)
+    return max(LEAST_PARTICLES, min(PARTICLES, int(PARTICLE_NUMBERS / max(width * rows, 1))))
 
 
 def _exact(result: Result, heldout: Any, score: Tensor) -> Tensor | None:
