@@ -30,7 +30,7 @@ EXACT_ROWS = 5000
 
 PARTICLES, LEAST_PARTICLES, PARTICLE_NUMBERS = 500, 20, 300_000_000
 """Particles of the guide per held-out row, for pairs with latent sites per row: at most, at least, and the numbers that
-those of all rows may have in between. A diffusion chain of 100 steps has 6,400 numbers per row of 64: with 500 particles
+those of all rows may have between. A diffusion chain of 100 steps has 6,400 numbers per row of 64: with 500 particles
 540 rows took half an hour."""
 
 
