@@ -22,7 +22,7 @@ def pairs() -> dict[str, Autoregressive]:
         "FVSBN": FVSBN(6),
         "NADE": NADE(6, hidden=5),
         "MADE": MADE(6, hidden=(9,), seed=2),
-        "MADE, two layers": MADE(6, hidden=(9, 8)),
+        "MADE, two layers": MADE(6, hidden=(24, 16)),
         "MADE, three orders": MADE(6, hidden=(12,), orders=3),
     }
     for pair in made.values():
