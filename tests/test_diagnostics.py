@@ -19,6 +19,7 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoDelta
 
 import inference
+from inference import kernels
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, effective_fraction, pareto_k
 
@@ -460,8 +461,9 @@ def test_nuts_diverges_on_the_centred_eight_schools_and_says_so() -> None:
 
 
 def test_nuts_on_a_normal_posterior_gets_no_advice() -> None:
-    kernel = partial(NUTS, target_accept_prob=0.9)
-    result = inference.sample(normal_model, ONES, kernel, draws=500, warmup=150, chains=2, progress=False)
+    kernel = partial(kernels.NUTS, target_accept_prob=0.9)
+    # R-hat of two chains of 500 draws that agree is above 1.01 at some seeds.
+    result = inference.sample(normal_model, ONES, kernel, draws=400, warmup=150, chains=8, progress=False)
     assert_advice(result.diagnosis)
     assert str(result).endswith("No warning.")
     np.testing.assert_allclose(result.diagnosis.table["mean"], 2 / 3, atol=0.12)

@@ -114,11 +114,13 @@ def test_a_correlated_normal(full_mass: bool) -> None:
     assert float((more.mean(0) / sd).abs().max()) < 7 / effective**0.5
 
 
-def test_fused_blocks_are_the_traced_ones() -> None:
+@pytest.mark.parametrize("model", [gaussian, lambda: pyro.sample("x", dist.Normal(torch.zeros(()).double(), 2.0))])
+@pytest.mark.parametrize("chains", [1, 3])
+def test_fused_blocks_are_the_traced_ones(model: Any, chains: int) -> None:
     moved = []
     for fuse in (False, True):
         with isolated(0):
-            kernel = NUTS(gaussian, num_chains=3, block=4, jit_compile=False)
+            kernel = NUTS(model, num_chains=chains, block=4, jit_compile=False)
             kernel.setup(8)
             if fuse:
                 kernel.fuse()

@@ -179,7 +179,7 @@ def test_chains_of_a_compiled_potential_have_the_conjugate_posterior() -> None:
 
 def test_a_traced_chain_is_the_eager_chain_to_the_last_digit() -> None:
     model, y = PLAIN["mixture"]
-    run = partial(quiet, model, y, draws=30, warmup=30, chains=2)
+    run = partial(quiet, model, y, NUTS, draws=30, warmup=30, chains=2)
     eager, traced = run(compile=False), run(compile="auto")
     assert (eager.idata.attrs["execution"], traced.idata.posterior.attrs["execution"]) == ("eager", "traced")
     torch.testing.assert_close(traced.draws["mu"], eager.draws["mu"], rtol=1e-6, atol=1e-6)
@@ -228,7 +228,7 @@ def test_a_model_that_its_values_steer_runs_eagerly_and_says_so() -> None:
             pyro.sample("y", dist.Normal(mu if mu > 0 else 2 * mu, 1.0), obs=y)
 
     with pytest.warns(UserWarning, match="runs eagerly, because it cannot be traced"):
-        result = quiet(steered, torch.ones(3).double(), draws=20, warmup=20, chains=2, compile=True)
+        result = quiet(steered, torch.ones(3).double(), NUTS, draws=20, warmup=20, chains=2, compile=True)
     assert result.idata.attrs["execution"] == "eager"
 
 

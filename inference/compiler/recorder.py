@@ -32,7 +32,6 @@ INDEXED = (
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
-    torch.ops.aten._index_put_impl_.default,
 )
 """Operations that select by indices, their second argument."""
 

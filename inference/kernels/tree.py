@@ -142,7 +142,8 @@ def run_trees(
     momentum, depths = noise.momentum, noise.leaf.shape[1]
     count, dim, width = momentum.shape
     factor = _product(metric.covariance, metric.root)
-    back = factor if factor.dim() == 1 else factor.mT.contiguous()
+    # Clones: a compiled loop accepts no names of one tensor, which the transpose of one element would be.
+    back = factor.clone() if factor.dim() == 1 else factor.mT.clone(memory_format=torch.contiguous_format)
     slots, levels = _checkpoints(depths, momentum.device)
     # Clones: a compiled loop accepts no views of an input.
     uniforms = [v.flatten(0, 1).clone() for v in noise[1:]]
