@@ -371,9 +371,10 @@ def _compare_data(saved: Saved, bound: BoundPair) -> None:
 
 def _put_parameters(saved: Saved, bound: BoundPair) -> None:
     """Let the pair make its parameters, and give them and its buffers the saved values."""
-    with torch.no_grad():
-        # Chains have no use for the guide.
-        for half in (bound.guide, bound.model) if saved.more["kind"] == "guide" else (bound.model,):
+    # Chains have no use for the guide, and run in evaluation mode; a fit runs in the mode in which modules are built.
+    fitted = saved.more["kind"] == "guide"
+    with torch.no_grad(), evaluating(() if fitted else bound.modules):
+        for half in (bound.guide, bound.model) if fitted else (bound.model,):
             if half is not None:
                 first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
     store, given = pyro.get_param_store(), saved.part("param")
