@@ -708,7 +708,7 @@ def step_with(optimizer: PyroOptim, steps: int = 20) -> dict[str, Tensor]:
 def test_the_joint_optimizer_takes_pyros_steps() -> None:
     expected = step_with(pyro.optim.Adam({"lr": 0.03}))
     torch.testing.assert_close(step_with(Joint(torch.optim.Adam, {"lr": 0.03})), expected, rtol=1e-9, atol=1e-9)
-    by_name = lambda name: {"lr": 0.0 if name.startswith("amortized") else 0.0003}  # noqa: E731
+    by_name = lambda name: {"lr": 0.0 if name.startswith("amortized") else 1e-6}  # noqa: E731
     grouped = step_with(Joint(torch.optim.SGD, by_name))
     with isolated(0):
         start = dict(amortized()[1].__self__.named_parameters())

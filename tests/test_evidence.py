@@ -665,7 +665,8 @@ def _meets_the_truth(model: Callable[..., None]) -> None:
     x = X[:5, 0]
     truth = dist.Normal(0.0, math.sqrt(2)).log_prob(x)
     assert_within(log_evidence((model, guide), x, k=300, **QUIET), truth)
-    found = log_evidence(model, x, "annealed", **{**SMALL, "temperatures": 10, "chains": 8})
+    found = log_evidence(model, x, "annealed", **{**SMALL, "temperatures": 10, "chains": 64})
+    # Of eight chains the error is itself known to a quarter only.
     assert_within(found, truth, 5.0)
 
 

@@ -88,7 +88,10 @@ def test_predictors_learn_what_can_be_predicted() -> None:
         (network(z) - z).square().sum(1).mean().backward()
         adam.step()
     error = (network(z) - z).detach().square().mean(0)
-    assert float(error[2]) < 0.01 * float(z[:, 2].var())
+    # The square is learnt too: a linear prediction leaves about 3 % of the variance.
+    others = torch.cat([torch.ones(500, 1), z[:, :2]], 1)
+    linear = (others @ torch.linalg.lstsq(others, z[:, 2:]).solution - z[:, 2:]).square().mean()
+    assert float(error[2]) < 0.75 * float(linear)
 
 
 def test_mutual_information_is_that_of_scipy() -> None:
