@@ -25,13 +25,12 @@ def ours(posterior: Posterior, kernel: str | None = None, compile: bool | str = 
     import torch
 
     torch.set_default_dtype(torch.float64)
-    import pyro.infer
 
-    from inference import sample
+    from inference import kernels, sample
 
     pair, data = posterior.pyro(), tensors(posterior.data(), torch.float64)
     pair = pair.double() if isinstance(pair, torch.nn.Module) else pair
-    chosen = getattr(pyro.infer, kernel) if kernel else None
+    chosen = getattr(kernels, kernel) if kernel else None
 
     def run(seed: int) -> tuple[Draws, float]:
         result = sample(pair, data, chosen, seed=seed, compile=compile, progress=False, **settings)
