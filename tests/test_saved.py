@@ -230,7 +230,8 @@ from inference import fit
 from pyro.infer.autoguide import AutoNormal
 
 def model():
-    pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+    x = pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
 
 result = fit((model, AutoNormal(model)), steps=1, draws=4, progress=False)
 print("ready", flush=True)
@@ -245,7 +246,8 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_folder(tmp_path
     """Ten kills at random times of a process that writes again and again."""
 
     def large() -> None:
-        pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+        x = pyro.sample("x", dist.Normal(torch.zeros(200_000), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
 
     random, path = np.random.default_rng(), tmp_path / "run"
     for _ in range(10):
