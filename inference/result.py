@@ -2,7 +2,7 @@ r"""``Result``, which every method returns, and how a method ends in one."""
 
 from __future__ import annotations
 
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,24 +14,35 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
 from inference.core.files import write_whole
-from inference.core.handlers import evaluating, exclusive, first_valid, isolated
+from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
-from inference.saved import Saved, fingerprints, read
+from inference.saved import Saved, buffers_of, compare_data, dotted, fingerprints, put_parameters, read
+
+
+class FurtherDraws(ABC):
+    """How a Result draws more, and how a file lets that go on."""
+
+    @abstractmethod
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """So many draws of the latent sites."""
+
+    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """What a file has to hold so that draws can go on: JSON, with a key of ``RESTORED`` as kind, and tensors."""
+        return {"kind": "none"}, []
 
 
 @dataclass(frozen=True)
-class GuideDraws:
+class GuideDraws(FurtherDraws):
     """Further draws of a fit: from the guide.
 
     Attributes:
@@ -43,7 +54,7 @@ class GuideDraws:
     learns: str = ""
 
     def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
-        """Draws of the latent sites."""
+        """So many draws of the latent sites."""
         if self.learns:
             raise ValueError(
                 f"draw: {self.learns} learns a model and no posterior; use prior_predictive, or the pair itself"
@@ -51,13 +62,13 @@ class GuideDraws:
         return sample_guide(self.bound, size)[0]
 
     def record(self) -> tuple[dict[str, Any], list[Tensor]]:
-        """What a file has to hold so that the draws can be made again: JSON, and tensors."""
+        """The objective's name, if it has no posterior."""
         return {"kind": "guide", "learns": self.learns}, []
 
 
 @dataclass(frozen=True)
-class NoDraws:
-    """In place of further draws that a file cannot hold."""
+class NoDraws(FurtherDraws):
+    """In place of further draws that a file does not hold."""
 
     method: str
 
@@ -65,12 +76,8 @@ class NoDraws:
         """Raise ValueError."""
         raise ValueError(f"draw: chains of {self.method} cannot go on from a file; sample again, with more draws")
 
-    def record(self) -> tuple[dict[str, Any], list[Tensor]]:
-        """What a file has to hold."""
-        return {"kind": "none"}, []
 
-
-RESTORED: dict[str, Callable[[BoundPair, Mapping[str, Any], list[Tensor]], Callable[[int, int], dict[str, Tensor]]]] = {
+RESTORED: dict[str, Callable[[BoundPair, Mapping[str, Any], list[Tensor]], FurtherDraws]] = {
     "guide": lambda bound, record, _: GuideDraws(bound, record["learns"]),
 }
 """From a pair and a record to further draws, by the kind of the record."""
@@ -122,16 +129,6 @@ class State:
             return {dotted(n): v.detach().cpu().clone() for n, v in pyro.get_param_store().items()}
 
 
-def buffers_of(modules: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """Buffers of modules by ``number.name``."""
-    return {f"{k}.{n}": b for k, m in enumerate(modules) for n, b in m.named_buffers()}
-
-
-def dotted(name: str) -> str:
-    """Name of a parameter as torch writes it: ``decoder.0.weight`` for ``decoder$$$0.weight``."""
-    return name.replace("$$$", ".")
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
     r"""A fitted posterior.
@@ -149,7 +146,7 @@ class Result:
         draws: Posterior draws of the latent sites, (S, \*shape), chains one after another, on the CPU.
         bound: The pair and its data.
         state: Parameters and buffers as the method left them.
-        more: From a number of draws and a seed to further draws.
+        more: How it draws more.
     """
 
     idata: xr.DataTree
@@ -161,7 +158,7 @@ class Result:
     draws: dict[str, Tensor]
     bound: BoundPair = field(repr=False)
     state: State = field(repr=False)
-    more: Callable[[int, int], dict[str, Tensor]] = field(repr=False)
+    more: FurtherDraws = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -195,12 +192,12 @@ class Result:
             if not self.idata.children:
                 raise ValueError(f"save: expected a posterior or observed data, got none of {self.method}")
             return write_whole(path, partial(write_netcdf, self.idata))
-        more, chains = getattr(self.more, "record", NoDraws(self.method).record)()
+        more, chains = self.more.record()
         return Saved(
             method=self.method,
             name=self.bound.name,
             seconds=dict(self.seconds),
-            attrs={str(n): v.item() if isinstance(v, np.generic) else v for n, v in self.idata.attrs.items()},
+            attrs={str(n): v for n, v in self.idata.attrs.items()},
             diagnosis=self.diagnosis,
             data=fingerprints(self.bound.data),
             more=more,
@@ -233,9 +230,9 @@ class Result:
         """
         saved = read(path)
         bound = bind(pair, data)
-        _compare_data(saved, bound)
+        compare_data(saved, bound)
         with isolated(0):
-            _put_parameters(saved, bound)
+            put_parameters(saved, bound)
             state = State(bound.modules)
             for name, value in saved.part("draws").items():
                 site = bound.sites.get(name)
@@ -302,7 +299,7 @@ class Posterior:
 def conclude(
     bound: BoundPair,
     make: Callable[[], Posterior | Sequence[str]],
-    more: Callable[[int, int], dict[str, Tensor]],
+    more: FurtherDraws,
     seconds: Mapping[str, float],
     *,
     method: str,
@@ -353,49 +350,6 @@ def conclude(
         state=state,
         more=more,
     )
-
-
-def _compare_data(saved: Saved, bound: BoundPair) -> None:
-    """Warn where data are not those of the saved Result; raise ValueError where some are missing."""
-    now = fingerprints(bound.data)
-    missing = [n for n in saved.data if n not in now]
-    if missing:
-        raise ValueError(f"data: expected {', '.join(missing)}, as in the saved Result, got none")
-    other = [n for n, v in saved.data.items() if now[n] != v]
-    if other:
-        warnings.warn(
-            f"data: {', '.join(other)} differs from that of the saved Result, whose draws and diagnosis are of its own",
-            stacklevel=4,
-        )
-
-
-def _put_parameters(saved: Saved, bound: BoundPair) -> None:
-    """Let the pair make its parameters, and give them and its buffers the saved values."""
-    # Chains have no use for the guide, and run in evaluation mode; a fit runs in the mode in which modules are built.
-    fitted = saved.more["kind"] == "guide"
-    with torch.no_grad(), evaluating(() if fitted else bound.modules):
-        for half in (bound.guide, bound.model) if fitted else (bound.model,):
-            if half is not None:
-                first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
-    store, given = pyro.get_param_store(), saved.part("param")
-    own = [n for n in given if n not in store and "$$$" not in n]
-    for name in own:
-        # A parameter that the objective has made.
-        pyro.param(name, given[name])
-    buffers, held = buffers_of(bound.modules), saved.part("buffer")
-    # A program in which a parameter is not called has none in the store: those of the file are what was learnt.
-    for what, now, then in (("parameter", dict(store._params), given), ("buffer", buffers, held)):
-        for name in [*then, *(n for n in now if n not in then)]:
-            if name not in then:
-                raise ValueError(f"pair: expected no {what} {dotted(name)}, which the saved Result does not have")
-            wanted, got = tuple(then[name].shape), tuple(now[name].shape) if name in now else "none"
-            if wanted != got:
-                raise ValueError(f"pair: expected a {what} {dotted(name)} of shape {wanted}, got {got}")
-    with torch.no_grad():
-        for name, value in given.items():
-            store._params[name].copy_(value)
-        for name, value in held.items():
-            buffers[name].copy_(value)
 
 
 def _on_cpu(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

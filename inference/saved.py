@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from inference.core.bound import BoundPair
 from inference.core.files import write_folder
+from inference.core.handlers import evaluating, first_valid
 from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis
 from inference.idata import write_netcdf
@@ -87,7 +92,7 @@ class Saved:
         def writer(folder: Path) -> None:
             # Copies: tensors that share memory cannot be written, and views would be written whole.
             kept = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in self.tensors.items()}
-            (folder / ABOUT).write_text(json.dumps(about, indent=1))
+            (folder / ABOUT).write_text(json.dumps(about, indent=1, default=lambda value: np.asarray(value).tolist()))
             save_file(kept, folder / TENSORS)
             if self.idata.children:
                 write_netcdf(self.idata, folder / IDATA)
@@ -104,7 +109,10 @@ def read(path: str | Path) -> Saved:
     """
     folder = Path(path)
     if not (folder / ABOUT).is_file():
-        raise FileNotFoundError(f"{folder}: expected the folder of a saved Result, got none with {ABOUT}")
+        # Left by a process that was killed between the end of the old folder and the beginning of the new one.
+        left = sorted(str(p.parent) for p in folder.parent.glob(f".{folder.name}.*/{ABOUT}"))
+        hint = f"; {left[-1]} is one" if left else ""
+        raise FileNotFoundError(f"{folder}: expected the folder of a saved Result, got none with {ABOUT}{hint}")
     about = _or_refuse(folder / ABOUT, lambda file: json.loads(file.read_text()))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format", "none") if isinstance(about, dict) else "none"
@@ -123,11 +131,64 @@ def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
     """Shape, type and SHA-256 of each tensor or array among data."""
     found = {}
     for name, value in data.items():
-        if isinstance(value, Tensor | np.ndarray):
+        if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
             tensor = torch.as_tensor(value).detach().cpu().contiguous()
             digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
     return found
+
+
+def compare_data(saved: Saved, bound: BoundPair) -> None:
+    """Warn where data are not those of the saved Result; raise ValueError where some are missing."""
+    now = fingerprints(bound.data)
+    missing = [n for n in saved.data if n not in now]
+    if missing:
+        raise ValueError(f"data: expected {', '.join(missing)}, as in the saved Result, got none")
+    other = [n for n, v in saved.data.items() if now[n] != v]
+    if other:
+        warnings.warn(
+            f"data: {', '.join(other)} differs from that of the saved Result, whose draws and diagnosis are of its own",
+            stacklevel=5,
+        )
+
+
+def put_parameters(saved: Saved, bound: BoundPair) -> None:
+    """Let the pair make its parameters, and give them and its buffers the saved values."""
+    # Chains have no use for the guide, and run in evaluation mode; a fit runs in the mode in which modules are built.
+    fitted = saved.more["kind"] == "guide"
+    with torch.no_grad(), evaluating(() if fitted else bound.modules):
+        for half in (bound.guide, bound.model) if fitted else (bound.model,):
+            if half is not None:
+                first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
+    store, given = pyro.get_param_store(), saved.part("param")
+    own = [n for n in given if n not in store and "$$$" not in n]
+    for name in own:
+        # A parameter that the objective has made.
+        pyro.param(name, given[name])
+    buffers, held = buffers_of(bound.modules), saved.part("buffer")
+    # A program in which a parameter is not called has none in the store: those of the file are what was learnt.
+    for what, now, then in (("parameter", dict(store._params), given), ("buffer", buffers, held)):
+        for name in [*then, *(n for n in now if n not in then)]:
+            if name not in then:
+                raise ValueError(f"pair: expected no {what} {dotted(name)}, which the saved Result does not have")
+            wanted, got = tuple(then[name].shape), tuple(now[name].shape) if name in now else "none"
+            if wanted != got:
+                raise ValueError(f"pair: expected a {what} {dotted(name)} of shape {wanted}, got {got}")
+    with torch.no_grad():
+        for name, value in given.items():
+            store._params[name].copy_(value)
+        for name, value in held.items():
+            buffers[name].copy_(value)
+
+
+def buffers_of(modules: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """Buffers of modules by ``number.name``."""
+    return {f"{k}.{n}": b for k, m in enumerate(modules) for n, b in m.named_buffers()}
+
+
+def dotted(name: str) -> str:
+    """Name of a parameter as torch writes it: ``decoder.0.weight`` for ``decoder$$$0.weight``."""
+    return name.replace("$$$", ".")
 
 
 def _read_netcdf(file: Path) -> Any:

@@ -17,7 +17,8 @@ from inference import sample
 from inference.core.handlers import isolated
 from inference.kernels import NUTS
 from inference.kernels.nuts import _renewals
-from inference.kernels.tree import TreeTuning, _checkpoints
+from inference.kernels.stepsize import StepSize
+from inference.kernels.tree import _checkpoints
 
 quiet = partial(sample, kernel=NUTS, progress=False)
 pytestmark = pytest.mark.usefixtures("alone")
@@ -38,7 +39,7 @@ def gaussian() -> None:
 def fixed(kernel: NUTS, step: float, *args: Any) -> NUTS:
     """A kernel after its set-up, without a warmup, at a given step size."""
     kernel.setup(0, *args)
-    kernel._tuning[TreeTuning._fields.index("log_step")] = np.log(step)
+    kernel._tuning[StepSize._fields.index("log_step")] = np.log(step)
     return kernel
 
 
@@ -176,7 +177,7 @@ def test_the_first_step_size_is_found_from_far_off() -> None:
                 kernel.jit_compile = False
                 kernel.initial_params = {"x": sd * torch.randn(50).double()}
                 kernel.setup(100)
-            steps = kernel._tuning[TreeTuning._fields.index("log_step")].exp() / sd
+            steps = kernel._tuning[StepSize._fields.index("log_step")].exp() / sd
             assert 0.2 < float(steps.median()) < 8
 
 

@@ -262,6 +262,12 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_folder(tmp_path
             assert loaded.draws["x"].shape == (4, 200_000)
 
 
+def test_a_result_that_a_kill_has_left_beside_its_place_is_named(folder: Path) -> None:
+    folder.rename(folder.with_name(".run.1a2b3c4d"))
+    with pytest.raises(FileNotFoundError, match=r"none with result\.json; .*\.run\.1a2b3c4d is one"):
+        load(folder)
+
+
 def test_what_was_written_is_said(folder: Path) -> None:
     about = json.loads((folder / ABOUT).read_text())
     assert about["method"] == "SVI (Trace_ELBO)"

@@ -68,9 +68,8 @@ NUMBERS_PER_DISPATCH = 2000
 """Numbers that are computed in the time in which one operation is dispatched."""
 
 
-HMC_GRADIENTS, NUTS_GRADIENTS = 4, 12
-"""Gradients that a transition is expected to take: of a batched kernel before its first, and of one that runs a single
-chain (a tree of NUTS mostly has 7 or 15)."""
+NUTS_GRADIENTS = 12
+"""Gradients that a transition of NUTS is expected to take: a tree mostly has 7 or 15."""
 
 
 SINGLE_THREAD_NUMBERS = 10_000_000

@@ -248,6 +248,7 @@ class BatchedKernel(Kernel):
         block: Transitions per call of ``advance``.
         execution: How the kernel runs: ``eager``, ``traced`` or ``fused``.
         restarted: Number of chains that the warmup moved elsewhere.
+        expected: Gradients that a transition is expected to take, before the first.
         gradients: Gradients that each chain has computed so far.
         operations: Cost of one gradient of all chains before it is fused, as ``compiler.potential.count_operations``
             counts it.
@@ -262,6 +263,7 @@ class BatchedKernel(Kernel):
     block: int = 1
     execution: str = "eager"
     restarted: int = 0
+    expected: int = 4
     gradients: int = 0
     operations: int = 0
     nodes: int = 0

@@ -59,8 +59,8 @@ def write_folder(path: str | Path, writer: Callable[[Path], Any], mark: str) -> 
     """Write a folder of files so that it is there whole or not at all.
 
     The writer fills another folder beside it, with a name that begins with a dot, which takes its place when all of it
-    is on the disk. A folder that is there is replaced if it was written likewise; between its end and the new one's
-    beginning there is none for an instant.
+    is on the disk. A folder that is there is replaced if it was written likewise: for an instant it has such a
+    name, and a process that is killed then leaves it so.
 
     Args:
         path: Where the folder is to stand.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class ChEES(Hamiltonian):
         torch.Size([100, 32, 2])
     """
 
+    least_chains, step_size, target_accept_prob = 2, 0.1, 0.651
+    block = BLOCK
     transitions = staticmethod(run_block)
 
     def __init__(
@@ -93,34 +95,11 @@ class ChEES(Hamiltonian):
         model: Callable[..., Any] | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         *,
-        num_chains: int = 64,
-        step_size: float = 0.1,
         trajectory_length: float = 1.0,
-        target_accept_prob: float = 0.651,
-        full_mass: bool | None = None,
         max_steps: int = 512,
-        jit_compile: bool = True,
-        eager: bool = True,
-        transforms: Mapping[str, Any] | None = None,
-        max_plate_nesting: int | None = None,
-        given: Mapping[str, Tensor] | None = None,
-        block: int = BLOCK,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            model,
-            potential_fn,
-            num_chains=num_chains,
-            least=2,
-            step_size=step_size,
-            target_accept_prob=target_accept_prob,
-            full_mass=full_mass,
-            jit_compile=jit_compile,
-            eager=eager,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            given=given,
-            block=block,
-        )
+        super().__init__(model, potential_fn, **settings)
         check_integers(max_steps=(max_steps, 1))
         check_positive(trajectory_length=trajectory_length)
         self.max_steps, self._first_length = max_steps, trajectory_length

@@ -44,62 +44,70 @@ class Hamiltonian(BatchedKernel):
     Args:
         model: A Pyro model; finite sites are summed out.
         potential_fn: In place of a model, a function from the unconstrained values of one chain, by name, to minus the
-            log density.
+            log density. ``initial_params`` (chains, \*shape) must then be set.
         num_chains: Number of chains.
-        least: Smallest number of chains.
         step_size: Initial step size.
         target_accept_prob: Target of the acceptance probability.
         full_mass: Whether the metric is dense. Default: dense up to 200 dimensions.
         jit_compile: Whether to compile blocks of transitions into one program; otherwise the traced graph runs.
-        eager: Whether to run a model that cannot be traced eagerly, with a warning; if False, it raises
-            ``Untraceable``.
+        eager: Whether to run a model that cannot be traced eagerly, one chain after another, with a warning; if False,
+            such a model raises ``Untraceable``.
         transforms: Transforms from constrained to unconstrained values by site. Default: Pyro's.
         max_plate_nesting: Number of dimensions used by plates. Default: found by running the model.
-        given: Values of further sites of the model, (chains, \*shape), that stay fixed while the chains move.
+        given: Values of further sites of the model, (chains, \*shape), that stay fixed while the chains move. Assign
+            the attribute ``given`` to replace them by others of the same shapes.
         block: Transitions per call of the program.
+
+    Attributes:
+        least_chains: Smallest number of chains.
+        step_size: Default of the argument.
+        target_accept_prob: Default of the argument.
+        transitions: A block of transitions: from a density, chains, tuning, metric, rules and noise to chains, tuning
+            and moves.
+        overhead: Operations of a leapfrog step besides those of its gradient.
     """
 
-    transitions: ClassVar[Callable[..., Any]]
-    """A block of transitions: from a density, chains, tuning, metric, rules and noise to chains, tuning and moves."""
-
+    least_chains: int = 1
+    step_size: float = 1.0
+    target_accept_prob: float = 0.8
     overhead: int = 0
-    """Operations of a leapfrog step besides those of its gradient."""
-
+    transitions: ClassVar[Callable[..., Any]]
     _chains: Chains
     _tuning: Tensor
     _latest: Any
 
     def __init__(
         self,
-        model: Callable[..., Any] | None,
-        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         *,
-        num_chains: int,
-        least: int,
-        step_size: float,
-        target_accept_prob: float,
-        full_mass: bool | None,
-        jit_compile: bool,
-        eager: bool,
-        transforms: Mapping[str, Any] | None,
-        max_plate_nesting: int | None,
-        given: Mapping[str, Tensor] | None,
-        block: int,
+        num_chains: int | None = None,
+        step_size: float | None = None,
+        target_accept_prob: float | None = None,
+        full_mass: bool | None = None,
+        jit_compile: bool = True,
+        eager: bool = True,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        block: int | None = None,
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError("model: expected either a model or a potential_fn")
-        check_integers(num_chains=(num_chains, least), block=(block, 1))
-        check_positive(step_size=step_size)
-        if not 0 < target_accept_prob < 1:
-            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {target_accept_prob!r}")
-        self.model, self.potential_fn = model, potential_fn
-        self.num_chains, self.full_mass = num_chains, full_mass
+        self.num_chains = self.lengths[-1] if num_chains is None else num_chains
+        self.block = type(self).block if block is None else block
+        self._first_step = self.step_size if step_size is None else step_size
+        self._target = self.target_accept_prob if target_accept_prob is None else target_accept_prob
+        check_integers(num_chains=(self.num_chains, self.least_chains), block=(self.block, 1))
+        check_positive(step_size=self._first_step)
+        if not 0 < self._target < 1:
+            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {self._target!r}")
+        self.model, self.potential_fn, self.full_mass = model, potential_fn, full_mass
         self.jit_compile, self._eager = jit_compile, eager
         self.transforms: dict[str, Any] = dict(transforms or {})
-        self._target, self._first_step = target_accept_prob, step_size
         self._given_transforms, self._nesting = transforms, max_plate_nesting
         self._moving: MovingSupports | None = None
-        self._given, self.block = {n: v.contiguous() for n, v in (given or {}).items()}, block
+        self._given = {n: v.contiguous() for n, v in (given or {}).items()}
         super().__init__()
 
     @property

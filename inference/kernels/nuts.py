@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.kernels.hamiltonian import Hamiltonian, check_integers
 from inference.kernels.metric import learn
-from inference.kernels.tree import OPERATIONS, TreeMoves, TreeNoise, TreeTuning, fresh_tree_tuning, run_trees
+from inference.kernels.stepsize import StepSize
+from inference.kernels.trajectory import times
+from inference.kernels.tree import OPERATIONS, TreeMoves, TreeNoise, fresh_steps, run_trees
 
 BLOCK = 25
 """Transitions per call of the program."""
@@ -83,41 +86,19 @@ class NUTS(Hamiltonian):
     """
 
     lengths = (1000, 1000, 4)
+    block = BLOCK
     transitions = staticmethod(run_trees)
-    overhead = OPERATIONS
+    overhead, expected = OPERATIONS, policy.NUTS_GRADIENTS
 
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
         potential_fn: Callable[[dict[str, Tensor]], Tensor] | None = None,
         *,
-        num_chains: int = 4,
-        step_size: float = 1.0,
-        target_accept_prob: float = 0.8,
-        full_mass: bool | None = None,
         max_tree_depth: int = 10,
-        jit_compile: bool = True,
-        eager: bool = True,
-        transforms: Mapping[str, Any] | None = None,
-        max_plate_nesting: int | None = None,
-        given: Mapping[str, Tensor] | None = None,
-        block: int = BLOCK,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            model,
-            potential_fn,
-            num_chains=num_chains,
-            least=1,
-            step_size=step_size,
-            target_accept_prob=target_accept_prob,
-            full_mass=full_mass,
-            jit_compile=jit_compile,
-            eager=eager,
-            transforms=transforms,
-            max_plate_nesting=max_plate_nesting,
-            given=given,
-            block=block,
-        )
+        super().__init__(model, potential_fn, **settings)
         check_integers(max_tree_depth=(max_tree_depth, 1))
         self.max_tree_depth = max_tree_depth
 
@@ -147,11 +128,11 @@ class NUTS(Hamiltonian):
         if self._taken > min(self._renewals):
             draws = torch.cat([b.flatten(0, 1) for b in self._window]).double()
             self._metric, _ = learn(draws[draws.isfinite().all(-1)], self._metric)
-            self._restart_steps(TreeTuning(*self._tuning).log_step)
+            self._restart_steps(StepSize(*self._tuning).log_step)
         self._window.clear()
 
     def _settle(self) -> None:
-        learnt = TreeTuning(*self._tuning)
+        learnt = StepSize(*self._tuning)
         self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean))
 
     def _sizes(self) -> tuple[Any, ...]:
@@ -164,19 +145,17 @@ class NUTS(Hamiltonian):
 
     def _restart_steps(self, log_step: Tensor) -> None:
         """Double or halve step sizes until the acceptance of one step crosses its bound, and adapt from there."""
-        chains, covariance, root = self._chains, self._metric.covariance, self._metric.root
-        dense = covariance.dim() == 2
+        chains, metric = self._chains, self._metric
         normal = torch.randn_like(chains.position)
-        momentum = root @ normal if dense else root[:, None] * normal
+        momentum = times(normal, metric.root)
         up: Tensor | None = None
         found = torch.zeros_like(log_step, dtype=torch.bool)
         for _ in range(DOUBLINGS):
             step = log_step.exp()
             half = momentum - 0.5 * step * chains.gradient
-            moved = covariance @ half if dense else covariance[:, None] * half
-            energy, gradient = self._density.run((chains.position + step * moved).mT)
+            energy, gradient = self._density.run((chains.position + step * times(half, metric.covariance)).mT)
             end = half - 0.5 * step * gradient.mT
-            velocity = covariance @ end if dense else covariance[:, None] * end
+            velocity = times(end, metric.covariance)
             gain = chains.energy - energy - 0.5 * ((end * velocity).sum(0) - normal.square().sum(0))
             good = gain.nan_to_num(-math.inf, -math.inf, -math.inf) > math.log(STEP_ACCEPTANCE)
             up = good if up is None else up
@@ -184,7 +163,7 @@ class NUTS(Hamiltonian):
             if bool(found.all()):
                 break
             log_step = torch.where(found, log_step, log_step + torch.where(up, 1.0, -1.0) * math.log(2.0))
-        self._tuning = fresh_tree_tuning(log_step)
+        self._tuning = fresh_steps(log_step)
 
 
 def _renewals(warmup: int, block: int) -> set[int]:

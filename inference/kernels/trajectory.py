@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.core.private import scan, while_loop
+from inference.kernels.stepsize import DECAY, StepSize, average
 
 MAX_ENERGY_ERROR = 1000.0
 """Energy error above which a trajectory has diverged, as in Stan and Pyro."""
@@ -56,14 +57,9 @@ class Metric(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Log step size and log trajectory length, their running means, and the state of both optimizers; scalars.
+    """The fields of ``StepSize``, the log trajectory length, its mean, and the state of its optimizer; scalars.
 
     Attributes:
-        taken: Transitions so far.
-        anchor: Log step size towards which dual averaging shrinks.
-        error: Running mean of target less actual acceptance.
-        log_step: Logarithm of the step size.
-        log_step_mean: Running mean of ``log_step``, used after the warmup.
         square: Running mean of the squared slope of the criterion (Adam's second moment).
         log_length: Logarithm of the trajectory length.
         log_length_mean: Running mean of ``log_length``, used after the warmup.
@@ -157,9 +153,9 @@ def _transition(
 ) -> tuple[Chains, Tuning, Moves]:
     step, length = tuning.log_step.exp(), tuning.log_length.exp() * noise.jitter
     count = (length / step).ceil().clamp(min=1).minimum(rules.limit)
-    momentum = _times(noise.momentum, metric.root)
+    momentum = times(noise.momentum, metric.root)
     end, out = _integrate(density, chains, momentum, metric.covariance, step, count)
-    kinetic = 0.5 * (out * _times(out, metric.covariance)).sum(0) - 0.5 * noise.momentum.square().sum(0)
+    kinetic = 0.5 * (out * times(out, metric.covariance)).sum(0) - 0.5 * noise.momentum.square().sum(0)
     gain = chains.energy - end.energy - kinetic
     gain = torch.where(gain.isfinite() & end.gradient.isfinite().all(0), gain, -torch.inf)
     acceptance = gain.clamp(max=0).exp()
@@ -176,7 +172,7 @@ def _integrate(
     """Run ``count`` leapfrog steps from ``chains``; return the end state and its momentum."""
 
     def leap(k: Tensor, q: Tensor, energy: Tensor, gradient: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-        q = q + step * _times(p, covariance)
+        q = q + step * times(p, covariance)
         energy, gradient = density(q)
         return k + 1, q, energy, gradient, p - step * gradient
 
@@ -198,29 +194,27 @@ def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acce
     after = torch.where(valid, after, before)
     momentum = torch.where(valid, momentum, 0.0)
     x0, x1 = before - before.mean(1, keepdim=True), after - (weight * after).sum(1, keepdim=True)
-    change = _times(x1, metric.whitener).square().sum(0) - _times(x0, metric.whitener).square().sum(0)
+    change = times(x1, metric.whitener).square().sum(0) - times(x0, metric.whitener).square().sum(0)
     return (weight * change * (x1 * momentum).sum(0)).sum()
 
 
 def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tuning:
     """Dual averaging of the log step size on the harmonic mean acceptance; Adam on the log length by its slope."""
-    taken = tuning.taken + 1
-    weight = taken**-0.75
     harmonic = 1 / (1 / acceptance.clamp(min=ACCEPTANCE_FLOOR)).mean()
-    error = tuning.error + (rules.target - harmonic - tuning.error) / (taken + 10)
-    log_step = tuning.anchor - taken.sqrt() / 0.05 * error
+    step = average(StepSize(*tuning[:5]), rules.target - harmonic)
+    taken, log_step = step.taken, step.log_step
     square = LENGTH_DECAY * tuning.square + (1 - LENGTH_DECAY) * slope.square()
     root = (square / (1 - LENGTH_DECAY**taken)).sqrt().clamp(min=1e-20)
     log_length = tuning.log_length + LENGTH_RATE * slope / root
     # At least one step, at most the maximum number of steps.
     log_length = log_length.maximum(log_step).minimum(log_step + rules.limit.log())
-    log_step_mean = tuning.log_step_mean + weight * (log_step - tuning.log_step_mean)
-    log_length_mean = tuning.log_length_mean + weight * (log_length - tuning.log_length_mean)
-    learnt = Tuning(taken, tuning.anchor, error, log_step, log_step_mean, square, log_length, log_length_mean)
+    log_length_mean = tuning.log_length_mean + taken**-DECAY * (log_length - tuning.log_length_mean)
+    learnt = Tuning(*step, square, log_length, log_length_mean)
     return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
 
 
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """The product of a matrix, diagonal (D,) or dense (D, D), with vectors (D, chains)."""
     return x * matrix[:, None] if matrix.dim() == 1 else matrix @ x
 
 

@@ -24,33 +24,11 @@ import torch
 from torch import Tensor
 
 from inference.core.private import while_loop
-from inference.kernels.trajectory import MAX_ENERGY_ERROR, Chains, Density, Metric
-
-SHRINKAGE, OFFSET, DECAY = 0.05, 10.0, 0.75
-"""Constants of dual averaging, as in Stan: strength of the pull to the anchor, steps that count little at the start,
-and decay of the weight of a new step size in the mean."""
-
+from inference.kernels.stepsize import StepSize, average
+from inference.kernels.trajectory import MAX_ENERGY_ERROR, Chains, Density, Metric, times
 
 OPERATIONS = 150
 """Operations of a round besides those of the density."""
-
-
-class TreeTuning(NamedTuple):
-    """Step sizes and the state of dual averaging, (chains,) each.
-
-    Attributes:
-        taken: Transitions so far.
-        anchor: Log step size towards which dual averaging shrinks.
-        error: Running mean of target less actual acceptance.
-        log_step: Logarithm of the step size.
-        log_step_mean: Running mean of ``log_step``, used after the warmup.
-    """
-
-    taken: Tensor
-    anchor: Tensor
-    error: Tensor
-    log_step: Tensor
-    log_step_mean: Tensor
 
 
 class TreeNoise(NamedTuple):
@@ -123,6 +101,28 @@ class _Vectors(NamedTuple):
     total_new: Tensor  # sum of the momenta of the new subtree
 
 
+class _Block(NamedTuple):
+    """What every round reads: noise, the metric's factor and its transpose, and the places of :func:`_checkpoints`."""
+
+    momentum: Tensor
+    leaf: Tensor  # uniforms, (T * depths, chains)
+    subtree: Tensor
+    direction: Tensor
+    factor: Tensor
+    back: Tensor
+    slots: Tensor
+    levels: Tensor
+
+    def transition(self, numbers: _Numbers) -> Tensor:
+        """Number of the transition of each chain; a chain that is done stays at its last."""
+        return numbers.done.clamp(max=len(self.momentum) - 1).long()
+
+    def place(self, numbers: _Numbers) -> Tensor:
+        """Row of the uniforms for the transition and depth of each chain, (1, chains)."""
+        depths = len(self.leaf) // len(self.momentum)
+        return (self.transition(numbers) * depths + numbers.depth.clamp(max=depths - 1).long())[None]
+
+
 def run_trees(
     density: Density, chains: Chains, tuning: Tensor, metric: Metric, rules: Tensor, noise: TreeNoise
 ) -> tuple[Chains, Tensor, TreeMoves]:
@@ -131,7 +131,7 @@ def run_trees(
     Args:
         density: Maps positions (D, chains) to energies (chains,) and their gradients (D, chains).
         chains: State of the chains.
-        tuning: The fields of ``TreeTuning``, (5, chains).
+        tuning: The fields of ``StepSize``, (5, chains).
         metric: The metric.
         rules: Target acceptance, and whether to adapt (1 or 0).
         noise: Random numbers of the block; its depths are the largest depth of a tree.
@@ -139,130 +139,46 @@ def run_trees(
     Returns:
         The new state of the chains, the new tuning, and the draws.
     """
-    momentum, depths = noise.momentum, noise.leaf.shape[1]
-    count, dim, width = momentum.shape
+    count, dim, width = noise.momentum.shape
+    depths = noise.leaf.shape[1]
     factor = _product(metric.covariance, metric.root)
-    # Clones: a compiled loop accepts no names of one tensor, which the transpose of one element would be.
+    # Clones: a compiled loop accepts no views of an input, and no second name of a tensor, which the transpose of one
+    # element would be.
     back = factor.clone() if factor.dim() == 1 else factor.mT.clone(memory_format=torch.contiguous_format)
-    slots, levels = _checkpoints(depths, momentum.device)
-    # Clones: a compiled loop accepts no views of an input.
-    uniforms = [v.flatten(0, 1).clone() for v in noise[1:]]
-
-    def begin(numbers: _Numbers, vectors: _Vectors, ended: Tensor, fresh: Tensor) -> tuple[_Numbers, _Vectors]:
-        """Begin the next transition of chains that have ended one, and the next subtree of those that need one."""
-        t = numbers.done.clamp(max=count - 1).long()
-        r = momentum.gather(0, t.expand(1, dim, width))[0]
-        start = numbers.energy + 0.5 * r.square().sum(0)
-        depth = torch.where(ended, 0.0, numbers.depth)
-        place = (t * depths + depth.clamp(max=depths - 1).long())[None]
-        uniform, _, side = (v.gather(0, place)[0] for v in uniforms)
-        direction = torch.where(fresh, torch.where(side < 0.5, -1.0, 1.0), numbers.direction)
-        numbers = numbers._replace(
-            depth=depth,
-            leaf=torch.where(fresh, 0.0, numbers.leaf),
-            direction=direction,
-            uniform=torch.where(fresh, uniform, numbers.uniform),
-            start=torch.where(ended, start, numbers.start),
-            weight=torch.where(ended, 0.0, numbers.weight),
-            acceptance=torch.where(ended, 0.0, numbers.acceptance),
-            leaves=torch.where(ended, 0.0, numbers.leaves),
-        )
-        end = vectors.drawn_q, r, vectors.drawn_h
-        left = [torch.where(ended, new, old) for new, old in zip(end, vectors[3:6], strict=True)]
-        right = [torch.where(ended, new, old) for new, old in zip(end, vectors[6:9], strict=True)]
-        moving = [
-            torch.where(fresh, torch.where(direction > 0, b, a), now)
-            for a, b, now in zip(left, right, vectors[:3], strict=True)
-        ]
-        total = torch.where(ended, r, vectors.total)
-        return numbers, _vectors(*moving, *left, *right, *vectors[9:13], total, vectors.total_new)
+    leaf, subtree, direction = (v.flatten(0, 1).clone() for v in noise[1:])
+    block = _Block(noise.momentum, leaf, subtree, direction, factor, back, *_checkpoints(depths, factor.device))
 
     def leap(packed: Tensor, stacked: Tensor, kept: Tensor, positions: Tensor, records: Tensor) -> tuple[Tensor, ...]:
         numbers, vectors = _numbers(*packed.unbind()), _vectors(*stacked.unbind())
         active = numbers.done < count
-        step = numbers.direction * numbers.log_step.exp()
-        half = vectors.r - 0.5 * step * vectors.h
-        q = vectors.q + step * _times(half, factor)
-        energy, gradient = density(q)
-        h = _times(gradient, back)
-        r = half - 0.5 * step * h
-        error = energy + 0.5 * r.square().sum(0) - numbers.start
-        error = torch.where(error.isfinite() & h.isfinite().all(0), error, math.inf)
+        (q, r, h), energy, error = _step(density, block, numbers, vectors)
+        numbers, vectors = _draw_leaf(numbers, vectors._replace(q=q, r=r, h=h), energy, error)
+        turned, kept = _turns_within(block, numbers, vectors, kept)
         diverging = error > MAX_ENERGY_ERROR
+        joined = active & ~(diverging | turned) & (numbers.leaf + 1 >= numbers.depth.exp2())
+        numbers, vectors = _join(block, numbers, vectors, joined)
+        ended = turned | diverging | (joined & ((numbers.depth >= depths) | _turned(vectors)))
+        ended = active & ended
 
-        # The leaf is drawn by its share of the weight of the subtree so far.
-        first = numbers.leaf == 0
-        weight_new = torch.where(first, -error, torch.logaddexp(numbers.weight_new, -error))
-        share = (-error - weight_new).exp().nan_to_num(0.0)
-        taken = first | (numbers.uniform < share)
-        left_over = torch.where(taken, numbers.uniform / share, (numbers.uniform - share) / (1 - share))
-        uniform = torch.where(first, numbers.uniform, left_over.nan_to_num(0.0).clamp(0, 1))
-        new_q, new_h = torch.where(taken, q, vectors.new_q), torch.where(taken, h, vectors.new_h)
-        energy_new = torch.where(taken, energy, numbers.energy_new)
-        total_new = torch.where(first, r, vectors.total_new + r)
-
-        # U-turns within the subtree: against the leaves that begin the subtrees that this leaf completes. With the sum
-        # total of the momenta before a leaf and at it, less half its own, the sum between two leaves is a difference.
-        sofar = total_new - 0.5 * r
-        begun_r, begun_sofar = kept[:, :-1].unbind()
-        at_first = (begun_r * sofar).sum(1) <= (begun_r * begun_sofar).sum(1)
-        at_last = (r * sofar).sum(0) <= (begun_sofar * r).sum(1)
-        leaf = numbers.leaf.clamp(max=len(slots) - 1).long()
-        turned = ((at_first | at_last) & levels[leaf].mT).any(0)
-        # Odd leaves go to a place that nobody reads.
-        where = torch.where(leaf % 2 == 0, slots[leaf], depths).expand(2, 1, dim, width)
-        kept = kept.scatter(1, where, torch.stack((r, sofar))[:, None])
-
-        # A complete subtree joins the tree.
-        stopped = diverging | turned
-        joined = active & ~stopped & (numbers.leaf + 1 >= numbers.depth.exp2())
-        t = numbers.done.clamp(max=count - 1).long()
-        place = (t * depths + numbers.depth.clamp(max=depths - 1).long())[None]
-        chosen = joined & (uniforms[1].gather(0, place)[0].log() < weight_new - numbers.weight)
-        drawn_q, drawn_h = torch.where(chosen, new_q, vectors.drawn_q), torch.where(chosen, new_h, vectors.drawn_h)
-        right = numbers.direction > 0
-        ends = [
-            torch.where(joined & side, new, old)
-            for side, three in ((~right, vectors[3:6]), (right, vectors[6:9]))
-            for new, old in zip((q, r, h), three, strict=True)
-        ]
-        total = torch.where(joined, vectors.total + total_new, vectors.total)
-        depth = numbers.depth + joined
-        ended = active & (stopped | (joined & (_turning(ends[1], ends[4], total) | (depth >= depths))))
-
-        # A chain that has ended a transition records it, and adapts its step size.
-        numbers = numbers._replace(
-            depth=depth,
-            leaf=numbers.leaf + 1,
-            uniform=uniform,
-            energy=torch.where(chosen, energy_new, numbers.energy),
-            energy_new=energy_new,
-            weight=torch.where(joined, torch.logaddexp(numbers.weight, weight_new), numbers.weight),
-            weight_new=weight_new,
-            acceptance=numbers.acceptance + (-error).clamp(max=0).exp(),
-            leaves=numbers.leaves + 1,
-        )
+        # A chain that has ended a transition records it and adapts its step size; another writes where nobody reads.
         acceptance = numbers.acceptance / numbers.leaves
         row = torch.where(ended, numbers.done, float(count)).long()
-        record = (numbers.energy, acceptance, diverging.to(q), numbers.leaves, numbers.log_step.exp(), depth)
+        record = (numbers.energy, acceptance, diverging.to(q), numbers.leaves, numbers.log_step.exp(), numbers.depth)
         records = records.scatter(1, row.expand(6, 1, width), torch.stack(record)[:, None])
-        positions = positions.scatter(0, row.expand(1, dim, width), drawn_q[None])
-        learnt = _learn(TreeTuning(*numbers[12:]), rules[0], acceptance)
+        positions = positions.scatter(0, row.expand(1, dim, width), vectors.drawn_q[None])
+        learnt = average(StepSize(*numbers[12:]), rules[0] - acceptance)
         learns = ended & (rules[1] > 0)
         tuned = [torch.where(learns, new, old) for new, old in zip(learnt, numbers[12:], strict=True)]
-        numbers = _numbers(numbers.done + ended, *numbers[1:12], *tuned)
-        vectors = _vectors(q, r, h, *ends, drawn_q, drawn_h, new_q, new_h, total, total_new)
-        numbers, vectors = begin(numbers, vectors, ended, ended | joined)
+        numbers = _numbers(numbers.done + ended, numbers.depth, numbers.leaf + 1, *numbers[3:12], *tuned)
+        numbers, vectors = _begin(block, numbers, vectors, ended, ended | joined)
         return torch.stack(numbers), torch.stack(vectors), kept, positions, records
 
-    blank, q, h = torch.zeros_like(chains.energy), chains.position, _times(chains.gradient, back)
+    blank, q, h = torch.zeros_like(chains.energy), chains.position, times(chains.gradient, back)
     numbers = _numbers(*[blank] * 6, chains.energy, *[blank] * 5, *tuning.unbind())
     vectors = _vectors(*[q, torch.zeros_like(q), h] * 3, q, h, q, h, *[torch.zeros_like(q)] * 2)
     every = torch.ones_like(blank, dtype=torch.bool)
-    numbers, vectors = begin(numbers, vectors, every, every)
     carried = (
-        torch.stack(numbers),
-        torch.stack(vectors),
+        *map(torch.stack, _begin(block, numbers, vectors, every, every)),
         # With a place more than there are levels, or transitions, for what is not kept.
         q.new_zeros(2, depths + 1, dim, width),
         q.new_zeros(count + 1, dim, width),
@@ -271,16 +187,125 @@ def run_trees(
     packed, stacked, _, positions, records = _repeat(count, leap, carried)
     numbers, vectors = _numbers(*packed.unbind()), _vectors(*stacked.unbind())
     energy, acceptance, diverging, leapfrogs, step, depth = records[:, :count].clone().unbind()
-    gradient = _times(vectors.drawn_h, metric.root)
     moves = TreeMoves(positions[:count].clone(), energy, acceptance, diverging > 0, leapfrogs, step, depth)
     # Clones: a compiled loop may return no views of what it carries.
-    return Chains(vectors.drawn_q.clone(), numbers.energy.clone(), gradient), torch.stack(numbers[12:]), moves
+    after = Chains(vectors.drawn_q.clone(), numbers.energy.clone(), times(vectors.drawn_h, metric.root))
+    return after, torch.stack(numbers[12:]), moves
 
 
-def fresh_tree_tuning(log_step: Tensor) -> Tensor:
-    """Initial ``TreeTuning``, (5, chains), for log step sizes (chains,)."""
+def _step(
+    density: Density, block: _Block, numbers: _Numbers, vectors: _Vectors
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """A leapfrog step of the moving end: position, momentum and gradient, energy, and the energy error."""
+    step = numbers.direction * numbers.log_step.exp()
+    half = vectors.r - 0.5 * step * vectors.h
+    q = vectors.q + step * times(half, block.factor)
+    energy, gradient = density(q)
+    h = times(gradient, block.back)
+    r = half - 0.5 * step * h
+    error = energy + 0.5 * r.square().sum(0) - numbers.start
+    return (q, r, h), energy, torch.where(error.isfinite() & h.isfinite().all(0), error, math.inf)
+
+
+def _draw_leaf(numbers: _Numbers, vectors: _Vectors, energy: Tensor, error: Tensor) -> tuple[_Numbers, _Vectors]:
+    """Add the moving end as a leaf to the new subtree, which draws it by its share of the weight so far."""
+    first = numbers.leaf == 0
+    weight = torch.where(first, -error, torch.logaddexp(numbers.weight_new, -error))
+    share = (-error - weight).exp().nan_to_num(0.0)
+    taken = first | (numbers.uniform < share)
+    left_over = torch.where(taken, numbers.uniform / share, (numbers.uniform - share) / (1 - share))
+    numbers = numbers._replace(
+        uniform=torch.where(first, numbers.uniform, left_over.nan_to_num(0.0).clamp(0, 1)),
+        energy_new=torch.where(taken, energy, numbers.energy_new),
+        weight_new=weight,
+        acceptance=numbers.acceptance + (-error).clamp(max=0).exp(),
+        leaves=numbers.leaves + 1,
+    )
+    vectors = vectors._replace(
+        new_q=torch.where(taken, vectors.q, vectors.new_q),
+        new_h=torch.where(taken, vectors.h, vectors.new_h),
+        total_new=torch.where(first, vectors.r, vectors.total_new + vectors.r),
+    )
+    return numbers, vectors
+
+
+def _turns_within(block: _Block, numbers: _Numbers, vectors: _Vectors, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a subtree that the leaf completes has turned back, and what is kept of leaves with this one.
+
+    Kept are momenta, and their sums up to a leaf less half its own: the sum between two is a difference of these.
+    """
+    r, sofar = vectors.r, vectors.total_new - 0.5 * vectors.r
+    begun_r, begun_sofar = kept[:, :-1].unbind()
+    at_first = (begun_r * sofar).sum(1) <= (begun_r * begun_sofar).sum(1)
+    at_last = (r * sofar).sum(0) <= (begun_sofar * r).sum(1)
+    leaf = numbers.leaf.clamp(max=len(block.slots) - 1).long()
+    turned = ((at_first | at_last) & block.levels[leaf].mT).any(0)
+    # Odd leaves go to a place that nobody reads.
+    where = torch.where(leaf % 2 == 0, block.slots[leaf], len(begun_r)).expand(2, 1, *r.shape)
+    return turned, kept.scatter(1, where, torch.stack((r, sofar))[:, None])
+
+
+def _join(block: _Block, numbers: _Numbers, vectors: _Vectors, joined: Tensor) -> tuple[_Numbers, _Vectors]:
+    """Join complete subtrees with the trees of their chains, whose draws they replace by the ratio of their weights."""
+    uniform = block.subtree.gather(0, block.place(numbers))[0]
+    chosen = joined & (uniform.log() < numbers.weight_new - numbers.weight)
+    right = numbers.direction > 0
+    ends = [
+        torch.where(joined & side, new, old)
+        for side, three in ((~right, vectors[3:6]), (right, vectors[6:9]))
+        for new, old in zip(vectors[:3], three, strict=True)
+    ]
+    drawn = [torch.where(chosen, new, old) for new, old in zip(vectors[11:13], vectors[9:11], strict=True)]
+    total = torch.where(joined, vectors.total + vectors.total_new, vectors.total)
+    numbers = numbers._replace(
+        depth=numbers.depth + joined,
+        energy=torch.where(chosen, numbers.energy_new, numbers.energy),
+        weight=torch.where(joined, torch.logaddexp(numbers.weight, numbers.weight_new), numbers.weight),
+    )
+    return numbers, _vectors(*vectors[:3], *ends, *drawn, *vectors[11:13], total, vectors.total_new)
+
+
+def _begin(
+    block: _Block, numbers: _Numbers, vectors: _Vectors, ended: Tensor, fresh: Tensor
+) -> tuple[_Numbers, _Vectors]:
+    """Begin the next transition of chains that have ended one, and the next subtree of those that need one."""
+    t = block.transition(numbers)
+    r = block.momentum.gather(0, t.expand(1, *vectors.q.shape))[0]
+    start = numbers.energy + 0.5 * r.square().sum(0)
+    numbers = numbers._replace(depth=torch.where(ended, 0.0, numbers.depth))
+    place = block.place(numbers)
+    uniform, side = (v.gather(0, place)[0] for v in (block.leaf, block.direction))
+    direction = torch.where(fresh, torch.where(side < 0.5, -1.0, 1.0), numbers.direction)
+    numbers = numbers._replace(
+        leaf=torch.where(fresh, 0.0, numbers.leaf),
+        direction=direction,
+        uniform=torch.where(fresh, uniform, numbers.uniform),
+        start=torch.where(ended, start, numbers.start),
+        weight=torch.where(ended, 0.0, numbers.weight),
+        acceptance=torch.where(ended, 0.0, numbers.acceptance),
+        leaves=torch.where(ended, 0.0, numbers.leaves),
+    )
+    end = vectors.drawn_q, r, vectors.drawn_h
+    left = [torch.where(ended, new, old) for new, old in zip(end, vectors[3:6], strict=True)]
+    right = [torch.where(ended, new, old) for new, old in zip(end, vectors[6:9], strict=True)]
+    moving = [
+        torch.where(fresh, torch.where(direction > 0, b, a), now)
+        for a, b, now in zip(left, right, vectors[:3], strict=True)
+    ]
+    total = torch.where(ended, r, vectors.total)
+    return numbers, _vectors(*moving, *left, *right, *vectors[9:13], total, vectors.total_new)
+
+
+def _turned(vectors: _Vectors) -> Tensor:
+    """Whether trees have turned back on themselves."""
+    between = vectors.total - 0.5 * (vectors.left_r + vectors.right_r)
+    return ((vectors.left_r * between).sum(0) <= 0) | ((vectors.right_r * between).sum(0) <= 0)
+
+
+def fresh_steps(log_step: Tensor) -> Tensor:
+    """Initial ``StepSize`` for log step sizes (chains,), as one tensor (5, chains)."""
     blank = torch.zeros_like(log_step)
-    return torch.stack(TreeTuning(blank, log_step + math.log(10.0), blank, log_step, log_step))
+    return torch.stack(StepSize(blank, log_step + math.log(10.0), blank, log_step, log_step))
 
 
 def _numbers(*parts: Tensor) -> _Numbers:
@@ -289,21 +314,6 @@ def _numbers(*parts: Tensor) -> _Numbers:
 
 def _vectors(*parts: Tensor) -> _Vectors:
     return _Vectors(*parts)
-
-
-def _learn(tuning: TreeTuning, target: Tensor, acceptance: Tensor) -> TreeTuning:
-    """Dual averaging of the log step size on the mean acceptance of a tree, as in Stan."""
-    taken = tuning.taken + 1
-    error = tuning.error + (target - acceptance - tuning.error) / (taken + OFFSET)
-    log_step = tuning.anchor - taken.sqrt() / SHRINKAGE * error
-    mean = tuning.log_step_mean + taken**-DECAY * (log_step - tuning.log_step_mean)
-    return TreeTuning(taken, tuning.anchor, error, log_step, mean)
-
-
-def _turning(one: Tensor, other: Tensor, total: Tensor) -> Tensor:
-    """Whether a trajectory with these momenta at its ends, (..., D, chains), and their total turns back on itself."""
-    between = total - 0.5 * (one + other)
-    return ((one * between).sum(-2) <= 0) | ((other * between).sum(-2) <= 0)
 
 
 def _checkpoints(depths: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -321,10 +331,6 @@ def _checkpoints(depths: int, device: torch.device) -> tuple[Tensor, Tensor]:
     ones = bits.cumprod(-1).sum(-1)
     k = torch.arange(depths, device=device)
     return slots, (k <= slots[:, None]) & (k > (slots - ones)[:, None])
-
-
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    return x * matrix[:, None] if matrix.dim() == 1 else matrix @ x
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

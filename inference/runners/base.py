@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from inference.core.bound import BoundPair
 from inference.core.handlers import DrawMissing
+from inference.result import FurtherDraws
 
 LENGTHS = (1000, 1000, 4)
 """Default draws, warmup and chains of a kernel that runs a single chain."""
@@ -37,7 +38,7 @@ class ChainRun:
         setup: Seconds of preparation, compiling included.
         execution: How the kernel ran: ``eager``, ``traced`` or ``fused``.
         method: Name of the kernel.
-        more: From a number of draws and a seed to further draws, which go on where the chains ended.
+        more: Further draws, which go on where the chains ended.
         restarted: Number of chains that the warmup moved elsewhere.
     """
 
@@ -47,7 +48,7 @@ class ChainRun:
     setup: float
     execution: str
     method: str
-    more: Callable[[int, int], dict[str, Tensor]]
+    more: FurtherDraws
     restarted: int = 0
 
 

@@ -18,7 +18,7 @@ from inference.core.bound import BoundPair
 from inference.core.handlers import preserved_rng
 from inference.core.private import tree_flatten, tree_leaves, tree_unflatten
 from inference.kernels import NUTS, ChEES, Gibbs
-from inference.result import RESTORED
+from inference.result import RESTORED, FurtherDraws
 from inference.runners.base import (
     Bars,
     ChainRun,
@@ -60,7 +60,7 @@ KERNELS: dict[str, Any] = {"ChEES": ChEES, "Gibbs": Gibbs, "NUTS": NUTS}
 
 
 @dataclass(frozen=True)
-class ChainDraws:
+class ChainDraws(FurtherDraws):
     """Further draws of a batched kernel: its chains go on.
 
     Attributes:
@@ -81,8 +81,11 @@ class ChainDraws:
         """What a file has to hold so that the chains can go on: JSON, and tensors."""
         settings = getattr(self.factory, "keywords", {})
         kernel = method_of(self.factory)
-        plain = all(isinstance(v, bool | int | float | str | None) for v in settings.values())
-        if KERNELS.get(kernel) is not getattr(self.factory, "func", self.factory) or not plain:
+        plain = not getattr(self.factory, "args", None) and all(
+            isinstance(v, bool | int | float | str | None) for v in settings.values()
+        )
+        made = getattr(self.factory, "func", self.factory)
+        if KERNELS.get(kernel) is not made or not plain:
             return {"kind": "none"}, []
         run = self.run
         about = {"chains": run.kernel.num_chains, "mode": run.mode, "fused": run.fused, "threads": run.threads}
@@ -93,7 +96,7 @@ class ChainDraws:
 
 
 @dataclass
-class _Restored:
+class _Restored(FurtherDraws):
     """Chains of a file that go on: the kernel is set up when it is first asked."""
 
     bound: BoundPair
@@ -146,7 +149,7 @@ class _Run:
         """Set the kernel up for the warmup and so many draws."""
         with threads_set(self.threads):
             self.kernel.setup(self.warmup)
-            self._fuse_if_worth_it(policy.HMC_GRADIENTS * (self.warmup + draws))
+            self._fuse_if_worth_it(self.kernel.expected * (self.warmup + draws))
 
     def draw(
         self, draws: int, show: Callable[[int, int, str], None]

@@ -31,6 +31,7 @@ from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
 from inference.core.handlers import first_valid
+from inference.result import FurtherDraws
 from inference.runners.base import (
     LENGTHS,
     Bars,
@@ -43,6 +44,17 @@ from inference.runners.base import (
     most_threads,
     threads_set,
 )
+
+
+@dataclass(frozen=True)
+class _Further(FurtherDraws):
+    """Further draws of chains in processes, of which a file holds nothing."""
+
+    function: Callable[[int, int], dict[str, Tensor]]
+
+    def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
+        """So many draws of the latent sites."""
+        return self.function(size, seed)
 
 
 @dataclass
@@ -80,17 +92,17 @@ def run_processes(
     def joined(chains: list[Chain]) -> dict[str, Tensor]:
         return {n: torch.cat([torch.as_tensor(c.draws[n]) for c in chains]).to(bound.device) for n in names}
 
-    def more(size: int, seed: int) -> dict[str, Tensor]:
+    def further(size: int, seed: int) -> dict[str, Tensor]:
         per_chain = -(-size // len(finished))
         seeds = _seeds([seed, 1], len(finished))
         with torch.enable_grad():
             silent = partial(run, lambda *_: None, draws=per_chain, warmup=0)
-            further = [silent(s, start=c) for s, c in zip(seeds, finished, strict=True)]
-        return {n: v[:size] for n, v in joined(further).items()}
+            finished_later = [silent(s, start=c) for s, c in zip(seeds, finished, strict=True)]
+        return {n: v[:size] for n, v in joined(finished_later).items()}
 
     stats = {n: np.stack([c.stats[n] for c in finished]) for n in finished[0].stats}
     setup = prepared + max(chain.setup for chain in finished)
-    return ChainRun(joined(finished), stats, chains, setup, how, method_of(factory), more)
+    return ChainRun(joined(finished), stats, chains, setup, how, method_of(factory), _Further(further))
 
 
 def _run_chain(
