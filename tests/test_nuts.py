@@ -94,6 +94,48 @@ def test_trees_are_as_long_as_those_of_pyro() -> None:
     assert abs(float(moves.acceptance.mean()) - pyros._mean_accept_prob) < 0.03
 
 
+def test_trees_stop_where_a_recursion_over_all_leaves_says() -> None:
+    """Each aligned subtree of the new half, and the whole, is tried by the sum of the momenta of all of its leaves."""
+    with isolated(0):
+        kernel = fixed(NUTS(gaussian, num_chains=8, block=10, jit_compile=False, full_mass=False), 0.25)
+        *rest, noise = kernel._inputs(learning=False)
+    with torch.no_grad():
+        moves = kernel._run(*rest, noise)[2]
+    start = rest[1].position
+    for t, position in enumerate(moves.position):
+        for c in range(8):
+            said = int(moves.depth[t, c]), int(moves.leapfrogs[t, c])
+            assert said == tree_of(start[:, c], noise.momentum[t, :, c], noise.direction[t, :, c].tolist(), 0.25)
+        start = position
+    assert len(moves.depth.unique()) > 1
+
+
+def tree_of(q: Tensor, r: Tensor, sides: list[float], step: float) -> tuple[int, int]:
+    """Depth and leapfrog steps of a tree of the model ``gaussian``, with the unit metric."""
+    leaves, steps = [(q, r)], 0
+    for depth, side in enumerate(sides):
+        sign = -1 if side < 0.5 else 1
+        (q, r), new = leaves[0 if sign < 0 else -1], list[tuple[Tensor, Tensor]]()
+        for _ in range(2**depth):
+            r = r - 0.5 * sign * step * q / SCALES**2
+            q = q + sign * step * r
+            r = r - 0.5 * sign * step * q / SCALES**2
+            new.append((q, r))
+            steps += 1
+            if any(len(new) % 2**k == 0 and has_turned(new[-(2**k) :]) for k in range(1, depth + 1)):
+                return depth, steps
+        leaves = new[::-1] + leaves if sign < 0 else leaves + new
+        if has_turned(leaves):
+            return depth + 1, steps
+    return len(sides), steps
+
+
+def has_turned(leaves: list[tuple[Tensor, Tensor]]) -> bool:
+    first, last = leaves[0][1], leaves[-1][1]
+    between = torch.stack([r for _, r in leaves]).sum(0) - 0.5 * (first + last)
+    return bool(min(first @ between, last @ between) <= 0)
+
+
 @pytest.mark.parametrize("full_mass", [True, False], ids=["dense", "diagonal"])
 def test_a_correlated_normal(full_mass: bool) -> None:
     root = torch.tril(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).double() + torch.eye(5)
