@@ -22,7 +22,7 @@ import pyro
 import torch
 from pyro import poutine
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from inference.core.bound import BoundPair
@@ -93,7 +93,8 @@ class Saved:
             # Copies: tensors that share memory cannot be written, and views would be written whole.
             kept = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in self.tensors.items()}
             (folder / ABOUT).write_text(json.dumps(about, indent=1, default=lambda value: np.asarray(value).tolist()))
-            save_file(kept, folder / TENSORS)
+            # By Python, whose errors say that a disk is full.
+            (folder / TENSORS).write_bytes(save(kept))
             if self.idata.children:
                 write_netcdf(self.idata, folder / IDATA)
 

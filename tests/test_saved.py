@@ -20,7 +20,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
-from inference import Result, fit, posterior_predictive, sample
+from inference import Result, fit, posterior_predictive, sample, saved
 from inference.core import files
 from inference.kernels import HMC, NUTS, ChEES, Gibbs
 from inference.saved import ABOUT, IDATA, TENSORS
@@ -260,6 +260,16 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_folder(tmp_path
         if path.exists():
             loaded = Result.load(path, (large, AutoNormal(large)))
             assert loaded.draws["x"].shape == (4, 200_000)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_an_error_of_the_system_with_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = fitted(learning_rate=0.5)
+    monkeypatch.setattr(saved, "TENSORS", "/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
+        other.save(folder)
+    monkeypatch.undo()
+    assert load(folder).method == other.method
 
 
 def test_a_result_that_a_kill_has_left_beside_its_place_is_named(folder: Path) -> None:
