@@ -3,6 +3,7 @@
 from inference import kernels, objectives
 from inference._fit import fit
 from inference._sample import sample
+from inference.checkpoint import Checkpoint
 from inference.comparison.compare import Method, compare
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
@@ -25,6 +26,7 @@ from inference.result import Result
 
 __all__ = [
     "COLUMNS",
+    "Checkpoint",
     "Comparison",
     "Diagnosis",
     "Evidence",

@@ -7,8 +7,9 @@ loss and leaves the gradients, by which the optimizer moves the parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,8 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from inference import checkpoint as checkpoints
+from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
@@ -56,6 +59,7 @@ def fit(
     seed: int = 0,
     compile: bool | str = "auto",
     device: str | torch.device | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> Result:
     r"""Fit a guide, and the parameters of a model, by stochastic gradient steps on an objective.
@@ -88,6 +92,9 @@ def fit(
         device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
             tensors that a plain function makes itself are its own affair. Draws and parameters of the Result are on
             the CPU. Default: where pair and data are.
+        checkpoint: A folder that holds where the fit is, renewed every half minute (``Checkpoint(folder, every=...)``:
+            as often as you say). Called again with the same arguments, ``fit`` goes on from there, and returns what it
+            would have returned; a fit that was finished is not repeated. Default: none.
         progress: Show a progress bar with the running loss on a terminal.
 
     Returns:
@@ -140,61 +147,126 @@ def fit(
     # A caller's no_grad would leave every parameter where it is.
     with isolated(seed), torch.enable_grad():
         chosen = _objective(bound, objective)
-        rows = _minibatches(bound, batch)
+        asked_for = checkpoints.asked_of(
+            bound,
+            method="fit",
+            objective=checkpoints.named(chosen),
+            steps=steps,
+            batch=batch,
+            optimizer=optimizer and checkpoints.named(optimizer),
+            learning_rate=learning_rate,
+            patience=patience,
+            seed=seed,
+            compile=compile,
+        )
+        rows = _Minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
+        run = _Run(plan, rows, Checkpoint.of(checkpoint), f"fit of {bound.name}")
         with subnormals_flushed():
-            losses, first, ended = _descend(plan, steps, rows, patience, f"fit of {bound.name}", progress)
-        trained = perf_counter()
-        setup = (first or trained) - started
-        seconds = {"setup": setup, "run": trained - started - setup}
-        return _conclude(whole, chosen, plan.how, losses, draws, seconds, ended)
+            run.begin(asked_for, started)
+            losses, ended = _descend(run, steps, patience, progress)
+        return _conclude(whole, chosen, run.how, losses, draws, run.seconds, ended)
 
 
-def _descend(
-    steps: EagerSteps | CompiledSteps,
-    count: int,
-    batches: Iterator[Tensor | None],
-    patience: int | None,
-    name: str,
-    progress: bool,
-) -> tuple[np.ndarray, float | None, str]:
-    """Take the steps; return the losses of those that were finite, when the first was done, and why it ended early."""
-    losses: list[Any] = []
-    validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), None, None, ""
-    bar = tqdm(total=count, desc=name, disable=None if progress else True, leave=False)
+class _Run:
+    """A fit in the middle of its steps, and its checkpoint."""
+
+    def __init__(
+        self, steps: EagerSteps | CompiledSteps, batches: _Minibatches, kept: Checkpoint | None, name: str
+    ) -> None:
+        self.steps, self.batches, self.kept, self.name = steps, batches, kept, name
+        self.losses: list[Any] = []
+        self.setup: float | None = None
+        self.over = ""
+
+    def begin(self, asked: Mapping[str, Any], started: float) -> None:
+        """Start the clock, and go on where the checkpoint is."""
+        self._started, self._before = started, 0.0
+        held = None if self.kept is None else self.kept.begin(asked)
+        if held is not None:
+            self.steps.resume(held["steps"])
+            self.batches.resume(held["batches"])
+            self.losses, self.over = checkpoints.losses_of(held["losses"]), held["over"]
+            self.setup, self._before = held["setup"], held["seconds"]
+
+    @property
+    def how(self) -> str:
+        """How steps run, or ran where all had been taken: ``eager``, ``traced`` or ``fused``."""
+        return self.over or self.steps.how
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, in all its parts."""
+        return self._before + perf_counter() - self._started
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds until the first step was done, and of the others."""
+        setup, elapsed = self.setup, self.elapsed
+        return {"setup": elapsed, "run": 0.0} if setup is None else {"setup": setup, "run": elapsed - setup}
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.kept is not None and self.kept.due
+
+    def keep(self, over: bool = False) -> None:
+        """Write the checkpoint; the steps were found to be finite."""
+        if self.kept is not None:
+            held = {
+                "steps": self.steps.state(),
+                "batches": self.batches.state(),
+                "losses": np.array([_read(x) for x in self.losses], dtype=float),
+                "setup": self.setup,
+                "seconds": self.elapsed,
+                "over": self.steps.how if over else "",
+            }
+            self.kept.write(held)
+
+
+def _descend(run: _Run, count: int, patience: int | None, progress: bool) -> tuple[np.ndarray, str]:
+    """Take the steps; return the losses of those that were finite, and why the fit ended early."""
+    steps, name, losses = run.steps, run.name, run.losses
+    validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), True, None, ""
+    bar = tqdm(total=count, initial=len(losses), desc=name, disable=None if progress else True, leave=False)
     validated = pyro.validation_enabled(validate)
     with bar, warnings.catch_warnings(), validated, interrupts_deferred() as interrupts, threads_by_work() as call:
         # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:
-            while len(losses) < count:
-                taken = call(steps.advance, batches)
+            while len(losses) < count and not run.over:
+                taken = call(steps.advance, run.batches)
                 losses += taken
-                if first is None:
+                if first:
                     # One validated step finds errors in the model; later steps are checked for finite numbers alone.
                     pyro.enable_validation(False)
                 if len(losses) % CHECK_STEPS == 0:
                     losses[-CHECK_STEPS:] = map(_read, losses[-CHECK_STEPS:])
-                settled = bool(patience) and _settled(losses, patience or 0)
-                failure = steps.check(now=settled or first is None or len(losses) == count)
+                settled, keeps = bool(patience) and _settled(losses, patience or 0), run.due
+                ends = settled or len(losses) == count
+                failure = steps.check(now=ends or first or keeps, compare=ends or first)
                 if failure is not None:
                     break
-                first = first or perf_counter()
+                first, run.setup = False, run.elapsed if run.setup is None else run.setup
                 _show(bar, losses, len(taken))
+                if ends or keeps:
+                    run.keep(over=ends)
                 interrupts()
                 if settled:
                     break
         except KeyboardInterrupt:
+            if interrupts.pressed == 1 and run.kept is not None and steps.check(now=True, compare=False) is None:
+                run.keep()
             if called_by_exclusive() or interrupts.pressed > 1:
                 raise
+            failure = steps.check(now=True)
             ended = f"interrupted at step {len(losses)} of {count}"
             warnings.warn(f"{name} {ended}", stacklevel=4)
-            failure = steps.check(now=True)
     if failure is not None:
         _give_up(name, failure)
         losses = losses[: failure.step]
         ended = f"stopped at step {failure.step} of {count}, where loss or gradient is not finite"
-    return np.array([_read(x) for x in losses], dtype=float), first, ended
+    return np.array([_read(x) for x in losses], dtype=float), ended
 
 
 def _show(bar: Any, losses: list[Any], taken: int) -> None:
@@ -228,14 +300,38 @@ def _settled(losses: list[Any], patience: int) -> bool:
     return is_settled(np.array([sum(numbers(x)) for x in losses[-2 * patience :]]))
 
 
-def _minibatches(bound: BoundPair, batch: int | None) -> Iterator[Tensor | None]:
+class _Minibatches(Iterator[Tensor | None]):
     """Rows of each step, drawn from a random state of their own: a step that is run again has its noise again."""
-    random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    while True:
-        if batch is None:
-            yield None
-        else:
-            yield from torch.randperm(bound.rows, generator=random).to(bound.device).split(batch)
+
+    def __init__(self, bound: BoundPair, batch: int | None) -> None:
+        self._bound, self._batch = bound, batch
+        self._random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        self._parts: list[Tensor] = []
+        self._start, self._taken = self._random.get_state(), 0
+
+    def __next__(self) -> Tensor | None:
+        if self._batch is None:
+            return None
+        if self._taken == len(self._parts):
+            self._shuffle()
+        self._taken += 1
+        return self._parts[self._taken - 1]
+
+    def state(self) -> dict[str, Any]:
+        """The random state before this epoch, and the number of its minibatches that were taken."""
+        return {"random": self._start, "taken": self._taken}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._random.set_state(state["random"])
+        if state["taken"]:
+            self._shuffle()
+            self._taken = state["taken"]
+
+    def _shuffle(self) -> None:
+        self._start, self._taken = self._random.get_state(), 0
+        order = torch.randperm(self._bound.rows, generator=self._random).to(self._bound.device)
+        self._parts = list(order.split(self._batch or 1))
 
 
 def _plan(

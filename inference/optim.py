@@ -88,6 +88,7 @@ class Joint(PyroOptim):
 
     def _add(self, fresh: list[Tensor]) -> None:
         groups: list[dict[str, Any]] = []
+        fresh = [p for p in fresh if not self._replaces(p)]
         # SVI hands parameters over as a set: by name, their order and so each result is the same every time.
         for name, p in sorted(((self._name(p), p) for p in fresh), key=lambda named: named[0]):
             self._known[p] = name
@@ -104,6 +105,21 @@ class Joint(PyroOptim):
             for each in groups:
                 self.optimizer.add_param_group(each)
         self._take_up()
+
+    def _replaces(self, param: Tensor) -> bool:
+        """Put a parameter in the place of an earlier one of its name: Pyro stores a new moving baseline every step."""
+        name = self._name(param)
+        old = next((p for p, n in self._known.items() if n == name), None)
+        if old is None or self.optimizer is None:
+            return False
+        for group in self.optimizer.param_groups:
+            group["params"] = [param if p is old else p for p in group["params"]]
+        state = self.optimizer.state.pop(old, None)
+        if state and old.shape == param.shape:
+            self.optimizer.state[param] = state
+        del self._known[old]
+        self._known[param] = name
+        return True
 
     def _arguments(self, name: str) -> dict[str, Any]:
         given = self.pt_optim_args

@@ -209,6 +209,14 @@ def test_fused_objectives_draw_the_noise_of_the_eager_ones(name: str) -> None:
     agree(*PAIRS[name], fuse=True)
 
 
+def test_a_baseline_is_that_of_its_own_fit() -> None:
+    """Pyro wraps it by its provenance; a compiled program that was used again read the one of the first fit."""
+    factory, make = PAIRS["decaying"]
+    for _ in range(2):
+        result = fit(make(), X, factory(), steps=12, compile=True, progress=False)
+        assert result.idata.attrs["execution"] == "fused"
+
+
 def same_as_eager(case: Case, method: Any, execution: str, steps: int) -> None:
     pairs = [case.pair() for _ in range(2)]
     run = partial(method, steps=steps, draws=30, progress=False)
@@ -703,6 +711,22 @@ def step_with(optimizer: PyroOptim, steps: int = 20) -> dict[str, Tensor]:
         for _ in range(steps):
             svi.step(X)
         return {n: p.detach().clone() for n, p in pyro.get_param_store()._params.items()}
+
+
+def test_a_parameter_that_is_stored_anew_keeps_its_place_in_the_joint_optimizer() -> None:
+    """As Pyro's moving baselines are, at every step."""
+    with isolated(0):
+        optimizer = Joint(torch.optim.SGD, {"lr": 0.5, "momentum": 0.5})
+        for step in range(3):
+            pyro.get_param_store()._params.pop("moving", None)
+            moving = pyro.param("moving", torch.full((2,), float(step))).unconstrained()
+            moving.grad = torch.ones(2)
+            optimizer([moving])
+        assert optimizer.optimizer is not None
+        assert [len(g["params"]) for g in optimizer.optimizer.param_groups] == [1]
+        # Momentum goes on: 1, then 1.5, then 1.75 times the rate.
+        torch.testing.assert_close(moving.detach(), torch.full((2,), 2 - 0.5 * 1.75))
+        assert list(optimizer.get_state()["state"]) == ["moving"]
 
 
 def test_the_joint_optimizer_takes_pyros_steps() -> None:

@@ -517,7 +517,10 @@ def test_many_short_chains_that_do_not_agree_are(kind: str) -> None:
     else:
         draws += np.linspace(-0.75, 0.75, 250) * draws.std()
     diagnosis = diagnose(chains(mu=draws))
-    assert re.match(r"R-hat is 1\.\d+ for mu, above 1\.0[12]\d*: the chains disagree", diagnosis.advice[0])
+    said = re.match(r"R-hat is (1\.\d+) for mu, above (1\.\d+): the chains disagree", diagnosis.advice[0])
+    assert said
+    # Chains that agree have 1.012; what is allowed beside that depends on the draws.
+    assert 1.012 < float(said[2]) < 1.05
     assert diagnosis.converged is False
 
 

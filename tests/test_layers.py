@@ -24,7 +24,7 @@ FLOORS = (
     ("inference/compiler",),
     ("inference/draws",),
     ("inference/kernels", "inference/diagnostics", "inference/idata.py"),
-    ("inference/objectives", "inference/result.py", "inference/saved.py"),
+    ("inference/objectives", "inference/result.py", "inference/saved.py", "inference/checkpoint.py"),
     ("inference/runners", "inference/predict.py"),
     ("inference/evidence",),
     ("inference/comparison", "inference/_fit.py", "inference/_sample.py"),

@@ -32,6 +32,9 @@ class Compiled(ELBO):
         objective: Any objective: a subclass of ``pyro.infer.elbo.ELBO`` with ``loss_and_grads``.
         fuse: Whether to compile the graph; otherwise it runs as traced.
 
+    Attributes:
+        reason: Why calls run eagerly from now on; None where they need not.
+
     Example:
         >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -54,7 +57,7 @@ class Compiled(ELBO):
         self.objective = objective
         self.fuse = fuse
         self._programs: dict[Any, TracedStep | None] = {}
-        self._eager: str | None = None
+        self.reason: str | None = None
         self._changes: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +69,7 @@ class Compiled(ELBO):
     @property
     def state(self) -> str:
         """How calls run: ``fused``, ``traced`` or ``eager``."""
-        if self._eager or not any(self._programs.values()):
+        if self.reason or not any(self._programs.values()):
             return "eager"
         return "fused" if any(p and p.fused for p in self._programs.values()) else "traced"
 
@@ -120,7 +123,7 @@ class Compiled(ELBO):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
     ) -> tuple[TracedStep | None, list[Tensor]]:
         """The program for these arguments, or None if this call has to run eagerly, and its inputs."""
-        if self._eager:
+        if self.reason:
             return None, []
         call = Call(self.objective, model, guide, *split_arguments(args, kwargs))
         try:
@@ -155,7 +158,7 @@ class Compiled(ELBO):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], update: Update | None = None
     ) -> None:
         """Compare the program for these arguments, if there is one, with the eager objective; warn if they differ."""
-        if self._eager:
+        if self.reason:
             return
         call = Call(self.objective, model, guide, *split_arguments(args, kwargs))
         program = self._programs.get(call.key())
@@ -179,7 +182,7 @@ class Compiled(ELBO):
 
     def give_up(self, reason: str) -> None:
         """Run eagerly from now on, with a warning that gives the reason."""
-        self._eager = reason
+        self.reason = reason
         kind = type(self.objective).__name__
         warnings.warn(f"{kind} runs eagerly from now on, because it cannot be compiled: {reason}", stacklevel=5)
 

@@ -147,7 +147,9 @@ class TracedStep:
         """The tensors of a call in the program's order."""
         store = pyro.get_param_store()._params
         kept = self.update.tensors if self.update else ()
-        return [*(store[n] for n in self.names), *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
+        # A baseline of TraceGraph_ELBO is wrapped by its provenance: a compiler would hold the tensor inside.
+        params = (extract_provenance(store[n])[0] for n in self.names)
+        return [*params, *self.buffers, *kept, *call.held(), *call.tensors, *self._held]
 
     def noise(self) -> list[Tensor]:
         """What the program draws in a call, in the order of the eager run: its last inputs."""

@@ -2,7 +2,7 @@ r"""Steps of a fit: loss, gradients and the update of the parameters, eagerly or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
+from inference import checkpoint
 from inference.compiler import policy
 from inference.compiler.block import Block
 from inference.compiler.capture import Untraceable
@@ -33,6 +34,10 @@ CHECK_STEPS, CHECK_SECONDS = 100, 0.5
 
 
 Rows = Tensor | None
+
+
+Opening = tuple[int | None, tuple[Any, ...]]
+"""Rows of a minibatch (None: all rows) and the turn of an objective: what the first step of its like is known by."""
 
 
 Loss = float | tuple[float, ...] | Tensor | tuple[Tensor, ...]
@@ -59,15 +64,53 @@ class EagerSteps:
     failure: Failure | None = None
     last: dict[str, Tensor] = field(default_factory=dict)
     _arguments: dict[str, Any] = field(default_factory=dict)
+    _openings: dict[Opening, None] = field(default_factory=dict)
 
     @property
     def how(self) -> str:
         """How steps run: ``eager``, ``traced`` or ``fused``."""
         return self.objective.state if isinstance(self.objective, Compiled) else "eager"
 
+    @property
+    def inner(self) -> ELBO:
+        """The objective that is not compiled."""
+        return self.objective.objective if isinstance(self.objective, Compiled) else self.objective
+
+    def state(self) -> dict[str, Any]:
+        """All that later steps depend on, besides the rows of minibatches."""
+        return {
+            **checkpoint.take(self.bound, self.inner),
+            "done": self.done,
+            "optimizer": self.optimizer.get_state(),
+            "openings": list(self._openings),
+            "eager": self.objective.reason if isinstance(self.objective, Compiled) else None,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for rows, turns in state["openings"]:
+            # Parameters, players and programs of the optimizer are made in the order of the first run.
+            vars(self.inner).update(zip(Objective.of(self.inner).cycle, turns, strict=True))
+            arguments = self.bound.arguments(_first_rows(self.bound, rows))
+            self._openings[rows, turns] = None
+            params = gradients(self.objective, self.model, self.bound.guide, arguments)[1]
+            self.optimizer(list(params.values()))
+            zero_grads(params.values())
+        if not isinstance(self.optimizer, Joint):
+            # Pyro's take a state up when they see a parameter for the first time.
+            self.optimizer.optim_objs.clear()
+        self.optimizer.set_state(state["optimizer"])
+        checkpoint.put(state, self.bound, self.inner)
+        self.done = state["done"]
+        if isinstance(self.objective, Compiled):
+            self.objective.reason = state["eager"]
+
     def advance(self, batches: Iterator[Rows]) -> list[Loss]:
         """Take one step and return its loss; nothing if loss or gradients are not finite, and no step is taken."""
-        arguments = self._arguments = self.bound.arguments(next(batches))
+        rows = next(batches)
+        turns = tuple(getattr(self.inner, n) for n in Objective.of(self.inner).cycle)
+        self._openings[None if rows is None else len(rows), turns] = None
+        arguments = self._arguments = self.bound.arguments(rows)
         loss, params = gradients(self.objective, self.model, self.bound.guide, arguments)
         culprits = _not_finite(loss, params)
         if culprits is not None:
@@ -91,9 +134,9 @@ class EagerSteps:
         with torch.no_grad():
             copy_all(list(self.last.values()), [params[n] for n in self.last])
 
-    def check(self, now: bool = False) -> Failure | None:
+    def check(self, now: bool = False, compare: bool = True) -> Failure | None:
         """The step that was not finite, if there was one; looked at ``now``, at the end, a program is compared too."""
-        if now and self.failure is None and isinstance(self.objective, Compiled):
+        if now and compare and self.failure is None and isinstance(self.objective, Compiled):
             self.objective.compare(self.model, self.bound.guide, (), self._arguments)
         return self.failure
 
@@ -121,11 +164,51 @@ class CompiledSteps:
     _batches: list[Tensor] = field(default_factory=list)  # minibatches since then
     _same: tuple[Any, list[Tensor]] | None = None
     _block: Block | None = None
+    _openings: dict[int | None, None] = field(default_factory=dict)  # rows of steps that were prepared
 
     @property
     def how(self) -> str:
         """How steps run: ``eager``, ``traced`` or ``fused``."""
         return "fused" if self._block else self.objective.state
+
+    def state(self) -> dict[str, Any]:
+        """All that later steps depend on, besides the rows of minibatches; asked for after a check."""
+        adam = self.adam
+        return {
+            **checkpoint.take(self.bound, self.objective.objective),
+            "done": self.done,
+            "optimizer": None if adam is None else {"names": adam.names, "tensors": adam.changing},
+            "openings": list(self._openings),
+            "block": self._block is not None,
+            "eager": self.objective.reason,
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        openings = [_first_rows(self.bound, rows) for rows in state["openings"]]
+        if state["optimizer"] is not None:
+            first = self.bound.arguments(openings[0] if openings else None)
+            params = gradients(self.objective.objective, self.model, self.bound.guide, first)[1]
+            named = {n: params[n] for n in state["optimizer"]["names"]}
+            self.adam = Adam(named, self.rate, self.count)
+            with torch.no_grad():
+                for now, then in zip(self.adam.changing, state["optimizer"]["tensors"], strict=True):
+                    now.copy_(then)
+            for p in params.values():
+                p.grad = None
+        self._openings = dict.fromkeys(state["openings"])
+        for rows in openings:
+            self.objective.prepare(self.model, self.bound.guide, (), self.bound.arguments(rows), self.adam)
+        checkpoint.put(state, self.bound, self.objective.objective)
+        self.done = self.checked = state["done"]
+        self.objective.reason = state["eager"]
+        if state["block"]:
+            whole = self.bound.arguments(None)
+            program, inputs = self.objective.prepare(self.model, self.bound.guide, (), whole, self.adam)
+            if program is None:
+                raise ValueError("checkpoint: its steps were compiled, and this objective cannot be")
+            self._block, self._same = Block(program, inputs), (program, inputs)
+            program.calls = self.done - 1
 
     def advance(self, batches: Iterator[Rows]) -> list[Loss]:
         """Take one step, or a block of them, and return their losses."""
@@ -140,7 +223,7 @@ class CompiledSteps:
         self.done += len(losses)
         return losses
 
-    def check(self, now: bool = False) -> Failure | None:
+    def check(self, now: bool = False, compare: bool = True) -> Failure | None:
         """The first step that was not finite, if there was one; looks ``now``, or if enough steps or time have passed.
 
         Looking waits for an accelerator to finish its work.
@@ -152,7 +235,7 @@ class CompiledSteps:
         good = int(self.adam.good)
         if good >= self.done:
             self.checked = self.done
-            if now:
+            if now and compare:
                 self._compare()
             return None
         with pyro.validation_enabled(False):
@@ -218,6 +301,7 @@ class CompiledSteps:
             return self._same[0].losses(self._same[1])
         arguments = self.bound.arguments(rows)
         if self.adam is not None:
+            self._openings[None if rows is None else len(rows)] = None
             program, inputs = self.objective.prepare(self.model, self.bound.guide, (), arguments, self.adam)
             if program is not None and self._compiled(program, inputs, rows):
                 # With all rows in every step the inputs are the same tensors each time.
@@ -237,6 +321,10 @@ class CompiledSteps:
     def _params(self) -> list[Tensor]:
         store = pyro.get_param_store()._params
         return [store[n] for n in (self.adam.names if self.adam else ())]
+
+
+def _first_rows(bound: BoundPair, count: int | None) -> Rows:
+    return None if count is None else torch.arange(count, device=bound.device)
 
 
 def by_adam(

@@ -75,10 +75,10 @@ def compiled(elbo: type) -> type:
                 for _ in range(2):
                     # The first call of each kind runs eagerly, and may change an attribute of the objective, which
                     # makes the next a first one too; here it is made again, to be that of a program.
-                    if program is None and not self._eager:
+                    if program is None and not self.reason:
                         self._first(model, guide, args, kwargs)
                         program, inputs = super().prepare(model, guide, args, kwargs, update)
-            how = "traced" if program is not None else self._eager or "a first call"
+            how = "traced" if program is not None else self.reason or "a first call"
             _runs.count(how)
             for w in told:
                 if "runs eagerly" not in str(w.message):

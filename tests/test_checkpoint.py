@@ -1,0 +1,273 @@
+"""Runs that were killed go on: losses, parameters and draws are those of a run that was not, to the last bit."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from laws import Case
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import ClippedAdam, ExponentialLR
+from torch import Tensor, nn
+
+from inference import Checkpoint, Joint, Result, fit, isolated
+from inference.checkpoint import FILE
+from inference.compiler import policy
+from inference.core.packing import pack, read_packed, unpack, write_packed
+from inference.objectives import Adversarial
+from ppl_models.zoo.entries import ZOO
+from ppl_models.zoo.entry import Entry
+from ppl_models.zoo.methods import settings
+
+Run = Callable[..., Result]
+
+
+class Killed(BaseException):
+    """In place of SIGKILL, which the tests of processes send."""
+
+
+class Killing(Checkpoint):
+    """A checkpoint after every step, or block of steps, of a run that is killed when so many have been written."""
+
+    def __init__(self, folder: Path, left: int) -> None:
+        super().__init__(folder)
+        self.left = left
+
+    @property
+    def due(self) -> bool:
+        return True
+
+    def write(self, state: Any) -> None:
+        super().write(state)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+def goes_on(make: Callable[[int], Any], run: Run, folder: Path, kills: tuple[int, ...] = (1, 1, 3)) -> Result:
+    """Kill a run again and again, let it go on, and compare it with one that was not killed."""
+    whole = run(make(0))
+    for start, left in enumerate(kills):
+        # A run goes on with a pair of other parameters: all that counts is in the checkpoint.
+        with pytest.raises(Killed):
+            run(make(start), checkpoint=Killing(folder, left))
+    last, over = (run(make(seed), checkpoint=folder) for seed in (8, 9))
+    for again in (last, over):
+        same(again, whole)
+    return last
+
+
+def same(one: Result, other: Result) -> None:
+    assert np.array_equal(one.losses, other.losses)
+    for mine, theirs in ((one.params, other.params), (one.draws, other.draws)):
+        assert mine.keys() == theirs.keys()
+        assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
+    assert one.idata.attrs == other.idata.attrs
+
+
+ENTRIES = [e for e in ZOO.values() if any("checkpoint" in settings(m) for m in e.fits.values())]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("how", ["eager", "traced"])
+def test_a_fit_of_every_entry_goes_on(entry: Entry, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(entry)
+    monkeypatch.setattr(policy, "execution_of_fit", lambda *_: how)
+    name = next(n for n, m in entry.fits.items() if "checkpoint" in settings(m))
+    chosen = {"steps": 8, "draws": 10, "batch": 15, "progress": False}
+    known = settings(entry.fits[name])
+    if "batch" not in getattr(entry.fits[name], "keywords", {"batch": 128}):
+        del chosen["batch"]
+    method = partial(entry.fits[name], **{n: v for n, v in chosen.items() if n in known})
+    goes_on(case.pair, lambda pair, **more: method(pair, case.data, **more), tmp_path / "run")
+
+
+Y = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
+
+
+def model(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    sd = pyro.sample("sd", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, sd).to_event(1), obs=y)
+
+
+def plain(_: int = 0) -> Any:
+    return model, AutoNormal(model)
+
+
+OPTIMIZERS = {
+    "of Pyro": lambda: ClippedAdam({"lr": 0.02, "lrd": 0.99}),
+    "of Pyro with a schedule": lambda: ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.9}
+    ),
+    "joint": lambda: Joint(
+        torch.optim.SGD,
+        {"lr": 0.01, "momentum": 0.9},
+        schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=3),
+        clip_norm=1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_state_of_an_optimizer_goes_on(optimizer: Any, tmp_path: Path) -> None:
+    def run(pair: Any, **more: Any) -> Result:
+        return fit(pair, Y, steps=9, draws=10, optimizer=optimizer(), progress=False, **more)
+
+    goes_on(plain, run, tmp_path / "run")
+
+
+def test_blocks_of_a_fused_fit_go_on(tmp_path: Path) -> None:
+    run = partial(fit, data=Y, steps=270, draws=10, compile=True, progress=False)
+    # Killed before the program was made, after a first step of it, in the middle of blocks, and in the last steps.
+    last = goes_on(plain, run, tmp_path / "run", kills=(1, 2, 3, 4))
+    assert last.idata.attrs["execution"] == "fused"
+
+
+class Noisy(nn.Module):
+    """A guide with a network that has a buffer, and dropout in its training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+
+    def model(self, y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), dist.constraints.positive)
+        with pyro.plate("rows", size or len(y), subsample=rows):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z[..., None].expand(*z.shape, 2), scale).to_event(1), obs=y)
+
+    def guide(self, y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        pyro.module("net", self.net)
+        with pyro.plate("rows", size or len(y), subsample=rows):
+            pyro.sample(
+                "z", dist.Bernoulli(logits=self.net(y)[..., 0]), infer={"baseline": {"use_decaying_avg_baseline": True}}
+            )
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_minibatches_buffers_and_baselines_go_on(compile: bool, tmp_path: Path) -> None:
+    y = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    run = partial(fit, data=y, objective=TraceGraph_ELBO, steps=11, batch=5, draws=10, compile=compile, progress=False)
+
+    def make(seed: int) -> Any:
+        with isolated(seed):
+            pair = Noisy()
+        return pair.model, pair.guide
+
+    goes_on(make, run, tmp_path / "run", kills=(2, 3, 3))
+
+
+@pytest.mark.parametrize("how", ["eager", "traced"])
+def test_players_that_take_turns_go_on(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "execution_of_fit", lambda *_: how)
+    case = Case(ZOO["gan"])
+
+    def run(pair: Any, **more: Any) -> Result:
+        objective = Adversarial(r1=0.1, turns=(2, 1))
+        optimizer = Joint(torch.optim.Adam, objective.settings(guide={"lr": 0.01}, model={"lr": 0.001}))
+        chosen = {"steps": 14, "batch": 16, "optimizer": optimizer, "draws": 10, "progress": False}
+        return fit(pair, case.data, objective, **chosen, **more)
+
+    goes_on(case.pair, run, tmp_path / "run", kills=(1, 2, 3, 5))
+
+
+def test_patience_ends_where_it_would_have(tmp_path: Path) -> None:
+    run = partial(fit, data=Y, steps=400, patience=20, learning_rate=0.1, draws=10, progress=False)
+    last = goes_on(plain, run, tmp_path / "run", kills=(5, 30))
+    assert len(last.losses) < 400
+
+
+def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    run = partial(fit, steps=5, draws=10, progress=False, checkpoint=tmp_path / "run")
+    run(plain(), Y)
+    with pytest.raises(ValueError, match=r"checkpoint: .*run is of a run with steps 5, got 6; use another folder$"):
+        run(plain(), Y, steps=6)
+    with pytest.raises(ValueError, match=r"is of a run with data y [0-9a-f]{8}, got y [0-9a-f]{8}; use another"):
+        run(plain(), Y + 1)
+    with pytest.raises(ValueError, match=r"objective Trace_ELBO\(.*num_particles=1.*, got .*num_particles=3"):
+        run(plain(), Y, objective=Trace_ELBO(num_particles=3))
+    with pytest.raises(ValueError, match="learning_rate 0.02, got 0.1"):
+        run(plain(), Y, learning_rate=0.1)
+    # The number of draws is no part of the run.
+    assert run(plain(), Y, draws=20).size == 20
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04K\x01.", b"\xff" * 100])
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*checkpoint\.safetensors: expected a checkpoint, got a file"):
+        fit(plain(), Y, steps=5, checkpoint=tmp_path, progress=False)
+    assert (tmp_path / FILE).read_bytes() == content
+
+
+def test_a_checkpoint_cut_short_is_refused_by_name(tmp_path: Path) -> None:
+    fit(plain(), Y, steps=5, checkpoint=tmp_path, progress=False)
+    content = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="expected a checkpoint, got a file that cannot be read"):
+        fit(plain(), Y, steps=5, checkpoint=tmp_path, progress=False)
+
+
+def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    def wider(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        sd = pyro.sample("sd", dist.LogNormal(0.0, 1.0))
+        loc = pyro.param("shift", torch.zeros(3))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu + loc.sum(), sd).to_event(1), obs=y)
+
+    wider.__name__ = "model"
+    fit(plain(), Y, steps=5, checkpoint=tmp_path, progress=False)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: it holds a parameter shift of shape none, and the pair \(3,\)$"
+    ):
+        fit((wider, AutoNormal(model)), Y, steps=5, checkpoint=tmp_path, progress=False)
+
+
+def test_values_in_files_come_back(tmp_path: Path) -> None:
+    class Other:
+        pass
+
+    value = {
+        "a": (1, 2.5, float("inf"), None, True, "text"),
+        3: [torch.arange(6).reshape(2, 3).T, torch.zeros(0), torch.tensor(1, dtype=torch.uint8)],
+        ("k", 1): {"b": np.arange(3, dtype=np.uint32)},
+    }
+    packed, tensors = pack(value)
+    for back in (unpack(packed, tensors), read_packed(write_packed(tmp_path / "file.safetensors", value))):
+        assert back["a"] == value["a"]
+        for mine, theirs in zip(back[3], value[3], strict=True):
+            assert torch.equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+        assert back["k", 1]["b"].dtype == np.uint32
+        assert list(back) == list(value)
+    with pytest.raises(TypeError, match="got Other, which no file can hold"):
+        pack({"a": [Other()]})
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("inference.checkpoint.perf_counter", lambda: now[0])
+
+    def slow(*_: Any) -> None:
+        now[0] += 3.0
+
+    monkeypatch.setattr("inference.checkpoint.write_packed", slow)
+    kept = Checkpoint(tmp_path, every=10)
+    kept.begin({})
+    written = 0
+    while now[0] < 10_000:
+        now[0] += 0.1
+        if kept.due:
+            kept.write({})
+            written += 1
+    assert 3.0 * written <= 0.02 * now[0]
+    assert written > 50
