@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from pyro.infer import NUTS as PyroNUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
+from inference.checkpoint import Checkpoint, asked_of, networks_of
 from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
@@ -45,6 +47,7 @@ def sample(
     seed: int = 0,
     compile: bool | str = "auto",
     device: str | torch.device | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> Result:
     r"""Sample the posterior of a model by Markov chains.
@@ -71,10 +74,16 @@ def sample(
             (ChEES and NUTS run the traced graph).
         device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
             the draws of the Result are on the CPU. Default: where pair and data are.
+        checkpoint: A folder that holds where the chains are and what they have drawn, renewed every half minute
+            (``Checkpoint(folder, every=...)``: as often as you say). Called again with the same arguments, ``sample``
+            goes on from there, and returns what it would have returned; chains that have ended are not run again.
+            For ``ChEES``, ``Gibbs`` and ``NUTS``. Default: none.
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
-        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp).
+        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp). An interrupt (Ctrl-C) after
+        the warmup of ``ChEES``, ``Gibbs`` or ``NUTS`` ends it early with the draws that there are; ``result.ended`` and
+        the diagnosis say so. In the warmup, and of other kernels, it raises KeyboardInterrupt.
 
     Raises:
         ValueError: An argument is out of its range, or the kernel cannot sample a site.
@@ -95,12 +104,18 @@ def sample(
     _check(bound, kernel, compile, draws=draws, warmup=warmup, chains=chains)
     if kernel is None and _only_drawn(bound):
         kernel = Gibbs
-    started = perf_counter()
+    started, kept = perf_counter(), Checkpoint.of(checkpoint)
+    lengths = {"draws": draws, "warmup": warmup, "chains": chains}
+    asked: dict[str, Any] = {}
+    if kept is not None:
+        asked = asked_of(bound, method="sample", **lengths, seed=seed, compile=compile)
+        asked["networks"] = networks_of(bound)
+    further: dict[str, Any] = {**lengths, "mode": compile, "progress": progress, "checkpoint": kept, "asked": asked}
     with isolated(seed), evaluating(bound.modules):
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:
-                made = run_batched(bound, partial(batched, eager=False), draws, warmup, chains, compile, progress)
+                made = run_batched(bound, partial(batched, eager=False), **further)
                 return _conclude(bound, made, perf_counter() - started)
             except Untraceable as error:
                 name = method_of(batched)
@@ -114,7 +129,10 @@ def sample(
         if not Kernel.of(example).draws_finite:
             _check_summed(bound)
         if Kernel.of(example).batched:
-            made = run_batched(bound, factory, draws, warmup, chains, compile, progress)
+            made = run_batched(bound, factory, **further)
+        elif kept is not None:
+            got = f"{method_of(factory)}, whose chains cannot go on from a file"
+            raise ValueError(f"checkpoint: expected ChEES, Gibbs or NUTS, got {got}")
         else:
             made = run_processes(bound, factory, draws, warmup, chains, seed, compile, progress)
         return _conclude(bound, made, perf_counter() - started)
@@ -172,5 +190,15 @@ def _check_summed(bound: BoundPair) -> None:
 def _conclude(bound: BoundPair, run: ChainRun, elapsed: float) -> Result:
     draws = {n: run.draws[n] for n in bound.sites if n in run.draws}
     posterior = Posterior(draws, run.chains, run.stats, attrs={"restarted": run.restarted})
-    seconds = {"setup": run.setup, "run": elapsed - run.setup}
-    return conclude(bound, lambda: posterior, run.more, seconds, method=run.method, execution=run.execution)
+    seconds = {"setup": run.setup, "run": run.before + elapsed - run.setup}
+    if run.ended:
+        warnings.warn(f"sample of {bound.name} {run.ended}", stacklevel=4)
+    return conclude(
+        bound,
+        lambda: posterior,
+        run.more,
+        seconds,
+        method=run.method,
+        execution=run.execution,
+        ended=run.ended,
+    )

@@ -94,7 +94,7 @@ class Checkpoint:
         held = _read(path)
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             got = held.get("format", "none") if isinstance(held, dict) else "none"
-            raise ValueError(f"checkpoint: {path}: expected format {FORMAT}, got {got}; a later version may read it")
+            raise ValueError(f"checkpoint: {path}: expected format {FORMAT}, got {got}; another version may read it")
         before = held["asked"]
         other = [n for n in {**before, **self._asked} if before.get(n) != self._asked.get(n)]
         if other:
@@ -143,6 +143,11 @@ def asked_of(bound: BoundPair, **settings: Any) -> dict[str, Any]:
     shown = {n: v if v is None or isinstance(v, bool | int | float | str) else str(v) for n, v in settings.items()}
     sites = {n: list(s.shape) for n, s in bound.sites.items()}
     return {"pair": bound.name, "sites": sites, "data": fingerprints(bound.data), **shown}
+
+
+def networks_of(bound: BoundPair) -> dict[str, Any]:
+    """Fingerprints of the parameters and buffers of a pair's modules, which chains leave as they are."""
+    return fingerprints({n: v for m in bound.modules for n, v in m.state_dict().items()})
 
 
 def named(what: Any) -> str:

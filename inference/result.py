@@ -167,12 +167,12 @@ class Result:
 
     @property
     def ended(self) -> str:
-        """Why and at which step a fit ended early, ``interrupted at step 20 of 100``; empty if it did not."""
+        """Why and where the run ended early, ``interrupted at step 20 of 100``; empty if it did not."""
         return str(self.idata.attrs.get("ended", ""))
 
     @property
     def interrupted(self) -> bool:
-        """Whether the fit was interrupted (Ctrl-C), so that the Result is that of the steps taken until then."""
+        """Whether it was interrupted (Ctrl-C), so that the Result is that of the steps, or draws, until then."""
         return self.ended.startswith("interrupted")
 
     def save(self, path: str | Path) -> Path:

@@ -32,7 +32,7 @@ from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis
 from inference.idata import write_netcdf
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format, which a reader has to know."""
 
 
@@ -117,7 +117,7 @@ def read(path: str | Path) -> Saved:
     about = _or_refuse(folder / ABOUT, lambda file: json.loads(file.read_text()))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format", "none") if isinstance(about, dict) else "none"
-        raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; a later version may read it")
+        raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; another version may read it")
     tensors = _or_refuse(folder / TENSORS, load_file)
     attrs = about["attrs"]
     idata = xr.DataTree(xr.Dataset(attrs=attrs))

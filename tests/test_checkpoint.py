@@ -1,5 +1,6 @@
 """Runs that were killed go on: losses, parameters and draws are those of a run that was not, to the last bit."""
 
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam, ExponentialLR
 from torch import Tensor, nn
 
-from inference import Checkpoint, Joint, Result, fit, isolated
+from inference import Checkpoint, Joint, Result, fit, isolated, sample
 from inference.checkpoint import FILE
 from inference.compiler import policy
 from inference.core.packing import pack, read_packed, unpack, write_packed
+from inference.kernels import HMC, NUTS, ChEES, Gibbs
 from inference.objectives import Adversarial
 from ppl_models.zoo.entries import ZOO
 from ppl_models.zoo.entry import Entry
@@ -69,6 +71,10 @@ def same(one: Result, other: Result) -> None:
         assert mine.keys() == theirs.keys()
         assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
     assert one.idata.attrs == other.idata.attrs
+    if "sample_stats" in one.idata.children:
+        assert one.idata["sample_stats"].equals(other.idata["sample_stats"])
+        mine, theirs = one.draw(20), other.draw(20)
+        assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == []
 
 
 ENTRIES = [e for e in ZOO.values() if any("checkpoint" in settings(m) for m in e.fits.values())]
@@ -271,3 +277,120 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
             written += 1
     assert 3.0 * written <= 0.02 * now[0]
     assert written > 50
+
+
+def chains(pair: Any, kernel: Any, folder: Path, kills: tuple[int, ...], **settings: Any) -> Result:
+    chosen = {"draws": 30, "warmup": 50, "chains": 6, "progress": False, **settings}
+    return goes_on(lambda _: pair, lambda pair, **more: sample(pair, Y, kernel, **chosen, **more), folder, kills)
+
+
+def labelled(y: Tensor) -> None:
+    """A mixture: finite labels beside continuous means."""
+    means = pyro.sample("means", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(means[z.long()][..., None].expand(*z.shape, 2), 1.0).to_event(1), obs=y)
+
+
+def labels(y: Tensor) -> None:
+    """Finite labels alone."""
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z[..., None].expand(*z.shape, 2), 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("kernel", [ChEES, None, partial(NUTS, full_mass=False, max_tree_depth=3)])
+def test_chains_go_on(kernel: Any, tmp_path: Path) -> None:
+    # Killed in the warmup, and among the draws.
+    chains(model, kernel, tmp_path / "run", (3, 2, 2) if kernel is ChEES else (1, 1, 1), compile=False)
+
+
+@pytest.mark.parametrize("kernel", [ChEES, NUTS])
+def test_fused_chains_go_on(kernel: Any, tmp_path: Path) -> None:
+    last = chains(model, kernel, tmp_path / "run", (2, 1), compile=True)
+    assert last.idata.attrs["execution"] == "fused"
+
+
+@pytest.mark.parametrize("pair", [labelled, labels])
+def test_chains_of_gibbs_go_on(pair: Any, tmp_path: Path) -> None:
+    chains(pair, Gibbs, tmp_path / "run", (7, 50, 5), compile=False, draws=20)
+
+
+def test_chains_that_were_moved_are_counted_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def far() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        # A second mode of far lower density, in which chains are caught.
+        pyro.factor("mode", torch.logaddexp(-100 * (x - 0.5).square().sum(-1), -100 * (x + 1.5).square().sum(-1) - 60))
+
+    def run(**more: Any) -> Result:
+        return sample(far, None, ChEES, draws=20, warmup=100, chains=32, compile=False, progress=False, **more)
+
+    whole = run()
+    assert whole.idata["posterior"].attrs["restarted"] > 0
+    with pytest.raises(Killed):
+        run(checkpoint=Killing(tmp_path, 9))
+    same(run(checkpoint=tmp_path), whole)
+    assert run(checkpoint=tmp_path).idata["posterior"].attrs["restarted"] == whole.idata["posterior"].attrs["restarted"]
+
+
+def test_chains_in_processes_have_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^checkpoint: expected ChEES, Gibbs or NUTS, got HMC, whose chains cannot"):
+        sample(model, Y, HMC, draws=10, warmup=10, checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_chains_of_other_networks_are_refused(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+
+    def through(y: Tensor) -> None:
+        pyro.module("net", net)
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(net(mu), 1.0).to_event(1), obs=y)
+
+    class Through(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def model(self, y: Tensor) -> None:
+            through(y)
+
+    run = partial(sample, draws=10, warmup=10, chains=8, compile=False, progress=False, checkpoint=tmp_path)
+    run(Through().model, Y)
+    with torch.no_grad():
+        net.weight += 1.0
+    with pytest.raises(ValueError, match=r"is of a run with networks net.weight [0-9a-f]{8}, .*; use another folder$"):
+        run(Through().model, Y)
+
+
+@pytest.mark.parametrize("warming", [True, False])
+def test_interrupted_chains_keep_what_they_have(
+    warming: bool, tmp_path: Path, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = NUTS.advance
+
+    def interrupted(self: Any) -> Any:
+        moves = advance(self)
+        if self._taken == (25 if warming else 100):
+            signal.raise_signal(signal.SIGINT)
+        return moves
+
+    short = partial(NUTS, max_tree_depth=2)
+    run = partial(sample, model, Y, short, draws=75, warmup=50, chains=3, compile=False, progress=False)
+    whole = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(NUTS, "advance", interrupted)
+        if warming:
+            with pytest.raises(KeyboardInterrupt):
+                run(checkpoint=tmp_path)
+        else:
+            with pytest.warns(UserWarning, match="interrupted at draw 50 of 75"):
+                part = run(checkpoint=tmp_path)
+            assert part.interrupted
+            assert part.diagnosis.advice[0].startswith("The run was interrupted at draw 50 of 75")
+            for name, value in part.draws.items():
+                expected = whole.draws[name].unflatten(0, (3, 75))[:, :50].flatten(0, 1)
+                assert torch.equal(value, expected)
+    # What is on disk agrees with it: the run goes on.
+    same(run(checkpoint=tmp_path), whole)

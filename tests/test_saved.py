@@ -179,7 +179,7 @@ def test_a_damaged_or_foreign_file_is_refused_by_name_and_no_code_of_it_runs(
 def test_a_later_format_is_refused(folder: Path) -> None:
     about = json.loads((folder / ABOUT).read_text())
     (folder / ABOUT).write_text(json.dumps({**about, "format": 99}))
-    with pytest.raises(ValueError, match=r"expected format 1, got 99; a later version may read it"):
+    with pytest.raises(ValueError, match=r"expected format 2, got 99; another version may read it"):
         load(folder)
 
 

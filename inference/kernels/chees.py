@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inference.kernels.hamiltonian import Hamiltonian, check_integers, check_positive
 from inference.kernels.metric import learn, log_volume, positive_sd
-from inference.kernels.trajectory import Chains, Noise, Tuning, fresh_tuning, run_block
+from inference.kernels.trajectory import Chains, Moves, Noise, Tuning, fresh_tuning, run_block
 
 BLOCK = 10
 """Transitions per call of the program."""
@@ -88,7 +88,7 @@ class ChEES(Hamiltonian):
 
     least_chains, step_size, target_accept_prob = 2, 0.1, 0.651
     block = BLOCK
-    transitions = staticmethod(run_block)
+    transitions, moves = staticmethod(run_block), Moves
 
     def __init__(
         self,
@@ -115,7 +115,6 @@ class ChEES(Hamiltonian):
         like = self._density.like
         self._tuning = fresh_tuning(self._first_step, self._first_length, like)
         self._renewals = _renewals(self._warmup)
-        self.restarted, self._moved = 0, torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
 
     def _rules(self, learning: bool) -> Tensor:
         # Before the metric is known, trajectories from remote starts are kept short.
@@ -159,8 +158,7 @@ class ChEES(Hamiltonian):
         count = int(lost.sum())
         if count:
             # A chain may be moved several times.
-            self._moved |= lost
-            self.restarted = int(self._moved.sum())
+            self._moved = self._moved | lost
             others = targets[torch.randint(len(targets), (count,), device=targets.device)]
             self._chains = Chains(*(v.clone() for v in self._chains))
             for value in self._chains:

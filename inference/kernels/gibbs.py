@@ -166,15 +166,17 @@ class Gibbs(BatchedKernel):
         return self._taken < self._warmup
 
     @property
-    def state(self) -> tuple[Any, ...]:
-        """State of the chains and of the adaptation; assign it to resume from there."""
-        return dict(self._values), self._taken, None if self._rest is None else self._rest.state
+    def state(self) -> dict[str, Any]:
+        """State of the chains and of the adaptation; assign it to resume from there, in the warmup too."""
+        rest = None if self._rest is None else self._rest.state
+        return {"values": dict(self._values), "taken": self._taken, "rest": rest}
 
     @state.setter
-    def state(self, state: tuple[Any, ...]) -> None:
-        self._values, self._taken = dict(state[0]), state[1]
+    def state(self, state: Mapping[str, Any]) -> None:
+        self._values, self._taken = dict(state["values"]), state["taken"]
         if self._rest is not None:
-            self._rest.state = state[2]
+            self._rest.state = state["rest"]
+            self.gradients = self._rest.gradients
 
     def fuse(self) -> None:
         """Compile the moves of the continuous sites."""

@@ -64,6 +64,7 @@ class Hamiltonian(BatchedKernel):
         target_accept_prob: Default of the argument.
         transitions: A block of transitions: from a density, chains, tuning, metric, rules and noise to chains, tuning
             and moves.
+        moves: Named tuple of the draws of a block.
         overhead: Operations of a leapfrog step besides those of its gradient.
     """
 
@@ -72,6 +73,7 @@ class Hamiltonian(BatchedKernel):
     target_accept_prob: float = 0.8
     overhead: int = 0
     transitions: ClassVar[Callable[..., Any]]
+    moves: ClassVar[type]
     _chains: Chains
     _tuning: Tensor
     _latest: Any
@@ -141,6 +143,7 @@ class Hamiltonian(BatchedKernel):
         self._warmup, self._taken, self._handed, self._ended = warmup_steps, 0, 0, warmup_steps == 0
         self.gradients = 0
         self._window: list[Tensor] = []
+        self._moved = torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
         self._last = self._initial
         self._diverging: list[Tensor] = []
         self._plan()
@@ -220,18 +223,35 @@ class Hamiltonian(BatchedKernel):
         return not self._ended
 
     @property
-    def state(self) -> tuple[Any, ...]:
-        """State of the chains and of the adaptation; assign it to resume from there."""
-        return self._chains, self._tuning, self._metric, self._taken
+    def restarted(self) -> int:  # type: ignore[override]
+        """Number of chains that the warmup moved elsewhere."""
+        return int(self._moved.sum())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """State of the chains and of the adaptation; assign it to resume from there, in the warmup too."""
+        return {
+            "chains": tuple(self._chains),
+            "tuning": self._tuning,
+            "metric": tuple(self._metric),
+            "window": tuple(self._window),
+            "moved": self._moved,
+            "taken": self._taken,
+            "ended": self._ended,
+            "gradients": self.gradients,
+        }
 
     @state.setter
-    def state(self, state: tuple[Any, ...]) -> None:
-        self._chains, self._tuning, self._metric, self._taken = state
+    def state(self, state: Mapping[str, Any]) -> None:
+        self._chains, self._metric = Chains(*state["chains"]), Metric(*state["metric"])
+        self._tuning, self._window = state["tuning"], list(state["window"])
+        self._moved, self.gradients = state["moved"], state["gradients"]
+        self._taken, self._ended = state["taken"], state["ended"]
         self._queue.clear()
 
     def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
-        moves = type(blocks[0])(*(torch.cat(v) for v in zip(*blocks, strict=True)))
+        moves = type(self).moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
         self._density.check(self._chains.position.mT)
         return self.constrain(moves.position), self._statistics(moves)
 

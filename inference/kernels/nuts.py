@@ -87,7 +87,7 @@ class NUTS(Hamiltonian):
 
     lengths = (1000, 1000, 4)
     block = BLOCK
-    transitions = staticmethod(run_trees)
+    transitions, moves = staticmethod(run_trees), TreeMoves
     overhead, expected = OPERATIONS, policy.NUTS_GRADIENTS
 
     def __init__(

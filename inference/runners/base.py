@@ -40,6 +40,8 @@ class ChainRun:
         method: Name of the kernel.
         more: Further draws, which go on where the chains ended.
         restarted: Number of chains that the warmup moved elsewhere.
+        before: Seconds that earlier parts of the run took, if it goes on from a checkpoint.
+        ended: Why and at which draw the run ended early; empty if it did not.
     """
 
     draws: dict[str, Tensor]
@@ -50,6 +52,8 @@ class ChainRun:
     method: str
     more: FurtherDraws
     restarted: int = 0
+    before: float = 0.0
+    ended: str = ""
 
 
 def lengths(defaults: tuple[int, ...], *asked: int | None) -> tuple[int, ...]:

@@ -13,16 +13,19 @@ import pyro
 import torch
 from torch import Tensor
 
+from inference.checkpoint import Checkpoint, named
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import preserved_rng
-from inference.core.private import tree_flatten, tree_leaves, tree_unflatten
+from inference.core.handlers import called_by_exclusive, preserved_rng, random_state, set_random_state
+from inference.core.packing import pack, unpack
+from inference.core.private import tree_map
 from inference.kernels import NUTS, ChEES, Gibbs
 from inference.result import RESTORED, FurtherDraws
 from inference.runners.base import (
     Bars,
     ChainRun,
     KernelFactory,
+    interrupts_deferred,
     kernel_of,
     lengths,
     method_of,
@@ -39,20 +42,70 @@ def run_batched(
     chains: int | None,
     mode: bool | str,
     progress: bool,
+    checkpoint: Checkpoint | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> ChainRun:
-    """Run a ``BatchedKernel``; lengths that are None are its defaults, and ``mode`` says whether to compile."""
+    """Run a ``BatchedKernel``.
+
+    Lengths that are None are its defaults, ``mode`` says whether to compile, and ``asked`` what the run was asked for,
+    for its checkpoint.
+    """
     started = perf_counter()
     kernel = kernel_of(bound, factory)
     kernel.adopt(bound.asked)
     draws, warmup, chains = lengths(kernel.lengths, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains, most_threads()))
-    run.setup(draws)
-    setup = perf_counter() - started
+    kept = None if checkpoint is None else _Kept(checkpoint, bound)
+    held = None if kept is None else kept.begin({**(asked or {}), "kernel": named(factory)})
+    run.setup(draws, held)
+    setup = perf_counter() - started if held is None else held["setup"]
+    before = 0.0 if held is None else held["seconds"]
     with Bars(bound, 1, warmup + draws, progress) as show:
-        values, stats = run.draw(draws, show)
+        values, stats = run.draw(draws, show, kept, setup, before - started)
     more = ChainDraws(run, kernel.state, factory)
-    return ChainRun(values, stats, chains, setup, kernel.execution, method_of(factory), more, kernel.restarted)
+    count = len(next(iter(values.values()))) // chains
+    ended = "" if count == draws else f"interrupted at draw {count} of {draws}"
+    how = kernel.execution
+    return ChainRun(values, stats, chains, setup, how, method_of(factory), more, kernel.restarted, before, ended)
+
+
+class _Kept:
+    """The checkpoint of chains: where they are, and their draws in files that are written once."""
+
+    def __init__(self, checkpoint: Checkpoint, bound: BoundPair) -> None:
+        self._checkpoint, self._device = checkpoint, bound.device
+        self._written = self._files = 0
+
+    def begin(self, asked: Mapping[str, Any]) -> Any:
+        """Where the chains are; None if they have not begun."""
+        held = self._checkpoint.begin(asked)
+        if held is None:
+            return None
+        self._files = held["files"]
+        blocks = [block for k in range(self._files) for block in self._checkpoint.blocks(k)]
+        self._written = len(blocks)
+        # Random states are on the CPU, whatever the device.
+        return {**self._here({**held, "random": None, "blocks": blocks}), "random": held["random"]}
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self._checkpoint.due
+
+    def write(self, blocks: list[Any], state: Mapping[str, Any]) -> None:
+        """Write the blocks of draws that are new, and then the checkpoint."""
+        if len(blocks) > self._written:
+            self._checkpoint.add(self._files, blocks[self._written :])
+            self._files, self._written = self._files + 1, len(blocks)
+        self._checkpoint.write({**state, "files": self._files, "random": random_state()})
+
+    def _here(self, value: Any) -> Any:
+        return tree_map(lambda v: v.to(self._device) if isinstance(v, Tensor) else v, value)
+
+
+LEAST_DRAWS = 4
+"""Draws per chain that chains have to have made when they are interrupted, for what they are to be of use."""
 
 
 KERNELS: dict[str, Any] = {"ChEES": ChEES, "Gibbs": Gibbs, "NUTS": NUTS}
@@ -89,10 +142,8 @@ class ChainDraws(FurtherDraws):
             return {"kind": "none"}, []
         run = self.run
         about = {"chains": run.kernel.num_chains, "mode": run.mode, "fused": run.fused, "threads": run.threads}
-        leaves = tree_leaves(self.state)
-        numbers = {str(k): v for k, v in enumerate(leaves) if not isinstance(v, Tensor)}
-        tensors = [v for v in leaves if isinstance(v, Tensor)]
-        return {"kind": "chains", "kernel": kernel, "settings": settings, **about, "numbers": numbers}, tensors
+        state, tensors = pack(self.state)
+        return {"kind": "chains", "kernel": kernel, "settings": settings, **about, "state": state}, tensors
 
 
 @dataclass
@@ -129,10 +180,8 @@ class _Restored(FurtherDraws):
             if about["fused"]:
                 kernel.fuse()
         run.fused = about["fused"]
-        leaves, form = tree_flatten(kernel.state)
-        tensors = (v.to(self.bound.device) for v in self.tensors)
-        held = [about["numbers"][str(k)] if str(k) in about["numbers"] else next(tensors) for k in range(len(leaves))]
-        return ChainDraws(run, tree_unflatten(held, form), factory)
+        state = unpack(about["state"], [v.to(self.bound.device) for v in self.tensors])
+        return ChainDraws(run, state, factory)
 
 
 RESTORED["chains"] = lambda bound, about, tensors: _Restored(bound, about, tensors)
@@ -144,40 +193,86 @@ class _Run:
     def __init__(self, kernel: Any, mode: bool | str, warmup: int, threads: int) -> None:
         self.kernel, self.mode, self.warmup, self.threads = kernel, mode, warmup, threads
         self.fused = False
+        self.blocks: list[Any] = []
+        self.done = self.before = 0
 
-    def setup(self, draws: int) -> None:
-        """Set the kernel up for the warmup and so many draws."""
+    def setup(self, draws: int, held: Mapping[str, Any] | None = None) -> None:
+        """Set the kernel up for the warmup and so many draws, or to go on from what a checkpoint holds."""
+        kernel = self.kernel
         with threads_set(self.threads):
-            self.kernel.setup(self.warmup)
-            self._fuse_if_worth_it(self.kernel.expected * (self.warmup + draws))
+            kernel.setup(self.warmup)
+            if held is None:
+                self._fuse_if_worth_it(kernel.expected * (self.warmup + draws))
+                return
+            if held["fused"]:
+                self.fused = True
+                kernel.fuse()
+            kernel.state = held["kernel"]
+            self.blocks, self.done, self.before = held["blocks"], held["done"], held["before"]
+            set_random_state(held["random"])
 
     def draw(
-        self, draws: int, show: Callable[[int, int, str], None]
+        self,
+        draws: int,
+        show: Callable[[int, int, str], None],
+        kept: _Kept | None = None,
+        setup: float = 0.0,
+        clock: float = 0.0,
     ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        r"""Finish the warmup and make draws: values (chains * draws, \*shape), statistics (chains, draws)."""
-        kernel, blocks = self.kernel, list[Any]()
-        done, before = 0, kernel.gradients
-        with pyro.validation_enabled(False), threads_set(self.threads):
-            while len(blocks) * kernel.block < draws:
-                warming = kernel.warming
-                block = kernel.advance()
-                done += kernel.block
-                show(0, done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
-                if not warming:
-                    blocks.append(block)
-                ahead = draws - len(blocks) * kernel.block + (self.warmup - done if kernel.warming else 0)
-                # The first trajectories may be longer than later ones: expect at most as much again as was needed.
-                gradients = kernel.gradients - before
-                self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / done))
+        r"""Finish the warmup and make draws: values (chains * draws, \*shape), statistics (chains, draws).
+
+        Args:
+            draws: Draws per chain.
+            show: Shows progress.
+            kept: Checkpoint; None: there is none.
+            setup: Seconds that the setup took, for the checkpoint.
+            clock: What makes ``perf_counter`` the seconds of the run.
+        """
+        kernel, blocks = self.kernel, self.blocks
+
+        def keep() -> None:
+            if kept is not None:
+                at = {"kernel": kernel.state, "fused": self.fused, "done": self.done, "before": self.before}
+                kept.write(blocks, {**at, "setup": setup, "seconds": clock + perf_counter()})
+
+        validated, threads = pyro.validation_enabled(False), threads_set(self.threads)
+        with validated, threads, interrupts_deferred() as interrupts:
+            try:
+                while len(blocks) * kernel.block < draws:
+                    self._advance(draws, show)
+                    if len(blocks) * kernel.block >= draws or (kept is not None and kept.due):
+                        keep()
+                    interrupts()
+            except KeyboardInterrupt:
+                if interrupts.pressed == 1:
+                    keep()
+                if called_by_exclusive() or interrupts.pressed != 1 or len(blocks) * kernel.block < LEAST_DRAWS:
+                    raise
+                draws = min(draws, len(blocks) * kernel.block)
             values, stats = kernel.collect(blocks)
         # The last block may have made too many draws.
         flat = {n: v[:draws].transpose(0, 1).flatten(0, 1) for n, v in values.items()}
         return flat, {n: v[:draws].T.cpu().numpy() for n, v in stats.items()}
 
+    def _advance(self, draws: int, show: Callable[[int, int, str], None]) -> None:
+        """Run one block of transitions."""
+        kernel, blocks = self.kernel, self.blocks
+        warming = kernel.warming
+        block = kernel.advance()
+        self.done += kernel.block
+        show(0, self.done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
+        if not warming:
+            blocks.append(block)
+        ahead = draws - len(blocks) * kernel.block + (self.warmup - self.done if kernel.warming else 0)
+        # The first trajectories may be longer than later ones: expect at most as much again as was needed.
+        gradients = kernel.gradients - self.before
+        self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / self.done))
+
     def more(self, state: Any, size: int, seed: int) -> dict[str, Tensor]:
         """Further draws from a state of the kernel."""
         chains = self.kernel.num_chains
         self.kernel.state = state
+        self.blocks, self.done, self.before = [], 0, self.kernel.gradients
         per_chain = -(-size // chains)
         values = self.draw(per_chain, lambda *_: None)[0]
         # The first draw of every chain, then the second: a few draws come from as many chains as possible.
