@@ -130,6 +130,18 @@ def assert_within(found: Evidence, truth: Tensor, errors: float = 4.0) -> None:
     assert ((found.values - truth).abs() < errors * found.errors + 1e-9).all(), (found.values - truth) / found.errors
 
 
+def assert_annealed(found: Evidence, truth: Tensor) -> None:
+    """Each row, and their mean, within five standard errors.
+
+    A row's own error is that of twelve chains (Student's t with 11 degrees of freedom: one row in 2,500 is off by five),
+    so it counts as no less than that of all rows together.
+    """
+    away, errors = found.values - truth, found.errors
+    pooled = errors.square().mean().sqrt()
+    assert (away.abs() < 5 * errors.clamp(min=pooled)).all(), away / errors
+    assert away.mean().abs() < 5 * pooled / len(errors) ** 0.5, away.mean()
+
+
 # Exact.
 
 
@@ -448,20 +460,20 @@ def test_sites_of_several_shapes_are_annealed_together(rows: int) -> None:
     truth = torch.as_tensor(stats.multivariate_normal(np.zeros(3), covariance.numpy()).logpdf(y.numpy()))
     found = log_evidence(nested, y, "annealed", **SMALL)
     assert found.errors.max() < 0.6
-    assert_within(found, truth, 5.0)
+    assert_annealed(found, truth)
 
 
 def test_finite_sites_are_summed_out_while_others_are_annealed() -> None:
     x = torch.linspace(-4, 5, 20).double()
     found = log_evidence(branching, x, "annealed", **{**SMALL, "chains": 30})
     assert found.errors.max() < 0.4
-    assert_within(found, of_mixture(x, math.sqrt(1 + 0.8**2)), 5.0)
+    assert_annealed(found, of_mixture(x, math.sqrt(1 + 0.8**2)))
 
 
 def test_a_decoder_is_annealed_to_quadrature() -> None:
     pair = Decoder()
     found = log_evidence(pair, BINARY, "annealed", **SMALL)
-    assert_within(found, pair.by_quadrature(BINARY), 5.0)
+    assert_annealed(found, pair.by_quadrature(BINARY))
     assert all(p.grad is None for p in pair.parameters())
 
 
@@ -562,11 +574,9 @@ def test_a_result_brings_its_parameters_and_data(alone) -> None:
     assert_within(log_evidence(result, k=10_000, **QUIET), truth)
     assert pair.mu.item() == -5.0
     other = torch.tensor([0.0, 1.0, 2.0]).double()
-    assert_within(
-        log_evidence(result, other, "annealed", **SMALL), dist.Normal(fitted, math.sqrt(2)).log_prob(other), 5.0
-    )
+    assert_annealed(log_evidence(result, other, "annealed", **SMALL), dist.Normal(fitted, math.sqrt(2)).log_prob(other))
     as_it_is = log_evidence(pair, other, "annealed", **SMALL)
-    assert_within(as_it_is, dist.Normal(-5.0, math.sqrt(2)).log_prob(other), 5.0)
+    assert_annealed(as_it_is, dist.Normal(-5.0, math.sqrt(2)).log_prob(other))
 
 
 def test_parameters_of_the_store_come_with_a_result() -> None:
@@ -621,7 +631,7 @@ def test_single_precision_is_enough() -> None:
     found = log_evidence((model, lambda x: seeing(x)), x, k=10_000, **QUIET)
     assert found.values.dtype == torch.float64
     assert_within(found, dist.Normal(0.0, math.sqrt(2)).log_prob(x))
-    assert_within(log_evidence(model, x, "annealed", **SMALL), dist.Normal(0.0, math.sqrt(2)).log_prob(x), 5.0)
+    assert_annealed(log_evidence(model, x, "annealed", **SMALL), dist.Normal(0.0, math.sqrt(2)).log_prob(x))
 
 
 def stubborn(x: Tensor) -> None:
@@ -666,8 +676,7 @@ def _meets_the_truth(model: Callable[..., None]) -> None:
     truth = dist.Normal(0.0, math.sqrt(2)).log_prob(x)
     assert_within(log_evidence((model, guide), x, k=300, **QUIET), truth)
     found = log_evidence(model, x, "annealed", **{**SMALL, "temperatures": 10, "chains": 64})
-    # Of eight chains the error is itself known to a quarter only.
-    assert_within(found, truth, 5.0)
+    assert_annealed(found, truth)
 
 
 def test_what_an_evidence_says() -> None:

@@ -138,8 +138,8 @@ def has_turned(leaves: list[tuple[Tensor, Tensor]]) -> bool:
 
 @pytest.mark.parametrize("full_mass", [True, False], ids=["dense", "diagonal"])
 def test_a_correlated_normal(full_mass: bool) -> None:
-    root = torch.tril(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).double() + torch.eye(5)
-    covariance = root @ root.T
+    apart, scale = torch.arange(5).double(), torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0]).double()
+    covariance = scale[:, None] * 0.7 ** (apart[:, None] - apart).abs() * scale
 
     def model() -> None:
         pyro.sample("x", dist.MultivariateNormal(torch.zeros(5).double(), covariance))
