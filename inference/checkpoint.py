@@ -7,6 +7,7 @@ chains have made stand in files of their own, each of which is written once.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,10 @@ SHARE = 50
 """Times that a checkpoint took in writing which have to pass before the next: at most two percent of a run."""
 
 
+class CheckpointError(ValueError):
+    """A run cannot go on from the folder that it was given."""
+
+
 class Checkpoint:
     r"""A folder from which a run goes on when it is started again with the same arguments.
 
@@ -57,6 +62,7 @@ class Checkpoint:
 
     Raises:
         ValueError: ``every`` is not a positive number.
+        CheckpointError: In a run: the folder is of another one, or its file is damaged or foreign.
 
     Example:
         >>> kept = Checkpoint("runs/eight_schools", every=10)  # then fit(pair, data, checkpoint=kept)
@@ -75,6 +81,11 @@ class Checkpoint:
             return None
         return where if isinstance(where, Checkpoint) else Checkpoint(where)
 
+    def part(self, name: str) -> Checkpoint:
+        """The checkpoint of a part of the run, in a folder of this one."""
+        stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        return Checkpoint(self.folder / (stem or "_"), self.every)
+
     def begin(self, asked: Mapping[str, Any]) -> Any:
         """Where the run is, or None if it has not begun.
 
@@ -82,7 +93,7 @@ class Checkpoint:
             asked: What the run is asked for, which has to be the same when it goes on.
 
         Raises:
-            ValueError: The folder is of another run, or its file is damaged, foreign, or of a later format.
+            CheckpointError: The folder is of another run, or its file is damaged, foreign, or of a later format.
             OSError: The folder cannot be made.
         """
         self._asked = dict(asked)
@@ -94,12 +105,14 @@ class Checkpoint:
         held = _read(path)
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             got = held.get("format", "none") if isinstance(held, dict) else "none"
-            raise ValueError(f"checkpoint: {path}: expected format {FORMAT}, got {got}; another version may read it")
+            raise CheckpointError(
+                f"checkpoint: {path}: expected format {FORMAT}, got {got}; another version may read it"
+            )
         before = held["asked"]
         other = [n for n in {**before, **self._asked} if before.get(n) != self._asked.get(n)]
         if other:
             told = "; ".join(f"{n} {_shown(before.get(n))}, got {_shown(self._asked.get(n))}" for n in other[:3])
-            raise ValueError(f"checkpoint: {self.folder} is of a run with {told}; use another folder")
+            raise CheckpointError(f"checkpoint: {self.folder} is of a run with {told}; use another folder")
         if held["torch"] != torch.__version__:
             warnings.warn(
                 f"checkpoint: {self.folder} was written by torch {held['torch']}, and this is {torch.__version__}: "
@@ -182,7 +195,9 @@ def put(held: Mapping[str, Any], bound: BoundPair, objective: ELBO | None = None
         for name in {**then, **now}:
             wanted, got = (tuple(d[name].shape) if name in d else "none" for d in (then, now))
             if wanted != got:
-                raise ValueError(f"checkpoint: it holds a {what} {dotted(name)} of shape {wanted}, and the pair {got}")
+                raise CheckpointError(
+                    f"checkpoint: it holds a {what} {dotted(name)} of shape {wanted}, and the pair {got}"
+                )
         with torch.no_grad():
             for name, value in then.items():
                 now[name].copy_(value)
@@ -222,7 +237,7 @@ def _read(path: Path) -> Any:
     try:
         return read_packed(path)
     except FileNotFoundError:
-        raise ValueError(f"checkpoint: {path}: expected this file, got none") from None
+        raise CheckpointError(f"checkpoint: {path}: expected this file, got none") from None
     except (ValueError, KeyError, TypeError, IndexError, OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

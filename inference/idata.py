@@ -236,17 +236,29 @@ def _of_rows(bound: BoundPair, seen: Mapping[str, Tensor], score: Tensor) -> Ten
 
 def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""What masks leave of each observed site, (\*plates)."""
-    first, last = (_masks(bound, {n: v[k] for n, v in posterior.items()}) for k in (0, -1))
-    for name, mask in first.items():
-        if not torch.equal(mask, last[name]):
+    observed = bound.select("observed")
+    with torch.no_grad():
+        trace = engine.trace(bound, bound.model, {n: v[0] for n, v in posterior.items()})
+        first = {n: _mask(trace.nodes[n], s) for n, s in observed.items()}
+        masked = {n: s for n, s in observed.items() if _is_masked(trace.nodes[n])}
+        if not masked:
+            return first
+        every = engine.run(
+            bound, bound.model, posterior, None, lambda trace: {n: _mask(trace.nodes[n], s) for n, s in masked.items()}
+        )
+    for name, masks in every.items():
+        if not (masks.cpu() == first[name]).all():
             raise ValueError(f"the mask of {name} depends on latent sites, and arviz_stats.loo takes one for all draws")
     return first
 
 
-def _masks(bound: BoundPair, draw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        trace = engine.trace(bound, bound.model, draw)
-    return {n: _mask(trace.nodes[n], s) for n, s in bound.select("observed").items()}
+def _is_masked(node: Any) -> bool:
+    fn = node["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return node["mask"] is not None
 
 
 def _mask(node: Any, site: Site) -> Tensor:

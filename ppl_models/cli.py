@@ -85,6 +85,14 @@ OutDir = Annotated[str | None, typer.Option("--out", help="Output directory; def
 Device = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
 
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", help="Folder from which the same command goes on if it was killed; renewed every half minute."
+    ),
+]
+
+
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")]
 
 
@@ -144,6 +152,7 @@ def fit(
     draws: Annotated[int | None, typer.Option(min=4, help="Posterior draws to keep; default: the method's.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
 ) -> None:
     """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
@@ -156,7 +165,8 @@ def fit(
         name = next(iter(entry.fits)) if method is None else _named("method", method, entry.methods)
         if name not in entry.fits:
             raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
-        options = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "draws": draws}
+        options: dict[str, Any] = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "draws": draws}
+        options["checkpoint"] = checkpoint
         chosen = _taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
         dataset, folder = _prepare(entry, data_name, out_dir, device)
         with isolated(seed):
@@ -181,6 +191,7 @@ def sample(
     kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: chosen by the model.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
 ) -> None:
     """Sample a pair's posterior by Markov chains."""
@@ -191,7 +202,8 @@ def sample(
         with isolated(seed):
             model = entry.pair(dataset)
         factory = None if named is None else getattr(inference.kernels, named)
-        result = inference.sample(model, dataset.train, factory, draws=draws, warmup=warmup, chains=chains, seed=seed)
+        chosen: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "checkpoint": checkpoint}
+        result = inference.sample(model, dataset.train, factory, seed=seed, **chosen)
         _report(result, folder, result.method)
 
 
@@ -203,6 +215,7 @@ def compare(
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
 ) -> None:
     """Compare several methods on one pair: a table, a plot and one ArviZ file per method.
@@ -215,7 +228,7 @@ def compare(
         names = list(dict.fromkeys(_named("methods", name.strip(), entry.methods) for name in asked))
         dataset, folder = _prepare(entry, data_name, out_dir, device)
         seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
-        comparison = entry.compare(dataset, seeded, seed=seed)
+        comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
         _show(comparison, entry, dataset)
         for path in comparison.save(folder):
             out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)

@@ -17,8 +17,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam, ExponentialLR
 from torch import Tensor, nn
 
-from inference import Checkpoint, Joint, Result, fit, isolated, sample
-from inference.checkpoint import FILE
+from inference import Checkpoint, Joint, Result, compare, fit, isolated, sample
+from inference.checkpoint import FILE, CheckpointError
 from inference.compiler import policy
 from inference.core.packing import pack, read_packed, unpack, write_packed
 from inference.kernels import HMC, NUTS, ChEES, Gibbs
@@ -50,6 +50,17 @@ class Killing(Checkpoint):
         self.left -= 1
         if not self.left:
             raise Killed
+
+
+class Dying(Checkpoint):
+    """A checkpoint of a comparison, of which one method is killed."""
+
+    def __init__(self, folder: Path, method: str) -> None:
+        super().__init__(folder)
+        self.method = method
+
+    def part(self, name: str) -> Checkpoint:
+        return Killing(super().part(name).folder, 2 if name == self.method else 0)
 
 
 def goes_on(make: Callable[[int], Any], run: Run, folder: Path, kills: tuple[int, ...] = (1, 1, 3)) -> Result:
@@ -206,7 +217,7 @@ def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> N
     assert run(plain(), Y, draws=20).size == 20
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04K\x01.", b"\xff" * 100])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04K\x01.", b"\xff" * 100], ids=range(4))
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(ValueError, match=r"^checkpoint: .*checkpoint\.safetensors: expected a checkpoint, got a file"):
@@ -394,3 +405,38 @@ def test_interrupted_chains_keep_what_they_have(
                 assert torch.equal(value, expected)
     # What is on disk agrees with it: the run goes on.
     same(run(checkpoint=tmp_path), whole)
+
+
+def test_a_comparison_goes_on_with_the_method_that_was_under_way(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def counted(name: str, method: Any) -> Any:
+        def run(pair: Any, data: Any, **more: Any) -> Result:
+            ran.append(name)
+            return method(pair, data, **more)
+
+        return run
+
+    fitted = counted("SVI", partial(fit, steps=40, draws=50, progress=False))
+    chained = counted("chains (ChEES)", partial(sample, draws=20, warmup=30, chains=8, compile=False, progress=False))
+    closed = counted("closed", lambda pair, data: fit(pair, data, steps=0, draws=50, progress=False))
+    # A method that takes no checkpoint is run anew.
+    methods = {"closed": lambda pair, data: closed(pair, data), "SVI": fitted, "chains (ChEES)": chained}
+    run = partial(compare, plain, Y, methods)
+    whole = run().table
+    with pytest.raises(Killed):
+        run(checkpoint=Dying(tmp_path, "SVI"))
+    assert ran[-2:] == ["closed", "SVI"]
+    with pytest.raises(Killed):
+        run(checkpoint=Dying(tmp_path, "chains (ChEES)"))
+    table = run(checkpoint=tmp_path).table
+    timed = ["seconds", "seconds_total", "ess_per_s", "ess_per_s_total"]
+    assert table.drop(columns=timed).equals(whole.drop(columns=timed))
+    # Seconds are those of all parts of a run.
+    again = run(checkpoint=tmp_path).table
+    assert again.loc["SVI", "seconds"] == pytest.approx(table.loc["SVI", "seconds"], rel=0.5)
+    with pytest.raises(CheckpointError, match="is of a run with data y"):
+        compare(plain, Y + 1, methods, checkpoint=tmp_path)
+    assert Checkpoint(tmp_path).part("SVI (Trace_ELBO)").folder == tmp_path / "svi_trace_elbo"
+    with pytest.raises(ValueError, match="differ in their letters and digits, got SVI, svi"):
+        compare(plain, Y, {"SVI": fitted, "svi": fitted}, checkpoint=tmp_path)

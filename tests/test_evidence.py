@@ -133,8 +133,8 @@ def assert_within(found: Evidence, truth: Tensor, errors: float = 4.0) -> None:
 def assert_annealed(found: Evidence, truth: Tensor) -> None:
     """Each row, and their mean, within five standard errors.
 
-    A row's own error is that of twelve chains (Student's t with 11 degrees of freedom: one row in 2,500 is off by five),
-    so it counts as no less than that of all rows together.
+    A row's own error is that of twelve chains (Student's t with 11 degrees of freedom: one row in 2,500 is off by
+    five), so it counts as no less than that of all rows together.
     """
     away, errors = found.values - truth, found.errors
     pooled = errors.square().mean().sqrt()

@@ -2,13 +2,16 @@ r"""Compare methods of inference on one pair."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from inference.checkpoint import Checkpoint, CheckpointError
 from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind, move
@@ -33,6 +36,7 @@ def compare(
     label: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Comparison:
     r"""Run several methods of inference on one pair and compare their results.
 
@@ -49,18 +53,23 @@ def compare(
         seed: Seed from which each pair is built.
         device: Where to run, such as "cuda": pairs and data are moved there before a method gets them. Default: where
             they are.
+        checkpoint: A folder in which each method keeps its own checkpoint, if it takes an argument ``checkpoint`` or
+            hands on what it does not name, as ``fit`` and ``sample`` do. Called again with the same arguments, methods
+            that have ended are not run again, and the one that was under way goes on. Default: none.
 
     Returns:
         A Comparison. A method that fails has an empty row in the table, and a warning gives the reason.
 
     Raises:
-        ValueError: There are no methods, or ``truth`` or ``label`` names no site of the model, or no held-out labels.
+        ValueError: There are no methods, ``truth`` or ``label`` names no site of the model, there are no held-out
+            labels, or the checkpoint is of another run.
         RuntimeError: Every method failed (a single method raises its own error).
     """
     if not methods:
         raise ValueError("methods: expected at least one, got none")
 
-    place = check_device(device)
+    place, kept = check_device(device), Checkpoint.of(checkpoint)
+    _check_parts(methods, kept)
 
     def build() -> Any:
         with isolated(seed):
@@ -77,11 +86,12 @@ def compare(
     densities: dict[str, Densities] = {}
     for name, method in methods.items():
         try:
-            results[name] = method(build(), data)
+            further = {"checkpoint": kept.part(name)} if kept is not None and _takes_checkpoint(method) else {}
+            results[name] = method(build(), data, **further)
             rows[name], density = _score(results[name], moments, heldout, label)
             densities |= {} if density is None else {name: density}
         except Exception as error:
-            if len(methods) == 1:
+            if len(methods) == 1 or isinstance(error, CheckpointError):
                 raise
             rows[name] = {}
             warnings.warn(f"{name} failed: {error}", stacklevel=3)
@@ -91,6 +101,22 @@ def compare(
         rows[name] |= scores
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
     return Comparison(table.rename_axis("method"), results, dict(moments))
+
+
+def _takes_checkpoint(method: Method) -> bool:
+    parameters = inspect.signature(method).parameters
+    return "checkpoint" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_parts(methods: Mapping[str, Method], kept: Checkpoint | None) -> None:
+    """Raise a ValueError where two methods would have one folder."""
+    if kept is None:
+        return
+    folders: dict[Any, str] = {}
+    for name in methods:
+        other = folders.setdefault(kept.part(name).folder, name)
+        if other != name:
+            raise ValueError(f"methods: expected names that differ in their letters and digits, got {other}, {name}")
 
 
 def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Callable[[], Any], data: Any) -> Moments:

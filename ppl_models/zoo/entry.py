@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -95,7 +96,14 @@ class Entry:
         arguments = self.arguments(dataset, **{n: v for n, v in overrides.items() if n in known})
         return self.make(**{**arguments, **overrides}).to(device=dataset.device, dtype=self.dtype)
 
-    def compare(self, dataset: Dataset, methods: Mapping[str, Method] | None = None, *, seed: int = 0) -> Comparison:
+    def compare(
+        self,
+        dataset: Dataset,
+        methods: Mapping[str, Method] | None = None,
+        *,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+    ) -> Comparison:
         """Run the entry's methods, or those given, on a data set; compare with the entry's truth and held-out rows."""
         return compare(
             lambda: self.pair(dataset),
@@ -104,4 +112,5 @@ class Entry:
             truth=self.truth,
             heldout=dataset.test,
             seed=seed,
+            checkpoint=checkpoint,
         )
