@@ -243,9 +243,16 @@ def reproduce(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; omit to list them.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A size for tests, seconds instead of hours.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; default: the recipe's.")] = None,
+    only: Annotated[int | None, typer.Option("--seed", min=0, help="Run this seed alone.")] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Seeds recorded by other commits count as well.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side, in processes.")] = 1,
     out_dir: Annotated[str, typer.Option("--out", help="Directory of the records.")] = "results/ledger",
 ) -> None:
-    """Reproduce a published figure and append the result to a ledger."""
+    """Reproduce a published figure and append the result to a ledger.
+
+    Each seed is recorded when it ends, and is not run again; one that was killed goes on. Any number of processes may
+    run seeds of one recipe.
+    """
     with _one_line(context):
         if recipe is None:
             for each in ledger.RECIPES.values():
@@ -253,7 +260,11 @@ def reproduce(
             return
         chosen = ledger.RECIPES[_named("recipe", recipe, ledger.RECIPES)]
         folder = _writable(out_dir)
-        record = ledger.reproduce(chosen, folder, quick=quick, seeds=seeds)
+        further: dict[str, Any] = {"only": only, "missing": missing, "jobs": jobs}
+        record = ledger.reproduce(chosen, folder, quick=quick, seeds=seeds, **further)
+        if record is None:
+            out.print(f"[dim]{folder / (chosen.name + '.seeds.jsonl')}[/]", highlight=False, soft_wrap=True)
+            return
         out.print(f"[bold]{chosen.name}[/]: {chosen.title}; {chosen.protocol}", highlight=False, soft_wrap=True)
         error = record["standard_error"]
         margin = "" if error is None else f" ± {error:.2f} over {record['seeds']} seeds"

@@ -39,7 +39,8 @@ MODELS = (
 ABOVE = (
     ("ppl_models/data",),
     ("ppl_models/zoo",),
-    ("ppl_models/ledger/recipes", "ppl_models/ledger/record.py"),
+    ("ppl_models/ledger/recipes",),
+    ("ppl_models/ledger/record.py",),
     ("ppl_models/ledger",),
     ("ppl_models/__init__.py",),
     ("ppl_models/cli.py",),

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from typer.testing import CliRunner
 
 from inference import fit
@@ -20,6 +21,7 @@ from ppl_models import data, ledger
 from ppl_models.cli import app
 from ppl_models.ledger import record
 from ppl_models.ledger.entries import RECIPES
+from ppl_models.ledger.recipes.trained import trained
 from ppl_models.ledger.record import GRADES, Recipe
 
 README = Path(__file__).parent.parent / "README.md"
@@ -43,6 +45,80 @@ def test_a_record_has_the_figure_and_its_standard_error_over_seeds(tmp_path, mon
     monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe()})
     assert ledger.records(tmp_path) == written
     assert "| 2.5 | 1.00 | 1 |" in ledger.table(tmp_path)
+
+
+def test_a_seed_that_is_recorded_is_not_run_again(tmp_path, monkeypatch) -> None:
+    ran: list[int] = []
+
+    def run(quick: bool, seed: int) -> dict[str, float]:
+        if seed == 1 and len(ran) < 2:
+            ran.append(seed)
+            raise KeyboardInterrupt
+        ran.append(seed)
+        return FOUND[seed]
+
+    with pytest.raises(KeyboardInterrupt):
+        ledger.reproduce(recipe(run=run), tmp_path)
+    assert not (tmp_path / "made.jsonl").exists()
+    record = ledger.reproduce(recipe(run=run), tmp_path)
+    assert record["details"]["figure"] == [1.0, 3.0]
+    assert ran == [0, 1, 1]
+    # Nothing is left to do, and nothing is recorded twice.
+    assert ledger.reproduce(recipe(run=run), tmp_path) == record
+    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1
+    # Lines of another commit count when they are asked for alone.
+    monkeypatch.setattr("ppl_models.ledger.record._commit", lambda: "another")
+    assert ledger.reproduce(recipe(run=run), tmp_path, missing=True)["commit"] == record["commit"]
+    assert ran == [0, 1, 1]
+    assert ledger.reproduce(recipe(run=run), tmp_path, only=1) is None
+    assert ran == [0, 1, 1, 1]
+    joined = ledger.reproduce(recipe(run=run), tmp_path, missing=True)
+    assert joined["commit"] == f"{record['commit']}, another"
+
+
+def test_seeds_run_side_by_side_and_give_one_record(tmp_path) -> None:
+    alone = ledger.reproduce(recipe(run=_drawn), tmp_path / "one", seeds=3)
+    beside = ledger.reproduce(recipe(run=_drawn), tmp_path / "two", seeds=3, jobs=2)
+    assert beside["details"] == alone["details"]
+    assert len((tmp_path / "two" / "made.seeds.jsonl").read_text().splitlines()) == 3
+
+
+def _drawn(quick: bool, seed: int) -> dict[str, float]:
+    return {"figure": float(torch.rand((), generator=torch.Generator().manual_seed(seed)))}
+
+
+def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> None:
+    x = torch.randn(20)
+
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    class Plain:
+        def __init__(self) -> None:
+            self.model, self.guide = model, AutoNormal(model)
+
+    killed = [True]
+
+    def run(quick: bool, seed: int) -> dict[str, float]:
+        _, first = trained(Plain, x, steps=20, draws=10, seed=seed, progress=False)
+        _, second = trained(Plain, x, steps=30, draws=10, seed=seed, progress=False)
+        if killed.pop() if killed else False:
+            raise KeyboardInterrupt
+        return {"figure": float(first.losses[-1]), "other": float(second.losses[-1])}
+
+    expected = ledger.reproduce(recipe(run=lambda *a: (killed.clear(), run(*a))[1]), tmp_path / "whole", seeds=1)
+    killed.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.reproduce(recipe(run=run), tmp_path / "killed", seeds=1)
+    kept = tmp_path / "killed" / ".running" / "made-0"
+    assert sorted(p.name for p in kept.iterdir()) == ["1", "2"]
+    # The second start takes no step: what the first one took is there.
+    monkeypatch.setattr("inference.runners.steps.EagerSteps.advance", None)
+    record = ledger.reproduce(recipe(run=run), tmp_path / "killed", seeds=1)
+    assert record["details"] == expected["details"]
+    assert not kept.exists()
 
 
 def test_quick_records_stay_out_of_the_table(tmp_path, monkeypatch) -> None:
@@ -100,7 +176,7 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
     try:
         with pytest.raises(OSError, match="No space left"):
-            ledger.reproduce(recipe(), tmp_path)
+            ledger.reproduce(recipe(), tmp_path, seeds=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from inference import exclusive
+from ppl_models.ledger.recipes.trained import checkpoints_in
 
 try:
     import fcntl
@@ -35,6 +37,10 @@ GRADES = {"checked": "read in a copy of the source", "quoted": "as quoted elsewh
 
 NEEDED = {"recipe", "figure", "standard_error", "seeds", "quick"}
 """What is read of a record."""
+
+
+SEED_NEEDED = {"recipe", "seed", "quick", "found", "seconds", "versions", "machine", "date", "commit"}
+"""What is read of the line of a seed."""
 
 
 Run = Callable[[bool, int], Mapping[str, float]]
@@ -77,34 +83,76 @@ class Recipe:
         return self.source if self.published is None else f"{self.source} ({GRADES[self.sure]})"
 
 
-@exclusive
-def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: int | None = None) -> dict[str, Any]:
-    """Run a recipe and append its record to ``NAME.jsonl`` in a directory.
+def reproduce(
+    recipe: Recipe,
+    directory: Path,
+    *,
+    quick: bool = False,
+    seeds: int | None = None,
+    only: int | None = None,
+    missing: bool = False,
+    jobs: int = 1,
+) -> dict[str, Any] | None:
+    """Run a recipe once per seed and append its record to ``NAME.jsonl`` in a directory.
+
+    Each seed's line is appended to ``NAME.seeds.jsonl`` as soon as it has ended, and a seed whose line is there is not
+    run again. A seed that was killed goes on from its checkpoint when it is started again. So any number of processes
+    may run seeds of one recipe, each of them other ones; the last of them writes the record.
 
     Args:
         recipe: What to run.
         directory: Where records are kept; created if missing.
         quick: Run the size for tests; the record is marked and left out of the table.
         seeds: Number of seeds; None: the recipe's.
+        only: Run this seed alone; None: all of them.
+        missing: Whether lines of other commits count as well. Default: only those of this commit do.
+        jobs: Number of seeds that run side by side, in processes.
 
     Returns:
-        The record.
+        The record; None where lines of other seeds are still missing.
 
     Raises:
         ArithmeticError: A figure is not finite; nothing is recorded.
-        KeyboardInterrupt: It was interrupted; nothing is recorded.
+        KeyboardInterrupt: It was interrupted; seeds that have ended are recorded.
     """
     count = seeds or (1 if quick else recipe.seeds)
+    commit = None if missing else _commit()
+    there = _lines(directory, recipe, quick, commit)
+    wanted = [seed for seed in (range(count) if only is None else (only,)) if seed not in there]
+    if jobs > 1 and len(wanted) > 1:
+        # A second to import.
+        from joblib import Parallel, delayed, parallel_config
+
+        with parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
+            Parallel(n_jobs=jobs)(delayed(_run_seed)(recipe, directory, quick, seed) for seed in wanted)
+    else:
+        for seed in wanted:
+            _run_seed(recipe, directory, quick, seed)
+    there = _lines(directory, recipe, quick, commit)
+    if any(seed not in there for seed in range(count)):
+        return None
+    record = _joined([there[seed] for seed in range(count)])
+    path, line = directory / f"{recipe.name}.jsonl", json.dumps(record)
+    if wanted or not path.exists() or line.encode() not in path.read_bytes().split(b"\n"):
+        append_line(path, line)
+    return record
+
+
+@exclusive
+def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int) -> None:
+    """Run one seed and append its line."""
     started = perf_counter()
-    runs = [recipe.run(quick, seed) for seed in range(count)]
-    values = torch.tensor([run["figure"] for run in runs], dtype=torch.float64)
-    record: dict[str, Any] = {
+    folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}"
+    with checkpoints_in(folder):
+        found = dict(recipe.run(quick, seed))
+    if not math.isfinite(found["figure"]):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ArithmeticError(f"{recipe.name}: the figure is {found['figure']}; nothing was recorded")
+    line = {
         "recipe": recipe.name,
-        "figure": float(values.mean()),
-        "standard_error": float(values.std() / count**0.5) if count > 1 else None,
-        "seeds": count,
+        "seed": seed,
         "quick": quick,
-        "details": {k: [round(run[k], 4) for run in runs] for k in runs[0]},
+        "found": found,
         "seconds": round(perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "pyro-ppl")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -112,11 +160,33 @@ def reproduce(recipe: Recipe, directory: Path, *, quick: bool = False, seeds: in
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
     }
-    if not math.isfinite(record["figure"]):
-        raise ArithmeticError(f"{recipe.name}: the figure is {record['figure']}; nothing was recorded")
     directory.mkdir(parents=True, exist_ok=True)
-    append_line(directory / f"{recipe.name}.jsonl", json.dumps(record))
-    return record
+    append_line(directory / f"{recipe.name}.seeds.jsonl", json.dumps(line))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lines(directory: Path, recipe: Recipe, quick: bool, commit: str | None) -> dict[int, dict[str, Any]]:
+    """The last line of each seed, of one commit or of any."""
+    path = directory / f"{recipe.name}.seeds.jsonl"
+    lines = read_lines(path, SEED_NEEDED) if path.exists() else []
+    return {x["seed"]: x for x in lines if x["quick"] == quick and commit in (None, x["commit"])}
+
+
+def _joined(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of all seeds."""
+    runs, last = [line["found"] for line in lines], lines[-1]
+    values = torch.tensor([run["figure"] for run in runs], dtype=torch.float64)
+    return {
+        "recipe": last["recipe"],
+        "figure": float(values.mean()),
+        "standard_error": float(values.std() / len(runs) ** 0.5) if len(runs) > 1 else None,
+        "seeds": len(runs),
+        "quick": last["quick"],
+        "details": {k: [round(run[k], 4) for run in runs] for k in runs[0]},
+        "seconds": round(sum(line["seconds"] for line in lines), 1),
+        **{k: last[k] for k in ("versions", "machine", "date")},
+        "commit": ", ".join(dict.fromkeys(line["commit"] for line in lines)),
+    }
 
 
 def append_line(path: Path, line: str) -> None:
@@ -143,7 +213,7 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, needed: Collection[str] = NEEDED) -> list[dict[str, Any]]:
     """The records of a file; a line that is no record is left out with a warning."""
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -151,7 +221,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line) if line.strip() else None
         except ValueError:
             record = line
-        if isinstance(record, dict) and record.keys() >= NEEDED:
+        if isinstance(record, dict) and record.keys() >= set(needed):
             found.append(record)
         elif record is not None:
             start = line[:40].decode(errors="replace")

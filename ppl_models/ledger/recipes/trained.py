@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
-from inference import Result, fit, isolated
+from inference import Checkpoint, Result, fit, isolated
 from ppl_models.models.pair import Pair
 
 P = TypeVar("P", bound=Pair)
 
 
+_KEPT: ContextVar[tuple[Checkpoint, Iterator[int]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def checkpoints_in(folder: Path) -> Iterator[None]:
+    """Let each call of :func:`trained` in the block keep its checkpoint in a folder: the first in ``1``, and so on."""
+    token = _KEPT.set((Checkpoint(folder), count(1)))
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
 def trained(
     make: Callable[[], P], data: Any, *objective: Any, method: Callable[..., Result] = fit, seed: int, **arguments: Any
 ) -> tuple[P, Result]:
-    """Build a pair from a seed and fit it.
+    """Build a pair from a seed and fit it, from where it was if it was killed.
 
     Args:
         make: Builds the pair.
@@ -26,4 +43,7 @@ def trained(
     """
     with isolated(seed):
         pair = make()
+    kept = _KEPT.get()
+    if kept is not None:
+        arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
     return pair, method(pair, data, *objective, seed=seed, **arguments)
