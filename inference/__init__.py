@@ -23,6 +23,7 @@ from inference.predict import (
     prior_predictive,
 )
 from inference.result import Result
+from inference.saved import Saved
 
 __all__ = [
     "COLUMNS",
@@ -34,6 +35,7 @@ __all__ = [
     "Method",
     "Moments",
     "Result",
+    "Saved",
     "classify",
     "compare",
     "diagnose",

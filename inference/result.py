@@ -26,7 +26,7 @@ from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
-from inference.saved import Saved, buffers_of, compare_data, dotted, fingerprints, put_parameters, read
+from inference.saved import Saved, buffers_of, compare_data, dotted, fingerprints, put_parameters
 
 
 class FurtherDraws(ABC):
@@ -175,13 +175,14 @@ class Result:
         """Whether it was interrupted (Ctrl-C), so that the Result is that of the steps, or draws, until then."""
         return self.ended.startswith("interrupted")
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
         """Write the Result to a folder, which :meth:`load` reads; to a path that ends with ``.nc``, ``idata`` alone.
 
         The folder holds ``result.json``, ``tensors.safetensors`` (parameters, buffers, draws, losses, and where the
-        chains are) and ``idata.nc``. A path ``.nc`` gets a NetCDF file that ``xarray.open_datatree`` reads, which
-        ``arviz`` 1.x calls ``from_netcdf``. Either is written whole or not at all. The data are not written: the folder
-        has their SHA-256.
+        chains are), ``idata.nc`` and ``losses.csv``. A path ``.nc`` gets a NetCDF file that ``xarray.open_datatree``
+        reads, which ``arviz`` 1.x calls ``from_netcdf``. Either is written whole or not at all. The data are not
+        written: the folder has their SHA-256. ``about`` is written to ``result.json`` as it is: what made the Result,
+        as JSON.
 
         Raises:
             ValueError: There is nothing for a NetCDF file: the method has no posterior, and the pair observes nothing.
@@ -209,6 +210,7 @@ class Result:
                 "losses": torch.as_tensor(self.losses),
             },
             idata=self.idata,
+            about=dict(about or {}),
         ).write(path)
 
     @classmethod
@@ -228,7 +230,7 @@ class Result:
             FileNotFoundError: There is no such folder.
             ValueError: A file is damaged or foreign, or the pair has other parameters or sites.
         """
-        saved = read(path)
+        saved = Saved.read(path)
         bound = bind(pair, data)
         compare_data(saved, bound)
         with isolated(0):

@@ -1,7 +1,8 @@
 r"""The folder of a saved Result: JSON, tensors as safetensors, and a NetCDF file. Nothing in it is code.
 
 ``result.json`` says what the Result is and how it was made; ``tensors.safetensors`` holds parameters, buffers, draws,
-losses and the state of chains; ``idata.nc`` is the DataTree, which ArviZ reads by itself.
+losses and the state of chains; ``idata.nc`` is the DataTree, which ArviZ reads by itself; ``losses.csv`` has the losses
+once more, for people and spreadsheets.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ FORMAT = 2
 """Version of the format, which a reader has to know."""
 
 
-ABOUT, TENSORS, IDATA = "result.json", "tensors.safetensors", "idata.nc"
+ABOUT, TENSORS, IDATA, LOSSES = "result.json", "tensors.safetensors", "idata.nc", "losses.csv"
 """Names of the files."""
+
+
+PLAIN = ("method", "name", "seconds", "attrs", "data", "more", "versions", "about")
+"""Attributes of ``Saved`` that stand in the JSON as they are."""
 
 
 PACKAGES = ("ppl-models", "torch", "pyro-ppl", "arviz-base", "xarray", "numpy")
@@ -59,6 +64,7 @@ class Saved:
         versions: Versions of packages and of Python.
         tensors: Tensors by name, with a prefix: ``param/``, ``buffer/``, ``draws/``, ``state/``, and ``losses``.
         idata: The DataTree.
+        about: What the caller of ``save`` adds, as JSON.
     """
 
     method: str
@@ -71,10 +77,44 @@ class Saved:
     tensors: Mapping[str, Tensor]
     idata: Any
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Tensors with a prefix, by the rest of their names."""
         return {n.removeprefix(f"{prefix}/"): v for n, v in self.tensors.items() if n.startswith(f"{prefix}/")}
+
+    @staticmethod
+    def read(path: str | Path) -> Saved:
+        """What the folder of a Result holds, without its pair.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: A file of it is damaged, foreign, or of a later format.
+        """
+        folder = Path(path)
+        if not (folder / ABOUT).is_file():
+            # Left by a process that was killed between the end of the old folder and the beginning of the new one.
+            left = sorted(str(p.parent) for p in folder.parent.glob(f".{folder.name}.*/{ABOUT}"))
+            hint = f"; {left[-1]} is one" if left else ""
+            raise FileNotFoundError(f"{folder}: expected the folder of a saved Result, got none with {ABOUT}{hint}")
+        about = _or_refuse(folder / ABOUT, lambda file: json.loads(file.read_text()))
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            got = about.get("format", "none") if isinstance(about, dict) else "none"
+            raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; another version may read it")
+        tensors = _or_refuse(folder / TENSORS, load_file)
+        attrs = about["attrs"]
+        idata = xr.DataTree(xr.Dataset(attrs=attrs))
+        if (folder / IDATA).exists():
+            idata = _or_refuse(folder / IDATA, partial(_read_netcdf))
+        given = {n: about[n] for n in PLAIN}
+        diagnosis = Diagnosis(**{n: _rich(v) for n, v in about["diagnosis"].items()})
+        return Saved(**given, diagnosis=diagnosis, tensors=tensors, idata=idata)
+
+    @staticmethod
+    def below(path: str | Path) -> list[Path]:
+        """Folders of Results right below a path; the path itself where it is one, or has none."""
+        folders = sorted(p.parent for p in Path(path).glob(f"*/{ABOUT}") if not p.parent.name.startswith("."))
+        return [Path(path)] if (Path(path) / ABOUT).is_file() or not folders else folders
 
     def write(self, path: str | Path) -> Path:
         """Write the folder, whole or not at all.
@@ -85,7 +125,7 @@ class Saved:
         """
         about = {
             "format": FORMAT,
-            **{n: getattr(self, n) for n in ("method", "name", "seconds", "attrs", "data", "more", "versions")},
+            **{n: getattr(self, n) for n in PLAIN},
             "diagnosis": {f.name: _plain(getattr(self.diagnosis, f.name)) for f in fields(Diagnosis)},
         }
 
@@ -97,35 +137,12 @@ class Saved:
             (folder / TENSORS).write_bytes(save(kept))
             if self.idata.children:
                 write_netcdf(self.idata, folder / IDATA)
+            losses = self.tensors["losses"].numpy()
+            if len(losses):
+                columns = ["guide", "model"] if losses.ndim > 1 else ["loss"]
+                pd.DataFrame(losses, columns=columns).to_csv(folder / LOSSES, index_label="step")
 
         return write_folder(path, writer, ABOUT)
-
-
-def read(path: str | Path) -> Saved:
-    """Read the folder of a Result.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: A file of it is damaged, foreign, or of a later format.
-    """
-    folder = Path(path)
-    if not (folder / ABOUT).is_file():
-        # Left by a process that was killed between the end of the old folder and the beginning of the new one.
-        left = sorted(str(p.parent) for p in folder.parent.glob(f".{folder.name}.*/{ABOUT}"))
-        hint = f"; {left[-1]} is one" if left else ""
-        raise FileNotFoundError(f"{folder}: expected the folder of a saved Result, got none with {ABOUT}{hint}")
-    about = _or_refuse(folder / ABOUT, lambda file: json.loads(file.read_text()))
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        got = about.get("format", "none") if isinstance(about, dict) else "none"
-        raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; another version may read it")
-    tensors = _or_refuse(folder / TENSORS, load_file)
-    attrs = about["attrs"]
-    idata = xr.DataTree(xr.Dataset(attrs=attrs))
-    if (folder / IDATA).exists():
-        idata = _or_refuse(folder / IDATA, partial(_read_netcdf))
-    given = {n: about[n] for n in ("method", "name", "seconds", "attrs", "data", "more", "versions")}
-    diagnosis = Diagnosis(**{n: _rich(v) for n, v in about["diagnosis"].items()})
-    return Saved(**given, diagnosis=diagnosis, tensors=tensors, idata=idata)
 
 
 def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:

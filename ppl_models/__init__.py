@@ -37,6 +37,7 @@ _HOMES = {
     "ppl_models.models.vae": ("VAE", "ConditionalVAE", "HierarchicalVAE", "SemiSupervisedVAE"),
     "ppl_models.models.vaegan": ("VAEGAN", "AdversarialAutoencoder"),
     "ppl_models.zoo": ("ZOO", "Entry", "find"),
+    "ppl_models.zoo.restore": ("restore",),
 }
 """Where each public name is defined."""
 _MODULES = {

@@ -1,10 +1,11 @@
-"""The command line: ``ppl-models list | fit | sample | compare | reproduce``."""
+"""The command line: ``ppl-models list | fit | sample | compare | show | predict | reproduce``."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
+import shlex
 import sys
 import tempfile
 import warnings
@@ -23,13 +24,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import inference
-from inference import COLUMNS, Comparison, Method, Result, isolated, write_whole
+from inference import COLUMNS, Comparison, Method, Result, Saved, isolated, write_whole
 from ppl_models import data, ledger
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import ZOO, find
 from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.methods import settings
 from ppl_models.zoo.pictures import save
+from ppl_models.zoo.restore import opened
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, an argument is wrong, Ctrl-C."""
@@ -172,7 +174,7 @@ def fit(
         with isolated(seed):
             model = entry.pair(dataset)
         result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
-        _report(result, folder, name)
+        _report(result, folder, name, _about(entry, dataset, name, seed))
         _check_whole(result)
         if entry.report:
             _print_whole(_frame(entry.report(model, dataset.test)))
@@ -204,7 +206,8 @@ def sample(
         factory = None if named is None else getattr(inference.kernels, named)
         chosen: dict[str, Any] = {"draws": draws, "warmup": warmup, "chains": chains, "checkpoint": checkpoint}
         result = inference.sample(model, dataset.train, factory, seed=seed, **chosen)
-        _report(result, folder, result.method)
+        _report(result, folder, result.method, _about(entry, dataset, "chains", seed))
+        _check_whole(result)
 
 
 @app.command()
@@ -218,7 +221,7 @@ def compare(
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
 ) -> None:
-    """Compare several methods on one pair: a table, a plot and one ArviZ file per method.
+    """Compare several methods on one pair: a table, a plot and a folder per method.
 
     Where a method fails, or its fit ends early, the others are shown and written, and the exit code is 1.
     """
@@ -230,11 +233,62 @@ def compare(
         seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
         comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
         _show(comparison, entry, dataset)
-        for path in comparison.save(folder):
+        for path in comparison.save(folder, lambda name: _about(entry, dataset, name, seed)):
             out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
         failed = [n for n in names if n not in comparison.results or _unfit(comparison.results[n])]
         if failed:
             raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that a command has written.")],
+) -> None:
+    """Show what a folder holds: each Result in it, how it was made, its summary and its diagnosis."""
+    with _one_line(context):
+        for path in Saved.below(folder):
+            saved = Saved.read(path)
+            shown = Table(box=None, pad_edge=False, show_header=False)
+            total = sum(saved.seconds.values())
+            took = ", ".join(f"{n} {v:.1f}" for n, v in saved.seconds.items())
+            steps, draws = len(saved.tensors["losses"]), next((len(v) for v in saved.part("draws").values()), 0)
+            made = {"steps": steps, "draws": draws}
+            rows = {"pair": saved.name, **saved.about, "method": saved.method, **{n: v for n, v in made.items() if v}}
+            for what, value in {**rows, "seconds": f"{total:.1f} ({took})", **saved.versions}.items():
+                shown.add_row(what, escape(str(value)))
+            out.print(f"[bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+            _print_whole(shown)
+            _print_summary(saved.diagnosis.table)
+            out.print(escape(str(saved.diagnosis)), highlight=False)
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a Result, from fit or sample.")],
+    rows: Annotated[str, typer.Option("--data", help="A CSV file with a column per feature.")],
+    out_file: Annotated[str | None, typer.Option("--out", help="CSV file to write; default: standard output.")] = None,
+) -> None:
+    """Predict new rows from a CSV file: probabilities of classes, or for pairs without labels the log evidence."""
+    with _one_line(context):
+        place = _writable(str(Path(out_file).parent)) / Path(out_file).name if out_file else None
+        frame = _csv(rows)
+        table = opened(folder).predict(frame)
+        if place is None:
+            sys.stdout.write(table.to_csv(index=False))
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, partial(table.to_csv, index=False))
+        out.print(f"[dim]{place}[/]", highlight=False, soft_wrap=True)
+
+
+def _csv(path: str) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"data: expected a CSV file, got {path} ({reason})") from None
 
 
 @app.command()
@@ -342,24 +396,26 @@ def _check_whole(result: Result) -> None:
         raise typer.Exit(INTERRUPTED if result.interrupted else FAILED)
 
 
-def _report(result: Result, folder: Path, name: str) -> None:
-    table = result.summary()
+def _about(entry: Entry, dataset: Dataset, method: str, seed: int) -> dict[str, Any]:
+    """What a folder says of a Result, for :func:`ppl_models.restore`."""
+    command = " ".join(["ppl-models", *map(shlex.quote, sys.argv[1:])])
+    return {"pair": entry.name, "data": dataset.name, "method": method, "seed": seed, "command": command}
+
+
+def _report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> None:
+    _print_summary(result.summary())
+    out.print(escape(str(result)), highlight=False)
+    stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ("-partial" if _unfit(result) else "")
+    out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
+
+
+def _print_summary(table: pd.DataFrame) -> None:
+    """The first rows of a table of quantities, and how many more there are."""
     shown = table.head(20)
     if len(shown):
         _print_whole(_frame(shown.reset_index()))
     if len(table) > len(shown):
         out.print(f"[dim]... and {len(table) - len(shown)} more quantities in the file[/]")
-    out.print(escape(str(result)), highlight=False)
-    stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ("-partial" if _unfit(result) else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.nc"
-    if result.idata.children:
-        result.save(path)
-    else:
-        path = path.with_suffix(".csv")
-        columns = ["guide", "model"] if result.losses.ndim > 1 else ["loss"]
-        write_whole(path, partial(pd.DataFrame(result.losses, columns=columns).to_csv, index_label="step"))
-    out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
 
 
 def _show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, writes and refuses."""
 
+import io
 import signal
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,8 @@ import torch
 import xarray as xr
 from typer.testing import CliRunner
 
+import inference
+import ppl_models
 from inference import fit
 from ppl_models.cli import app
 from ppl_models.zoo.entries import ZOO, table
@@ -41,11 +44,11 @@ def test_compare_prints_a_table_and_writes_its_files(run, tmp_path, monkeypatch)
     assert answer.exit_code == 0, answer.output
     assert "error_max" in answer.stdout
     assert "…" not in answer.stdout, "a number is cut short"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.csv", "posteriors.png", "exact.nc", "svi.nc"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.csv", "posteriors.png", "exact", "svi"}
     saved = pd.read_csv(tmp_path / "out" / "table.csv", index_col="method")
     assert saved.loc["exact", "pareto_k"] == -float("inf")
     assert 0.8 < saved.loc["SVI", "accuracy"] <= 1
-    idata = xr.open_datatree(tmp_path / "out" / "exact.nc")
+    idata = xr.open_datatree(tmp_path / "out" / "exact" / "idata.nc")
     assert list(idata.posterior["means"].coords["classes"].values) == ["setosa", "versicolor", "virginica"]
     assert (tmp_path / "out" / "posteriors.png").read_bytes().startswith(b"\x89PNG")
 
@@ -59,8 +62,8 @@ def test_fit_and_sample_write_what_arviz_reads(run, tmp_path) -> None:
     answer = run("sample", "logistic_regression", "--data", "iris", "--draws", 20, "--warmup", 20, "--chains", 2)
     assert answer.exit_code == 0, answer.output
     folder = tmp_path / "results" / "logistic_regression-iris"
-    assert xr.open_datatree(folder / "nuts.nc").sample_stats.sizes == {"chain": 2, "draw": 20}
-    assert "posterior_predictive" in xr.open_datatree(folder / "svi.nc").children
+    assert xr.open_datatree(folder / "nuts" / "idata.nc").sample_stats.sizes == {"chain": 2, "draw": 20}
+    assert "posterior_predictive" in xr.open_datatree(folder / "svi" / "idata.nc").children
 
 
 def test_a_gan_is_fitted_by_its_own_schedule_and_draws(run, tmp_path) -> None:
@@ -68,16 +71,16 @@ def test_a_gan_is_fitted_by_its_own_schedule_and_draws(run, tmp_path) -> None:
     assert answer.exit_code == 0, answer.output
     assert "Adversarial on ConditionalGAN: 30 steps" in answer.stdout
     folder = tmp_path / "results" / "conditional_gan-digits"
-    assert {p.name for p in folder.iterdir()} == {"r1.csv", "samples.png"}
-    assert list(pd.read_csv(folder / "r1.csv")) == ["step", "guide", "model"]
+    assert {p.name for p in folder.iterdir()} == {"r1", "samples.png"}
+    assert list(pd.read_csv(folder / "r1" / "losses.csv")) == ["step", "guide", "model"]
 
 
 @pytest.mark.parametrize(
     ("name", "written"),
     [
-        ("semi_supervised_vae", {"svi.nc", "classes.png"}),
-        ("cyclegan", {"r1.csv", "forward.png", "backward.png"}),
-        ("autoencoder", {"svi.nc"}),
+        ("semi_supervised_vae", {"svi", "classes.png"}),
+        ("cyclegan", {"r1", "forward.png", "backward.png"}),
+        ("autoencoder", {"svi"}),
     ],
 )
 def test_a_pair_of_any_data_is_fitted_to_the_end(run, tmp_path, name: str, written: set[str]) -> None:
@@ -169,8 +172,8 @@ def test_an_interrupted_fit_is_written_as_partial_with_the_code_of_an_interrupt(
     answer = run("fit", "naive_bayes", "--data", "iris", "--out", tmp_path / "out")
     assert answer.exit_code == 130, answer.output
     assert "error: the fit interrupted at step" in answer.stderr
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["svi-partial.nc"]
-    assert "interrupted at step" in xr.open_datatree(tmp_path / "out" / "svi-partial.nc").attrs["ended"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["svi-partial"]
+    assert "interrupted at step" in xr.open_datatree(tmp_path / "out" / "svi-partial" / "idata.nc").attrs["ended"]
 
 
 def test_an_interrupted_comparison_writes_nothing(run, tmp_path, monkeypatch, ctrl_c):
@@ -199,7 +202,7 @@ def test_a_fit_that_diverges_fails_and_is_written_as_partial(run, tmp_path, monk
         assert answer.exit_code == 1
         assert answer.stderr.count("error:") == 1
         assert line in answer.stderr
-        assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name.lower()}-partial.nc"]
+        assert [p.name for p in (tmp_path / name).iterdir()] == [f"{name.lower()}-partial"]
     answer = run("compare", "naive_bayes", "--data", "iris", "--out", tmp_path / "all")
     assert answer.exit_code == 1
     assert "failed: SVI, MAP" in answer.stderr
@@ -210,7 +213,7 @@ def test_the_seed_of_the_command_line_is_that_of_the_pair_too(run, tmp_path) -> 
     def bound(seed: int, folder: str) -> str:
         answer = run("fit", "gan", "--steps", 2, "--seed", seed, "--out", tmp_path / folder)
         assert answer.exit_code == 0, answer.output
-        return (tmp_path / folder / "r1.csv").read_text()
+        return (tmp_path / folder / "r1" / "losses.csv").read_text()
 
     torch.manual_seed(5)
     one = bound(1, "one")
@@ -219,3 +222,98 @@ def test_the_seed_of_the_command_line_is_that_of_the_pair_too(run, tmp_path) -> 
 
 def test_the_readme_has_the_zoo_as_it_is() -> None:
     assert table() in README.read_text()
+
+
+def test_a_folder_is_shown_and_restored_and_predicts(run, tmp_path) -> None:
+    out = tmp_path / "out"
+    answer = run("fit", "logistic_regression", "--data", "iris", "--steps", 300, "--seed", 3, "--out", out)
+    assert answer.exit_code == 0, answer.output
+    answer = run("show", out / "svi")
+    assert answer.exit_code == 0, answer.output
+    for line in ("SVI (Trace_ELBO)", "logistic_regression", "iris", "ppl-models", "torch", "weights[setosa"):
+        assert line in answer.stdout
+    # Of a folder of folders, each is shown.
+    assert run("show", out).stdout == answer.stdout
+    result = ppl_models.restore(out / "svi")
+    assert result.bound.name == "LogisticRegression"
+    dataset = ZOO["logistic_regression"].load("iris")
+    expected = inference.classify(result, dataset.test)
+    raw = ppl_models.load("iris", dtype=torch.float64)
+    rows = pd.DataFrame(raw.test["x"].numpy(), columns=raw.features).assign(remark="ignored")
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    answer = run("predict", out / "svi", "--data", tmp_path / "new.csv", "--out", tmp_path / "said" / "classes.csv")
+    assert answer.exit_code == 0, answer.output
+    table = pd.read_csv(tmp_path / "said" / "classes.csv")
+    assert list(table) == ["class", "p(setosa)", "p(versicolor)", "p(virginica)"]
+    np.testing.assert_allclose(table.iloc[:, 1:], expected.numpy(), rtol=1e-9)
+    assert (table["class"] == [raw.classes[k] for k in raw.test["y"]]).mean() > 0.8
+    assert run("predict", out / "svi", "--data", tmp_path / "new.csv").stdout.startswith("class,p(setosa),")
+
+
+def test_pairs_without_labels_predict_the_evidence(run, tmp_path) -> None:
+    answer = run("fit", "ppca", "--data", "wine", "--out", tmp_path)
+    assert answer.exit_code == 0, answer.output
+    (folder,) = (p.parent for p in tmp_path.glob("*/result.json"))
+    raw = ppl_models.load("wine", dtype=torch.float64)
+    pd.DataFrame(raw.test["x"].numpy(), columns=raw.features).to_csv(tmp_path / "new.csv", index=False)
+    answer = run("predict", folder, "--data", tmp_path / "new.csv")
+    assert answer.exit_code == 0, answer.output
+    table = pd.read_csv(io.StringIO(answer.stdout))
+    expected = inference.log_evidence(ppl_models.restore(folder), ZOO["ppca"].load("wine").test, seed=0)
+    np.testing.assert_allclose(table["log_evidence"], expected.values.numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sepal length (cm)\n1.0\n", "error: --data: expected columns sepal width (cm), petal length (cm),"),
+        ("", "error: --data: expected a CSV file, got"),
+        (None, "error: --data: expected a CSV file, got"),
+        (",".join(["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]) + "\n1,2,x,4\n",
+         "error: --data: expected numbers in column petal length (cm), got 'x' in row 1"),
+        (",".join(["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]) + "\n1,2,,4\n",
+         "error: --data: expected numbers in column petal length (cm), got nan in row 1"),
+        (",".join(["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]) + "\n",
+         "error: --data: expected"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_refused_in_one_line(run, tmp_path, text: str | None, said: str) -> None:
+    assert run("fit", "naive_bayes", "--data", "iris", "--draws", 50, "--out", tmp_path).exit_code == 0
+    if text is not None:
+        (tmp_path / "new.csv").write_text(text)
+    answer = run("predict", tmp_path / "exact", "--data", tmp_path / "new.csv", "--out", tmp_path / "said.csv")
+    assert answer.exit_code == 2, answer.output
+    assert said in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert not (tmp_path / "said.csv").exists()
+
+
+def test_a_folder_that_is_none_is_refused_in_one_line(run, tmp_path) -> None:
+    for command in (("show",), ("predict", "--data", tmp_path / "new.csv")):
+        (tmp_path / "new.csv").write_text("a\n1\n")
+        answer = run(command[0], tmp_path / "nothing", *command[1:])
+        assert answer.exit_code == 1
+        assert "expected the folder of a saved Result, got none with result.json" in answer.stderr
+    fit(ZOO["naive_bayes"].pair(ZOO["naive_bayes"].load("iris")), ZOO["naive_bayes"].load("iris").train, steps=0).save(
+        tmp_path / "own"
+    )
+    answer = run("predict", tmp_path / "own", "--data", tmp_path / "new.csv")
+    assert (answer.exit_code, answer.stderr.count("\n")) == (1, 1)
+    assert "which does not say what it is (no pair, data, method, seed)" in answer.stderr
+
+
+@pytest.mark.parametrize("command", [("fit", "gan"), ("sample", "naive_bayes")])
+def test_a_command_goes_on_from_its_checkpoint(run, tmp_path, command, monkeypatch) -> None:
+    short = {
+        "fit": ["--steps", 20],
+        "sample": ["--draws", 10, "--warmup", 10, "--chains", 4, "--data", "iris"],
+    }[command[0]]
+    kept = tmp_path / "kept"
+    for folder in ("one", "two"):
+        answer = run(*command, *short, "--checkpoint", kept, "--out", tmp_path / folder)
+        assert answer.exit_code == 0, answer.output
+    assert list(kept.rglob("checkpoint.safetensors"))
+    answer = run(*command, *short, "--seed", 1, "--checkpoint", kept, "--out", tmp_path / "three")
+    assert answer.exit_code == 2, answer.output
+    assert f"error: --checkpoint: {kept}" in answer.stderr
+    assert "is of a run with" in answer.stderr

@@ -446,7 +446,7 @@ def test_each_method_gets_a_fresh_pair_from_the_same_random_state() -> None:
 
 def test_save_writes_a_table_a_plot_and_what_arviz_reads_back(comparison: Comparison, tmp_path: Path) -> None:
     paths = comparison.save(tmp_path / "new" / "folder")
-    names = ["table.csv", "posteriors.png", "exact.nc", "map.nc", "nuts.nc"]
+    names = ["table.csv", "posteriors.png", "exact", "map", "nuts"]
     assert [p.name for p in paths] == names
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     table = pd.read_csv(paths[0], index_col="method")
@@ -455,7 +455,7 @@ def test_save_writes_a_table_a_plot_and_what_arviz_reads_back(comparison: Compar
     assert image.shape[1] > 500
     assert image.std() > 0.01
     for path, (name, result) in zip(paths[2:], comparison.results.items(), strict=True):
-        read = xr.open_datatree(path)
+        read = xr.open_datatree(path / "idata.nc")
         assert set(read.children) == set(result.idata.children), name
         for group in read.children:
             assert read[group].equals(result.idata[group]), (name, group)
@@ -466,7 +466,7 @@ def test_save_writes_a_table_a_plot_and_what_arviz_reads_back(comparison: Compar
 
 def test_names_of_methods_become_names_of_files(tmp_path: Path) -> None:
     methods = {"NUTS, 0.95 (long)": exactly, "exact": exactly}
-    assert [p.name for p in compare(make_pair, X, methods).save(tmp_path)[2:]] == ["nuts_0_95_long.nc", "exact.nc"]
+    assert [p.name for p in compare(make_pair, X, methods).save(tmp_path)[2:]] == ["nuts_0_95_long", "exact"]
 
 
 @pytest.mark.parametrize("names", [("SVI", "svi"), ("a b", "a_b"), ("é", "ö")])
@@ -476,7 +476,7 @@ def test_no_method_overwrites_the_file_of_another(names: tuple[str, str], tmp_pa
     paths = found.save(tmp_path)[2:]
     for path, result in zip(paths, found.results.values(), strict=True):
         assert path.stem
-        np.testing.assert_array_equal(xr.open_datatree(path).posterior["mu"].values[0], result.draws["mu"])
+        np.testing.assert_array_equal(xr.open_datatree(path / "idata.nc").posterior["mu"].values[0], result.draws["mu"])
 
 
 DENSITY = "log density of draws and data"
@@ -553,7 +553,7 @@ def test_methods_without_a_common_site_are_saved_and_plotted_too(truth: Any, tmp
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* draws no mu, w: not compared with the truth")
         found = compare(make_pair, X, methods, truth=truth)
-    assert [p.name for p in found.save(tmp_path)] == ["table.csv", "posteriors.png", "one.nc", "other.nc"]
+    assert [p.name for p in found.save(tmp_path)] == ["table.csv", "posteriors.png", "one", "other"]
 
 
 def test_names_are_coordinates_in_the_titles() -> None:

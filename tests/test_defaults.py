@@ -217,5 +217,5 @@ def test_the_defaults_of_an_entry_run_to_the_end_and_reach_a_figure(name: str, t
 def test_the_default_fit_of_an_entry_is_its_first_method(name: str, tmp_path) -> None:
     answer = CliRunner().invoke(app, ["fit", name, "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.output + answer.stderr
-    (path,) = tmp_path.glob("*.nc")
-    assert path.stem == next(iter(ZOO[name].methods)).lower().replace(" ", "_")
+    (path,) = tmp_path.glob("*/idata.nc")
+    assert path.parent.name == next(iter(ZOO[name].methods)).lower().replace(" ", "_")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -87,8 +87,10 @@ class Comparison:
         """
         return _plot(self, quantities)
 
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write ``table.csv`` and, if there are posteriors, ``posteriors.png`` and a NetCDF file per method.
+    def save(self, directory: str | Path, about: Callable[[str], Mapping[str, Any]] | None = None) -> list[Path]:
+        """Write ``table.csv``, ``posteriors.png`` if there are posteriors, and a folder per method.
+
+        The folders are those of ``Result.save``; ``about`` gives what is added to the one of a method.
 
         Returns:
             The paths of the files.
@@ -101,12 +103,11 @@ class Comparison:
         if kept:
             paths.append(folder / "posteriors.png")
             write_whole(paths[1], partial(self.plot().savefig, dpi=110))
-        for name, result in kept.items():
+        for name, result in self.results.items():
             stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
             taken = [p.stem for p in paths]
             free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
-            paths.append(folder / f"{free}.nc")
-            result.save(paths[-1])
+            paths.append(result.save(folder / free, about and about(name)))
         return paths
 
     def __str__(self) -> str:

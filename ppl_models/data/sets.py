@@ -192,6 +192,58 @@ def load(
     ).to(place)
 
 
+def prepared_rows(
+    name: str,
+    frame: Any,
+    *,
+    standardise: bool = False,
+    binarise: bool = False,
+    unit: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **_: Any,
+) -> Tensor:
+    """Rows of a frame (rows, features) as :func:`load` prepares those of a set: by the numbers of its training split.
+
+    Args:
+        name: The set.
+        frame: A pandas DataFrame with a column per feature; other columns are left out.
+        standardise: As for :func:`load`.
+        binarise: As for :func:`load`.
+        unit: As for :func:`load`.
+        dtype: As for :func:`load`.
+
+    Raises:
+        ValueError: The set has two domains, or a column is missing, is no number or has missing values.
+    """
+    raw = _LOADERS[name]()
+    if raw.b is not None:
+        raise ValueError(f"data: expected a set of rows, got {name} of two domains")
+    missing = [f for f in raw.features if f not in frame.columns]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"data: expected columns {', '.join(missing[:3])}{more}, got {_shown(frame.columns)}")
+    chosen = frame[list(raw.features)]
+    wrong = [f for f, kind in chosen.dtypes.items() if kind.kind not in "biuf" or chosen[f].isna().any()]
+    if wrong:
+        raise ValueError(f"data: expected numbers in column {wrong[0]}, got {_first_wrong(chosen[wrong[0]])}")
+    if not len(chosen):
+        raise ValueError("data: expected at least one row, got none")
+    arrays = {"train": raw.x["train"], "rows": chosen.to_numpy(float)}
+    return _transformed(raw, arrays, standardise, binarise, unit, dtype)["rows"]
+
+
+def _shown(columns: Any) -> str:
+    names = [str(c) for c in columns]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _first_wrong(column: Any) -> str:
+    for number, value in enumerate(column, 1):
+        if isinstance(value, str) or value != value:
+            return f"{value!r} in row {number}"
+    return str(column.dtype)
+
+
 def hide_labels(y: Tensor, count: int, *, seed: int = 0) -> Tensor:
     """Labels (N,) of which ``count``, equally many per class, are kept and all others are nan.
 

@@ -1,0 +1,82 @@
+"""Runs killed by SIGKILL at random times go on, and end in the numbers of a run that was not killed.
+
+``pytest -m slow tests/test_kills.py -s`` kills fifty, and prints how many of each kind.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import seeds
+from killed_work import CASES
+
+from inference.checkpoint import FILE
+from inference.core.packing import read_packed
+
+WORK = Path(__file__).parent / "killed_work.py"
+KILLS = 5
+"""Kills of each of ten cases in the long test."""
+
+
+def started(case: str, folder: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, str(WORK), case, folder, "0.2"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def ends(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return out.strip()
+
+
+def progress(folder: Path) -> dict[Path, int]:
+    """Steps, or transitions, in each checkpoint below a folder; every file has to be whole."""
+    found = {}
+    for path in folder.rglob(FILE):
+        state = read_packed(path)["state"]
+        found[path] = len(state["losses"]) if "losses" in state else state["done"]
+    return found
+
+
+def killed(case: str, folder: Path, kills: int) -> int:
+    """Kill a run so many times, let it end, and compare it with a whole one; return how often it was killed."""
+    draw = random.Random(seeds.SHIFT)
+    process = started(case, "-")
+    begun = time.perf_counter()
+    whole = ends(process)
+    took, at, count = time.perf_counter() - begun, dict[Path, int](), 0
+    for _ in range(kills):
+        process = started(case, str(folder))
+        try:
+            process.wait(draw.uniform(0.0, took))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            count += 1
+        process.communicate()
+        now = progress(folder)
+        # Nothing that was on disk is lost. A recipe takes the folder of a seed away when it has ended.
+        assert case == "reproduce" or all(now[path] >= steps for path, steps in at.items())
+        at = now
+    assert ends(started(case, str(folder))) == whole
+    # Over, it is not run again.
+    assert ends(started(case, str(folder))) == whole
+    return count
+
+
+@pytest.mark.parametrize("case", ["eager", "ChEES"])
+def test_a_killed_run_ends_as_a_whole_one(case: str, tmp_path: Path) -> None:
+    killed(case, tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_fifty_killed_runs_end_as_whole_ones(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = killed(case, tmp_path / "run", KILLS)
+    with capsys.disabled():
+        print(f"{case}: killed {count} times, ended as a whole run")
