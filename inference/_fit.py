@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +32,7 @@ from inference.compiler.step import numbers
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
-from inference.core.handlers import called_by_exclusive, exclusive, isolated
+from inference.core.handlers import REFUSALS, called_by_exclusive, exclusive, isolated, preserved_rng
 from inference.diagnostics.losses import settled as is_settled
 from inference.draws import scoring
 from inference.idata import STORED
@@ -39,6 +40,7 @@ from inference.result import GuideDraws, Posterior, Result, conclude
 from inference.runners.base import interrupts_deferred
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 from inference.runners.work import threads_by_work
+from inference.saved import make_parameters
 
 LEARNING_RATE = 0.02
 """Initial learning rate of pairs that say nothing."""
@@ -165,6 +167,9 @@ def fit(
         with subnormals_flushed():
             run.begin(asked_for, started)
             losses, ended = _descend(run, steps, patience, progress)
+        if not steps:
+            with preserved_rng(), suppress(*REFUSALS):
+                make_parameters(whole)
         return _conclude(whole, chosen, run.how, losses, draws, run.seconds, ended)
 
 

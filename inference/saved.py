@@ -11,10 +11,12 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -172,13 +175,10 @@ def compare_data(saved: Saved, bound: BoundPair) -> None:
 
 def put_parameters(saved: Saved, bound: BoundPair) -> None:
     """Let the pair make its parameters, and give them and its buffers the saved values."""
-    # Chains have no use for the guide, and run in evaluation mode; a fit runs in the mode in which modules are built.
-    fitted = saved.more["kind"] == "guide"
-    with torch.no_grad(), evaluating(() if fitted else bound.modules):
-        for half in (bound.guide, bound.model) if fitted else (bound.model,):
-            if half is not None:
-                first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
-    store, given = pyro.get_param_store(), saved.part("param")
+    fitted, given = saved.more["kind"] == "guide", saved.part("param")
+    make_parameters(bound, fitted)
+    _ask_for(given, bound)
+    store = pyro.get_param_store()
     own = [n for n in given if n not in store and "$$$" not in n]
     for name in own:
         # A parameter that the objective has made.
@@ -197,6 +197,25 @@ def put_parameters(saved: Saved, bound: BoundPair) -> None:
             store._params[name].copy_(value)
         for name, value in held.items():
             buffers[name].copy_(value)
+
+
+def make_parameters(bound: BoundPair, fitted: bool = True) -> None:
+    """Let a pair put its parameters into the store, as a fit of it does, or chains."""
+    # Chains have no use for the guide, and run in evaluation mode; a fit runs in the mode in which modules are built.
+    with torch.no_grad(), evaluating(() if fitted else bound.modules):
+        for half in (bound.guide, bound.model) if fitted else (bound.model,):
+            if half is not None:
+                first_valid(partial(poutine.trace(half).get_trace, **bound.arguments()))
+
+
+def _ask_for(names: Iterable[str], bound: BoundPair) -> None:
+    """Let Pyro modules put parameters into the store that no half uses by itself, as those of a discriminator."""
+    for name in names:
+        for module in bound.modules:
+            if name not in pyro.get_param_store() and isinstance(module, PyroModule):
+                with module._pyro_context, suppress(AttributeError):
+                    # Behind the mark are the parameters of a plain torch module.
+                    attrgetter(name.partition("$$$")[0])(module)
 
 
 def buffers_of(modules: Sequence[torch.nn.Module]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -85,11 +86,10 @@ def reproduced(checkpoint: Any = None, **_: Any) -> Any:
         return {"figure": float(result.losses[-1])}
 
     recipe = Recipe("made", "loss", run, None, "nobody", "none", "recalled", seeds=3)
-    folder = Path(checkpoint.folder if checkpoint else FRESH)
-    return reproduce(recipe, folder, missing=True)
+    with TemporaryDirectory() as fresh:
+        return reproduce(recipe, Path(checkpoint.folder if checkpoint else fresh), missing=True)
 
 
-FRESH = Path(sys.argv[2] + "-whole") if len(sys.argv) > 2 else Path()
 CASES: dict[str, Callable[..., Any]] = {
     "eager": lambda **m: fit(simple(), Y, steps=900, compile=False, **m),
     "compiled": lambda **m: fit(simple(), Y, steps=200_000, compile=True, **m),

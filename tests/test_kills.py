@@ -30,8 +30,9 @@ def started(case: str, folder: str) -> subprocess.Popen[str]:
 
 
 def ends(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert process.stdout is not None
+    out = process.stdout.read()
+    assert process.wait(300) == 0
     return out.strip()
 
 
