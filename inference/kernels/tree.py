@@ -84,21 +84,16 @@ class _Numbers(NamedTuple):
 class _Vectors(NamedTuple):
     """Positions q, momenta r and gradients h that a chain carries, (D, chains) each, the latter two whitened."""
 
-    q: Tensor  # the end that moves
-    r: Tensor
-    h: Tensor
-    left_q: Tensor
-    left_r: Tensor
-    left_h: Tensor
-    right_q: Tensor
-    right_r: Tensor
-    right_h: Tensor
-    drawn_q: Tensor  # the draw of the tree
-    drawn_h: Tensor
-    new_q: Tensor  # the draw of the new subtree
-    new_h: Tensor
-    total: Tensor  # sum of the momenta of the tree
-    total_new: Tensor  # sum of the momenta of the new subtree
+    moving: Tensor  # q, r and h of the end that moves
+    left: Tensor  # q, r and h of the left end of the tree
+    right: Tensor
+    drawn: Tensor  # q and h of the draw of the tree
+    new: Tensor  # q and h of the draw of the new subtree
+    totals: Tensor  # sums of the momenta of the tree, and of the new subtree
+
+
+SIZES = (3, 3, 3, 2, 2, 2)
+"""Vectors in the parts of ``_Vectors``. A loop carries them as one tensor."""
 
 
 class _Block(NamedTuple):
@@ -149,10 +144,10 @@ def run_trees(
     block = _Block(noise.momentum, leaf, subtree, direction, factor, back, *_checkpoints(depths, factor.device))
 
     def leap(packed: Tensor, stacked: Tensor, kept: Tensor, positions: Tensor, records: Tensor) -> tuple[Tensor, ...]:
-        numbers, vectors = _numbers(*packed.unbind()), _vectors(*stacked.unbind())
+        numbers, vectors = _Numbers(*packed.unbind()), _Vectors(*stacked.split(SIZES))
         active = numbers.done < count
-        (q, r, h), energy, error = _step(density, block, numbers, vectors)
-        numbers, vectors = _draw_leaf(numbers, vectors._replace(q=q, r=r, h=h), energy, error)
+        moving, energy, error = _step(density, block, numbers, vectors)
+        numbers, vectors = _draw_leaf(numbers, vectors._replace(moving=moving), energy, error)
         turned, kept = _turns_within(block, numbers, vectors, kept)
         diverging = error > MAX_ENERGY_ERROR
         joined = active & ~(diverging | turned) & (numbers.leaf + 1 >= numbers.depth.exp2())
@@ -163,48 +158,58 @@ def run_trees(
         # A chain that has ended a transition records it and adapts its step size; another writes where nobody reads.
         acceptance = numbers.acceptance / numbers.leaves
         row = torch.where(ended, numbers.done, float(count)).long()
-        record = (numbers.energy, acceptance, diverging.to(q), numbers.leaves, numbers.log_step.exp(), numbers.depth)
+        record = (
+            numbers.energy,
+            acceptance,
+            diverging.to(energy),
+            numbers.leaves,
+            numbers.log_step.exp(),
+            numbers.depth,
+        )
         records = records.scatter(1, row.expand(6, 1, width), torch.stack(record)[:, None])
-        positions = positions.scatter(0, row.expand(1, dim, width), vectors.drawn_q[None])
+        positions = positions.scatter(0, row.expand(1, dim, width), vectors.drawn[:1])
         learnt = average(StepSize(*numbers[12:]), rules[0] - acceptance)
         learns = ended & (rules[1] > 0)
         tuned = [torch.where(learns, new, old) for new, old in zip(learnt, numbers[12:], strict=True)]
-        numbers = _numbers(numbers.done + ended, numbers.depth, numbers.leaf + 1, *numbers[3:12], *tuned)
+        numbers = _Numbers(numbers.done + ended, numbers.depth, numbers.leaf + 1, *numbers[3:12], *tuned)
         numbers, vectors = _begin(block, numbers, vectors, ended, ended | joined)
-        return torch.stack(numbers), torch.stack(vectors), kept, positions, records
+        return torch.stack(numbers), torch.cat(vectors), kept, positions, records
 
     blank, q, h = torch.zeros_like(chains.energy), chains.position, times(chains.gradient, back)
-    numbers = _numbers(*[blank] * 6, chains.energy, *[blank] * 5, *tuning.unbind())
-    vectors = _vectors(*[q, torch.zeros_like(q), h] * 3, q, h, q, h, *[torch.zeros_like(q)] * 2)
+    numbers = _Numbers(*(*[blank] * 6, chains.energy, *[blank] * 5, *tuning.unbind()))
+    end, drawn = torch.stack((q, torch.zeros_like(q), h)), torch.stack((q, h))
+    vectors = _Vectors(end, end, end, drawn, drawn, torch.zeros_like(drawn))
     every = torch.ones_like(blank, dtype=torch.bool)
+    numbers, vectors = _begin(block, numbers, vectors, every, every)
     carried = (
-        *map(torch.stack, _begin(block, numbers, vectors, every, every)),
+        torch.stack(numbers),
+        torch.cat(vectors),
         # With a place more than there are levels, or transitions, for what is not kept.
         q.new_zeros(2, depths + 1, dim, width),
         q.new_zeros(count + 1, dim, width),
         q.new_zeros(6, count + 1, width),
     )
     packed, stacked, _, positions, records = _repeat(count, leap, carried)
-    numbers, vectors = _numbers(*packed.unbind()), _vectors(*stacked.unbind())
+    numbers, drawn = _Numbers(*packed.unbind()), stacked.split(SIZES)[3]
     energy, acceptance, diverging, leapfrogs, step, depth = records[:, :count].clone().unbind()
     moves = TreeMoves(positions[:count].clone(), energy, acceptance, diverging > 0, leapfrogs, step, depth)
     # Clones: a compiled loop may return no views of what it carries.
-    after = Chains(vectors.drawn_q.clone(), numbers.energy.clone(), times(vectors.drawn_h, metric.root))
+    after = Chains(drawn[0].clone(), numbers.energy.clone(), times(drawn[1], metric.root))
     return after, torch.stack(numbers[12:]), moves
 
 
-def _step(
-    density: Density, block: _Block, numbers: _Numbers, vectors: _Vectors
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """A leapfrog step of the moving end: position, momentum and gradient, energy, and the energy error."""
+def _step(density: Density, block: _Block, numbers: _Numbers, vectors: _Vectors) -> tuple[Tensor, Tensor, Tensor]:
+    """A leapfrog step of the moving end: that end, its energy, and the energy error."""
     step = numbers.direction * numbers.log_step.exp()
-    half = vectors.r - 0.5 * step * vectors.h
-    q = vectors.q + step * times(half, block.factor)
+    q, r, h = vectors.moving.unbind()
+    half = r - 0.5 * step * h
+    q = q + step * times(half, block.factor)
     energy, gradient = density(q)
     h = times(gradient, block.back)
     r = half - 0.5 * step * h
     error = energy + 0.5 * r.square().sum(0) - numbers.start
-    return (q, r, h), energy, torch.where(error.isfinite() & h.isfinite().all(0), error, math.inf)
+    error = torch.where(error.isfinite() & h.isfinite().all(0), error, math.inf)
+    return torch.stack((q, r, h)), energy, error
 
 
 def _draw_leaf(numbers: _Numbers, vectors: _Vectors, energy: Tensor, error: Tensor) -> tuple[_Numbers, _Vectors]:
@@ -221,10 +226,10 @@ def _draw_leaf(numbers: _Numbers, vectors: _Vectors, energy: Tensor, error: Tens
         acceptance=numbers.acceptance + (-error).clamp(max=0).exp(),
         leaves=numbers.leaves + 1,
     )
+    r, (total, total_new) = vectors.moving[1], vectors.totals
     vectors = vectors._replace(
-        new_q=torch.where(taken, vectors.q, vectors.new_q),
-        new_h=torch.where(taken, vectors.h, vectors.new_h),
-        total_new=torch.where(first, vectors.r, vectors.total_new + vectors.r),
+        new=torch.where(taken, vectors.moving[::2], vectors.new),
+        totals=torch.stack((total, torch.where(first, r, total_new + r))),
     )
     return numbers, vectors
 
@@ -234,7 +239,8 @@ def _turns_within(block: _Block, numbers: _Numbers, vectors: _Vectors, kept: Ten
 
     Kept are momenta, and their sums up to a leaf less half its own: the sum between two is a difference of these.
     """
-    r, sofar = vectors.r, vectors.total_new - 0.5 * vectors.r
+    r = vectors.moving[1]
+    sofar = vectors.totals[1] - 0.5 * r
     begun_r, begun_sofar = kept[:, :-1].unbind()
     at_first = (begun_r * sofar).sum(1) <= (begun_r * begun_sofar).sum(1)
     at_last = (r * sofar).sum(0) <= (begun_sofar * r).sum(1)
@@ -250,19 +256,19 @@ def _join(block: _Block, numbers: _Numbers, vectors: _Vectors, joined: Tensor) -
     uniform = block.subtree.gather(0, block.place(numbers))[0]
     chosen = joined & (uniform.log() < numbers.weight_new - numbers.weight)
     right = numbers.direction > 0
-    ends = [
-        torch.where(joined & side, new, old)
-        for side, three in ((~right, vectors[3:6]), (right, vectors[6:9]))
-        for new, old in zip(vectors[:3], three, strict=True)
-    ]
-    drawn = [torch.where(chosen, new, old) for new, old in zip(vectors[11:13], vectors[9:11], strict=True)]
-    total = torch.where(joined, vectors.total + vectors.total_new, vectors.total)
     numbers = numbers._replace(
         depth=numbers.depth + joined,
         energy=torch.where(chosen, numbers.energy_new, numbers.energy),
         weight=torch.where(joined, torch.logaddexp(numbers.weight, numbers.weight_new), numbers.weight),
     )
-    return numbers, _vectors(*vectors[:3], *ends, *drawn, *vectors[11:13], total, vectors.total_new)
+    total, total_new = vectors.totals
+    vectors = vectors._replace(
+        left=torch.where(joined & ~right, vectors.moving, vectors.left),
+        right=torch.where(joined & right, vectors.moving, vectors.right),
+        drawn=torch.where(chosen, vectors.new, vectors.drawn),
+        totals=torch.stack((torch.where(joined, total + total_new, total), total_new)),
+    )
+    return numbers, vectors
 
 
 def _begin(
@@ -270,7 +276,7 @@ def _begin(
 ) -> tuple[_Numbers, _Vectors]:
     """Begin the next transition of chains that have ended one, and the next subtree of those that need one."""
     t = block.transition(numbers)
-    r = block.momentum.gather(0, t.expand(1, *vectors.q.shape))[0]
+    r = block.momentum.gather(0, t.expand(1, *vectors.moving.shape[1:]))[0]
     start = numbers.energy + 0.5 * r.square().sum(0)
     numbers = numbers._replace(depth=torch.where(ended, 0.0, numbers.depth))
     place = block.place(numbers)
@@ -285,35 +291,25 @@ def _begin(
         acceptance=torch.where(ended, 0.0, numbers.acceptance),
         leaves=torch.where(ended, 0.0, numbers.leaves),
     )
-    end = vectors.drawn_q, r, vectors.drawn_h
-    left = [torch.where(ended, new, old) for new, old in zip(end, vectors[3:6], strict=True)]
-    right = [torch.where(ended, new, old) for new, old in zip(end, vectors[6:9], strict=True)]
-    moving = [
-        torch.where(fresh, torch.where(direction > 0, b, a), now)
-        for a, b, now in zip(left, right, vectors[:3], strict=True)
-    ]
-    total = torch.where(ended, r, vectors.total)
-    return numbers, _vectors(*moving, *left, *right, *vectors[9:13], total, vectors.total_new)
+    q, h = vectors.drawn
+    end, (total, total_new) = torch.stack((q, r, h)), vectors.totals
+    left, right = (torch.where(ended, end, now) for now in (vectors.left, vectors.right))
+    moving = torch.where(fresh, torch.where(direction > 0, right, left), vectors.moving)
+    totals = torch.stack((torch.where(ended, r, total), total_new))
+    return numbers, vectors._replace(moving=moving, left=left, right=right, totals=totals)
 
 
 def _turned(vectors: _Vectors) -> Tensor:
     """Whether trees have turned back on themselves."""
-    between = vectors.total - 0.5 * (vectors.left_r + vectors.right_r)
-    return ((vectors.left_r * between).sum(0) <= 0) | ((vectors.right_r * between).sum(0) <= 0)
+    left, right = vectors.left[1], vectors.right[1]
+    between = vectors.totals[0] - 0.5 * (left + right)
+    return ((left * between).sum(0) <= 0) | ((right * between).sum(0) <= 0)
 
 
 def fresh_steps(log_step: Tensor) -> Tensor:
     """Initial ``StepSize`` for log step sizes (chains,), as one tensor (5, chains)."""
     blank = torch.zeros_like(log_step)
     return torch.stack(StepSize(blank, log_step + math.log(10.0), blank, log_step, log_step))
-
-
-def _numbers(*parts: Tensor) -> _Numbers:
-    return _Numbers(*parts)
-
-
-def _vectors(*parts: Tensor) -> _Vectors:
-    return _Vectors(*parts)
 
 
 def _checkpoints(depths: int, device: torch.device) -> tuple[Tensor, Tensor]:
