@@ -84,7 +84,7 @@ def test_seeds_run_side_by_side_and_give_one_record(tmp_path) -> None:
 
 
 def _drawn(quick: bool, seed: int) -> dict[str, float]:
-    return {"figure": float(torch.rand((), generator=torch.Generator().manual_seed(seed)))}
+    return {"figure": seed**0.5}
 
 
 def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> None:
