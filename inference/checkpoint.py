@@ -126,25 +126,33 @@ class Checkpoint:
         """Whether it is time to write."""
         return perf_counter() - self._written >= max(self.every, SHARE * self._took)
 
-    def write(self, state: Any) -> None:
-        """Replace the checkpoint.
+    def write(self, state: Any, draws: tuple[int, Any] | None = None) -> bool:
+        """Replace the checkpoint, and before that write new draws to the file of a number.
+
+        Where it cannot be written, as on a full disk, a warning says so: the last one stands, and the run goes on.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             TypeError: The state holds something that no file can hold.
-            OSError: It cannot be written; the last one stands.
         """
         started = perf_counter()
-        content = {"format": FORMAT, "asked": self._asked, "torch": torch.__version__}
+        content = {"format": FORMAT, "asked": self._asked, "torch": torch.__version__, "state": state}
         try:
-            write_packed(self.folder / FILE, {**content, "state": state})
+            if draws is not None:
+                write_packed(self.folder / BLOCKS.format(draws[0]), draws[1])
+            write_packed(self.folder / FILE, content)
         except TypeError as error:
             raise TypeError(f"checkpoint: {error}") from None
-        self._written = perf_counter()
-        self._took = self._written - started
-
-    def add(self, number: int, blocks: Any) -> None:
-        """Write draws to file ``number``; the checkpoint that counts it is written after it."""
-        write_packed(self.folder / BLOCKS.format(number), blocks)
+        except OSError as error:
+            stands = "the last one stands" if (self.folder / FILE).exists() else "there is none"
+            warnings.warn(f"checkpoint: cannot be written ({error}); {stands}, and the run goes on", stacklevel=3)
+            return False
+        finally:
+            self._written = perf_counter()
+            self._took = self._written - started
+        return True
 
     def blocks(self, number: int) -> Any:
         """The draws of a file."""

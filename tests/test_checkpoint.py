@@ -1,5 +1,6 @@
 """Runs that were killed go on: losses, parameters and draws are those of a run that was not, to the last bit."""
 
+import resource
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -45,11 +46,12 @@ class Killing(Checkpoint):
     def due(self) -> bool:
         return True
 
-    def write(self, state: Any) -> None:
-        super().write(state)
+    def write(self, state: Any, draws: Any = None) -> bool:
+        written = super().write(state, draws)
         self.left -= 1
         if not self.left:
             raise Killed
+        return written
 
 
 class Dying(Checkpoint):
@@ -440,3 +442,28 @@ def test_a_comparison_goes_on_with_the_method_that_was_under_way(tmp_path: Path)
     assert Checkpoint(tmp_path).part("SVI (Trace_ELBO)").folder == tmp_path / "svi_trace_elbo"
     with pytest.raises(ValueError, match="differ in their letters and digits, got SVI, svi"):
         compare(plain, Y, {"SVI": fitted, "svi": fitted}, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["fit", "sample"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {
+        "fit": lambda **more: fit(plain(), Y, steps=12, draws=10, progress=False, **more),
+        "sample": partial(sample, model, Y, ChEES, draws=40, warmup=20, chains=8, compile=False, progress=False),
+    }[verb]
+    whole = run()
+    with pytest.raises(Killed):
+        run(checkpoint=Killing(tmp_path, 3))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.warns(UserWarning, match=r"checkpoint: cannot be written \(.*\); the last one stands"):
+            last = run(checkpoint=Killing(tmp_path, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    same(last, whole)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    # What stands goes on.
+    same(run(checkpoint=tmp_path), whole)

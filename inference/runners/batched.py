@@ -95,10 +95,11 @@ class _Kept:
 
     def write(self, blocks: list[Any], state: Mapping[str, Any]) -> None:
         """Write the blocks of draws that are new, and then the checkpoint."""
-        if len(blocks) > self._written:
-            self._checkpoint.add(self._files, blocks[self._written :])
-            self._files, self._written = self._files + 1, len(blocks)
-        self._checkpoint.write({**state, "files": self._files, "random": random_state()})
+        fresh = blocks[self._written :]
+        files = self._files + bool(fresh)
+        held = {**state, "files": files, "random": random_state()}
+        if self._checkpoint.write(held, (self._files, fresh) if fresh else None):
+            self._files, self._written = files, len(blocks)
 
     def _here(self, value: Any) -> Any:
         return tree_map(lambda v: v.to(self._device) if isinstance(v, Tensor) else v, value)
