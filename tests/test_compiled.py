@@ -1,6 +1,8 @@
 """Compiled objectives: the numbers of the eager ones, fresh noise, nothing frozen, a word where it cannot be had."""
 
 import importlib
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -804,3 +806,37 @@ def test_enumeration_survives_a_compiled_fit() -> None:
     result = quiet(bound.pair, X, steps=40, compile=True)
     assert result.idata.attrs["execution"] == "fused"
     assert "z" in result.idata.posterior
+
+
+IN_A_PROCESS = """
+import sys
+import pyro
+import pyro.distributions as dist
+from torch._dynamo.utils import counters
+from inference import kernels
+
+def model():
+    x = pyro.sample("x", dist.Normal(0.0, 2.0).expand([3]).to_event(1))
+    # An exponent is a constant in the code of the loop's body, and no input of it.
+    pyro.factor("tails", -0.1 * (x ** int(sys.argv[2])).sum())
+
+pyro.set_rng_seed(0)
+kernel = getattr(kernels, sys.argv[1])(model, num_chains=4, jit_compile=False)
+kernel.setup(40)
+kernel.fuse()
+found = counters["aot_autograd"]
+print(kernel.execution, found["autograd_cache_hit"], found["autograd_cache_miss"], found["autograd_cache_bypass"])
+"""
+
+
+@pytest.mark.parametrize("kernel", ["ChEES", pytest.param("NUTS", marks=pytest.mark.slow)])
+def test_another_process_takes_a_loop_from_the_disk_and_none_of_another_body(kernel: str, tmp_path: Any) -> None:
+    def run(exponent: int) -> str:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", IN_A_PROCESS, kernel, str(exponent)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+    assert run(4) == "fused 0 1 0"
+    assert run(4) == "fused 1 0 0"
+    # A program that does not agree with the traced one is not used: it would run traced.
+    assert run(6) == "fused 0 1 0"

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
@@ -37,6 +38,10 @@ LOOP_OPTIONS: dict[str, Any] = {**OPTIONS, "cpp_wrapper": True, "use_joint_graph
 """Options for loops. A round costs no Python, as the wrapper is C++. The passes over joint graphs are left out: they
 remove copies from the body of a loop, after which inductor (torch 2.13) writes into the values that the loop carries
 where ``clone().mT`` is written to by indices."""
+
+
+LOOPS = ("scan", "while_loop")
+"""Loops that torch's cache on the disk leaves out unless it is told (:func:`_loop_options`)."""
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -71,12 +76,24 @@ def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             # Made at the first call, so that whatever a compiler may raise is raised where the call is made.
             if not made:
-                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=LOOP_OPTIONS))
+                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=_loop_options()))
             return made[0](*inputs)
 
         return run
 
     return _kept(key, build)
+
+
+def _loop_options() -> dict[str, Any]:
+    """``LOOP_OPTIONS``, with which another process takes a program from torch's cache on the disk.
+
+    Its key holds the code of a loop's body, as a test shows, and programs are compared with what they were made from
+    before they are used.
+    """
+    cacheable = "unsafe_marked_cacheable_functions"
+    if not hasattr(import_module("torch._inductor.config"), cacheable):
+        return LOOP_OPTIONS
+    return {**LOOP_OPTIONS, cacheable: {f"torch.ops.higher_order.{n}": torch.__version__ for n in LOOPS}}
 
 
 def _kept(key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

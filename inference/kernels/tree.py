@@ -173,7 +173,7 @@ def run_trees(
         tuned = [torch.where(learns, new, old) for new, old in zip(learnt, numbers[12:], strict=True)]
         numbers = _Numbers(numbers.done + ended, numbers.depth, numbers.leaf + 1, *numbers[3:12], *tuned)
         numbers, vectors = _begin(block, numbers, vectors, ended, ended | joined)
-        return torch.stack(numbers), torch.cat(vectors), kept, positions, records
+        return torch.stack((*numbers,)), torch.cat((*vectors,)), kept, positions, records
 
     blank, q, h = torch.zeros_like(chains.energy), chains.position, times(chains.gradient, back)
     numbers = _Numbers(*(*[blank] * 6, chains.energy, *[blank] * 5, *tuning.unbind()))
@@ -182,8 +182,8 @@ def run_trees(
     every = torch.ones_like(blank, dtype=torch.bool)
     numbers, vectors = _begin(block, numbers, vectors, every, every)
     carried = (
-        torch.stack(numbers),
-        torch.cat(vectors),
+        torch.stack((*numbers,)),
+        torch.cat((*vectors,)),
         # With a place more than there are levels, or transitions, for what is not kept.
         q.new_zeros(2, depths + 1, dim, width),
         q.new_zeros(count + 1, dim, width),
