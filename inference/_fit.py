@@ -37,7 +37,7 @@ from inference.diagnostics.losses import settled as is_settled
 from inference.draws import scoring
 from inference.idata import STORED
 from inference.result import GuideDraws, Posterior, Result, conclude
-from inference.runners.base import interrupts_deferred
+from inference.runners.base import interrupts_deferred, threads_set
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
 from inference.runners.work import threads_by_work
 from inference.saved import make_parameters
@@ -183,13 +183,17 @@ class _Run:
         self.losses: list[Any] = []
         self.setup: float | None = None
         self.over = ""
+        self.threads: int | None = None
 
     def begin(self, asked: Mapping[str, Any], started: float) -> None:
         """Start the clock, and go on where the checkpoint is."""
         self._started, self._before = started, 0.0
         held = None if self.kept is None else self.kept.begin(asked)
         if held is not None:
-            self.steps.resume(held["steps"])
+            self.threads = held["threads"]
+            # A program is made for a number of threads; the first step has validated the model.
+            with threads_set(self.threads or 1), pyro.validation_enabled(False):
+                self.steps.resume(held["steps"])
             self.batches.resume(held["batches"])
             self.losses, self.over = checkpoints.losses_of(held["losses"]), held["over"]
             self.setup, self._before = held["setup"], held["seconds"]
@@ -223,6 +227,7 @@ class _Run:
                 "batches": self.batches.state(),
                 "losses": np.array([_read(x) for x in self.losses], dtype=float),
                 "setup": self.setup,
+                "threads": torch.get_num_threads(),
                 "seconds": self.elapsed,
                 "over": self.steps.how if over else "",
             }
@@ -232,10 +237,17 @@ class _Run:
 def _descend(run: _Run, count: int, patience: int | None, progress: bool) -> tuple[np.ndarray, str]:
     """Take the steps; return the losses of those that were finite, and why the fit ended early."""
     steps, name, losses = run.steps, run.name, run.losses
-    validate, first, failure, ended = pyro.settings.get("validate_distributions_pyro"), True, None, ""
+    first, failure, ended = not losses, None, ""
+    validate = first and pyro.settings.get("validate_distributions_pyro")
     bar = tqdm(total=count, initial=len(losses), desc=name, disable=None if progress else True, leave=False)
     validated = pyro.validation_enabled(validate)
-    with bar, warnings.catch_warnings(), validated, interrupts_deferred() as interrupts, threads_by_work() as call:
+    with (
+        bar,
+        warnings.catch_warnings(),
+        validated,
+        interrupts_deferred() as interrupts,
+        threads_by_work(run.threads) as call,
+    ):
         # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
         try:

@@ -16,7 +16,7 @@ import torch
 from pyro.infer import NUTS as PyroNUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
-from inference.checkpoint import Checkpoint, asked_of, networks_of
+from inference.checkpoint import Checkpoint, NoCheckpoint, asked_of, networks_of
 from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
@@ -128,11 +128,12 @@ def sample(
         example = factory(partial(bound.model, **bound.arguments()))
         if not Kernel.of(example).draws_finite:
             _check_summed(bound)
+        if kept is not None and not getattr(example, "resumes", False):
+            name = "Pyro's NUTS" if factory is PyroNUTS else method_of(factory)
+            got = f"{name}, whose chains cannot go on from a file"
+            raise NoCheckpoint(f"checkpoint: expected ChEES, Gibbs or NUTS, got {got}")
         if Kernel.of(example).batched:
             made = run_batched(bound, factory, **further)
-        elif kept is not None:
-            got = f"{method_of(factory)}, whose chains cannot go on from a file"
-            raise ValueError(f"checkpoint: expected ChEES, Gibbs or NUTS, got {got}")
         else:
             made = run_processes(bound, factory, draws, warmup, chains, seed, compile, progress)
         return _conclude(bound, made, perf_counter() - started)

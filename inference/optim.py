@@ -54,6 +54,7 @@ class Joint(PyroOptim):
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self._known: dict[Tensor, str] = {}
+        self._store: Any = None
         self._valid: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] | None = None
         if not callable(optim_args):
@@ -75,20 +76,38 @@ class Joint(PyroOptim):
             self.scheduler.step()
 
     def get_state(self) -> dict[str, Any]:
-        """State of the optimizer by parameter name, and of the schedule."""
+        """State and settings of the optimizer by parameter name, and the state of the schedule."""
         if self.optimizer is None:
             return dict(self._waiting or {})
+        waiting = self._waiting or {"state": {}, "settings": {}}
         state = {name: self.optimizer.state.get(p, {}) for p, name in self._known.items()}
-        return {"state": state, "schedule": self.scheduler.state_dict() if self.scheduler else None}
+        settings = {
+            self._known[p]: {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        return {
+            "state": {**waiting["state"], **state},
+            "settings": {**waiting["settings"], **settings},
+            "schedule": self.scheduler.state_dict() if self.scheduler else None,
+        }
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of :meth:`get_state`, now or when the parameters are first seen."""
-        self._waiting = {"state": dict(state_dict["state"]), "schedule": state_dict["schedule"]}
+        self._waiting = {
+            "state": dict(state_dict["state"]),
+            "settings": dict(state_dict.get("settings", {})),
+            "schedule": state_dict["schedule"],
+        }
         self._take_up()
 
     def _add(self, fresh: list[Tensor]) -> None:
         groups: list[dict[str, Any]] = []
-        fresh = [p for p in fresh if not self._replaces(p)]
+        store = pyro.get_param_store()._params
+        if store is self._store:
+            fresh = [p for p in fresh if not self._replaces(p)]
+        # Another fit has a store of its own, and its parameters are new ones whatever their names.
+        self._store = store
         # SVI hands parameters over as a set: by name, their order and so each result is the same every time.
         for name, p in sorted(((self._name(p), p) for p in fresh), key=lambda named: named[0]):
             self._known[p] = name
@@ -141,6 +160,15 @@ class Joint(PyroOptim):
             kind = getattr(self.pt_optim_constructor, "__name__", "the optimizer")
             raise type(error)(f"optim_args: expected arguments of {kind}, got {shown}: {error}") from None
 
+    def _beside(self, param: Tensor, key: str, value: Any) -> Any:
+        """A value of the state where torch keeps it: beside its parameter, but for the count of most optimizers."""
+        if not isinstance(value, Tensor):
+            return value
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        group: dict[str, Any] = next((g for g in groups if any(p is param for p in g["params"])), {})
+        stays = key == "step" and not (group.get("fused") or group.get("capturable"))
+        return value.clone() if stays else value.to(param.device, copy=True)
+
     @staticmethod
     def _name(param: Tensor) -> str:
         return str(pyro.get_param_store().param_name(param))
@@ -150,9 +178,11 @@ class Joint(PyroOptim):
             return
         for p, name in self._known.items():
             for key, value in self._waiting["state"].pop(name, {}).items():
-                self.optimizer.state[p][key] = value.clone() if isinstance(value, Tensor) else value
+                self.optimizer.state[p][key] = self._beside(p, key, value)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                # What an optimizer or a schedule changes in a group: rates, and for some betas.
+                group.update(self._waiting["settings"].pop(self._known[p], {}))
         if self.scheduler is not None and self._waiting["schedule"] is not None:
             self.scheduler.load_state_dict(self._waiting["schedule"])
-            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
             self._waiting["schedule"] = None

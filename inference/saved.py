@@ -142,7 +142,8 @@ class Saved:
                 write_netcdf(self.idata, folder / IDATA)
             losses = self.tensors["losses"].numpy()
             if len(losses):
-                columns = ["guide", "model"] if losses.ndim > 1 else ["loss"]
+                width = losses.shape[1] if losses.ndim > 1 else 1
+                columns = {1: ["loss"], 2: ["guide", "model"]}.get(width, [f"loss_{k}" for k in range(width)])
                 pd.DataFrame(losses, columns=columns).to_csv(folder / LOSSES, index_label="step")
 
         return write_folder(path, writer, ABOUT)

@@ -13,9 +13,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from laws import Case
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam, ExponentialLR
+from pyro.optim.clipped_adam import ClippedAdam as torch_clipped_adam
 from torch import Tensor, nn
 
 from inference import Checkpoint, Joint, Result, compare, fit, isolated, sample
@@ -122,6 +123,12 @@ def plain(_: int = 0) -> Any:
 
 
 OPTIMIZERS = {
+    "with rates and betas that go round": lambda: Joint(
+        torch.optim.Adam,
+        {"lr": 0.02},
+        schedule=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=12),
+    ),
+    "joint, of Pyro, whose rate is its own": lambda: Joint(torch_clipped_adam, {"lr": 0.05, "lrd": 0.9}),
     "of Pyro": lambda: ClippedAdam({"lr": 0.02, "lrd": 0.99}),
     "of Pyro with a schedule": lambda: ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.9}
@@ -236,19 +243,166 @@ def test_a_checkpoint_cut_short_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
-    def wider(y: Tensor) -> None:
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
-        sd = pyro.sample("sd", dist.LogNormal(0.0, 1.0))
-        loc = pyro.param("shift", torch.zeros(3))
-        with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Normal(mu + loc.sum(), sd).to_event(1), obs=y)
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.shift = nn.Linear(1, width)
 
-    wider.__name__ = "model"
-    fit(plain(), Y, steps=5, checkpoint=tmp_path, progress=False)
-    with pytest.raises(
-        ValueError, match=r"^checkpoint: it holds a parameter shift of shape none, and the pair \(3,\)$"
-    ):
-        fit((wider, AutoNormal(model)), Y, steps=5, checkpoint=tmp_path, progress=False)
+        def model(self, y: Tensor) -> None:
+            pyro.module("shift", self.shift)
+            mu = pyro.sample("mu", dist.Normal(self.shift.bias.sum(), 3.0).expand([2]).to_event(1))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+    def run(width: int) -> None:
+        pair = Wide(width)
+        fit((pair.model, AutoNormal(pair.model)), Y, steps=5, checkpoint=tmp_path, progress=False)
+
+    run(2)
+    wanted = r"^checkpoint: it holds a parameter shift\.weight of shape \(2, 1\), and the pair \(3, 1\)$"
+    with pytest.raises(CheckpointError, match=wanted):
+        run(3)
+
+
+PRIOR = 3.0
+
+
+def scaled(scale: float) -> Any:
+    def model(y: Tensor, noise: float = 1.0) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, scale * PRIOR))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, noise).expand([2]).to_event(1), obs=y)
+
+    return model
+
+
+def test_other_numbers_in_data_code_and_closures_are_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb in (partial(fit, steps=4, draws=5), partial(sample, draws=5, warmup=5, chains=4, compile=False)):
+
+        def run(model: Any, noise: float = 1.0, verb: Any = verb) -> Result:
+            pair = (model, AutoNormal(model)) if verb.func is fit else model
+            return verb(pair, {"y": Y, "noise": noise}, progress=False, checkpoint=tmp_path / verb.func.__name__)
+
+        same(run(scaled(1.0)), run(scaled(1.0)))
+        with pytest.raises(CheckpointError, match=r"is of a run with data .*noise 1\.0, got .*noise 0\.1; use another"):
+            run(scaled(1.0), 0.1)
+        with pytest.raises(CheckpointError, match="is of a run with code of the model [0-9a-f]+, got [0-9a-f]+; use"):
+            run(scaled(0.01))
+        with monkeypatch.context() as patched:
+            patched.setitem(globals(), "PRIOR", 4.0)
+            with pytest.raises(CheckpointError, match="is of a run with code of the model"):
+                run(scaled(1.0))
+    chains = partial(sample, scaled(1.0), Y, draws=5, warmup=5, chains=4, compile=False, progress=False)
+    chains(kernel=ChEES, checkpoint=tmp_path / "kernels")
+    with pytest.raises(CheckpointError, match=r"is of a run with kernel ChEES\(.*\), got <lambda> [0-9a-f]+\(\)"):
+        chains(kernel=lambda model: NUTS(model), checkpoint=tmp_path / "kernels")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_fit_goes_on_in_as_many_threads(compile: bool, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        y = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+
+        def wide(y: Tensor) -> None:
+            mu = pyro.sample("mu", dist.Normal(torch.zeros(64), 3.0).to_event(1))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+        run = partial(fit, data=y, steps=24, draws=5, compile=compile, progress=False)
+        goes_on(lambda _: (wide, AutoNormal(wide)), run, tmp_path / "run", kills=(5, 6))
+    finally:
+        torch.set_num_threads(1)
+
+
+class Counting(nn.Module):
+    """A pair that anneals by a counter of its own, with a network in a closure of its guide."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.taken = 0
+        with isolated(seed):
+            net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+        def guide(y: Tensor) -> None:
+            pyro.module("net", net)
+            with pyro.plate("rows", len(y)):
+                pyro.sample("z", dist.Normal(net(y)[..., 0], 1.0))
+
+        self.guide = guide
+
+    def model(self, y: Tensor) -> None:
+        self.taken += 1
+        with pyro.plate("rows", len(y)), pyro.poutine.scale(scale=min(1.0, self.taken / 20)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z[..., None].expand(*z.shape, 2), 1.0).to_event(1), obs=y)
+
+
+def test_counters_and_networks_in_closures_go_on(tmp_path: Path) -> None:
+    def run(pair: Any, **more: Any) -> Result:
+        # What draws show depends on the counter, too: they are compared where all have ended by the same number.
+        return fit((pair.model, pair.guide), Y.repeat(4, 1), steps=12, draws=5, compile=False, progress=False, **more)
+
+    whole = run(Counting(0))
+    for start, left in enumerate((3, 4)):
+        with pytest.raises(Killed):
+            run(Counting(start), checkpoint=Killing(tmp_path, left))
+    last = run(Counting(8), checkpoint=tmp_path)
+    assert np.array_equal(last.losses, whole.losses)
+    assert [n for n in whole.params if not torch.equal(whole.params[n], last.params[n])] == []
+
+
+def test_one_joint_optimizer_serves_two_fits_as_two_would() -> None:
+    def run(optimizer: Joint) -> Result:
+        return fit(plain(), Y, steps=8, draws=5, optimizer=optimizer, progress=False)
+
+    make = partial(Joint, torch.optim.Adam, {"lr": 0.1})
+    shared = make()
+    for _ in range(2):
+        assert np.array_equal(run(shared).losses, run(make()).losses)
+
+
+class Once(ChEES):
+    """A kernel whose state is not all that it depends on."""
+
+    resumes = False
+
+
+def test_a_kernel_that_does_not_say_that_it_resumes_has_no_checkpoint(tmp_path: Path) -> None:
+    run = partial(sample, model, Y, draws=5, warmup=5, chains=4, compile=False, progress=False)
+    with pytest.raises(CheckpointError, match="expected ChEES, Gibbs or NUTS, got Once, whose chains cannot"):
+        run(kernel=Once, checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="once runs without a checkpoint: checkpoint: expected ChEES"):
+        found = compare(plain, Y, {"once": lambda pair, data, **more: run(kernel=Once, **more)}, checkpoint=tmp_path)
+    assert found.results["once"].method == "Once"
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+def test_the_same_call_again_goes_on_with_the_same_objective(
+    tmp_path: Path, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = TraceEnum_ELBO()
+    pair = plain()
+    run = partial(fit, pair, Y, objective, steps=40, draws=5, compile=False, progress=False)
+    whole = fit(plain(), Y, TraceEnum_ELBO(), steps=40, draws=5, compile=False, progress=False)
+    calls = [0]
+
+    def pressed(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 20:
+            signal.raise_signal(signal.SIGINT)
+        return loss_and_grads(*args, **kwargs)
+
+    loss_and_grads = objective.loss_and_grads
+    with monkeypatch.context() as patched:
+        patched.setattr(TraceEnum_ELBO, "loss_and_grads", lambda self, *a, **k: pressed(*a, **k))
+        with pytest.warns(UserWarning, match="interrupted at step 20 of 40"):
+            part = run(checkpoint=tmp_path)
+    assert part.interrupted
+    same(run(checkpoint=tmp_path), whole)
 
 
 def test_values_in_files_come_back(tmp_path: Path) -> None:

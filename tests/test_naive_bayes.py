@@ -590,8 +590,13 @@ def test_classify_with_the_exact_posterior_approaches_the_closed_form_predictive
     result = fit_exactly(make(family), data, draws=40_000)
     densities = np.stack([score_draws(result, {"x": fresh["x"], "y": torch.full((6,), k)}) for k in range(3)], -1)
     assert_draws_agree(densities / np.exp(joint), np.ones((6, 3)))
-    probabilities = inference.classify(result, fresh)
-    np.testing.assert_allclose(probabilities, scipy.special.softmax(joint, -1), atol=0.01)
+    probabilities = inference.classify(result, fresh).numpy()
+    # The error of a ratio of means, by the delta method.
+    means = densities.mean(0)
+    parts = (densities - probabilities * densities.sum(-1, keepdims=True)) / means.sum(-1, keepdims=True)
+    error = parts.std(0) / len(densities) ** 0.5
+    assert (np.abs(probabilities - scipy.special.softmax(joint, -1)) < 5 * error + 1e-9).all()
+    assert error.max() < 0.02
 
 
 def score_draws(result: Result, data: Data) -> np.ndarray:
@@ -739,7 +744,10 @@ def test_samples_of_counts_have_the_given_lengths_and_the_multinomials_moments(b
     n = LENGTHS[:, None]
     assert_draws_agree(drawn, n * p, (n * p * (1 - p)).sqrt())
     products = (drawn[..., 0] - n[:, 0] * p[..., 0]) * (drawn[..., 1] - n[:, 0] * p[..., 1])
-    assert_draws_agree(products, -n[:, 0] * p[..., 0] * p[..., 1])
+    # Where the two rarely occur together, 20,000 draws do not show how products spread.
+    together = (n[:, 0] * p[..., 0] * n[:, 0] * p[..., 1] * len(drawn) > 100).expand(products.shape[1:])
+    assert together.any()
+    assert_draws_agree(products[:, together], (-n[:, 0] * p[..., 0] * p[..., 1]).expand(products.shape[1:])[together])
 
 
 def test_counts_expand_and_may_be_of_length_zero() -> None:

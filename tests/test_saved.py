@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,9 @@ def test_what_was_written_is_said(folder: Path) -> None:
     assert about["data"]["y"]["shape"] == [3]
     assert {"torch", "pyro-ppl", "ppl-models", "python"} <= about["versions"].keys()
     assert np.isfinite(about["seconds"]["run"])
+
+
+def test_three_losses_are_written_by_their_numbers(tmp_path: Path) -> None:
+    result = replace(fitted(), losses=np.arange(12.0).reshape(4, 3))
+    result.save(tmp_path / "run")
+    assert (tmp_path / "run" / "losses.csv").read_text().startswith("step,loss_0,loss_1,loss_2\n0,0.0,1.0,2.0")

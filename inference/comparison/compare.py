@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from inference.checkpoint import Checkpoint, CheckpointError
+from inference.checkpoint import Checkpoint, CheckpointError, NoCheckpoint
 from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind, move
@@ -69,7 +69,11 @@ def compare(
         raise ValueError("methods: expected at least one, got none")
 
     place, kept = check_device(device), Checkpoint.of(checkpoint)
-    _check_parts(methods, kept)
+    if kept is not None:
+        _check_parts(methods, kept)
+        # Pairs are built from the seed, which fits do not see.
+        if kept.begin({"method": "compare", "seed": seed}) is None:
+            kept.write({})
 
     def build() -> Any:
         with isolated(seed):
@@ -87,7 +91,11 @@ def compare(
     for name, method in methods.items():
         try:
             further = {"checkpoint": kept.part(name)} if kept is not None and _takes_checkpoint(method) else {}
-            results[name] = method(build(), data, **further)
+            try:
+                results[name] = method(build(), data, **further)
+            except NoCheckpoint as error:
+                warnings.warn(f"{name} runs without a checkpoint: {error}", stacklevel=3)
+                results[name] = method(build(), data)
             rows[name], density = _score(results[name], moments, heldout, label)
             densities |= {} if density is None else {name: density}
         except Exception as error:
@@ -108,10 +116,8 @@ def _takes_checkpoint(method: Method) -> bool:
     return "checkpoint" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _check_parts(methods: Mapping[str, Method], kept: Checkpoint | None) -> None:
+def _check_parts(methods: Mapping[str, Method], kept: Checkpoint) -> None:
     """Raise a ValueError where two methods would have one folder."""
-    if kept is None:
-        return
     folders: dict[Any, str] = {}
     for name in methods:
         other = folders.setdefault(kept.part(name).folder, name)

@@ -254,6 +254,9 @@ class BatchedKernel(Kernel):
             counts it.
         nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
         state: Position and adaptation of the chains, from which they can go on.
+        resumes: Whether ``state`` is all that later transitions depend on, in the warmup too, so that checkpoints can
+            hold it. It and the blocks are then made of mappings, tuples, numbers and tensors, and named tuples come
+            back as plain ones.
     """
 
     batched = True
@@ -268,6 +271,7 @@ class BatchedKernel(Kernel):
     operations: int = 0
     nodes: int = 0
     state: Any = None
+    resumes: bool = False
 
     _initial: dict[str, Tensor] | None = None
 

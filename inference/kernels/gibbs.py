@@ -98,7 +98,7 @@ class Gibbs(BatchedKernel):
     """
 
     block = 1
-    draws_finite = True
+    draws_finite = resumes = True
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class Hamiltonian(BatchedKernel):
     step_size: float = 1.0
     target_accept_prob: float = 0.8
     overhead: int = 0
+    resumes = True
     transitions: ClassVar[Callable[..., Any]]
     moves: ClassVar[type]
     _chains: Chains

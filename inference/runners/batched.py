@@ -205,10 +205,9 @@ class _Run:
             if held is None:
                 self._fuse_if_worth_it(kernel.expected * (self.warmup + draws))
                 return
-            if held["fused"]:
-                self.fused = True
+            kernel.state, self.fused = held["kernel"], held["fused"]
+            if held["execution"] == "fused":
                 kernel.fuse()
-            kernel.state = held["kernel"]
             self.blocks, self.done, self.before = held["blocks"], held["done"], held["before"]
             set_random_state(held["random"])
 
@@ -233,8 +232,9 @@ class _Run:
 
         def keep() -> None:
             if kept is not None:
-                at = {"kernel": kernel.state, "fused": self.fused, "done": self.done, "before": self.before}
-                kept.write(blocks, {**at, "setup": setup, "seconds": clock + perf_counter()})
+                at = {"kernel": kernel.state, "done": self.done, "before": self.before}
+                how = {"fused": self.fused, "execution": kernel.execution}
+                kept.write(blocks, {**at, **how, "setup": setup, "seconds": clock + perf_counter()})
 
         validated, threads = pyro.validation_enabled(False), threads_set(self.threads)
         with validated, threads, interrupts_deferred() as interrupts:

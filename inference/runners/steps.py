@@ -81,9 +81,11 @@ class EagerSteps:
         return {
             **checkpoint.take(self.bound, self.inner),
             "done": self.done,
-            "optimizer": self.optimizer.get_state(),
+            # What no parameter has taken up since the run went on is the optimizer's too.
+            "optimizer": {**getattr(self.optimizer, "_state_waiting_to_be_consumed", {}), **self.optimizer.get_state()},
             "openings": list(self._openings),
             "eager": self.objective.reason if isinstance(self.objective, Compiled) else None,
+            "last": self.last,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -101,7 +103,7 @@ class EagerSteps:
             self.optimizer.optim_objs.clear()
         self.optimizer.set_state(state["optimizer"])
         checkpoint.put(state, self.bound, self.inner)
-        self.done = state["done"]
+        self.done, self.last = state["done"], {n: v.to(self.bound.device) for n, v in state["last"].items()}
         if isinstance(self.objective, Compiled):
             self.objective.reason = state["eager"]
 

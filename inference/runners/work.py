@@ -37,10 +37,14 @@ class _Largest(TorchDispatchMode):
 
 
 @contextmanager
-def threads_by_work() -> Iterator[Callable[..., Any]]:
-    """Give a function that calls another: first in one thread, then in as many as the first call's work is worth."""
+def threads_by_work(chosen: int | None = None) -> Iterator[Callable[..., Any]]:
+    """Give a function that calls another: first in one thread, then in as many as the first call's work is worth.
+
+    Args:
+        chosen: Threads that an earlier part of the run has chosen.
+    """
     most = most_threads()
-    calls = 0
+    calls = 0 if chosen is None else 1
 
     def call(function: Callable[..., T], *args: Any) -> T:
         nonlocal calls
@@ -52,5 +56,5 @@ def threads_by_work() -> Iterator[Callable[..., Any]]:
         torch.set_num_threads(policy.threads_of_fit(largest.numbers, most))
         return out
 
-    with threads_set(1):
+    with threads_set(chosen or 1):
         yield call

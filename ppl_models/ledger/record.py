@@ -3,6 +3,7 @@ r"""A recipe for a published figure, and the record of a run."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -142,7 +143,9 @@ def reproduce(
 def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int) -> None:
     """Run one seed and append its line."""
     started = perf_counter()
-    folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}"
+    commit = _commit()
+    # Of one code only: what another has begun it must not end.
+    folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}-{commit}"
     with checkpoints_in(folder):
         found = dict(recipe.run(quick, seed))
     if not math.isfinite(found["figure"]):
@@ -158,7 +161,7 @@ def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int) -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit,
     }
     directory.mkdir(parents=True, exist_ok=True)
     append_line(directory / f"{recipe.name}.seeds.jsonl", json.dumps(line))
@@ -236,14 +239,20 @@ def shown_figure(record: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str:
-    """The commit of the project's own repository; ``unknown`` where it is installed in a folder of another one."""
+    """The commit of the project's own repository; where there is none, or files differ from it, a hash of all files."""
     root = Path(__file__).parents[2]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
         own = Path(top).resolve() == root.resolve() and _git(root, "ls-files", Path(__file__).relative_to(root))
-        return _git(root, "describe", "--always", "--dirty", "--abbrev=12") if own else "unknown"
+        named = _git(root, "describe", "--always", "--dirty", "--abbrev=12") if own else "unknown"
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        named = "unknown"
+    return named if named != "unknown" and not named.endswith("-dirty") else f"{named}-{_hash_of_sources(root)}"
+
+
+def _hash_of_sources(root: Path) -> str:
+    files = sorted(p for package in ("inference", "ppl_models") for p in (root / package).rglob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:8]
 
 
 def _git(folder: Path, *arguments: Any) -> str:
