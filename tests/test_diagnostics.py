@@ -21,7 +21,8 @@ from pyro.infer.autoguide import AutoDelta
 
 import inference
 from inference import kernels
-from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.convergence import R_HAT as R_HAT_LIMIT
+from inference.diagnostics.convergence import Diagnosis, diagnose, r_hat_limit
 from inference.diagnostics.guides import GuideCheck, effective_fraction, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
@@ -523,6 +524,21 @@ def test_many_short_chains_that_do_not_agree_are(kind: str) -> None:
     # Chains that agree have 1.012; what is allowed beside that depends on the draws.
     assert 1.012 < float(said[2]) < 1.05
     assert diagnosis.converged is False
+
+
+@pytest.mark.parametrize("rare", [True, False])
+def test_many_chains_that_do_not_move_are_told(rare: bool) -> None:
+    at = noise(64, 1)
+    draws = np.repeat((at > 1.0).astype(float) if rare else at, 250, 1)
+    # Nothing is allowed for: the limit is the one of few chains.
+    assert r_hat_limit(draws, 1) == pytest.approx(R_HAT_LIMIT)
+    diagnosis = diagnose(chains(mu=draws))
+    assert diagnosis.advice, diagnosis
+    assert diagnosis.converged is False
+    # Beside chains that move, each quantity is judged by itself.
+    both = diagnose(chains(mu=draws, w=autoregressive(0.5, 64, 250)))
+    assert both.converged is False
+    assert any("mu" in line for line in both.advice)
 
 
 def two_modes(x: torch.Tensor) -> None:

@@ -344,7 +344,8 @@ def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
         halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
         within = halves.var(-1, ddof=1).mean()
         means = halves.mean(-1)
-        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within
+        # Where no chain moves there is nothing to allow for.
+        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within if within > 0 else 0.0
         limits.append(R_HAT**2 + max(error - 1 / half, 0.0) + z * error / math.sqrt(chains - 1))
     return math.sqrt(max(limits))
 
