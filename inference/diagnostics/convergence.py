@@ -318,6 +318,10 @@ def _advise_restarts(idata: xr.DataTree) -> tuple[str, ...]:
     )
 
 
+STILL = 1e-12
+"""Variance of normal scores within half chains up to which they do not move: that of all scores is 1."""
+
+
 def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
     r"""R-hat up to which chains agree: 1.01 for up to four of them, more for more.
 
@@ -344,8 +348,8 @@ def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
         halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
         within = halves.var(-1, ddof=1).mean()
         means = halves.mean(-1)
-        # Where no chain moves there is nothing to allow for.
-        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within if within > 0 else 0.0
+        # Where no chain moves there is nothing to allow for, and rounding to divide by.
+        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within if within > STILL else 0.0
         limits.append(R_HAT**2 + max(error - 1 / half, 0.0) + z * error / math.sqrt(chains - 1))
     return math.sqrt(max(limits))
 
