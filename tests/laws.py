@@ -388,7 +388,8 @@ def test_minibatches_estimate_the_full_loss_without_bias(likely: Case) -> None:
         return
     found = np.array([bias(seed) for seed in range(60)])
     assert abs(found.mean()) < 4 * found.std() / 60**0.5 + 1e-9 * abs(loss(None))
-    assert found.std() < 0.05 * abs(loss(None))
+    # So the error of the mean is below two percent, and rows that are not scaled up would be off by sixty.
+    assert found.std() < 0.15 * abs(loss(None))
 
 
 def test_without_a_likelihood_it_is_fitted_and_compared_like_any_pair(case: Case, occupied_store) -> None:
