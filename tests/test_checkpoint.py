@@ -94,8 +94,16 @@ def same(one: Result, other: Result) -> None:
 ENTRIES = [e for e in ZOO.values() if any("checkpoint" in settings(m) for m in e.fits.values())]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
-@pytest.mark.parametrize("how", ["eager", "traced"])
+TRACED = {"naive_bayes", "gaussian_mixture", "vae", "gan", "diffusion", "sigmoid_belief_net"}
+"""Entries whose traced fits are killed outside of the long tests too."""
+
+
+def by_cost(entry: Entry, how: str) -> Any:
+    marks = pytest.mark.slow if how == "traced" and entry.name not in TRACED else ()
+    return pytest.param(entry, how, id=f"{how}-{entry.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("entry", "how"), [by_cost(e, how) for how in ("eager", "traced") for e in ENTRIES])
 def test_a_fit_of_every_entry_goes_on(entry: Entry, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(entry)
     monkeypatch.setattr(policy, "execution_of_fit", lambda *_: how)

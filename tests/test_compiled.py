@@ -829,7 +829,8 @@ print(kernel.execution, found["autograd_cache_hit"], found["autograd_cache_miss"
 """
 
 
-@pytest.mark.parametrize("kernel", ["ChEES", pytest.param("NUTS", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["ChEES", "NUTS"])
 def test_another_process_takes_a_loop_from_the_disk_and_none_of_another_body(kernel: str, tmp_path: Any) -> None:
     def run(exponent: int) -> str:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

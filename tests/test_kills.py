@@ -30,9 +30,10 @@ def started(case: str, folder: str) -> subprocess.Popen[str]:
 
 
 def ends(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    out = process.stdout.read()
-    assert process.wait(300) == 0
+    with process:
+        assert process.stdout is not None
+        out = process.stdout.read()
+    assert process.returncode == 0
     return out.strip()
 
 
@@ -70,9 +71,8 @@ def killed(case: str, folder: Path, kills: int) -> int:
     return count
 
 
-@pytest.mark.parametrize("case", ["eager", "ChEES"])
-def test_a_killed_run_ends_as_a_whole_one(case: str, tmp_path: Path) -> None:
-    killed(case, tmp_path / "run", 2)
+def test_a_killed_run_ends_as_a_whole_one(tmp_path: Path) -> None:
+    killed("ChEES", tmp_path / "run", 1)
 
 
 @pytest.mark.slow
