@@ -42,7 +42,7 @@ def progress(folder: Path) -> dict[Path, int]:
     found = {}
     for path in folder.rglob(FILE):
         state = read_packed(path)["state"]
-        found[path] = len(state["losses"]) if "losses" in state else state["done"]
+        found[path] = len(state["losses"]) if "losses" in state else state.get("done", 0)
     return found
 
 
