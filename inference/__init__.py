@@ -7,7 +7,7 @@ from inference.checkpoint import Checkpoint
 from inference.comparison.compare import Method, compare
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
-from inference.core.files import write_whole
+from inference.core.files import stem_of, write_whole
 from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.convergence import Diagnosis, diagnose
@@ -52,6 +52,7 @@ __all__ = [
     "posterior_predictive",
     "prior_predictive",
     "sample",
+    "stem_of",
     "two_sample",
     "write_whole",
 ]

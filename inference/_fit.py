@@ -7,7 +7,7 @@ loss and leaves the gradients, by which the optimizer moves the parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,31 +15,25 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from inference import checkpoint as checkpoints
 from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
-from inference.compiler.step import numbers
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
-from inference.core.handlers import REFUSALS, called_by_exclusive, exclusive, isolated, preserved_rng
-from inference.diagnostics.losses import settled as is_settled
+from inference.core.handlers import REFUSALS, exclusive, isolated, preserved_rng
 from inference.draws import scoring
 from inference.idata import STORED
 from inference.result import GuideDraws, Posterior, Result, conclude
-from inference.runners.base import interrupts_deferred, threads_set
-from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure, by_adam
-from inference.runners.work import threads_by_work
+from inference.runners.asked import asked_of, named
+from inference.runners.descent import Descent, Minibatches
+from inference.runners.steps import CompiledSteps, EagerSteps, by_adam
 from inference.saved import make_parameters
 
 LEARNING_RATE = 0.02
@@ -149,206 +143,23 @@ def fit(
     # A caller's no_grad would leave every parameter where it is.
     with isolated(seed), torch.enable_grad():
         chosen = _objective(bound, objective)
-        asked_for = checkpoints.asked_of(
-            bound,
-            method="fit",
-            objective=checkpoints.named(chosen),
-            steps=steps,
-            batch=batch,
-            optimizer=optimizer and checkpoints.named(optimizer),
-            learning_rate=learning_rate,
-            patience=patience,
-            seed=seed,
-            compile=compile,
-        )
-        rows = _Minibatches(bound, batch)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
-        run = _Run(plan, rows, Checkpoint.of(checkpoint), f"fit of {bound.name}")
+        run = Descent(plan, Minibatches(bound, batch), f"fit of {bound.name}", started)
         with subnormals_flushed():
-            run.begin(asked_for, started)
-            losses, ended = _descend(run, steps, patience, progress)
-        if not steps:
+            if (kept := Checkpoint.of(checkpoint)) is not None:
+                kind = {"method": "fit", "objective": named(chosen), "optimizer": optimizer and named(optimizer)}
+                lengths = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "patience": patience}
+                run.resume(kept, asked_of(bound, **kind, **lengths, seed=seed, compile=compile))
+            losses, ended = run.descend(steps, patience, progress)
+        if not steps or plan.pending:
+            # Those that no step has made, or made again since the fit went on.
             with preserved_rng(), suppress(*REFUSALS):
                 make_parameters(whole)
+        if plan.pending:
+            warnings.warn(
+                f"{run.name}: left out parameters that did not appear again: {', '.join(plan.pending)}", stacklevel=3
+            )
         return _conclude(whole, chosen, run.how, losses, draws, run.seconds, ended)
-
-
-class _Run:
-    """A fit in the middle of its steps, and its checkpoint."""
-
-    def __init__(
-        self, steps: EagerSteps | CompiledSteps, batches: _Minibatches, kept: Checkpoint | None, name: str
-    ) -> None:
-        self.steps, self.batches, self.kept, self.name = steps, batches, kept, name
-        self.losses: list[Any] = []
-        self.setup: float | None = None
-        self.over = ""
-        self.threads: int | None = None
-
-    def begin(self, asked: Mapping[str, Any], started: float) -> None:
-        """Start the clock, and go on where the checkpoint is."""
-        self._started, self._before = started, 0.0
-        held = None if self.kept is None else self.kept.begin(asked)
-        if held is not None:
-            self.threads = held["threads"]
-            # A program is made for a number of threads; the first step has validated the model.
-            with threads_set(self.threads or 1), pyro.validation_enabled(False):
-                self.steps.resume(held["steps"])
-            self.batches.resume(held["batches"])
-            self.losses, self.over = checkpoints.losses_of(held["losses"]), held["over"]
-            self.setup, self._before = held["setup"], held["seconds"]
-
-    @property
-    def how(self) -> str:
-        """How steps run, or ran where all had been taken: ``eager``, ``traced`` or ``fused``."""
-        return self.over or self.steps.how
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds that the run has taken, in all its parts."""
-        return self._before + perf_counter() - self._started
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds until the first step was done, and of the others."""
-        setup, elapsed = self.setup, self.elapsed
-        return {"setup": elapsed, "run": 0.0} if setup is None else {"setup": setup, "run": elapsed - setup}
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return self.kept is not None and self.kept.due
-
-    def keep(self, over: bool = False) -> None:
-        """Write the checkpoint; the steps were found to be finite."""
-        if self.kept is not None:
-            held = {
-                "steps": self.steps.state(),
-                "batches": self.batches.state(),
-                "losses": np.array([_read(x) for x in self.losses], dtype=float),
-                "setup": self.setup,
-                "threads": torch.get_num_threads(),
-                "seconds": self.elapsed,
-                "over": self.steps.how if over else "",
-            }
-            self.kept.write(held)
-
-
-def _descend(run: _Run, count: int, patience: int | None, progress: bool) -> tuple[np.ndarray, str]:
-    """Take the steps; return the losses of those that were finite, and why the fit ended early."""
-    steps, name, losses = run.steps, run.name, run.losses
-    first, failure, ended = not losses, None, ""
-    validate = first and pyro.settings.get("validate_distributions_pyro")
-    bar = tqdm(total=count, initial=len(losses), desc=name, disable=None if progress else True, leave=False)
-    validated = pyro.validation_enabled(validate)
-    with (
-        bar,
-        warnings.catch_warnings(),
-        validated,
-        interrupts_deferred() as interrupts,
-        threads_by_work(run.threads) as call,
-    ):
-        # Pyro's warning of a loss that is not finite; ours names the step, the sites and the parameters.
-        warnings.filterwarnings("ignore", message="Encountered (NaN|[+-]?inf)")
-        try:
-            while len(losses) < count and not run.over:
-                taken = call(steps.advance, run.batches)
-                losses += taken
-                if first:
-                    # One validated step finds errors in the model; later steps are checked for finite numbers alone.
-                    pyro.enable_validation(False)
-                if len(losses) % CHECK_STEPS == 0:
-                    losses[-CHECK_STEPS:] = map(_read, losses[-CHECK_STEPS:])
-                settled, keeps = bool(patience) and _settled(losses, patience or 0), run.due
-                ends = settled or len(losses) == count
-                failure = steps.check(now=ends or first or keeps, compare=ends or first)
-                if failure is not None:
-                    break
-                first, run.setup = False, run.elapsed if run.setup is None else run.setup
-                _show(bar, losses, len(taken))
-                if ends or keeps:
-                    run.keep(over=ends)
-                interrupts()
-                if settled:
-                    break
-        except KeyboardInterrupt:
-            if interrupts.pressed == 1 and run.kept is not None and steps.check(now=True, compare=False) is None:
-                run.keep()
-            if called_by_exclusive() or interrupts.pressed > 1:
-                raise
-            failure = steps.check(now=True)
-            ended = f"interrupted at step {len(losses)} of {count}"
-            warnings.warn(f"{name} {ended}", stacklevel=4)
-    if failure is not None:
-        _give_up(name, failure)
-        losses = losses[: failure.step]
-        ended = f"stopped at step {failure.step} of {count}, where loss or gradient is not finite"
-    return np.array([_read(x) for x in losses], dtype=float), ended
-
-
-def _show(bar: Any, losses: list[Any], taken: int) -> None:
-    """Move the progress bar, with a new loss after every twenty steps."""
-    bar.update(taken)
-    if (len(losses) - 1) % 20 < taken and not bar.disable:
-        bar.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
-
-
-def _read(loss: Any) -> Any:
-    """A loss as one number or several: keeping a small tensor from every step would fragment memory."""
-    return tuple(numbers(loss)) if isinstance(loss, tuple) else float(loss)
-
-
-def _give_up(name: str, failure: Failure) -> None:
-    text = f"{name}: loss or gradient is not finite at step {failure.step}"
-    if failure.sites:
-        text += f"; sites {', '.join(failure.sites)}"
-    if failure.parameters:
-        text += f"; gradients of {', '.join(failure.parameters[:5])}"
-    hint = "try a lower learning_rate, and check the data and the scale of the priors"
-    if failure.step == 0:
-        raise FloatingPointError(f"{text}; {hint}")
-    warnings.warn(f"{text}; the parameters before it are returned; {hint}", stacklevel=5)
-
-
-def _settled(losses: list[Any], patience: int) -> bool:
-    """Whether the fit may stop: asked once after every ``patience`` steps."""
-    if len(losses) < 2 * patience or len(losses) % patience:
-        return False
-    return is_settled(np.array([sum(numbers(x)) for x in losses[-2 * patience :]]))
-
-
-class _Minibatches(Iterator[Tensor | None]):
-    """Rows of each step, drawn from a random state of their own: a step that is run again has its noise again."""
-
-    def __init__(self, bound: BoundPair, batch: int | None) -> None:
-        self._bound, self._batch = bound, batch
-        self._random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        self._parts: list[Tensor] = []
-        self._start, self._taken = self._random.get_state(), 0
-
-    def __next__(self) -> Tensor | None:
-        if self._batch is None:
-            return None
-        if self._taken == len(self._parts):
-            self._shuffle()
-        self._taken += 1
-        return self._parts[self._taken - 1]
-
-    def state(self) -> dict[str, Any]:
-        """The random state before this epoch, and the number of its minibatches that were taken."""
-        return {"random": self._start, "taken": self._taken}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self._random.set_state(state["random"])
-        if state["taken"]:
-            self._shuffle()
-            self._taken = state["taken"]
-
-    def _shuffle(self) -> None:
-        self._start, self._taken = self._random.get_state(), 0
-        order = torch.randperm(self._bound.rows, generator=self._random).to(self._bound.device)
-        self._parts = list(order.split(self._batch or 1))
 
 
 def _plan(

@@ -16,7 +16,7 @@ import torch
 from pyro.infer import NUTS as PyroNUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
-from inference.checkpoint import Checkpoint, NoCheckpoint, asked_of, networks_of
+from inference.checkpoint import Checkpoint, NoCheckpoint
 from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind, parameters_of
 from inference.core.checks import check_count, check_one_of
@@ -27,6 +27,7 @@ from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
 from inference.kernels.nuts import NUTS
 from inference.result import Posterior, Result, conclude
+from inference.runners.asked import asked_of, networks_of
 from inference.runners.base import ChainRun, KernelFactory, method_of
 from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
@@ -128,7 +129,7 @@ def sample(
         example = factory(partial(bound.model, **bound.arguments()))
         if not Kernel.of(example).draws_finite:
             _check_summed(bound)
-        if kept is not None and not getattr(example, "resumes", False):
+        if kept is not None and not Kernel.of(example).resumes:
             name = "Pyro's NUTS" if factory is PyroNUTS else method_of(factory)
             got = f"{name}, whose chains cannot go on from a file"
             raise NoCheckpoint(f"checkpoint: expected ChEES, Gibbs or NUTS, got {got}")

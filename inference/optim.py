@@ -54,6 +54,7 @@ class Joint(PyroOptim):
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self._known: dict[Tensor, str] = {}
+        self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._store: Any = None
         self._valid: list[dict[str, Any]] = []
         self._waiting: dict[str, Any] | None = None
@@ -62,11 +63,16 @@ class Joint(PyroOptim):
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Take one step for the parameters; those that have no gradient rest."""
-        fresh = [p for p in params if p not in self._known]
+        given = list(params)
+        fresh = [p for p in given if p not in self._known]
         if fresh:
             self._add(fresh)
+        for p in self._known.keys() - set(given):
+            # Pyro leaves zeros behind, by which the momentum of a parameter that a step does not use would move it.
+            p.grad = None
         assert self.optimizer is not None
-        moving = [p for p in self._known if p.grad is not None]
+        # By name: a norm has other last digits in another order.
+        moving = [p for p, _ in sorted(self._known.items(), key=lambda known: known[1]) if p.grad is not None]
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(moving, self.clip_norm)
         if self.clip_value is not None:
@@ -99,10 +105,11 @@ class Joint(PyroOptim):
             "settings": dict(state_dict.get("settings", {})),
             "schedule": state_dict["schedule"],
         }
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
         self._take_up()
 
     def _add(self, fresh: list[Tensor]) -> None:
-        groups: list[dict[str, Any]] = []
         store = pyro.get_param_store()._params
         if store is self._store:
             fresh = [p for p in fresh if not self._replaces(p)]
@@ -112,17 +119,21 @@ class Joint(PyroOptim):
         for name, p in sorted(((self._name(p), p) for p in fresh), key=lambda named: named[0]):
             self._known[p] = name
             arguments = self._arguments(name)
-            group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == arguments), None)
-            if group is None:
-                groups.append({**arguments, "params": [p]})
-            else:
+            group = next((g for given, g in self._groups if given == arguments), None)
+            if group is not None:
+                # Of the same group, and so of the same schedule, whenever it appears.
                 group["params"].append(p)
+                continue
+            group = {**arguments, "params": [p]}
+            if self.optimizer is None:
+                self._groups.append((arguments, group))
+            else:
+                self.optimizer.add_param_group(group)
+                self._groups.append((arguments, self.optimizer.param_groups[-1]))
         if self.optimizer is None:
-            self.optimizer = self.pt_optim_constructor(groups)  # type: ignore[operator, call-arg]
+            self.optimizer = self.pt_optim_constructor([g for _, g in self._groups])  # type: ignore[operator, call-arg]
+            self._groups = [(a, g) for (a, _), g in zip(self._groups, self.optimizer.param_groups, strict=True)]
             self.scheduler = self.schedule(self.optimizer) if self.schedule else None
-        else:
-            for each in groups:
-                self.optimizer.add_param_group(each)
         self._take_up()
 
     def _replaces(self, param: Tensor) -> bool:
@@ -182,7 +193,9 @@ class Joint(PyroOptim):
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 # What an optimizer or a schedule changes in a group: rates, and for some betas.
-                group.update(self._waiting["settings"].pop(self._known[p], {}))
+                group.update(self._waiting["settings"].get(self._known[p], {}))
+        # They are those of a group, which has moved on when a further parameter joins it.
+        self._waiting["settings"] = {}
         if self.scheduler is not None and self._waiting["schedule"] is not None:
             self.scheduler.load_state_dict(self._waiting["schedule"])
             self._waiting["schedule"] = None

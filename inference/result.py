@@ -21,12 +21,13 @@ from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.lazy import pd, xr
+from inference.core.packing import fingerprints
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
-from inference.saved import Saved, buffers_of, compare_data, dotted, fingerprints, put_parameters
+from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters
 
 
 class FurtherDraws(ABC):

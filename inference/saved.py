@@ -7,7 +7,6 @@ once more, for people and spreadsheets.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import warnings
@@ -33,6 +32,7 @@ from inference.core.bound import BoundPair
 from inference.core.files import write_folder
 from inference.core.handlers import evaluating, first_valid
 from inference.core.lazy import pd, xr
+from inference.core.packing import fingerprints
 from inference.diagnostics.convergence import Diagnosis
 from inference.idata import write_netcdf
 
@@ -147,17 +147,6 @@ class Saved:
                 pd.DataFrame(losses, columns=columns).to_csv(folder / LOSSES, index_label="step")
 
         return write_folder(path, writer, ABOUT)
-
-
-def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Shape, type and SHA-256 of each tensor or array among data."""
-    found = {}
-    for name, value in data.items():
-        if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
-            digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
-    return found
 
 
 def compare_data(saved: Saved, bound: BoundPair) -> None:

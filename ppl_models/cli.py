@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import shlex
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import inference
-from inference import COLUMNS, Comparison, Method, Result, Saved, isolated, write_whole
+from inference import COLUMNS, Comparison, Method, Result, Saved, isolated, stem_of, write_whole
 from ppl_models import data, ledger
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import ZOO, find
@@ -405,7 +404,7 @@ def _about(entry: Entry, dataset: Dataset, method: str, seed: int) -> dict[str, 
 def _report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> None:
     _print_summary(result.summary())
     out.print(escape(str(result)), highlight=False)
-    stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ("-partial" if _unfit(result) else "")
+    stem = stem_of(name) + ("-partial" if _unfit(result) else "")
     out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
 
 

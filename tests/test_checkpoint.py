@@ -199,6 +199,28 @@ def test_minibatches_buffers_and_baselines_go_on(compile: bool, tmp_path: Path) 
     goes_on(make, run, tmp_path / "run", kills=(2, 3, 3))
 
 
+def of_each_row(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+    """A mean for each row, by a parameter that appears when its row is first drawn."""
+    with pyro.plate("rows", size or len(y), subsample=rows):
+        places = range(len(y)) if rows is None else rows.tolist()
+        mu = torch.stack([pyro.param(f"mu{k}", torch.tensor(1.0), dist.constraints.positive) for k in places])
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+ROWS = torch.tensor([1.0, 2.0, 3.0, 10.0, 11.0, 12.0])
+
+
+@pytest.mark.filterwarnings("ignore:.*runs eagerly from now on")
+@pytest.mark.parametrize("compile", [False, True])
+def test_parameters_that_appear_late_go_on(compile: bool, tmp_path: Path) -> None:
+    def run(_: Any, **more: Any) -> Result:
+        fixed = {"steps": 16, "batch": 2, "learning_rate": 0.1, "draws": 4, "progress": False}
+        return fit((of_each_row, lambda y, **_: None), ROWS, compile=compile, **fixed, **more)
+
+    # Killed after one step, when four parameters are unknown, and again at once.
+    goes_on(lambda _: None, run, tmp_path / "run", kills=(1, 1, 2, 4))
+
+
 @pytest.mark.parametrize("how", ["eager", "traced"])
 def test_players_that_take_turns_go_on(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "execution_of_fit", lambda *_: how)

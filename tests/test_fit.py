@@ -32,6 +32,7 @@ from inference.objectives import (
     TraceMeanField_ELBO,
 )
 from inference.runners.base import interrupts_deferred
+from inference.runners.descent import Descent
 from inference.runners.steps import CHECK_STEPS
 from inference.runners.work import threads_by_work
 
@@ -446,10 +447,7 @@ def test_losses_are_not_kept_as_tensors() -> None:
         def check(self, now: bool = False, compare: bool = True) -> None:
             assert sum(loss() is not None for loss in made) <= CHECK_STEPS
 
-    module = sys.modules["inference._fit"]
-    run = module._Run(Steps(), repeat(None), None, "a fit")
-    run.begin({}, 0.0)
-    losses, _ = module._descend(run, 250, None, False)
+    losses, _ = Descent(Steps(), repeat(None), "a fit", 0.0).descend(250, None, False)  # type: ignore[arg-type]
     assert losses.shape == (250,)
 
 
@@ -641,3 +639,21 @@ def test_threads_are_no_more_than_the_cores_of_the_container(quota: int, monkeyp
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs eagerly from now on")
+@pytest.mark.parametrize("compile", [False, True])
+def test_parameters_that_appear_in_a_later_step_are_fitted_too(compile: bool) -> None:
+    """Maximum likelihood of a mean per row is the row; a compiled fit left those of later rows where they began."""
+
+    def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        with pyro.plate("rows", size or len(y), subsample=rows):
+            places = range(len(y)) if rows is None else rows.tolist()
+            mu = torch.stack([pyro.param(f"mu{k}", torch.tensor(0.0)) for k in places])
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    fixed = {"steps": 1500, "batch": 2, "learning_rate": 0.05, "draws": 4, "progress": False}
+    result = fit((model, lambda y, **_: None), y, compile=compile, **fixed)
+    found = torch.stack([result.params[f"mu{k}"] for k in range(6)])
+    torch.testing.assert_close(found, y, rtol=0, atol=0.1)

@@ -2,7 +2,6 @@ r"""The table of a comparison, its plot and its files."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inference.comparison.scores import draws_sd, standardised_errors
-from inference.core.files import write_whole
+from inference.core.files import stem_of, write_whole
 from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs, pd
 from inference.diagnostics.convergence import quantity
@@ -104,7 +103,7 @@ class Comparison:
             paths.append(folder / "posteriors.png")
             write_whole(paths[1], partial(self.plot().savefig, dpi=110))
         for name, result in self.results.items():
-            stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "method"
+            stem = stem_of(name) or "method"
             taken = [p.stem for p in paths]
             free = next(s for s in (stem, *(f"{stem}_{k}" for k in range(2, len(taken) + 3))) if s not in taken)
             paths.append(result.save(folder / free, about and about(name)))

@@ -169,6 +169,10 @@ class Compiled(ELBO):
         except Untraceable as error:
             self.give_up(str(error))
 
+    def forget(self) -> None:
+        """Trace all programs again when they are next asked for."""
+        self._programs = dict.fromkeys(self._programs)
+
     def _lost(self, program: TracedStep) -> bool:
         """Whether a value outside the run has changed so that a program is not valid any more."""
         names = program.follow()

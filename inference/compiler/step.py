@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any, Protocol
 
 import pyro
@@ -27,10 +26,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from inference.compiler.capture import Gradients, Untraceable, collect_gradients, traced
+from inference.compiler.closure import reachable
 from inference.compiler.fuse import fused
 from inference.compiler.noise import Draw, Given
 from inference.compiler.passes import is_noise, lift_constants
-from inference.compiler.reads import is_library
 from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
@@ -106,7 +105,12 @@ class TracedStep:
         self.modules = reachable(self.call.model, self.call.guide)
         self.training = self._training()
         self.buffers = [b for m in self.modules for b in m.buffers(recurse=False)]
-        self.names = self._parameters() if self.update is None else self.update.names
+        self.names = self._parameters()
+        if self.update is not None:
+            late = [n for n in self.names if n not in self.update.names]
+            if late:
+                raise Untraceable(f"parameter {late[0]} appears in a later step than the first")
+            self.names = self.update.names
         self._form: Any = None
         self._held: list[Tensor] = []
         self.watch = Watch(*self.call.roots())
@@ -332,33 +336,6 @@ class TracedStep:
                 p.grad = g
             for name, p in entries.items():
                 _restore(name, p)
-
-
-def reachable(*functions: Any) -> list[torch.nn.Module]:
-    """Modules that functions use: themselves, their owners, and the closures and globals of the user's functions."""
-    seen: dict[int, Any] = {}
-    waiting = list(functions)
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or not (isinstance(item, torch.nn.Module) or callable(item)):
-            continue
-        seen[id(item)] = item
-        if isinstance(item, torch.nn.Module):
-            waiting += item.children()
-            continue
-        waiting += [getattr(item, a) for a in ("__self__", "__func__", "__wrapped__", "func", "fn") if hasattr(item, a)]
-        waiting += getattr(item, "args", ()) if isinstance(getattr(item, "args", ()), tuple) else ()
-        if isinstance(item, FunctionType) and not is_library(item.__module__ or ""):
-            waiting += [c.cell_contents for c in item.__closure__ or () if _filled(c)]
-            waiting += [item.__globals__[n] for n in item.__code__.co_names if n in item.__globals__]
-    return [m for m in seen.values() if isinstance(m, torch.nn.Module)]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 @contextmanager

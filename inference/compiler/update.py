@@ -42,6 +42,12 @@ class Adam:
         self.moments = [torch.zeros_like(p) for p in params.values()]
         self.squares = [torch.zeros_like(p) for p in params.values()]
 
+    def extend(self, params: Mapping[str, Tensor]) -> None:
+        """Move further parameters too, which a step has made; programs that were traced before do not know them."""
+        self.names = [*self.names, *params]
+        self.moments = [*self.moments, *(torch.zeros_like(p) for p in params.values())]
+        self.squares = [*self.squares, *(torch.zeros_like(p) for p in params.values())]
+
     @property
     def changing(self) -> list[Tensor]:
         """Tensors that a step changes, besides the parameters."""

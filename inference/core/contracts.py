@@ -215,6 +215,9 @@ class Kernel(MCMCKernel):
     Attributes:
         batched: Whether the kernel is a :class:`BatchedKernel`. Chains of another kernel run in processes of their own.
         draws_finite: Whether the kernel draws finite sites itself. Otherwise they are summed out.
+        resumes: Whether the chains of a batched kernel can go on from a checkpoint: ``state`` is then all that later
+            transitions depend on, in the warmup too. It and the blocks are made of mappings, tuples, numbers and
+            tensors, and named tuples come back as plain ones.
         potential_fn: Potential energy of unconstrained values by name, which ``sample`` may replace by a compiled one;
             None: the kernel has none.
         transforms: Transforms by name from constrained to unconstrained values.
@@ -222,6 +225,7 @@ class Kernel(MCMCKernel):
 
     batched: bool = False
     draws_finite: bool = False
+    resumes: bool = False
     potential_fn: Callable[..., Tensor] | None = None
     transforms: Mapping[str, Any] | None = None
 
@@ -254,9 +258,6 @@ class BatchedKernel(Kernel):
             counts it.
         nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
         state: Position and adaptation of the chains, from which they can go on.
-        resumes: Whether ``state`` is all that later transitions depend on, in the warmup too, so that checkpoints can
-            hold it. It and the blocks are then made of mappings, tuples, numbers and tensors, and named tuples come
-            back as plain ones.
     """
 
     batched = True
@@ -271,7 +272,6 @@ class BatchedKernel(Kernel):
     operations: int = 0
     nodes: int = 0
     state: Any = None
-    resumes: bool = False
 
     _initial: dict[str, Tensor] | None = None
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def stem_of(name: str) -> str:
+    """A name as that of a file: its letters and digits in lower case, with underscores between.
+
+    Example:
+        >>> stem_of("SVI (Trace_ELBO)")
+        'svi_trace_elbo'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def write_whole(path: str | Path, writer: Callable[[Path], Any]) -> Path:

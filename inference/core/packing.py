@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,6 +78,17 @@ def read_packed(path: str | Path) -> Any:
     with safe_open(path, "pt") as file:
         packed = json.loads(file.metadata()[VALUE])
         return unpack(packed, [file.get_tensor(str(k)) for k in range(len(file.keys()))])
+
+
+def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, type and SHA-256 of each tensor or array among data."""
+    found = {}
+    for name, value in data.items():
+        if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
+    return found
 
 
 def _pack(value: Any, tensors: list[Tensor]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inference.kernels.hamiltonian import Hamiltonian, check_integers, check_positive
 from inference.kernels.metric import learn, log_volume, positive_sd
-from inference.kernels.trajectory import Chains, Moves, Noise, Tuning, fresh_tuning, run_block
+from inference.kernels.trajectory import Chains, Moves, Noise, fresh_tuning, packed, run_block, tuning_of
 
 BLOCK = 10
 """Transitions per call of the program."""
@@ -106,8 +106,8 @@ class ChEES(Hamiltonian):
 
     def logging(self) -> OrderedDict[str, str]:
         """Step size, maximum number of leapfrog steps and acceptance probability, for a progress bar."""
-        learnt = Tuning(*self._tuning.tolist())
-        step, steps = math.exp(learnt.log_step), math.exp(learnt.log_length - learnt.log_step)
+        learnt = tuning_of(self._tuning)
+        step, steps = float(learnt.step.log_step.exp()), float((learnt.log_length - learnt.step.log_step).exp())
         acceptance = float(self._latest.acceptance.mean())
         return OrderedDict({"step size": f"{step:.2e}", "steps": f"{steps:.0f}", "acc. prob": f"{acceptance:.3f}"})
 
@@ -133,8 +133,9 @@ class ChEES(Hamiltonian):
             self._renew(self._restart() if 7 * self._taken >= self._warmup else None)
 
     def _settle(self) -> None:
-        learnt = Tuning(*self._tuning.unbind())
-        self._tuning = torch.stack(learnt._replace(log_step=learnt.log_step_mean, log_length=learnt.log_length_mean))
+        learnt = tuning_of(self._tuning)
+        step = learnt.step._replace(log_step=learnt.step.log_step_mean)
+        self._tuning = packed(learnt._replace(step=step, log_length=learnt.log_length_mean))
 
     def _restart(self) -> Tensor:
         """Move chains of far too high energy to the positions of others, so that they do not spoil the adaptation.

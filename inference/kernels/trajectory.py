@@ -57,19 +57,16 @@ class Metric(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """The fields of ``StepSize``, the log trajectory length, its mean, and the state of its optimizer; scalars.
+    """The step size, the log trajectory length, its mean, and the state of its optimizer; scalars.
 
     Attributes:
+        step: The step size and the state of dual averaging.
         square: Running mean of the squared slope of the criterion (Adam's second moment).
         log_length: Logarithm of the trajectory length.
         log_length_mean: Running mean of ``log_length``, used after the warmup.
     """
 
-    taken: Tensor
-    anchor: Tensor
-    error: Tensor
-    log_step: Tensor
-    log_step_mean: Tensor
+    step: StepSize
     square: Tensor
     log_length: Tensor
     log_length_mean: Tensor
@@ -116,7 +113,7 @@ def run_block(
     Args:
         density: Maps positions (D, chains) to energies (chains,) and their gradients (D, chains).
         chains: State of the chains.
-        tuning: The fields of ``Tuning`` as one vector.
+        tuning: The ``Tuning`` as one vector.
         metric: The metric.
         rules: The fields of ``Rules`` as one vector.
         noise: Random numbers of the block.
@@ -127,9 +124,9 @@ def run_block(
 
     def step(carry: Any, now: Any) -> Any:
         chains, learnt, moves = _transition(
-            density, Chains(*carry[:3]), Tuning(*carry[3].unbind()), metric, Rules(*rules.unbind()), Noise(*now)
+            density, Chains(*carry[:3]), tuning_of(carry[3]), metric, Rules(*rules.unbind()), Noise(*now)
         )
-        return (*chains, torch.stack(learnt)), tuple(moves)
+        return (*chains, learnt), tuple(moves)
 
     carry, moves = _scan(step, (*chains, tuning), tuple(noise))
     return Chains(*carry[:3]), carry[3], Moves(*moves)
@@ -137,21 +134,26 @@ def run_block(
 
 def fresh_tuning(step: float, length: float, like: Tensor) -> Tensor:
     """Initial ``Tuning``, as one vector, for a step size and a trajectory length."""
-    log_step, log_length = math.log(step), math.log(length)
-    start = {
-        "anchor": log_step,
-        "log_step": log_step,
-        "log_step_mean": log_step,
-        "log_length": log_length,
-        "log_length_mean": log_length,
-    }
-    return like.new_tensor([start.get(name, 0.0) for name in Tuning._fields])
+    log_step, log_length = like.new_tensor([math.log(step), math.log(length)])
+    blank = torch.zeros_like(log_step)
+    return packed(Tuning(StepSize(blank, log_step, blank, log_step, log_step), blank, log_length, log_length))
+
+
+def tuning_of(vector: Tensor) -> Tuning:
+    """A ``Tuning`` from its vector."""
+    parts = vector.unbind()
+    return Tuning(StepSize(*parts[:5]), *parts[5:])
+
+
+def packed(tuning: Tuning) -> Tensor:
+    """A ``Tuning`` as one vector."""
+    return torch.stack((*tuning.step, *tuning[1:]))
 
 
 def _transition(
     density: Density, chains: Chains, tuning: Tuning, metric: Metric, rules: Rules, noise: Noise
-) -> tuple[Chains, Tuning, Moves]:
-    step, length = tuning.log_step.exp(), tuning.log_length.exp() * noise.jitter
+) -> tuple[Chains, Tensor, Moves]:
+    step, length = tuning.step.log_step.exp(), tuning.log_length.exp() * noise.jitter
     count = (length / step).ceil().clamp(min=1).minimum(rules.limit)
     momentum = times(noise.momentum, metric.root)
     end, out = _integrate(density, chains, momentum, metric.covariance, step, count)
@@ -198,10 +200,13 @@ def _slope(metric: Metric, before: Tensor, after: Tensor, momentum: Tensor, acce
     return (weight * change * (x1 * momentum).sum(0)).sum()
 
 
-def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tuning:
-    """Dual averaging of the log step size on the harmonic mean acceptance; Adam on the log length by its slope."""
+def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> Tensor:
+    """The next tuning, as one vector.
+
+    The log step size by dual averaging on the harmonic mean acceptance, the log length by Adam on its slope.
+    """
     harmonic = 1 / (1 / acceptance.clamp(min=ACCEPTANCE_FLOOR)).mean()
-    step = average(StepSize(*tuning[:5]), rules.target - harmonic)
+    step = average(tuning.step, rules.target - harmonic)
     taken, log_step = step.taken, step.log_step
     square = LENGTH_DECAY * tuning.square + (1 - LENGTH_DECAY) * slope.square()
     root = (square / (1 - LENGTH_DECAY**taken)).sqrt().clamp(min=1e-20)
@@ -209,8 +214,8 @@ def _learn(tuning: Tuning, rules: Rules, acceptance: Tensor, slope: Tensor) -> T
     # At least one step, at most the maximum number of steps.
     log_length = log_length.maximum(log_step).minimum(log_step + rules.limit.log())
     log_length_mean = tuning.log_length_mean + taken**-DECAY * (log_length - tuning.log_length_mean)
-    learnt = Tuning(*step, square, log_length, log_length_mean)
-    return Tuning(*(torch.where(rules.learning > 0, new, old) for new, old in zip(learnt, tuning, strict=True)))
+    learnt = Tuning(step, square, log_length, log_length_mean)
+    return torch.where(rules.learning > 0, packed(learnt), packed(tuning))
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from inference.checkpoint import Checkpoint, named
+from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import called_by_exclusive, preserved_rng, random_state, set_random_state
@@ -21,6 +21,7 @@ from inference.core.packing import pack, unpack
 from inference.core.private import tree_map
 from inference.kernels import NUTS, ChEES, Gibbs
 from inference.result import RESTORED, FurtherDraws
+from inference.runners.asked import named
 from inference.runners.base import (
     Bars,
     ChainRun,

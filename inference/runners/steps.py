@@ -16,7 +16,6 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
-from inference import checkpoint
 from inference.compiler import policy
 from inference.compiler.block import Block
 from inference.compiler.capture import Untraceable
@@ -28,6 +27,7 @@ from inference.core.handlers import random_state, set_random_state
 from inference.core.private import copy_all, norms
 from inference.optim import Joint
 from inference.result import dotted
+from inference.runners.state import put, take
 
 CHECK_STEPS, CHECK_SECONDS = 100, 0.5
 """Steps, or seconds, after which a program is asked whether all its steps were finite."""
@@ -65,6 +65,7 @@ class EagerSteps:
     last: dict[str, Tensor] = field(default_factory=dict)
     _arguments: dict[str, Any] = field(default_factory=dict)
     _openings: dict[Opening, None] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)  # parameters that wait to appear again
 
     @property
     def how(self) -> str:
@@ -79,10 +80,10 @@ class EagerSteps:
     def state(self) -> dict[str, Any]:
         """All that later steps depend on, besides the rows of minibatches."""
         return {
-            **checkpoint.take(self.bound, self.inner),
+            **take(self.bound, self.inner, self.pending),
             "done": self.done,
             # What no parameter has taken up since the run went on is the optimizer's too.
-            "optimizer": {**getattr(self.optimizer, "_state_waiting_to_be_consumed", {}), **self.optimizer.get_state()},
+            "optimizer": {**self.optimizer._state_waiting_to_be_consumed, **self.optimizer.get_state()},
             "openings": list(self._openings),
             "eager": self.objective.reason if isinstance(self.objective, Compiled) else None,
             "last": self.last,
@@ -102,7 +103,7 @@ class EagerSteps:
             # Pyro's take a state up when they see a parameter for the first time.
             self.optimizer.optim_objs.clear()
         self.optimizer.set_state(state["optimizer"])
-        checkpoint.put(state, self.bound, self.inner)
+        self.pending = put(state, self.bound, self.inner)
         self.done, self.last = state["done"], {n: v.to(self.bound.device) for n, v in state["last"].items()}
         if isinstance(self.objective, Compiled):
             self.objective.reason = state["eager"]
@@ -167,6 +168,7 @@ class CompiledSteps:
     _same: tuple[Any, list[Tensor]] | None = None
     _block: Block | None = None
     _openings: dict[int | None, None] = field(default_factory=dict)  # rows of steps that were prepared
+    pending: dict[str, Tensor] = field(default_factory=dict)  # parameters that wait to appear again
 
     @property
     def how(self) -> str:
@@ -177,7 +179,7 @@ class CompiledSteps:
         """All that later steps depend on, besides the rows of minibatches; asked for after a check."""
         adam = self.adam
         return {
-            **checkpoint.take(self.bound, self.objective.objective),
+            **take(self.bound, self.objective.objective, self.pending),
             "done": self.done,
             "optimizer": None if adam is None else {"names": adam.names, "tensors": adam.changing},
             "openings": list(self._openings),
@@ -191,7 +193,9 @@ class CompiledSteps:
         if state["optimizer"] is not None:
             first = self.bound.arguments(openings[0] if openings else None)
             params = gradients(self.objective.objective, self.model, self.bound.guide, first)[1]
-            named = {n: params[n] for n in state["optimizer"]["names"]}
+            # Those that appeared later are as large as they were.
+            held = state["parameters"]
+            named = {n: params.get(n, held[n].to(self.bound.device)) for n in state["optimizer"]["names"]}
             self.adam = Adam(named, self.rate, self.count)
             with torch.no_grad():
                 for now, then in zip(self.adam.changing, state["optimizer"]["tensors"], strict=True):
@@ -201,7 +205,7 @@ class CompiledSteps:
         self._openings = dict.fromkeys(state["openings"])
         for rows in openings:
             self.objective.prepare(self.model, self.bound.guide, (), self.bound.arguments(rows), self.adam)
-        checkpoint.put(state, self.bound, self.objective.objective)
+        self.pending = put(state, self.bound, self.objective.objective)
         self.done = self.checked = state["done"]
         self.objective.reason = state["eager"]
         if state["block"]:
@@ -313,6 +317,11 @@ class CompiledSteps:
         loss, params = gradients(self.objective.objective, self.model, self.bound.guide, arguments)
         if self.adam is None:
             self.adam = Adam(params, self.rate, self.count)
+        late = {n: p for n, p in params.items() if n not in self.adam.names}
+        if late:
+            self.adam.extend(late)
+            self.objective.forget()
+            self._same = None
         grads = [params[n].grad if n in params else None for n in self.adam.names]
         with torch.no_grad():
             self.adam(self._params(), grads, torch.as_tensor(np.sum(loss)))
@@ -322,7 +331,8 @@ class CompiledSteps:
 
     def _params(self) -> list[Tensor]:
         store = pyro.get_param_store()._params
-        return [store[n] for n in (self.adam.names if self.adam else ())]
+        # One that has not appeared since the run went on has no gradient, and rests.
+        return [store[n] if n in store else self.pending[n] for n in (self.adam.names if self.adam else ())]
 
 
 def _first_rows(bound: BoundPair, count: int | None) -> Rows:
