@@ -370,10 +370,13 @@ class Counting(nn.Module):
             pyro.sample("y", dist.Normal(z[..., None].expand(*z.shape, 2), 1.0).to_event(1), obs=y)
 
 
-def test_counters_and_networks_in_closures_go_on(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*runs eagerly from now on")
+@pytest.mark.parametrize("compile", [False, True])
+def test_counters_and_networks_in_closures_go_on(compile: bool, tmp_path: Path) -> None:
     def run(pair: Any, **more: Any) -> Result:
         # What draws show depends on the counter, too: they are compared where all have ended by the same number.
-        return fit((pair.model, pair.guide), Y.repeat(4, 1), steps=12, draws=5, compile=False, progress=False, **more)
+        fixed = {"steps": 12, "draws": 5, "compile": compile, "progress": False}
+        return fit((pair.model, pair.guide), Y.repeat(4, 1), **fixed, **more)
 
     whole = run(Counting(0))
     for start, left in enumerate((3, 4)):
@@ -496,10 +499,18 @@ def labels(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(z[..., None].expand(*z.shape, 2), 1.0).to_event(1), obs=y)
 
 
-@pytest.mark.parametrize("kernel", [ChEES, None, partial(NUTS, full_mass=False, max_tree_depth=3)])
-def test_chains_go_on(kernel: Any, tmp_path: Path) -> None:
-    # Killed in the warmup, and among the draws.
-    chains(model, kernel, tmp_path / "run", (3, 2, 2) if kernel is ChEES else (1, 1, 1), compile=False)
+@pytest.mark.parametrize(
+    ("kernel", "warmup", "kills"),
+    [
+        (ChEES, 100, (4, 2, 5)),
+        (None, 50, (1, 1, 1)),
+        (partial(NUTS, full_mass=False, max_tree_depth=3), 300, (5, 3, 5)),
+    ],
+    ids=["ChEES", "default", "NUTS"],
+)
+def test_chains_go_on(kernel: Any, warmup: int, kills: tuple[int, ...], tmp_path: Path) -> None:
+    # Killed in the middle of a window of the warmup, after it, and among the draws.
+    chains(model, kernel, tmp_path / "run", kills, compile=False, warmup=warmup)
 
 
 @pytest.mark.parametrize("kernel", [ChEES, NUTS])
@@ -623,6 +634,8 @@ def test_a_comparison_goes_on_with_the_method_that_was_under_way(tmp_path: Path)
     assert again.loc["SVI", "seconds"] == pytest.approx(table.loc["SVI", "seconds"], rel=0.5)
     with pytest.raises(CheckpointError, match="is of a run with data y"):
         compare(plain, Y + 1, methods, checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="is of a run with seed 0, got 1; use another folder"):
+        run(seed=1, checkpoint=tmp_path)
     assert Checkpoint(tmp_path).part("SVI (Trace_ELBO)").folder == tmp_path / "svi_trace_elbo"
     with pytest.raises(ValueError, match="differ in their letters and digits, got SVI, svi"):
         compare(plain, Y, {"SVI": fitted, "svi": fitted}, checkpoint=tmp_path)

@@ -620,3 +620,11 @@ def test_a_fused_program_with_other_transitions_is_not_used(name: str, monkeypat
     assert result.idata.attrs["execution"] == "traced"
     draws.append(result.draws["x"])
     torch.testing.assert_close(*draws, rtol=0, atol=0)
+
+
+def test_a_tuning_is_the_same_as_a_vector() -> None:
+    vector = torch.arange(8.0)
+    tuning = trajectory.tuning_of(vector)
+    assert torch.equal(trajectory.packed(tuning), vector)
+    assert (tuning.step.taken, tuning.step.log_step_mean, tuning.square) == (0, 4, 5)
+    assert (tuning.log_length, tuning.log_length_mean) == (6, 7)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import inference
 from inference import fit, sample
-from inference.idata import allowed_names
+from inference.core.bound import bind
+from inference.idata import _seen, allowed_names
 from inference.kernels import ChEES, Gibbs
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -139,6 +140,19 @@ def test_a_mask_that_depends_on_a_latent_site_leaves_the_log_likelihood_out() ->
         result = fit((model, guide), Y, steps=0, draws=30, progress=False)
     assert "log_likelihood" not in result.idata.children
     assert "Not judged: log_likelihood: the mask of y depends on latent sites" in str(result.diagnosis)
+
+
+def test_masks_of_all_draws_are_looked_at() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        with pyro.plate("rows", len(y)), poutine.mask(mask=y > mu):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    bound = bind(model, double(1.0, 2.0))
+    assert _seen(bound, {"mu": double(0.0, 0.5, 0.0)})["y"].tolist() == [True, True]
+    # The first and the last draw see both entries, the one between sees one.
+    with pytest.raises(ValueError, match="the mask of y depends on latent sites"):
+        _seen(bound, {"mu": double(0.0, 1.5, 0.0)})
 
 
 def effects(y: Tensor) -> None:

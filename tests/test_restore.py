@@ -19,7 +19,7 @@ def about(entry: Any, method: str, seed: int) -> dict[str, Any]:
     return {"pair": entry.name, "data": entry.data, "method": method, "seed": seed}
 
 
-@pytest.mark.filterwarnings("ignore:.*kept .* of .* draws", "ignore:.*left out")
+@pytest.mark.filterwarnings("ignore:.*kept .* of .* draws", "ignore:.*left out", "ignore:.*has collapsed")
 @pytest.mark.parametrize(
     ("name", "method"),
     [pytest.param(n, m, marks=() if n in QUICK else pytest.mark.slow) for n, entry in ZOO.items() for m in entry.fits],

@@ -250,7 +250,6 @@ class _Run:
                     keep()
                 if called_by_exclusive() or interrupts.pressed != 1 or len(blocks) * kernel.block < LEAST_DRAWS:
                     raise
-                draws = min(draws, len(blocks) * kernel.block)
             values, stats = kernel.collect(blocks)
         # The last block may have made too many draws.
         flat = {n: v[:draws].transpose(0, 1).flatten(0, 1) for n, v in values.items()}
