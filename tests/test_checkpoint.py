@@ -502,7 +502,7 @@ def labels(y: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kernel", "warmup", "kills"),
     [
-        (ChEES, 100, (4, 2, 5)),
+        (ChEES, 100, (7, 2, 3)),
         (None, 50, (1, 1, 1)),
         (partial(NUTS, full_mass=False, max_tree_depth=3), 300, (5, 3, 5)),
     ],
