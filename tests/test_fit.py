@@ -23,6 +23,7 @@ from inference import Joint, fit, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
 from inference.diagnostics.losses import fall, still_falling
+from inference.diagnostics.losses import settled as losses_settled
 from inference.objectives import (
     RenyiELBO,
     ReweightedWakeSleep,
@@ -190,7 +191,7 @@ def test_patience_stops_a_settled_fit_and_not_a_moving_one() -> None:
 def test_settled_is_a_fall_within_its_standard_error(fall: float, settled: bool) -> None:
     # Two halves of a hundred losses, each with variance 1: a standard error of 0.1414.
     losses = [*(fall + (-1.0) ** k for k in range(100)), *((-1.0) ** k for k in range(100))]
-    assert sys.modules["inference._fit"]._settled(losses, 100) is settled
+    assert losses_settled(np.array(losses)) is settled
 
 
 def test_a_loss_that_is_not_finite_at_the_first_step_names_step_and_sites() -> None:
