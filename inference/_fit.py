@@ -27,9 +27,18 @@ from inference.compiler.objective import Compiled
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
-from inference.core.handlers import REFUSALS, exclusive, isolated, preserved_rng
+from inference.core.group import check_same, from_first, part_ways, ranks
+from inference.core.handlers import (
+    REFUSALS,
+    exclusive,
+    isolated,
+    preserved_rng,
+    random_state,
+    set_random_state,
+)
 from inference.draws import scoring
 from inference.idata import STORED
+from inference.objectives.shared import Shared, over_processes
 from inference.result import GuideDraws, Posterior, Result, conclude
 from inference.runners.asked import asked_of, named
 from inference.runners.descent import Descent, Minibatches
@@ -116,6 +125,8 @@ def fit(
     """
     if callable(objective) and not isinstance(objective, ELBO):
         objective = objective()
+    if isinstance(objective, Shared):
+        objective = objective.objective
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
     whole = bind(pair, data, device)
@@ -139,18 +150,23 @@ def fit(
         raise ValueError(f"batch: {type(objective).__name__} expected all rows at every step: {asked.all_rows}")
     if asked.has_posterior:
         _check_guide(bound)
+    _check_group(bound, asked, batch, steps=steps, seed=seed, learning_rate=learning_rate, patience=patience)
     started = perf_counter()
     # A caller's no_grad would leave every parameter where it is.
     with isolated(seed), torch.enable_grad():
         chosen = _objective(bound, objective)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         run = Descent(plan, Minibatches(bound, batch), f"fit of {bound.name}", started)
+        part_ways()
         with subnormals_flushed():
             if (kept := Checkpoint.of(checkpoint)) is not None:
                 kind = {"method": "fit", "objective": named(chosen), "optimizer": optimizer and named(optimizer)}
                 lengths = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "patience": patience}
+                if ranks()[1] > 1:
+                    lengths["processes"] = ranks()[1]
                 run.resume(kept, asked_of(bound, **kind, **lengths, seed=seed, compile=compile))
             losses, ended = run.descend(steps, patience, progress)
+        set_random_state(from_first(random_state))
         if not steps or plan.pending:
             # Those that no step has made, or made again since the fit went on.
             with preserved_rng(), suppress(*REFUSALS):
@@ -177,7 +193,7 @@ def _plan(
     if optimizer is None:
         return by_adam(bound, model, objective, learning_rate, steps, mode, single=patience is not None)
     chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
-    return EagerSteps(bound, model, chosen, optimizer)
+    return EagerSteps(bound, model, over_processes(chosen), optimizer)
 
 
 def _objective(bound: BoundPair, chosen: ELBO | None) -> ELBO:
@@ -219,6 +235,27 @@ def _check(
         raise ValueError("batch: expected a model with the arguments size and rows (their plate's), got one without")
     if not isinstance(batch, int) or not 1 <= batch <= bound.rows:
         raise ValueError(f"batch: expected 1 to {bound.rows} (the rows of the data), got {batch!r}")
+
+
+def _check_group(bound: BoundPair, asked: Objective, batch: int | None, **settings: Any) -> None:
+    """Raise a ValueError unless the processes of a group can share the rows, and were all asked for the same."""
+    count = ranks()[1]
+    if count == 1:
+        return
+    if not bound.takes_rows:
+        raise ValueError(
+            f"pair: expected a model with the arguments size and rows, by which {count} processes share the rows of "
+            "the data, got one without; fit it in one process"
+        )
+    if asked.all_rows:
+        raise ValueError(
+            f"objective: expected one whose rows {count} processes can share, got one that sees all rows at every "
+            f"step: {asked.all_rows}; or fit in one process"
+        )
+    least = bound.rows if batch is None else batch
+    if least < count:
+        raise ValueError(f"{'data' if batch is None else 'batch'}: expected a row per process, {count}, got {least}")
+    check_same({"pair": bound.name, "batch": batch, **settings, **bound.data})
 
 
 def _check_guide(bound: BoundPair) -> None:

@@ -54,6 +54,10 @@ class Compiled(ELBO):
         if not hasattr(objective, "loss_and_grads"):
             kind = type(objective).__name__
             raise TypeError(f"objective: expected an ELBO with loss_and_grads, got {kind}")
+        if getattr(objective, "over_processes", False):
+            raise TypeError(
+                "objective: expected Shared(Compiled(...)), for a program runs in one process; got the reverse"
+            )
         self.objective = objective
         self.fuse = fuse
         self._programs: dict[Any, TracedStep | None] = {}

@@ -21,6 +21,7 @@ from inference.objectives.denoising import Denoising
 from inference.objectives.em import EM
 from inference.objectives.importance import IWAE, VIMCO
 from inference.objectives.predictability import Predictability
+from inference.objectives.shared import Shared
 from inference.objectives.wake_sleep import RWS, WakeSleep
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Predictability",
     "RenyiELBO",
     "ReweightedWakeSleep",
+    "Shared",
     "TraceEnum_ELBO",
     "TraceGraph_ELBO",
     "TraceMeanField_ELBO",

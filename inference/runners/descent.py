@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from inference.checkpoint import Checkpoint
 from inference.compiler.step import numbers
 from inference.core.bound import BoundPair
+from inference.core.group import Agreement, from_first, gathered, ranks
 from inference.core.handlers import called_by_exclusive
 from inference.diagnostics.losses import settled as is_settled
 from inference.runners.base import interrupts_deferred, threads_set
+from inference.runners.state import of_rank, own_state
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure
 from inference.runners.work import threads_by_work
 
@@ -41,13 +43,16 @@ class Descent:
         self._setup: float | None = None
         self._kept: Checkpoint | None = None
         self._threads: int | None = None
+        self._agree = Agreement()
 
     def resume(self, kept: Checkpoint, asked: Mapping[str, Any]) -> None:
         """Keep a checkpoint from now on, and go on from where it is."""
         self._kept = kept
-        held = kept.begin(asked)
+        held = from_first(lambda: kept.begin(asked))
         if held is None:
             return
+        if ranks()[0]:
+            held["steps"] = of_rank(held["steps"], held["others"][ranks()[0] - 1])
         self._threads = held["threads"]
         # A program is made for a number of threads; the first step has validated the model.
         with threads_set(held["threads"]), pyro.validation_enabled(False):
@@ -58,9 +63,10 @@ class Descent:
 
     def descend(self, count: int, patience: int | None, progress: bool) -> tuple[np.ndarray, str]:
         """Take the steps; return the losses of those that were finite, and why the fit ended early."""
-        losses, first, failure, ended = self.losses, not self.losses, None, ""
+        losses, first, failure, ended, agreed = self.losses, not self.losses, None, "", False
         validate = first and pyro.settings.get("validate_distributions_pyro")
-        bar = tqdm(total=count, initial=len(losses), desc=self.name, disable=None if progress else True, leave=False)
+        shown = progress and ranks()[0] == 0
+        bar = tqdm(total=count, initial=len(losses), desc=self.name, disable=None if shown else True, leave=False)
         validated = pyro.validation_enabled(validate)
         with (
             bar,
@@ -80,7 +86,8 @@ class Descent:
                         pyro.enable_validation(False)
                     if len(losses) % CHECK_STEPS == 0:
                         losses[-CHECK_STEPS:] = map(_read, losses[-CHECK_STEPS:])
-                    settled, keeps = bool(patience) and _settled(losses, patience or 0), self._due
+                    settled = bool(patience) and _settled(losses, patience or 0)
+                    keeps, stops = self._agree(len(losses), self._due, interrupts.pressed)
                     ends = settled or len(losses) == count
                     failure = self.steps.check(now=ends or first or keeps, compare=ends or first)
                     if failure is not None:
@@ -89,13 +96,14 @@ class Descent:
                     _show(bar, losses, len(taken))
                     if ends or keeps:
                         self._keep(over=ends)
-                    interrupts()
+                    if stops:
+                        agreed = True
+                        raise KeyboardInterrupt
                     if settled:
                         break
             except KeyboardInterrupt:
                 # A second Ctrl-C, or a handler of the user's, may fall between a step and the record of it.
-                whole = self._kept is not None and interrupts.pressed == 1
-                if whole and self.steps.check(now=True, compare=False) is None:
+                if agreed and self._kept is not None and self.steps.check(now=True, compare=False) is None:
                     self._keep()
                 if called_by_exclusive() or interrupts.pressed > 1:
                     raise
@@ -130,9 +138,14 @@ class Descent:
 
     def _keep(self, over: bool = False) -> None:
         """Write the checkpoint; the steps were found to be finite."""
-        if self._kept is not None:
+        if self._kept is None:
+            return
+        steps = self.steps.state()
+        others = gathered(own_state(steps))[1:]
+        if ranks()[0] == 0:
             held = {
-                "steps": self.steps.state(),
+                "steps": steps,
+                "others": others,
                 "batches": self.batches.state(),
                 "losses": np.array([_read(x) for x in self.losses], dtype=float),
                 "setup": self._setup,
@@ -144,21 +157,27 @@ class Descent:
 
 
 class Minibatches(Iterator[Tensor | None]):
-    """Rows of each step, drawn from a random state of their own: a step that is run again has its noise again."""
+    """Rows of each step, drawn from a random state of their own: a step that is run again has its noise again.
+
+    The processes of a group draw the same rows and take a share each.
+    """
 
     def __init__(self, bound: BoundPair, batch: int | None) -> None:
         self._bound, self._batch = bound, batch
+        # In a group all rows are those of all processes.
+        alone = batch is not None or ranks()[1] == 1
+        self._whole = None if alone else _share_of(torch.arange(bound.rows, device=bound.device))
         self._random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         self._parts: list[Tensor] = []
         self._start, self._taken = self._random.get_state(), 0
 
     def __next__(self) -> Tensor | None:
         if self._batch is None:
-            return None
+            return self._whole
         if self._taken == len(self._parts):
             self._shuffle()
         self._taken += 1
-        return self._parts[self._taken - 1]
+        return _share_of(self._parts[self._taken - 1])
 
     def state(self) -> dict[str, Any]:
         """The random state before this epoch, and the number of its minibatches that were taken."""
@@ -175,6 +194,12 @@ class Minibatches(Iterator[Tensor | None]):
         self._start, self._taken = self._random.get_state(), 0
         order = torch.randperm(self._bound.rows, generator=self._random).to(self._bound.device)
         self._parts = list(order.split(self._batch or 1))
+
+
+def _share_of(rows: Tensor) -> Tensor:
+    """The rows of this process."""
+    rank, count = ranks()
+    return rows if count == 1 else rows.tensor_split(count)[rank]
 
 
 def _show(bar: Any, losses: list[Any], taken: int) -> None:

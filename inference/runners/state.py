@@ -131,3 +131,18 @@ def plain_of(module: torch.nn.Module) -> dict[str, Any]:
     """Public attributes of a module that are numbers and strings."""
     held = {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
     return {n: v for n, v in held.items() if isinstance(v, bool | int | float | str)}
+
+
+OWN = ("buffers", "numbers", "objective", "random", "openings", "eager")
+"""Parts of the state of the steps that each process of a group has for itself."""
+
+
+def own_state(steps: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process of a group has for itself of the state of its steps."""
+    baselines = {n: v for n, v in steps["parameters"].items() if n.startswith("__baseline")}
+    return {"parameters": baselines, **{n: steps[n] for n in OWN}}
+
+
+def of_rank(steps: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the steps of another process than the first, from that of the first and its own."""
+    return {**steps, **own, "parameters": {**steps["parameters"], **own["parameters"]}}

@@ -23,8 +23,10 @@ from inference.compiler.objective import Compiled
 from inference.compiler.update import Adam
 from inference.core.bound import BoundPair, unconstrained
 from inference.core.contracts import Objective
+from inference.core.group import ranks
 from inference.core.handlers import random_state, set_random_state
 from inference.core.private import copy_all, norms
+from inference.objectives.shared import Shared, over_processes
 from inference.optim import Joint
 from inference.result import dotted
 from inference.runners.state import put, take
@@ -54,7 +56,7 @@ class Failure:
 
 @dataclass
 class EagerSteps:
-    """Steps by any Pyro optimizer; the objective may be a compiled one."""
+    """Steps by any Pyro optimizer; the objective may be a compiled one, and shared among processes."""
 
     bound: BoundPair
     model: Callable[..., Any]
@@ -63,6 +65,7 @@ class EagerSteps:
     done: int = 0
     failure: Failure | None = None
     last: dict[str, Tensor] = field(default_factory=dict)
+    _rows: Rows = None
     _arguments: dict[str, Any] = field(default_factory=dict)
     _openings: dict[Opening, None] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)  # parameters that wait to appear again
@@ -70,12 +73,22 @@ class EagerSteps:
     @property
     def how(self) -> str:
         """How steps run: ``eager``, ``traced`` or ``fused``."""
-        return self.objective.state if isinstance(self.objective, Compiled) else "eager"
+        return "eager" if self.compiled is None else self.compiled.state
+
+    @property
+    def own(self) -> ELBO:
+        """The objective on the rows of this process alone."""
+        return self.objective.objective if isinstance(self.objective, Shared) else self.objective
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """The compiled objective, if it is one."""
+        return self.own if isinstance(self.own, Compiled) else None
 
     @property
     def inner(self) -> ELBO:
         """The objective that is not compiled."""
-        return self.objective.objective if isinstance(self.objective, Compiled) else self.objective
+        return self.own.objective if isinstance(self.own, Compiled) else self.own
 
     def state(self) -> dict[str, Any]:
         """All that later steps depend on, besides the rows of minibatches."""
@@ -85,7 +98,7 @@ class EagerSteps:
             # What no parameter has taken up since the run went on is the optimizer's too.
             "optimizer": {**self.optimizer._state_waiting_to_be_consumed, **self.optimizer.get_state()},
             "openings": list(self._openings),
-            "eager": self.objective.reason if isinstance(self.objective, Compiled) else None,
+            "eager": None if self.compiled is None else self.compiled.reason,
             "last": self.last,
         }
 
@@ -96,7 +109,7 @@ class EagerSteps:
             vars(self.inner).update(zip(Objective.of(self.inner).cycle, turns, strict=True))
             arguments = self.bound.arguments(_first_rows(self.bound, rows))
             self._openings[rows, turns] = None
-            params = gradients(self.objective, self.model, self.bound.guide, arguments)[1]
+            params = gradients(self.own, self.model, self.bound.guide, arguments)[1]
             self.optimizer(list(params.values()))
             zero_grads(params.values())
         if not isinstance(self.optimizer, Joint):
@@ -105,15 +118,17 @@ class EagerSteps:
         self.optimizer.set_state(state["optimizer"])
         self.pending = put(state, self.bound, self.inner)
         self.done, self.last = state["done"], {n: v.to(self.bound.device) for n, v in state["last"].items()}
-        if isinstance(self.objective, Compiled):
-            self.objective.reason = state["eager"]
+        if self.compiled is not None:
+            self.compiled.reason = state["eager"]
 
     def advance(self, batches: Iterator[Rows]) -> list[Loss]:
         """Take one step and return its loss; nothing if loss or gradients are not finite, and no step is taken."""
         rows = next(batches)
         turns = tuple(getattr(self.inner, n) for n in Objective.of(self.inner).cycle)
         self._openings[None if rows is None else len(rows), turns] = None
-        arguments = self._arguments = self.bound.arguments(rows)
+        if rows is None or rows is not self._rows:
+            self._rows, self._arguments = rows, self.bound.arguments(rows)
+        arguments = self._arguments
         loss, params = gradients(self.objective, self.model, self.bound.guide, arguments)
         culprits = _not_finite(loss, params)
         if culprits is not None:
@@ -139,8 +154,8 @@ class EagerSteps:
 
     def check(self, now: bool = False, compare: bool = True) -> Failure | None:
         """The step that was not finite, if there was one; looked at ``now``, at the end, a program is compared too."""
-        if now and compare and self.failure is None and isinstance(self.objective, Compiled):
-            self.objective.compare(self.model, self.bound.guide, (), self._arguments)
+        if now and compare and self.failure is None and self.compiled is not None:
+            self.compiled.compare(self.model, self.bound.guide, (), self._arguments)
         return self.failure
 
 
@@ -343,14 +358,15 @@ def by_adam(
     bound: BoundPair, model: Any, objective: ELBO, rate: float, steps: int, mode: str, single: bool = False
 ) -> EagerSteps | CompiledSteps:
     """Steps of Adam whose learning rate falls from ``rate`` to a hundredth of it along half a cosine."""
-    if mode == "fused" and not Objective.of(objective).cycle:
+    # Processes sum their gradients between a program and the update, which can then be no part of it.
+    if mode == "fused" and not Objective.of(objective).cycle and ranks()[1] == 1:
         return CompiledSteps(bound, model, Compiled(objective, fuse=False), rate, steps, single)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR
     optimizer = Joint(
         torch.optim.Adam, {"lr": rate}, schedule=lambda adam: schedule(adam, max(steps, 1), eta_min=rate / 100)
     )
     chosen = objective if mode == "eager" else Compiled(objective, fuse=mode == "fused")
-    return EagerSteps(bound, model, chosen, optimizer)
+    return EagerSteps(bound, model, over_processes(chosen), optimizer)
 
 
 def gradients(
