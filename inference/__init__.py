@@ -8,6 +8,7 @@ from inference.comparison.compare import Method, compare
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.files import stem_of, write_whole
+from inference.core.group import launched
 from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.convergence import Diagnosis, diagnose
@@ -44,6 +45,7 @@ __all__ = [
     "isolated",
     "kernels",
     "latent_kl",
+    "launched",
     "log_evidence",
     "log_weights",
     "objectives",

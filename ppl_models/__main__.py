@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from ppl_models.cli import main
+import os
+import sys
 
+from ppl_models.cli import main
+from ppl_models.commands.printing import MISUSED, complain
+
+if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["fit"]:
+    complain(
+        f"torchrun: expected the command fit, whose rows processes can share, got {' '.join(sys.argv[1:2]) or 'none'}"
+    )
+    sys.exit(MISUSED)
 main()

@@ -20,7 +20,7 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from inference import Checkpoint, Joint, Result, compare, fit, isolated, sample
+from inference import Checkpoint, Joint, Result, compare, fit, isolated, launched, sample
 from inference.kernels import NUTS, ChEES, Gibbs
 from inference.objectives import Adversarial, Denoising
 from ppl_models.ledger.recipes.trained import trained
@@ -94,6 +94,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "eager": lambda **m: fit(simple(), Y, steps=900, compile=False, **m),
     "compiled": lambda **m: fit(simple(), Y, steps=200_000, compile=True, **m),
     "minibatched": lambda **m: fit(built(lambda: VAE(NAMES, 3)), X, steps=600, batch=30, draws=10, **m),
+    "torchrun": lambda **m: fit(built(lambda: VAE(NAMES, 3)), X, steps=400, batch=30, draws=10, **m),
     "adversarial": adversarial,
     "denoising": denoising,
     "ChEES": lambda **m: sample(normal, Y, ChEES, draws=300, warmup=200, chains=16, compile=False, **m),
@@ -122,6 +123,10 @@ def digest(result: Any) -> str:
 if __name__ == "__main__":
     case, folder, every = sys.argv[1], sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else 0.2
     torch.set_num_threads(1)
-    print("started", flush=True)
-    further = {} if folder == "-" else {"checkpoint": Checkpoint(folder, every=every)}
-    print(digest(CASES[case](progress=False, **further)), flush=True)
+    with launched() as first:
+        if first:
+            print("started", flush=True)
+        further = {} if folder == "-" else {"checkpoint": Checkpoint(folder, every=every)}
+        found = digest(CASES[case](progress=False, **further))
+        if first:
+            print(found, flush=True)

@@ -6,19 +6,23 @@ The process of a rank writes what it has at its end to ``FOLDER``; an error is o
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor, distributed
 
-from inference import Checkpoint, fit, isolated
+from inference import Checkpoint, checkpoint, fit, isolated
+from inference.compiler import policy
+from inference.core import group
 from inference.objectives import EM, Adversarial, Compiled, Shared
 
 random = torch.Generator().manual_seed(0)
@@ -100,13 +104,19 @@ def program(share: tuple[int, int] = (0, 1), seed: int = 0) -> dict[str, Any]:
 SEEN: list[float] = []
 
 
-def noisy(**more: Any) -> dict[str, Any]:
+FAILS = threading.Event()
+
+
+def noisy(fails: bool = False, **more: Any) -> dict[str, Any]:
     """A guide that draws: each process has noise of its own, and all end with the same Result."""
+    FAILS.set() if fails else FAILS.clear()
 
     def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
         if size:
-            SEEN.append(float(mu))
+            SEEN.append(mu.item())
+            if FAILS.is_set() and len(SEEN) == 12:
+                raise ArithmeticError("the model of one process has failed")
         with pyro.plate("rows", size or len(y), subsample=rows):
             z = pyro.sample("z", dist.Bernoulli(0.3))
             pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
@@ -146,27 +156,34 @@ def refusals() -> dict[str, Any]:
 
 def alike() -> dict[str, Any]:
     """All that two processes and one have to agree on."""
-    return {
+    with patch.object(policy, "TRACE_FIT_STEPS", 1):
+        compiled = {"traced": mixture(batch=20), "traced game": game()}
+    eager = {
         "eager": mixture(compile=False),
         "minibatched": mixture(compile=False, batch=20),
-        "compiled": mixture(compile=True),
         "game": game(compile=False),
     }
+    return {**eager, **compiled}
 
 
-def failing(folder: Path, rank: int) -> dict[str, Any]:
-    """A model that cannot go on in one process, after a checkpoint."""
-    calls = 0
+def fused() -> dict[str, Any]:
+    """The same of programs that are compiled, which takes longer."""
+    return {"fused": mixture(compile=True), "fused game": game(compile=True)}
 
-    def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
-        nonlocal calls
-        calls += 1
-        if rank == 1 and calls == 30:
-            raise ArithmeticError("the model of one process has failed")
-        normal(y, size, rows)
 
+def resumed(folder: Path, rank: int) -> dict[str, Any]:
+    """A fit that goes on after one process has failed: what each process has heard, and the end."""
     kept = Checkpoint(folder / "kept", every=1e-6)
-    return of_result(fit((model, points()[1]), Y, TraceEnum_ELBO(), steps=60, compile=False, checkpoint=kept, **QUIET))
+    try:
+        with patch.object(checkpoint, "SHARE", 0), patch.object(group, "AGREE_STEPS", 1):
+            noisy(checkpoint=kept, fails=rank == 1)
+        failed = ""
+    except (ArithmeticError, RuntimeError) as error:
+        failed = f"{type(error).__name__}: {error}"
+    assert (folder / "kept" / "checkpoint.safetensors").exists()
+    found = noisy(checkpoint=kept)
+    assert len(found.pop("seen")) < len(noisy()["seen"]), "the fit began again"
+    return {**found, "failed": failed}
 
 
 def dying(folder: Path, rank: int) -> dict[str, Any]:
@@ -181,9 +198,10 @@ CASES: dict[str, Callable[[Path, int, int], Any]] = {
         **alike(),
         "program": program((rank, count), seed=rank),
         "noisy": noisy(),
+        "resumed": resumed(folder, rank),
         "refusals": refusals(),
     },
-    "failing": lambda folder, rank, count: failing(folder, rank),
+    "fused": lambda folder, rank, count: fused(),
     "dying": lambda folder, rank, count: dying(folder, rank),
 }
 

@@ -1,8 +1,9 @@
 """Runs killed by SIGKILL at random times go on, and end in the numbers of a run that was not killed.
 
-``pytest -m slow tests/test_kills.py -s`` kills fifty, and prints how many of each kind.
+``pytest -m slow tests/test_kills.py -s`` kills fifty-five, and prints how many of each kind.
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -19,11 +20,14 @@ from inference.core.packing import read_packed
 
 WORK = Path(__file__).parent / "killed_work.py"
 KILLS = 5
-"""Kills of each of ten cases in the long test."""
+"""Kills of each of eleven cases in the long test."""
 
 
 def started(case: str, folder: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, str(WORK), case, folder, "0.2"], stdout=subprocess.PIPE, text=True)
+    group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if case == "torchrun" else []
+    command = [sys.executable, *group, str(WORK), case, folder, "0.2"]
+    # A session of its own, to kill the processes that it starts with it.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     return process
@@ -58,7 +62,7 @@ def killed(case: str, folder: Path, kills: int) -> int:
         try:
             process.wait(draw.uniform(0.0, took))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             count += 1
         process.communicate()
         now = progress(folder)
@@ -73,6 +77,16 @@ def killed(case: str, folder: Path, kills: int) -> int:
 
 def test_a_killed_run_ends_as_a_whole_one(tmp_path: Path) -> None:
     killed("ChEES", tmp_path / "run", 1)
+
+
+def test_a_killed_group_of_processes_ends_as_a_whole_one(tmp_path: Path) -> None:
+    whole, process = started("torchrun", "-"), started("torchrun", str(tmp_path))
+    while not any(progress(tmp_path).values()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert ends(started("torchrun", str(tmp_path))) == ends(whole)
 
 
 @pytest.mark.slow

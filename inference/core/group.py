@@ -63,19 +63,26 @@ def launched(device: str | torch.device = "cpu", timeout: float = TIMEOUT) -> It
         distributed.destroy_process_group()
 
 
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Say in one line that another process has ended, or did not answer in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise RuntimeError(
+            f"rank {ranks()[0]}: another process of the group has ended or does not answer ({why})"
+        ) from error
+
+
 def reduced(vector: Tensor) -> Tensor:
     """The sum of a vector over all processes, in its place.
 
     Raises:
         RuntimeError: Another process has ended, or did not answer in time.
     """
-    try:
+    with _answered():
         distributed.all_reduce(vector)
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
-        raise RuntimeError(
-            f"rank {ranks()[0]}: another process of the group has ended or does not answer ({why})"
-        ) from error
     return vector
 
 
@@ -90,7 +97,8 @@ def gathered(value: T) -> list[T]:
     if count == 1:
         return [value]
     held: list[Any] = [None] * count
-    distributed.all_gather_object(held, value)
+    with _answered():
+        distributed.all_gather_object(held, value)
     return held
 
 
@@ -105,7 +113,8 @@ def from_first(make: Callable[[], T]) -> T:
             held[0] = make()
         except Exception as error:
             held[1] = error
-    distributed.broadcast_object_list(held)
+    with _answered():
+        distributed.broadcast_object_list(held)
     if held[1] is not None:
         raise held[1]
     return held[0]

@@ -125,7 +125,9 @@ class EagerSteps:
         """Take one step and return its loss; nothing if loss or gradients are not finite, and no step is taken."""
         rows = next(batches)
         turns = tuple(getattr(self.inner, n) for n in Objective.of(self.inner).cycle)
-        self._openings[None if rows is None else len(rows), turns] = None
+        if rows is None or len(rows):
+            # A process whose share of a small minibatch is empty does not run the objective.
+            self._openings[None if rows is None else len(rows), turns] = None
         if rows is None or rows is not self._rows:
             self._rows, self._arguments = rows, self.bound.arguments(rows)
         arguments = self._arguments

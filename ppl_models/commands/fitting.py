@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import typer
 from rich.markup import escape
 
 import inference
-from inference import Result, isolated, stem_of
+from inference import Result, isolated, launched, stem_of
 from ppl_models.commands.arguments import about, named, prepare, taken
 from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
 from ppl_models.zoo.entries import find
@@ -27,7 +28,26 @@ def fit(
     out_dir: str | None,
     **options: Any,
 ) -> None:
-    """Fit a pair by a method of its own, report on it, and draw its pictures."""
+    """Fit a pair by a method of its own, report on it, and draw its pictures.
+
+    Processes that torchrun has started share the rows; the first one prints and writes.
+    """
+    with launched(device) as first:
+        if not first:
+            warnings.simplefilter("ignore")
+        _fit(pair, data_name, method, seed, device, out_dir, first, options)
+
+
+def _fit(
+    pair: str,
+    data_name: str | None,
+    method: str | None,
+    seed: int,
+    device: str,
+    out_dir: str | None,
+    first: bool,
+    options: dict[str, Any],
+) -> None:
     entry = find(pair)
     name = next(iter(entry.fits)) if method is None else named("method", method, entry.methods)
     if name not in entry.fits:
@@ -37,6 +57,8 @@ def fit(
     with isolated(seed):
         model = entry.pair(dataset)
     result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
+    if not first:
+        return
     report(result, folder, name, about(entry, dataset, name, seed))
     check_whole(result)
     if entry.report:
