@@ -24,7 +24,7 @@ from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
-from inference.core.bound import BoundPair, bind, enumerate_finite
+from inference.core.bound import BoundPair, bind, bind_by_rows, enumerate_finite
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.contracts import Objective
 from inference.core.group import check_same, from_first, part_ways, ranks
@@ -129,7 +129,7 @@ def fit(
         objective = objective.objective
     if isinstance(objective, Compiled):
         objective, compile = objective.objective, compile if compile is False else True
-    whole = bind(pair, data, device)
+    whole = bind(pair, data, device) if batch is None else bind_by_rows(pair, data, device)
     if learning_rate is None:
         learning_rate = whole.asked.learning_rate or LEARNING_RATE
     probe = {} if objective is None else Objective.of(objective).probe

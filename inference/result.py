@@ -16,12 +16,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from inference.core.bound import BoundPair, bind
+from inference.core.bound import BoundPair, bind_by_rows
 from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.lazy import pd, xr
-from inference.core.packing import fingerprints
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
@@ -201,7 +200,7 @@ class Result:
             seconds=dict(self.seconds),
             attrs={str(n): v for n, v in self.idata.attrs.items()},
             diagnosis=self.diagnosis,
-            data=fingerprints(self.bound.data),
+            data=self.bound.fingerprints(),
             more=more,
             tensors={
                 **{f"param/{n}": v for n, v in self.state.parameters().items()},
@@ -232,7 +231,7 @@ class Result:
             ValueError: A file is damaged or foreign, or the pair has other parameters or sites.
         """
         saved = Saved.read(path)
-        bound = bind(pair, data)
+        bound = bind_by_rows(pair, data)
         compare_data(saved, bound)
         with isolated(0):
             put_parameters(saved, bound)

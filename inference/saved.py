@@ -32,7 +32,6 @@ from inference.core.bound import BoundPair
 from inference.core.files import write_folder
 from inference.core.handlers import evaluating, first_valid
 from inference.core.lazy import pd, xr
-from inference.core.packing import fingerprints
 from inference.diagnostics.convergence import Diagnosis
 from inference.idata import write_netcdf
 
@@ -151,7 +150,7 @@ class Saved:
 
 def compare_data(saved: Saved, bound: BoundPair) -> None:
     """Warn where data are not those of the saved Result; raise ValueError where some are missing."""
-    now = fingerprints(bound.data)
+    now = bound.fingerprints()
     missing = [n for n in saved.data if n not in now]
     if missing:
         raise ValueError(f"data: expected {', '.join(missing)}, as in the saved Result, got none")

@@ -25,6 +25,8 @@ from inference.core.contracts import Pair
 from inference.core.given import check_rounding, doubtful, readings, to_tensor
 from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows, lengths
+from inference.core.packing import fingerprints
+from inference.core.source import Source, source_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class BoundPair:
         takes_rows: Whether the model has the arguments ``size`` and ``rows``.
         asked: The pair as its contract sees it.
         memo: What has been found out about the pair and these data, whichever guide.
+        source: Where minibatches are read from; ``data`` then hold a sample of the rows, with their ``rows`` and full
+            ``size``. None: ``data`` hold all rows.
     """
 
     pair: Any
@@ -86,11 +90,12 @@ class BoundPair:
     takes_rows: bool
     asked: Pair
     memo: dict[str, Any] = field(default_factory=dict)
+    source: Source | None = None
 
     @cached_property
     def rows(self) -> int:
         """Number of rows: the common first dimension of the data, or of those in the plate of rows; 0 without data."""
-        return count_rows(self)
+        return count_rows(self) if self.source is None else len(self.source)
 
     @cached_property
     def cut(self) -> frozenset[str]:
@@ -104,7 +109,12 @@ class BoundPair:
 
     @property
     def numel(self) -> int:
-        """Number of numbers in the data."""
+        """Number of numbers in the data, all rows included."""
+        return self.held if self.source is None else self.held * self.rows // len(self.data["rows"])
+
+    @property
+    def held(self) -> int:
+        """Number of numbers of the data that are in memory."""
         return sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
 
     @property
@@ -123,8 +133,22 @@ class BoundPair:
         """Arguments of the model: all data, or those of a minibatch with its ``rows`` and full ``size``."""
         if rows is None:
             return dict(self.data)
-        batch = {k: v[rows] if k in self.cut else v for k, v in self.data.items()}
+        if self.source is not None:
+            batch = {**self.data, **self.source.read(rows)}
+        else:
+            batch = {k: v[rows] if k in self.cut else v for k, v in self.data.items()}
         return {**batch, "size": self.rows, "rows": rows}
+
+    def minibatch(self, rows: Tensor) -> BoundPair:
+        """The pair bound to some rows, which count as a part of all."""
+        return replace(self, data=self.arguments(rows), memo={"ways": self.memo.setdefault("ways", {})}, source=None)
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Shape, type and SHA-256 of the data by name, read by blocks of rows."""
+        if self.source is None:
+            return fingerprints(self.data)
+        read = self.source.fingerprints()
+        return {**fingerprints({n: v for n, v in self.data.items() if n not in read and n != "rows"}), **read}
 
     def generator(self, size: int | None = None) -> BoundPair:
         """The pair with nothing observed: a run of its model draws all sites."""
@@ -276,6 +300,37 @@ def _units(fn: Any) -> int:
             count *= fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - dims :].numel()
         fn = fn.base_dist
     return count if fn.has_enumerate_support else 0
+
+
+def bind_by_rows(pair: Any, data: Any, device: Any = None) -> BoundPair:
+    """:func:`bind`, with memory-mapped arrays and datasets left where they are: minibatches read their rows.
+
+    The checks of the pair see the arrays by blocks of rows, and of a dataset a sample.
+
+    Raises:
+        ValueError: The model has no arguments ``size`` and ``rows``, or the data do not fit it.
+    """
+    accepted, _ = _parameters(_halves(pair)[0])
+    given = _given(data, accepted)
+    source = source_of(given, list(accepted))
+    if source is None:
+        return bind(pair, data, device)
+    if not {"size", "rows"} <= set(accepted):
+        raise ValueError("data: expected a model with the arguments size and rows, whose rows can be read one by one")
+    rows = source.sample()
+    rest = {n: v for n, v in given.items() if n not in source.columns and v is not source.items}
+    # Floats of arrays are rounded to the precision of the model, those of tensors are not.
+    arrays = {n for n, v in source.columns.items() if not isinstance(v, Tensor)}
+    read = {n: v.numpy() if n in arrays else v for n, v in source.read(rows).items()}
+    if len(rows) == len(source):
+        return bind(pair, {**rest, **read}, device)
+    bound = bind(pair, {**rest, **read, "size": len(source), "rows": rows}, device)
+    types = {n: bound.data[n].dtype for n in read}
+    source = replace(source, dtypes=types)
+    if bound.asked.rowwise and source.columns:
+        for block in source.blocks():
+            bound.asked.check(**{**{n: bound.data[n] for n in rest}, **{n: v.to(types[n]) for n, v in block.items()}})
+    return replace(bound, source=source)
 
 
 def bind(pair: Any, data: Any = None, device: Any = None) -> BoundPair:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 ROUNDED = 1e-3
 """Largest rounding error of a column of data, in its standard deviations."""
@@ -21,6 +22,8 @@ def to_tensor(value: Any, name: str) -> Any:
     """
     if isinstance(value, Tensor | str | bool | int | float):
         return value
+    if isinstance(value, Dataset):
+        raise ValueError(f"{name}: expected data in memory, got a Dataset; fit(batch=...) reads its rows")
     if hasattr(value, "to_numpy"):
         value = _numeric(value, name) if type(value).__module__.startswith("pandas") else value.to_numpy()
     if isinstance(value, np.ndarray) and not value.flags.writeable:

@@ -21,6 +21,57 @@ TRIES = 32
 """Largest number of runs of a model to find out which data belong to its groups."""
 
 
+PERMUTED_ROWS = 1_000_000
+"""Rows up to which their order in an epoch is a permutation in memory."""
+
+
+def some_rows(count: int, most: int) -> Tensor:
+    """Indices of so many different rows at most, drawn at random."""
+    if count <= PERMUTED_ROWS:
+        return torch.randperm(count)[:most]
+    return torch.randint(count, (most,)).unique()
+
+
+class Permutation:
+    r"""A random order of many rows, computed where it is asked for: memory does not grow with them.
+
+    A Feistel network of six rounds permutes the numbers below the next power of four. One that is not below ``count``
+    is permuted again, until it is: that permutes the numbers below ``count``.
+
+    Args:
+        count: Number of rows.
+        random: Draws the keys of the rounds.
+
+    Reference: Black and Rogaway 2002, "Ciphers with arbitrary finite domains" (https://doi.org/10.1007/3-540-45760-7_9).
+
+    Example:
+        >>> order = Permutation(10, torch.Generator().manual_seed(0))
+        >>> sorted(order(torch.arange(10)).tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(self, count: int, random: torch.Generator) -> None:
+        self._count = count
+        self._bits = max(1, ((count - 1).bit_length() + 1) // 2)
+        self._keys: list[int] = torch.randint(2**31, (6,), generator=random).tolist()
+
+    def __call__(self, places: Tensor) -> Tensor:
+        """The rows at some places of the order."""
+        rows = self._once(places)
+        while (outside := rows >= self._count).any():
+            rows = torch.where(outside, self._once(rows), rows)
+        return rows
+
+    def _once(self, numbers: Tensor) -> Tensor:
+        half = (1 << self._bits) - 1
+        left, right = numbers >> self._bits, numbers & half
+        for key in self._keys:
+            mixed = (right ^ key) * 0x9E3779B1 & 0xFFFFFFFF
+            mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ mixed >> 13) & half)
+        return left << self._bits | right
+
+
 def lengths(data: Mapping[str, Any]) -> dict[str, int]:
     """First dimension of each tensor of the data."""
     return {k: len(v) for k, v in data.items() if isinstance(v, Tensor) and v.dim()}

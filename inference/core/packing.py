@@ -20,6 +20,10 @@ VALUE = "value"
 """Key of the metadata of a file under which the JSON stands."""
 
 
+BLOCK_ROWS = 65_536
+"""Rows of a tensor that are hashed at once."""
+
+
 def pack(value: Any) -> tuple[Any, list[Tensor]]:
     """A value as JSON, and the tensors in it.
 
@@ -85,9 +89,11 @@ def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in data.items():
         if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
-            digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest}
+            tensor, digest = torch.as_tensor(value).detach(), hashlib.sha256()
+            for block in tensor.split(BLOCK_ROWS) if tensor.dim() else (tensor,):
+                content: Any = block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                digest.update(content)
+            found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()}
     return found
 
 

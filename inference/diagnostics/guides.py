@@ -33,6 +33,7 @@ from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, preserved_rng
 from inference.core.lazy import pd, special
+from inference.core.minibatch import some_rows
 from inference.draws import scoring
 from inference.draws.engine import sample_names
 from inference.draws.rows import LocalLatents, is_point, probe
@@ -241,7 +242,7 @@ def _local(bound: BoundPair) -> LocalLatents | None:
 
 
 def _judge_rows(bound: BoundPair, rows: LocalLatents) -> GuideCheck:
-    chosen = torch.randperm(bound.rows)[:ROWS].sort().values
+    chosen = some_rows(bound.rows, ROWS).sort().values
     part = rows.take(chosen.to(bound.device)) if rows.splits else rows
     count = min(ROW_DRAWS, JUDGED // (rows.width * part.bound.rows))
     if count < MIN_DRAWS:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.lazy import pd
+from inference.core.minibatch import some_rows
 from inference.draws.kl import kl_by_site
 from inference.draws.rows import is_point
 
@@ -41,7 +42,7 @@ def local_latent_kl(bound: BoundPair) -> pd.DataFrame:
     """
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         many = bound.takes_rows and bound.rows > MAX_ROWS
-        arguments = bound.arguments(torch.randperm(bound.rows)[:MAX_ROWS].to(bound.device) if many else None)
+        arguments = bound.arguments(some_rows(bound.rows, MAX_ROWS).to(bound.device) if many else None)
         guide = poutine.trace(bound.guide).get_trace(**arguments)
         local = [n for n in bound.guided if _is_local(guide.nodes[n], bound.rows)]
         if not local:

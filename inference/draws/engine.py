@@ -176,7 +176,7 @@ def _one_by_one(one: One, draws: Draws, count: int) -> dict[str, Tensor]:
 def _width(bound: BoundPair) -> int:
     """Numbers that the largest site holds for one draw, times the states summed out."""
     largest = max([torch.Size(s.shape).numel() for s in bound.sites.values()], default=1)
-    return max(largest, bound.numel) * (4 if bound.enumerated else 1)
+    return max(largest, bound.held) * (4 if bound.enumerated else 1)
 
 
 def _warn_slow(bound: BoundPair, half: str, reason: str) -> None:

@@ -19,7 +19,7 @@ from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS
 from inference.draws import engine
 from inference.draws.engine import Draws
-from inference.draws.scoring import values_of
+from inference.draws.scoring import unscale, values_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class LocalLatents:
 
     def take(self, rows: Tensor) -> LocalLatents:
         """The same for a part of the rows."""
-        return replace(self, bound=_minibatch(self.bound, rows)) if len(rows) < self.bound.rows else self
+        return replace(self, bound=self.bound.minibatch(rows)) if len(rows) < self.bound.rows else self
 
     def axis(self, name: str) -> int:
         """Dimension of the rows in a site's value."""
@@ -81,7 +81,7 @@ class LocalLatents:
         self, half: Any, draws: Draws, count: int, read: engine.Read, *, summed: bool = False
     ) -> dict[str, Tensor]:
         wrap = engine.enumerated if summed else None
-        return engine.run(self.bound, half, draws, count, lambda trace: read(_unscaled(trace)), wrap=wrap)
+        return engine.run(self.bound, half, draws, count, lambda trace: read(unscale(trace)), wrap=wrap)
 
     def _values(self, trace: Any, names: Sequence[str]) -> dict[str, Tensor]:
         return values_of(trace, {n: self.bound.sites[n] for n in names})
@@ -98,7 +98,7 @@ def probe(bound: BoundPair, guided: bool) -> LocalLatents:
     by_guide = bound.guided if guided else frozenset()
     drawn = tuple(n for n, s in bound.select("latent").items() if n in by_guide or not s.finite)
     start = torch.arange(min(2, bound.rows), device=bound.device)
-    part = _minibatch(bound, start) if bound.takes_rows else bound
+    part = bound.minibatch(start) if bound.takes_rows else bound
     rows = LocalLatents(part, "", drawn, splits=bound.takes_rows)
     trace = engine.trace(part, part.model, {n: v[0] for n, v in rows.prior(1).items()}, engine.enumerated)
     nodes = {n: trace.nodes[n] for n in engine.sample_names(trace)}
@@ -165,15 +165,3 @@ def is_point(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
-
-
-def _unscaled(trace: Any) -> Any:
-    """A trace without the factor by which the plate of a minibatch scales its densities up to those of all rows."""
-    for node in trace.nodes.values():
-        if node["type"] == "sample":
-            node["scale"] = 1.0
-    return trace
-
-
-def _minibatch(bound: BoundPair, rows: Tensor) -> BoundPair:
-    return replace(bound, data=bound.arguments(rows), memo={"ways": bound.memo.setdefault("ways", {})})

@@ -20,6 +20,9 @@ from inference.compiler.supports import limits_of
 from inference.core.bound import BoundPair, Site
 from inference.draws.engine import Draws, Read, check_draws, contract, enumerated, run, sample_names, trace
 
+JOINT_ROWS = 8192
+"""Rows that are read at once for the log density of all."""
+
 
 def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
     """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
@@ -31,8 +34,32 @@ def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
 
 
 def log_joint(bound: BoundPair, draws: Draws) -> Tensor:
-    r"""Log density of draws (S, \*shape) and data, finite sites without draws summed out: (S,)."""
-    return score(bound, draws, "joint")
+    r"""Log density of draws (S, \*shape) and data, finite sites without draws summed out: (S,).
+
+    Rows that are not in memory are read by blocks, each scaled up to all rows: their weighted mean is exact.
+
+    Raises:
+        ValueError: The rows are read by blocks, and a site has a value for each of them.
+    """
+    if bound.source is None:
+        return score(bound, draws, "joint")
+    local = sorted(_of_rows(bound, draws))
+    if local:
+        raise ValueError(
+            f"data: expected all rows in memory where {local[0]} has a value for each, got rows to be read"
+        )
+    blocks = torch.arange(bound.rows, device=bound.device).split(JOINT_ROWS)
+    return sum(
+        (len(b) / bound.rows * score(bound.minibatch(b), draws, "joint") for b in blocks),
+        torch.zeros((), device=bound.device),
+    )
+
+
+def _of_rows(bound: BoundPair, draws: Draws) -> set[str]:
+    """Sites with draws that lie in the plate of rows, of which a run sees a part."""
+    nodes = trace(bound, bound.model, {n: v[0] for n, v in draws.items()}).nodes
+    parts = {n: [f for f in nodes[n]["cond_indep_stack"] if f.vectorized and f.size != f.full_size] for n in draws}
+    return {n for n, frames in parts.items() if frames}
 
 
 def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
@@ -40,7 +67,12 @@ def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     observed = bound.select("observed")
     if any(s.name not in draws for s in bound.select("latent").values()):
         return {"_and_".join(observed): score(bound, draws, "rows")}
-    return _scored(bound, draws, lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()})
+    return _scored(
+        bound,
+        draws,
+        lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()},
+        unscaled=bound.source is not None,
+    )
 
 
 @torch.no_grad()
@@ -91,12 +123,15 @@ def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
         names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
         return {"": contract(trace, names, [] if what == "joint" else common_plates(trace, names))}
 
-    return _scored(bound, draws, read)[""]
+    return _scored(bound, draws, read, unscaled=what == "rows" and bound.source is not None)[""]
 
 
 @torch.no_grad()
-def _scored(bound: BoundPair, draws: Draws, read: Read) -> dict[str, Tensor]:
-    """What is read of a run of the model for each draw, finite sites without draws enumerated."""
+def _scored(bound: BoundPair, draws: Draws, read: Read, *, unscaled: bool = False) -> dict[str, Tensor]:
+    """What is read of a run of the model for each draw, finite sites without draws enumerated.
+
+    ``unscaled`` leaves out the factor by which the plate of some rows scales their densities up to those of all.
+    """
     check_draws(bound, draws)
     if bound.subsampled:
         named = ", ".join(bound.subsampled)
@@ -105,7 +140,20 @@ def _scored(bound: BoundPair, draws: Draws, read: Read) -> dict[str, Tensor]:
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:
         raise ValueError(f"draws: expected values of {', '.join(unknown)}, got only {', '.join(draws) or 'none'}")
-    return run(bound, bound.model, draws, None, read, wrap=enumerated if free else None)
+
+    def read_unscaled(trace: Any) -> dict[str, Tensor]:
+        return read(unscale(trace))
+
+    chosen = read_unscaled if unscaled else read
+    return run(bound, bound.model, draws, None, chosen, wrap=enumerated if free else None)
+
+
+def unscale(trace: Any) -> Any:
+    """A trace without the factor by which the plate of a minibatch scales its densities up to those of all rows."""
+    for node in trace.nodes.values():
+        if node["type"] == "sample":
+            node["scale"] = 1.0
+    return trace
 
 
 def common_plates(trace: poutine.Trace, names: list[str]) -> list[str]:

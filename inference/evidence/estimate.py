@@ -306,6 +306,8 @@ def _unpack(part: LocalLatents, positions: Tensor) -> dict[str, Tensor]:
 def _bind(pair: Any, data: Any) -> BoundPair:
     if not isinstance(pair, Result):
         return bind(pair, data)
+    if data is None and pair.bound.source is not None:
+        raise ValueError("data: expected the rows to score, got none, and those of the fit are read by minibatches")
     return pair.bound if data is None else pair.bound.rebound(data)
 
 

@@ -38,6 +38,7 @@ from torch.nn.functional import relu, softplus
 from inference.core.bound import BoundPair
 from inference.core.checks import check_not_negative
 from inference.core.handlers import StopGradient
+from inference.core.minibatch import some_rows
 from inference.diagnostics.two_sample import MIN_COVERAGE, coverage
 from inference.objectives.game import Game, Players, by_name, takes
 
@@ -201,7 +202,7 @@ class Adversarial(Game):
             )
 
     def _check_modes(self, bound: BoundPair) -> Iterator[str]:
-        indices = torch.randperm(bound.rows)[:MODE_CHECK_ROWS].to(bound.device) if bound.takes_rows else None
+        indices = some_rows(bound.rows, MODE_CHECK_ROWS).to(bound.device) if bound.takes_rows else None
         named = bound.arguments(indices)
         real, generated = (self._half(bound.model, bound.guide, named, r, detach=True).shown for r in (True, False))
         name = next(iter(real))

@@ -28,7 +28,7 @@ def asked_of(bound: BoundPair, **settings: Any) -> dict[str, Any]:
     return {
         "pair": bound.name,
         "sites": {n: list(s.shape) for n, s in bound.sites.items()},
-        "data": {**fingerprints(bound.data), **plain},
+        "data": {**bound.fingerprints(), **plain},
         **{f"code of the {n}": code_of(half) for n, half in halves.items() if half is not None},
         "attributes": {f"{k}.{n}": v for k, m in enumerate(own_modules(bound)) for n, v in plain_of(m).items()},
         "dtype": str(torch.get_default_dtype()),

@@ -3,7 +3,7 @@ r"""The steps of a fit, from the first to the last: their losses, their end, and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,7 @@ from inference.compiler.step import numbers
 from inference.core.bound import BoundPair
 from inference.core.group import Agreement, from_first, gathered, ranks
 from inference.core.handlers import called_by_exclusive
+from inference.core.minibatch import PERMUTED_ROWS, Permutation
 from inference.diagnostics.losses import settled as is_settled
 from inference.runners.base import interrupts_deferred, threads_set
 from inference.runners.state import of_rank, own_state
@@ -168,16 +169,17 @@ class Minibatches(Iterator[Tensor | None]):
         alone = batch is not None or ranks()[1] == 1
         self._whole = None if alone else _share_of(torch.arange(bound.rows, device=bound.device))
         self._random = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        self._parts: list[Tensor] = []
+        self._part: Callable[[int], Tensor] | None = None
         self._start, self._taken = self._random.get_state(), 0
 
     def __next__(self) -> Tensor | None:
         if self._batch is None:
             return self._whole
-        if self._taken == len(self._parts):
+        if self._part is None or self._taken == -(-self._bound.rows // self._batch):
             self._shuffle()
+        assert self._part is not None
         self._taken += 1
-        return _share_of(self._parts[self._taken - 1])
+        return _share_of(self._part(self._taken - 1))
 
     def state(self) -> dict[str, Any]:
         """The random state before this epoch, and the number of its minibatches that were taken."""
@@ -192,8 +194,17 @@ class Minibatches(Iterator[Tensor | None]):
 
     def _shuffle(self) -> None:
         self._start, self._taken = self._random.get_state(), 0
-        order = torch.randperm(self._bound.rows, generator=self._random).to(self._bound.device)
-        self._parts = list(order.split(self._batch or 1))
+        rows = self._bound.rows
+        if rows <= PERMUTED_ROWS:
+            order = torch.randperm(rows, generator=self._random).to(self._bound.device)
+            self._part = order.split(self._batch or 1).__getitem__
+            return
+        permutation, size = Permutation(rows, self._random), self._batch or 1
+
+        def part(k: int) -> Tensor:
+            return permutation(torch.arange(k * size, min((k + 1) * size, rows))).to(self._bound.device)
+
+        self._part = part
 
 
 def _share_of(rows: Tensor) -> Tensor:

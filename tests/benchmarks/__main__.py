@@ -2,6 +2,7 @@
 
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
+``ranks`` (a fit in two processes against one) and ``memory`` (its peak by the number of rows) stand for themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -174,4 +176,7 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] in (["ranks"], ["memory"]):
+        import_module(f"tests.benchmarks.{sys.argv[1]}").main()
+    else:
+        main()
