@@ -312,7 +312,7 @@ def bind_by_rows(pair: Any, data: Any, device: Any = None) -> BoundPair:
     """
     accepted, _ = _parameters(_halves(pair)[0])
     given = _given(data, accepted)
-    source = source_of(given, list(accepted))
+    source = source_of(given, [n for n in accepted if n not in ("size", "rows")])
     if source is None:
         return bind(pair, data, device)
     if not {"size", "rows"} <= set(accepted):

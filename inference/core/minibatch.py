@@ -35,7 +35,7 @@ def some_rows(count: int, most: int) -> Tensor:
 class Permutation:
     r"""A random order of many rows, computed where it is asked for: memory does not grow with them.
 
-    A Feistel network of six rounds permutes the numbers below the next power of four. One that is not below ``count``
+    A Feistel network of four rounds permutes the numbers below the next power of four. One that is not below ``count``
     is permuted again, until it is: that permutes the numbers below ``count``.
 
     Args:
@@ -53,13 +53,13 @@ class Permutation:
     def __init__(self, count: int, random: torch.Generator) -> None:
         self._count = count
         self._bits = max(1, ((count - 1).bit_length() + 1) // 2)
-        self._keys: list[int] = torch.randint(2**31, (6,), generator=random).tolist()
+        self._keys: list[int] = torch.randint(2**31, (4,), generator=random).tolist()
 
     def __call__(self, places: Tensor) -> Tensor:
         """The rows at some places of the order."""
         rows = self._once(places)
-        while (outside := rows >= self._count).any():
-            rows = torch.where(outside, self._once(rows), rows)
+        while len(outside := (rows >= self._count).nonzero().squeeze(-1)):
+            rows[outside] = self._once(rows[outside])
         return rows
 
     def _once(self, numbers: Tensor) -> Tensor:

@@ -48,11 +48,11 @@ def log_joint(bound: BoundPair, draws: Draws) -> Tensor:
         raise ValueError(
             f"data: expected all rows in memory where {local[0]} has a value for each, got rows to be read"
         )
-    blocks = torch.arange(bound.rows, device=bound.device).split(JOINT_ROWS)
-    return sum(
-        (len(b) / bound.rows * score(bound.minibatch(b), draws, "joint") for b in blocks),
-        torch.zeros((), device=bound.device),
-    )
+    total = torch.zeros((), device=bound.device)
+    for start in range(0, bound.rows, JOINT_ROWS):
+        rows = torch.arange(start, min(start + JOINT_ROWS, bound.rows), device=bound.device)
+        total = total + len(rows) / bound.rows * score(bound.minibatch(rows), draws, "joint")
+    return total
 
 
 def _of_rows(bound: BoundPair, draws: Draws) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,9 @@ from inference.runners.base import interrupts_deferred, threads_set
 from inference.runners.state import of_rank, own_state
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure
 from inference.runners.work import threads_by_work
+
+AHEAD_ROWS = 65_536
+"""Rows of many whose order is computed at once."""
 
 
 class Descent:
@@ -200,11 +204,15 @@ class Minibatches(Iterator[Tensor | None]):
             self._part = order.split(self._batch or 1).__getitem__
             return
         permutation, size = Permutation(rows, self._random), self._batch or 1
+        # Those of several minibatches at once: they cost little more than those of one.
+        ahead = max(1, AHEAD_ROWS // size)
 
-        def part(k: int) -> Tensor:
-            return permutation(torch.arange(k * size, min((k + 1) * size, rows))).to(self._bound.device)
+        @lru_cache(maxsize=1)
+        def parts(k: int) -> tuple[Tensor, ...]:
+            places = torch.arange(k * ahead * size, min((k + 1) * ahead * size, rows))
+            return permutation(places).to(self._bound.device).split(size)
 
-        self._part = part
+        self._part = lambda k: parts(k // ahead)[k % ahead]
 
 
 def _share_of(rows: Tensor) -> Tensor:
