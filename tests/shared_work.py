@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
+import seeds
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta
@@ -25,6 +26,9 @@ from inference.compiler import policy
 from inference.core import group
 from inference.objectives import EM, Adversarial, Compiled, Shared
 
+if __name__ == "__main__" and seeds.SHIFT:
+    # As in the process of the tests.
+    seeds.install()
 random = torch.Generator().manual_seed(0)
 Y = torch.randn(61, 3, generator=random) + torch.tensor([0.0, 1.0, 4.0])
 QUIET: dict[str, Any] = {"progress": False, "draws": 4}
