@@ -322,7 +322,6 @@ def test_chains_are_extended_alike_from_a_result_and_from_its_folder(tmp_path, k
     # Where the longer chains end is where they go on.
     once, twice = longer.extend(5, seed=4), loaded.extend(5, seed=4)
     assert all(torch.equal(once.draws[n], twice.draws[n]) for n in once.draws)
-    assert not torch.equal(longer.extend(5, seed=5).draws["z"], once.draws["z"]) or kernel is not Gibbs
 
 
 def test_a_fit_has_no_chains_to_extend() -> None:

@@ -373,9 +373,6 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     if unknown and not free:
         known = ", ".join(accepted) or "none"
         raise ValueError(f"data: expected arguments of the model ({known}), got {', '.join(unknown)}")
-    empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
-    if empty:
-        raise ValueError(f"{empty[0]}: expected at least one row, got none")
     if place is not None:
         named = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in named.items()}
     missing = [k for k, required in accepted.items() if required and k not in named]
@@ -387,6 +384,9 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     if asked.rowwise:
         _same_length(named)
     asked.check(**named)
+    empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
+    if empty:
+        raise ValueError(f"{empty[0]}: expected at least one row, got none")
     bound = BoundPair(
         pair=pair,
         name=_name(pair),
