@@ -135,7 +135,7 @@ class _Setting:
     Attributes:
         bound: The pair and the data whose shapes are simulated.
         state: Puts the parameters of a Result into their places; nothing for a new pair.
-        observed: From observed sites to names of data.
+        observed: From observed sites to names of data, and columns of them.
         latent: Names of the latent sites that are ranked.
         axes: Dimension of the plate of rows by site, where all latent sites lie in it and rows are ranked one by one;
             else empty.
@@ -144,7 +144,7 @@ class _Setting:
 
     bound: BoundPair
     state: Any
-    observed: dict[str, str]
+    observed: dict[str, tuple[str, int | None]]
     latent: tuple[str, ...]
     axes: dict[str, int]
     fitted: bool
@@ -199,20 +199,51 @@ def _row_plates(bound: BoundPair) -> set[str]:
     return set.intersection(*shared) if shared else set()
 
 
-def _observed(bound: BoundPair) -> dict[str, str]:
-    """Names of the data that the observed sites take, by site."""
-    found = {}
+def _observed(bound: BoundPair) -> dict[str, tuple[str, int | None]]:
+    """Name of the data that each observed site takes, and which column, where it takes one of several."""
+    found: dict[str, tuple[str, int | None]] = {}
     for site, value in bound.observations.items():
-        same = [
-            n
-            for n, v in bound.data.items()
-            if isinstance(v, Tensor) and v.shape == value.shape and torch.equal(v, value.to(v))
-        ]
+        tensors = {n: v for n, v in bound.data.items() if isinstance(v, Tensor) and v.shape == value.shape}
+        same = [n for n, v in tensors.items() if torch.equal(v, value.to(v))]
         names = [site] if site in bound.data else same
-        if len(names) != 1:
-            got = ", ".join(bound.data) or "none"
-            raise ValueError(f"data: expected one that is the value of the observed site {site}, got {got}")
-        found[site] = names[0]
+        if len(names) == 1:
+            found[site] = names[0], None
+    if len(found) < len(bound.observations):
+        found |= _columns(bound, [n for n in bound.observations if n not in found])
+    return found
+
+
+def _columns(bound: BoundPair, sites: list[str]) -> dict[str, tuple[str, int | None]]:
+    """Observed sites that are each one column of a matrix of the data."""
+    matrices = {n: v for n, v in bound.data.items() if isinstance(v, Tensor) and v.dim() == 2}
+    found: dict[str, tuple[str, int | None]] = {}
+    for site in sites:
+        value = bound.observations[site]
+        same = [(n, k) for n, v in matrices.items() for k, c in enumerate(v.mT) if _equal(c, value)]
+        if len(same) != 1:
+            got = "several" if same else ", ".join(bound.data) or "none"
+            raise ValueError(
+                f"data: expected one, or one column, that is the value of the observed site {site}, got {got}"
+            )
+        found[site] = same[0]
+    return found
+
+
+def _equal(column: Tensor, value: Tensor) -> bool:
+    return column.shape == value.shape and torch.equal(column, value.to(column))
+
+
+def _with_drawn(
+    data: Mapping[str, Any], sites: Mapping[str, Tensor], places: Mapping[str, tuple[str, int | None]], k: int
+) -> dict[str, Any]:
+    """The data with the observed sites of simulation k in their places."""
+    found = dict(data)
+    for site, (name, column) in places.items():
+        if column is None:
+            found[name] = sites[site][k].to(data[name].dtype)
+        else:
+            found[name] = data[name].clone() if found[name] is data[name] else found[name]
+            found[name][:, column] = sites[site][k].to(data[name].dtype)
     return found
 
 
@@ -229,10 +260,9 @@ def _simulate(
     with setting.state(), torch.no_grad():
         sites = draw_sites(bound.generator(), known, count)
     truths = {n: v.cpu() for n, v in sites.items() if n in bound.select("latent")}
-    drawn = {setting.observed[n]: v for n, v in sites.items() if n in setting.observed}
 
     def given(k: int) -> dict[str, Any]:
-        fresh = {n: drawn[n][k].to(v.dtype) if n in drawn else v for n, v in bound.data.items()}
+        fresh = _with_drawn(bound.data, sites, setting.observed, k)
         if around is None:
             return fresh
         return {n: torch.cat([v, fresh[n]]) if n in bound.cut else v for n, v in bound.data.items()}
