@@ -65,6 +65,7 @@ def test_the_sum_over_latents_is_that_of_a_pair_in_closed_form() -> None:
         torch.testing.assert_close(brute_force(pair, {"x": rows}), pair.log_evidence(rows).double())
 
 
+@pytest.mark.slow
 def test_conjugate_posteriors_and_their_chains_are_green() -> None:
     for method in ("exact", "ChEES"):
         checks = run(IRIS, method)
@@ -114,6 +115,7 @@ def test_a_missing_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed(run(IRIS, "ChEES")) == ["posterior, ChEES"]
 
 
+@pytest.mark.slow
 def test_a_wrong_acceptance_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every proposal is accepted: the draws are those of the leapfrog steps, at a step size that is not small."""
     right = trajectory.run_block
