@@ -91,20 +91,6 @@ def calibrate(
         ValueError: The model observes nothing or has parameters that the method trains, the guide of a Result does not
             read the data, or an argument is out of its range.
         RuntimeError: The method failed on every data set; the message has the first reason.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(y):
-        ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
-        ...     with pyro.plate("rows", len(y)):
-        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> def guide(y):  # twice too wide: the standard deviation of the posterior is 1 / sqrt(1 + N)
-        ...     pyro.sample("mu", dist.Normal(y.sum() / (1 + len(y)), 2 / (1 + len(y)) ** 0.5))
-        >>> from inference import fit
-        >>> fitted = fit((model, guide), torch.zeros(3), steps=0, progress=False)
-        >>> found = calibrate(fitted, simulations=300)
-        >>> print(found.passed, found.table.loc["mu", "shape"])
-        False too wide
     """
     check_count("simulations", simulations)
     check_count("draws", draws)

@@ -36,17 +36,6 @@ def ksd(result: Result, draws: int = 500, *, seed: int = 0) -> Stein:
     Raises:
         ValueError: There is no continuous site, a support moves with another site, or a draw is not finite.
         ArithmeticError: A gradient is not finite.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from inference import fit
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
-        >>> wide, right = (fit((model, g), steps=0, progress=False) for g in (guide, model))
-        >>> print(ksd(wide).p < 0.01 < ksd(right).p)
-        True
     """
     check_count("draws", draws, 2)
     count = min(independent(result), draws)

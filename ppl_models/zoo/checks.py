@@ -58,8 +58,9 @@ STATES = 4096
 """States, or points of a grid, that latent sites of a row are summed over at most."""
 
 
-REACH, STEP = 6.0, 0.3
-"""Reach and step of the grid over a standard normal latent: its rule of sums is exact to 1e-8 and better."""
+REACH, STEP, FINE = 6.0, 0.3, 0.1
+"""Reach and step of the grid over a standard normal latent, and the step where there is one. For a normal posterior of
+standard deviation s the sum is off by exp(-2 (pi s / step)^2): 1e-8 from s = 0.1 at the fine step, 0.3 at the other."""
 
 
 ALARMS = 1e-5
@@ -341,12 +342,14 @@ def brute_force(pair: Pair, data: Mapping[str, Tensor]) -> Tensor:
         raise _Inapplicable("latent sites outside of the plate of rows")
     axes: list[tuple[str, Tensor]] = []
     volume = 0.0
+    real = sum(s["value"][0].numel() for s in latent.values() if not s["fn"].support.is_discrete)
+    step = FINE if real == 1 else STEP
     for name, site in latent.items():
         finite = site["fn"].support.is_discrete
-        line = _states(site["fn"]) if finite else torch.arange(-REACH, REACH + STEP / 2, STEP)
+        line = _states(site["fn"]) if finite else torch.arange(-REACH, REACH + step / 2, step)
         width = site["value"][0].numel()
         axes += [(name, line)] * width
-        volume += 0.0 if finite else width * math.log(STEP)
+        volume += 0.0 if finite else width * math.log(step)
     if math.prod(len(line) for _, line in axes) > STATES:
         raise _Inapplicable("too many latents to sum over")
     total = torch.full((len(next(iter(data.values()))),), -torch.inf, dtype=torch.double)
