@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ppl_models.data import files
 from ppl_models.data.files import Arrays
-from ppl_models.data.simulate import check_count, random_source
+from ppl_models.data.simulate import check_count, check_floating, random_source
 
 _MESSAGE = 160
 """Letters of a text message."""
@@ -163,8 +163,7 @@ def load(
         raise ValueError(
             f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point type, got {dtype}")
+    check_floating(dtype)
     raw = _LOADERS[name]()
     if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")
