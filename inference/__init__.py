@@ -4,15 +4,19 @@ from inference import kernels, objectives
 from inference._fit import fit
 from inference._sample import sample
 from inference.checkpoint import Checkpoint
+from inference.comparison.calibrate import calibrate
 from inference.comparison.compare import Method, compare
+from inference.comparison.judgement import ksd, loo, sensitivity
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.files import stem_of, write_whole
 from inference.core.group import launched
 from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
+from inference.diagnostics.calibration import Calibration
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import pareto_k
+from inference.diagnostics.stein import Stein
 from inference.evidence.estimate import Evidence, log_evidence
 from inference.optim import Joint
 from inference.predict import (
@@ -28,6 +32,7 @@ from inference.saved import Saved
 
 __all__ = [
     "COLUMNS",
+    "Calibration",
     "Checkpoint",
     "Comparison",
     "Diagnosis",
@@ -37,6 +42,8 @@ __all__ = [
     "Moments",
     "Result",
     "Saved",
+    "Stein",
+    "calibrate",
     "classify",
     "compare",
     "diagnose",
@@ -44,16 +51,19 @@ __all__ = [
     "fit",
     "isolated",
     "kernels",
+    "ksd",
     "latent_kl",
     "launched",
     "log_evidence",
     "log_weights",
+    "loo",
     "objectives",
     "pareto_k",
     "pointwise_log_likelihood",
     "posterior_predictive",
     "prior_predictive",
     "sample",
+    "sensitivity",
     "stem_of",
     "two_sample",
     "write_whole",

@@ -1,4 +1,4 @@
-"""The command line: ``ppl-models list | fit | sample | compare | show | predict | reproduce``.
+"""The command line: ``ppl-models list | fit | sample | compare | verify | show | predict | reproduce``.
 
 Here are the arguments of the commands; ``ppl_models.commands`` does their work and is imported when a command runs, so
 that help comes at once.
@@ -159,6 +159,22 @@ def compare(
     Where a method fails, or its fit ends early, the others are shown and written, and the exit code is 1.
     """
     _run(context, "comparing")
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    pair: PairOrFrom = None,
+    method: Annotated[str | None, typer.Option(help="Check this method alone; default: all of the pair.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Check all pairs of the zoo.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rows, short chains, and one method per kind.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Check a pair against figures from outside: exact posterior, log p(x), bounds by plain Pyro, calibration.
+
+    Each check prints its verdict with its figures; the exit code is 1 if one fails.
+    """
+    _run(context, "verify")
 
 
 @app.command()

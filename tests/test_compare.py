@@ -1,5 +1,6 @@
 """The table, the plot and the files of ``compare`` on a conjugate model of plain functions, against numbers by hand."""
 
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.special
 import scipy.stats
+import seeds
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
@@ -94,6 +96,93 @@ def comparison() -> Comparison:
 
 
 # The table
+
+
+def seeded(pair: Any, data: Any, seed: int = 5) -> Result:
+    return exactly(pair, data, draws=100, seed=seed)
+
+
+def test_seeds_give_means_and_standard_errors_of_every_column_by_hand() -> None:
+    methods = {"exact": seeded, "half": lambda pair, data, seed: exactly(pair, data, draws=50, seed=seed)}
+    found = compare(make_pair, X, methods, truth=TRUTH, heldout=INDEPENDENT_FRACTION, seeds=3)
+    alone = [compare(make_pair, X, {"exact": partial(seeded, seed=s)}, truth=TRUTH).table for s in (5, 6, 7)]
+    errors = np.array([t.loc["exact", "error_max"] for t in alone])
+    assert found.table.loc["exact", "error_max"] == pytest.approx(errors.mean(), rel=1e-12)
+    assert found.errors is not None
+    assert found.errors.loc["exact", "error_max"] == pytest.approx(errors.std(ddof=1) / 3**0.5, rel=1e-12)
+    # Differences are of the same seed, row by row.
+    assert found.table["lpd_diff"].max() <= 0 and found.errors["lpd_diff"].notna().all()
+    assert f"{errors.mean():.4g} ± {found.errors.loc['exact', 'error_max']:.2g}" in str(found)
+    with pytest.raises(ValueError, match="^methods: expected ones that take a seed, for seeds=2, got MAP, which takes"):
+        compare(make_pair, X, {"MAP": at_its_mode}, seeds=2)
+
+
+def test_runs_side_by_side_are_those_one_after_another() -> None:
+    with seeds.unmoved():  # as they are in new processes
+        one, two = (compare(make_pair, X, {"exact": seeded}, truth=TRUTH, seeds=3, jobs=jobs) for jobs in (1, 2))
+    timed = ["seconds", "seconds_total"]
+    pd.testing.assert_frame_equal(one.table.drop(columns=timed), two.table.drop(columns=timed))
+
+
+def test_coverage_of_the_parameters_that_the_data_were_simulated_from() -> None:
+    """Of mu and two of w one lies outside of the central 90 % of N(0, 1), which is 1.645."""
+    drawn = {"mu": torch.tensor(1.2), "w": torch.tensor([0.3, 2.2])}
+    row = compare(make_pair, X, {"exact": exactly}, drawn=drawn).table.loc["exact"]
+    assert row["coverage_90"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"^drawn: expected sites of the model \(mu, w, x\), got 'v'$"):
+        compare(make_pair, X, {"exact": exactly}, drawn={"v": torch.zeros(())})
+    with pytest.raises(ValueError, match=r"^drawn: expected w of shape \(2,\), got \(3,\)$"):
+        compare(make_pair, X, {"exact": exactly}, drawn={"w": torch.zeros(3)})
+
+
+def test_a_truth_that_is_an_estimate_shows_its_own_error() -> None:
+    chains = by_nuts(make_pair(), X)
+    found = compare(make_pair, X, {"exact": exactly}, truth=chains)
+    table = chains.diagnosis.table
+    assert found.table.loc["exact", "truth_error"] == pytest.approx((table["mcse_mean"] / table["sd"]).max())
+    assert found.table.loc["exact", "error_max"] < 5 * found.table.loc["exact", "truth_error"]
+    assert compare(make_pair, X, {"exact": exactly}, truth=TRUTH).table["truth_error"].isna().all()
+
+
+def test_loss_gradients_and_stein_discrepancy_are_those_of_the_results(comparison: Comparison) -> None:
+    results, table = comparison.results, comparison.table
+    chains = results["NUTS"].idata["sample_stats"]
+    assert table.loc["NUTS", "gradients"] == float(chains["n_steps"].sum()) and np.isnan(table.loc["NUTS", "loss"])
+    assert table.loc["MAP", "gradients"] == 5 and table.loc["MAP", "loss"] == results["MAP"].losses[-1]
+    assert np.isnan(table.loc["exact", "gradients"]) and table["ksd"].isna().all()
+    wide = partial(lambda pair, data: exactly((pair[0], wide_guide), data))
+    found = compare(make_pair, X, {"exact": exactly, "wide": wide}, stein=True).table
+    assert found.loc["exact", "ksd_p"] > 1e-3 > 0.5 * found.loc["wide", "ksd_p"]
+    assert found.loc["exact", "ksd"] < found.loc["wide", "ksd"]
+
+
+def wide_guide(x: Tensor) -> None:
+    pyro.sample("mu", dist.Normal(zero() + MEAN, 3 * SD))
+    pyro.sample("w", dist.Normal(zero().expand(2), 3.0).to_event(1))
+
+
+def test_a_failed_method_says_why_in_every_form_of_the_table() -> None:
+    methods = {"exact": exactly, "bad_one": failing(ValueError("50 % of a | b & c"))}
+    with pytest.warns(UserWarning, match="bad_one failed"):
+        found = compare(make_pair, X, methods, truth=TRUTH)
+    assert found.failed == {"bad_one": "ValueError: 50 % of a | b & c"} and "ValueError: 50 % of a" in str(found)
+    assert pd.read_csv(io.StringIO(found.to_csv()), index_col=0).loc["bad_one", "failed"] == found.failed["bad_one"]
+    lines = found.to_markdown().splitlines()
+    assert lines[-1].endswith(r"| ValueError: 50 % of a \| b & c |")
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {lines[0].count("|")}
+    latex = found.to_latex()
+    assert r"bad\_one & " in latex and r"50 \% of a | b \& c \\" in latex and latex.count(r"\\") == 3
+
+
+def test_the_plot_of_progress_has_losses_and_errors(comparison: Comparison) -> None:
+    axes = comparison.plot_progress().axes
+    assert [a.get_xlabel() for a in axes] == ["seconds, with set-up", "gradient evaluations"] * 2
+    (nuts,) = [line for line in axes[2].get_lines() if line.get_label() == "NUTS"]
+    # The last place of the chains has the error of all draws.
+    assert nuts.get_ydata()[-1] == pytest.approx(comparison.table.loc["NUTS", "error_max"])
+    assert nuts.get_xdata()[-1] == pytest.approx(comparison.table.loc["NUTS", "seconds_total"])
+    with pytest.raises(ValueError, match="^plot_progress: expected a fit, or a truth, got neither$"):
+        compare(make_pair, X, {"exact": exactly}).plot_progress()
 
 
 def test_the_table_has_a_row_a_method_and_the_columns_that_are_told(comparison: Comparison) -> None:

@@ -6,16 +6,31 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from inference.checkpoint import Checkpoint, CheckpointError, NoCheckpoint
-from inference.comparison.scores import Densities, Moments, heldout_scores, paired_differences, truth_scores
+from inference.comparison.calibrate import accepted, in_processes
+from inference.comparison.scores import (
+    Densities,
+    Moments,
+    drawn_scores,
+    draws_sd,
+    heldout_scores,
+    mean_error,
+    paired_differences,
+    run_scores,
+    stein_scores,
+    truth_scores,
+)
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind, move
-from inference.core.checks import check_device
+from inference.core.checks import check_count, check_device
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import pd
 from inference.result import Result
@@ -31,10 +46,14 @@ def compare(
     data: Any,
     methods: Mapping[str, Method],
     *,
-    truth: Moments | Callable[[Any, Any], Moments] | None = None,
+    truth: Moments | Result | Callable[[Any, Any], Moments | Result] | None = None,
+    drawn: Mapping[str, Any] | None = None,
     heldout: Any = None,
     label: str | None = None,
+    stein: bool = False,
     seed: int = 0,
+    seeds: int = 1,
+    jobs: int = 1,
     device: str | torch.device | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
 ) -> Comparison:
@@ -46,11 +65,19 @@ def compare(
         methods: Callables ``(pair, data) -> Result`` by name, for instance ``partial(fit, ...)``.
         truth: True posterior mean and standard deviation by site, each of the site's shape, or a callable
             ``(pair, data)`` that returns them (if it raises ArithmeticError, the truth is left out with a warning). A
-            site that a method does not draw is named by a warning.
+            site that a method does not draw is named by a warning. A Result, such as that of long chains, is a truth
+            that is itself an estimate: ``truth_error`` is its own error.
+        drawn: Parameters that the data were simulated from, by site, for ``coverage_90``.
         heldout: Held-out rows, in the form of ``data``.
         label: Name of the labels in ``heldout``, for accuracy and calibration. Default: the one finite site of the
             model, if there is one.
+        stein: Whether to compute the kernel Stein discrepancy of each method: see :func:`inference.ksd`.
         seed: Seed from which each pair is built.
+        seeds: Number of runs of each method, at their own seed and those after it; the table has their means, and
+            ``Comparison.errors`` the standard errors. Results are those of the first run. The methods must take
+            ``seed``.
+        jobs: Processes in which the runs after the first go side by side (-1: as many as there are cores); they slow
+            each other down, which ``seconds`` shows.
         device: Where to run, such as "cuda": pairs and data are moved there before a method gets them. Default: where
             they are.
         checkpoint: A folder in which each method keeps its own checkpoint, if it takes an argument ``checkpoint`` or
@@ -58,14 +85,16 @@ def compare(
             that have ended are not run again, and the one that was under way goes on. Default: none.
 
     Returns:
-        A Comparison. A method that fails has an empty row in the table, and a warning gives the reason.
+        A Comparison. A method that fails has an empty row in the table, and ``Comparison.failed`` and a warning give
+        the reason.
 
     Raises:
-        ValueError: There are no methods, ``truth`` or ``label`` names no site of the model, there are no held-out
-            labels, or the checkpoint is of another run.
+        ValueError: There are no methods, ``truth``, ``drawn`` or ``label`` names no site of the model, there are no
+            held-out labels, a method takes no ``seed`` where there are several, or the checkpoint is of another run.
         RuntimeError: Every method failed (a single method raises its own error).
     """
     _check(make_pair, methods, truth)
+    check_count("seeds", seeds)
 
     place, kept = check_device(device), Checkpoint.of(checkpoint)
     if kept is not None:
@@ -83,31 +112,126 @@ def compare(
 
     if device is not None:
         data = bind(build(), data, device).data
-    moments = _moments(truth, build, data)
-    _check_names(build, data, moments, heldout, label)
-    results, rows = {}, {}
-    densities: dict[str, Densities] = {}
+    moments, truth_error = _moments(truth, build, data)
+    true = {n: torch.as_tensor(v) for n, v in (drawn or {}).items()}
+    _check_names(build, data, moments, true, heldout, label)
+    starts = {name: _seeds(name, method, seeds) for name, method in methods.items()}
+    run = _Run(build, data, moments, true, heldout, label, stein, kept)
+    runs: dict[str, list[_Scored]] = {}
+    results, failed = {}, {}
     for name, method in methods.items():
         try:
-            further = {"checkpoint": kept.part(name)} if kept is not None and _takes_checkpoint(method) else {}
-            try:
-                results[name] = method(build(), data, **further)
-            except NoCheckpoint as error:
-                warnings.warn(f"{name} runs without a checkpoint: {error}", stacklevel=3)
-                results[name] = method(build(), data)
-            rows[name], density = _score(results[name], moments, heldout, label)
-            densities |= {} if density is None else {name: density}
+            results[name], scored = run(name, method, starts[name][0])
+            runs[name] = [scored]
         except Exception as error:
             if len(methods) == 1 or isinstance(error, CheckpointError):
                 raise
-            rows[name] = {}
+            failed[name] = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             warnings.warn(f"{name} failed: {error}", stacklevel=3)
     if not results:
         raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    for name, further in _further(run, methods, {n: starts[n][1:] for n in results}, jobs):
+        if isinstance(further, str):
+            warnings.warn(f"{name} failed at a further seed: {further}", stacklevel=3)
+        else:
+            runs[name].append(further)
+    for k in range(seeds):
+        _pair_up({n: scored[k] for n, scored in runs.items() if len(scored) > k})
+    rows = {n: [s.row for s in scored] for n, scored in runs.items()}
+    table, errors = (_table(methods, rows, of) for of in (np.mean, _standard_error))
+    if truth_error is not None:
+        table.loc[list(results), "truth_error"] = truth_error
+    return Comparison(table, results, dict(moments), errors if seeds > 1 else None, failed)
+
+
+@dataclass
+class _Scored:
+    """Scores of one run of a method, and its densities of held-out rows."""
+
+    row: dict[str, float]
+    density: Densities | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Runs a method once, and scores it."""
+
+    build: Callable[[], Any]
+    data: Any
+    truth: Moments
+    drawn: Mapping[str, Tensor]
+    heldout: Any
+    label: str | None
+    stein: bool
+    kept: Checkpoint | None
+
+    def __call__(self, name: str, method: Method, seed: int | None) -> tuple[Result, _Scored]:
+        further: dict[str, Any] = {} if seed is None else {"seed": seed}
+        where: dict[str, Any] = {}
+        if self.kept is not None and _takes_checkpoint(method):
+            where = {"checkpoint": self.kept.part(name)}
+        try:
+            result = method(self.build(), self.data, **further, **where)
+        except NoCheckpoint as error:
+            warnings.warn(f"{name} runs without a checkpoint: {error}", stacklevel=4)
+            result = method(self.build(), self.data, **further)
+        return result, self._score(result)
+
+    def alone(self, task: tuple[str, Method, int]) -> _Scored | str:
+        """The scores, or the reason why there are none; for another process."""
+        try:
+            return self(*task)[1]
+        except Exception as error:
+            return str(error) or type(error).__name__
+
+    def _score(self, result: Result) -> _Scored:
+        scores, density = heldout_scores(result, self.heldout, self.label)
+        own = run_scores(result) | truth_scores(result, self.truth) | drawn_scores(result, self.drawn) | scores
+        return _Scored(own | (stein_scores(result) if self.stein else {}), density)
+
+
+def _seeds(name: str, method: Method, count: int) -> list[int | None]:
+    """Seeds of the runs of a method: its own, which is None where it says none, and those after it."""
+    if count == 1:
+        return [None]
+    if not accepted(method, seed=0):
+        raise ValueError(f"methods: expected ones that take a seed, for seeds={count}, got {name}, which takes none")
+    own = inspect.signature(method).parameters.get("seed")
+    first = own.default if own is not None and isinstance(own.default, int) else 0
+    return [first + k for k in range(count)]
+
+
+def _further(
+    run: _Run, methods: Mapping[str, Method], seeds: Mapping[str, list[int | None]], jobs: int
+) -> list[tuple[str, _Scored | str]]:
+    """The runs after the first; each has a checkpoint of its own only where it is the first."""
+    tasks: list[Any] = [(name, methods[name], seed) for name, of in seeds.items() for seed in of]
+    alone = replace(run, kept=None).alone
+    found = [alone(task) for task in tasks] if jobs == 1 or len(tasks) < 2 else in_processes(alone, tasks, jobs)
+    return [(task[0], outcome) for task, outcome in zip(tasks, found, strict=True)]
+
+
+def _pair_up(runs: Mapping[str, _Scored]) -> None:
+    """Add the differences of held-out densities from those of the best method."""
+    densities = {n: s.density for n, s in runs.items() if s.density is not None}
     for name, scores in paired_differences(densities).items() if len(densities) > 1 else ():
-        rows[name] |= scores
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)).astype(float)
-    return Comparison(table.rename_axis("method"), results, dict(moments))
+        runs[name].row |= scores
+
+
+def _table(methods: Mapping[str, Method], rows: Mapping[str, list[dict[str, float]]], of: Any) -> pd.DataFrame:
+    """One line per method: what ``of`` makes of each column's values over seeds."""
+    lines = {}
+    for name in methods:
+        runs = rows.get(name, [])
+        known = {c: [v for v in (r.get(c, math.nan) for r in runs) if not math.isnan(v)] for c in COLUMNS}
+        lines[name] = {c: float(of(v)) for c, v in known.items() if v}
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=list(COLUMNS)).astype(float)
+    return table.rename_axis("method")
+
+
+def _standard_error(values: list[float]) -> float:
+    with np.errstate(invalid="ignore"):  # some values are infinite
+        return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 def _takes_checkpoint(method: Method) -> bool:
@@ -124,18 +248,23 @@ def _check_parts(methods: Mapping[str, Method], kept: Checkpoint) -> None:
             raise ValueError(f"methods: expected names that differ in their letters and digits, got {other}, {name}")
 
 
-def _moments(truth: Moments | Callable[[Any, Any], Moments] | None, build: Callable[[], Any], data: Any) -> Moments:
+def _moments(truth: Any, build: Callable[[], Any], data: Any) -> tuple[Moments, float | None]:
+    """True moments, and for those of a Result the largest error of a mean, in its standard deviations."""
     try:
         known = truth(build(), data) if callable(truth) else truth or {}
-        return {n: (mean.cpu(), sd.cpu()) for n, (mean, sd) in known.items()}
+        if isinstance(known, Result):
+            return {n: (v.double().mean(0), draws_sd(v)) for n, v in known.draws.items()}, mean_error(known)
+        return {n: (mean.cpu(), sd.cpu()) for n, (mean, sd) in known.items()}, None
     except ArithmeticError as error:
         warnings.warn(f"truth left out: {error}", stacklevel=4)
-        return {}
+        return {}, None
 
 
-def _check_names(build: Callable[[], Any], data: Any, truth: Moments, heldout: Any, label: str | None) -> None:
+def _check_names(
+    build: Callable[[], Any], data: Any, truth: Moments, drawn: Mapping[str, Tensor], heldout: Any, label: str | None
+) -> None:
     """Raise a ValueError for names that the model does not have, before any method runs."""
-    if not truth and label is None:
+    if not truth and not drawn and label is None:
         return
     with isolated(0):
         sites = bind(build(), data).sites
@@ -145,6 +274,11 @@ def _check_names(build: Callable[[], Any], data: Any, truth: Moments, heldout: A
         wrong = [tuple(v.shape) for v in moments if tuple(v.shape) != sites[name].shape]
         if wrong:
             raise ValueError(f"truth: expected mean and sd of {name} of shape {sites[name].shape}, got {wrong[0]}")
+    for name, value in drawn.items():
+        if name not in sites:
+            raise ValueError(f"drawn: expected sites of the model ({', '.join(sites)}), got {name!r}")
+        if tuple(value.shape) != sites[name].shape:
+            raise ValueError(f"drawn: expected {name} of shape {sites[name].shape}, got {tuple(value.shape)}")
     if label is None:
         return
     finite = [n for n, s in sites.items() if s.finite]
@@ -153,30 +287,6 @@ def _check_names(build: Callable[[], Any], data: Any, truth: Moments, heldout: A
     if not isinstance(heldout, Mapping) or label not in heldout:
         got = ", ".join(heldout) if isinstance(heldout, Mapping) else "no names" if heldout is not None else "none"
         raise ValueError(f"label: expected held-out rows with {label!r}, got {got}")
-
-
-def _score(
-    result: Result, truth: Moments, heldout: Any, label: str | None
-) -> tuple[dict[str, float], Densities | None]:
-    run, total = result.seconds["run"], result.seconds["run"] + result.seconds["setup"]
-    diagnosis = result.diagnosis
-    ess, r_hat = diagnosis.min_ess_bulk, diagnosis.worst_r_hat
-    row = {
-        "ess": ess,
-        "ess_per_s": ess / run if diagnosis.converged else math.nan,
-        "ess_per_s_total": ess / total if diagnosis.converged else math.nan,
-        "r_hat": r_hat,
-        "divergences": _number(diagnosis.divergences),
-        "pareto_k": _number(diagnosis.pareto_k),
-        "seconds": run,
-        "seconds_total": total,
-    }
-    scores, density = heldout_scores(result, heldout, label)
-    return row | truth_scores(result, truth) | scores, density
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _check(make_pair: Any, methods: Any, truth: Any) -> None:
@@ -189,7 +299,7 @@ def _check(make_pair: Any, methods: Any, truth: Any) -> None:
     for name, method in methods.items():
         if not isinstance(name, str) or not callable(method):
             raise TypeError(f"methods: expected a mapping of names to functions (pair, data), got {name!r}: {method!r}")
-    if not (truth is None or callable(truth) or isinstance(truth, Mapping)):
+    if not (truth is None or callable(truth) or isinstance(truth, Mapping | Result)):
         raise TypeError(f"truth: expected a mapping of sites to (mean, standard deviation), got {truth!r}")
     for site, moments in truth.items() if isinstance(truth, Mapping) else ():
         if not isinstance(moments, tuple | list) or len(moments) != 2:

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from inference.comparison.judgement import ksd
 from inference.core.bound import BoundPair
 from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs, special
@@ -47,6 +48,73 @@ class Densities:
     values: Tensor
     error: float
     unreliable: float = math.nan
+
+
+SETTLED = 10
+"""The last of so many parts of the losses is their end."""
+
+
+def run_scores(result: Result) -> dict[str, float]:
+    """What a run says of itself: its loss, chains and guide, and what it cost."""
+    run, total = result.seconds["run"], result.seconds["run"] + result.seconds["setup"]
+    diagnosis, gradients = result.diagnosis, gradients_of(result)
+    ess, losses = diagnosis.min_ess_bulk, result.losses[-max(1, len(result.losses) // SETTLED) :]
+    return {
+        "loss": float(losses.reshape(len(losses), -1).sum(1).mean()) if len(losses) else math.nan,
+        "ess": ess,
+        "ess_per_s": ess / run if diagnosis.converged else math.nan,
+        "ess_per_s_total": ess / total if diagnosis.converged else math.nan,
+        "gradients": gradients,
+        "ess_per_gradient": ess / gradients if diagnosis.converged else math.nan,
+        "r_hat": diagnosis.worst_r_hat,
+        "divergences": _number(diagnosis.divergences),
+        "pareto_k": _number(diagnosis.pareto_k),
+        "seconds": run,
+        "seconds_total": total,
+    }
+
+
+def gradients_of(result: Result) -> float:
+    """Gradient evaluations: of chains those of the draws that were kept, of a fit one per step; nan if unknown."""
+    stats = result.idata.get("sample_stats")
+    if stats is None:
+        return float(len(result.losses)) if len(result.losses) else math.nan
+    return float(stats["n_steps"].sum()) if "n_steps" in stats else math.nan
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def stein_scores(result: Result) -> dict[str, float]:
+    """Kernel Stein discrepancy and its p-value; a warning says why there is none."""
+    try:
+        found = ksd(result)
+    except (*REFUSALS, ArithmeticError) as error:
+        said = " ".join(str(error).split())[:200]
+        warnings.warn(f"{result.method}: no Stein discrepancy: {said}", stacklevel=5)
+        return {}
+    return {"ksd": found.value, "ksd_p": found.p}
+
+
+def drawn_scores(result: Result, drawn: Mapping[str, Tensor]) -> dict[str, float]:
+    """Fraction of the parameters that the data were simulated from that lie within central intervals of 90 %."""
+    inside = []
+    for name, value in drawn.items():
+        if name in result.draws:
+            draws = result.draws[name].double()
+            low, high = (torch.quantile(draws, q, dim=0) for q in (0.05, 0.95))
+            inside.append(((low <= value) & (value <= high)).flatten())
+    return {"coverage_90": float(torch.cat(inside).double().mean())} if inside else {}
+
+
+def mean_error(result: Result) -> float:
+    """Largest Monte Carlo standard error of a posterior mean, in posterior standard deviations."""
+    table = result.diagnosis.table
+    table = table[table["sd"] > 0]
+    if "mcse_mean" in table:
+        return float((table["mcse_mean"] / table["sd"]).max())
+    return result.size**-0.5
 
 
 def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dict[str, float], Densities | None]:

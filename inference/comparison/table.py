@@ -2,9 +2,10 @@ r"""The table of a comparison, its plot and its files."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.comparison.progress import progress
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import stem_of, write_whole
 from inference.core.handlers import REFUSALS, isolated
@@ -44,9 +46,16 @@ COLUMNS = {
     "error_rms": "root mean square of the errors of all posterior means",
     "sd_ratio": "geometric mean of the ratios of standard deviations to the true ones; 0 if any is 0",
     "sd_error": "typical factor between a standard deviation and the true one: exp of the rms of the log ratios",
+    "coverage_90": "fraction of the parameters that the data were simulated from within central intervals of 90 %",
+    "truth_error": "error of the truth, where it is itself an estimate: largest error of a mean, in its sd",
+    "ksd": "kernel Stein discrepancy of the draws from the density of the model",
+    "ksd_p": "probability of such a ksd for draws of the posterior",
+    "loss": "mean loss of the last tenth of the steps: of SVI minus the bound of all rows, in nats",
     "ess": "smallest bulk effective sample size",
     "ess_per_s": "ess per second of running, without set-up; empty if the chains disagree",
     "ess_per_s_total": "ess per second, with set-up; empty if the chains disagree",
+    "gradients": "gradient evaluations: steps of a fit; of chains those of the draws that are kept",
+    "ess_per_gradient": "ess per gradient evaluation; empty if the chains disagree",
     "r_hat": "largest R-hat",
     "divergences": "number of divergent transitions",
     "pareto_k": "Pareto k of the guide",
@@ -68,11 +77,15 @@ class Comparison:
         table: One row per method; see ``COLUMNS`` for the columns.
         results: Result of each method that did not fail.
         truth: True posterior mean and standard deviation, by site.
+        errors: Standard errors of the table over seeds; None for a single seed.
+        failed: Why each method that failed did so.
     """
 
     table: pd.DataFrame
     results: dict[str, Result]
     truth: dict[str, tuple[Tensor, Tensor]]
+    errors: pd.DataFrame | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def plot(self, quantities: int = 11) -> Figure:
         """Plot the posteriors of all methods with the truth, and below them the errors of all posterior means.
@@ -85,6 +98,51 @@ class Comparison:
             quantities: Maximum number of scalar quantities to show: those in which the methods differ most.
         """
         return _plot(self, quantities)
+
+    def plot_progress(self) -> Figure:
+        """Plot the loss, and the error of the posterior means, against seconds and against gradient evaluations.
+
+        The loss is that of fits, smoothed over a fiftieth of the steps. The error is the largest one of a mean against
+        the truth, in true standard deviations: of chains that of the draws until then, of fits one point at their end.
+        Without a truth there are the losses alone.
+        """
+        return progress(self)
+
+    def shown(self) -> pd.DataFrame:
+        """The table as text: columns that have values, with standard errors over seeds, and why methods failed."""
+        kept = self.table.dropna(axis=1, how="all")
+        text = kept.map(lambda v: "" if math.isnan(v) else f"{v:.4g}")
+        if self.errors is not None:
+            spread = self.errors[list(kept)].map(lambda v: "" if math.isnan(v) else f" ± {v:.2g}")
+            text = text + spread
+        if self.failed:
+            text["failed"] = [" ".join(self.failed.get(str(n), "").split()) for n in text.index]
+        return text
+
+    def to_csv(self) -> str:
+        """The table as CSV with all digits; errors over seeds as columns ``NAME_error``, and why methods failed."""
+        table = self.table.dropna(axis=1, how="all")
+        if self.errors is not None:
+            table = table.join(self.errors[list(table)].add_suffix("_error"))
+        if self.failed:
+            table = table.assign(failed=[self.failed.get(str(n), "") for n in table.index])
+        return table.to_csv()
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        text = self.shown()
+        lines = [["method", *map(str, text.columns)], ["---", *["---:"] * text.shape[1]]]
+        lines += [[str(name), *row] for name, row in zip(text.index, text.to_numpy(), strict=True)]
+        return "".join(f"| {' | '.join(str(c).replace('|', chr(92) + '|') for c in line)} |\n" for line in lines)
+
+    def to_latex(self) -> str:
+        """The table as a LaTeX ``tabular`` with the rules of booktabs."""
+        text = self.shown()
+        head = " & ".join(map(_escaped, ["method", *text.columns]))
+        body = [" & ".join(map(_escaped, [n, *row])) for n, row in zip(text.index, text.to_numpy(), strict=True)]
+        lines = [rf"\begin{{tabular}}{{l{'r' * text.shape[1]}}}", r"\toprule", rf"{head} \\", r"\midrule"]
+        lines += [rf"{line} \\" for line in body]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def save(self, directory: str | Path, about: Callable[[str], Mapping[str, Any]] | None = None) -> list[Path]:
         """Write ``table.csv``, ``posteriors.png`` if there are posteriors, and a folder per method.
@@ -110,7 +168,16 @@ class Comparison:
         return paths
 
     def __str__(self) -> str:
-        return self.table.dropna(axis=1, how="all").to_string(float_format=lambda v: f"{v:.4g}")
+        table = self.table.dropna(axis=1, how="all")
+        if self.errors is None and not self.failed:
+            return table.to_string(float_format=lambda v: f"{v:.4g}")
+        return self.shown().to_string()
+
+
+def _escaped(cell: object) -> str:
+    """Text of a LaTeX cell."""
+    marks = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(marks.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(cell))
 
 
 def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:

@@ -92,6 +92,8 @@ class GuideCheck:
         effective: Effective fraction of the weights, in (0, 1]; the median over rows; None: not judged.
         size: Number of continuous quantities that the weights compare: of all latent sites, or of those of one row.
         log_weights: Log weights of the first draws, (S,); None where rows are judged one by one.
+        moments: Misfit of each quantity of a row, over rows, as :func:`weigh_rows` returns it; None where all latent
+            sites are judged together.
         rows: Number of rows judged; 0 where all latent sites are judged together.
         failing: Number of these rows with Pareto k above 0.7, or weights that are not finite.
         point: Whether the guide is a point mass at its continuous sites; None: not asked, as their draws differ.
@@ -103,6 +105,7 @@ class GuideCheck:
     effective: float | None = None
     size: int = 0
     log_weights: np.ndarray | None = None
+    moments: pd.DataFrame | None = None
     rows: int = 0
     failing: int = 0
     point: bool | None = None
@@ -251,8 +254,10 @@ def _judge_rows(bound: BoundPair, rows: LocalLatents) -> GuideCheck:
     if count < MIN_DRAWS:
         return GuideCheck(unjudged=(f"Pareto k: the data are long ({bound.numel:,} numbers)",))
     step = policy.latents_per_pass(rows.width * part.bound.rows)
-    weights = torch.cat([_row_weights(part, min(step, count - done)) for done in range(0, count, step)])
-    weights = weights if rows.splits else weights[:, chosen]
+    found = [_row_weights(part, min(step, count - done)) for done in range(0, count, step)]
+    draws, weights = (torch.cat(v) for v in zip(*found, strict=True))
+    if not rows.splits:
+        draws, weights = draws[:, chosen], weights[:, chosen]
     k = np.array([pareto_k(w) for w in weights.mT])
     sites = [bound.sites[n] for n in rows.drawn if not bound.sites[n].discrete]
     size = sum(torch.Size(s.shape).numel() for s in sites) // max(bound.rows, 1)
@@ -260,12 +265,31 @@ def _judge_rows(bound: BoundPair, rows: LocalLatents) -> GuideCheck:
     worse = np.nan_to_num(k, nan=np.inf, neginf=-np.inf)
     tail = float("nan") if np.isnan(k).all() else _quantile(worse)
     middle, failing = float(effective_fraction(weights).nanmedian()), int((worse > PARETO_K[1]).sum())
-    return GuideCheck(tail, middle, size, rows=len(k), failing=failing)
+    usable = worse <= PARETO_K[1]
+    moments = None
+    if usable.any() and draws.shape[-1]:
+        moments = weigh_rows(draws.cpu().numpy()[:, usable], weights.cpu().numpy()[:, usable])
+        moments.index = pd.Index(_row_names(rows, bound), name="quantity")
+    return GuideCheck(tail, middle, size, moments=moments, rows=len(k), failing=failing)
 
 
-def _row_weights(part: LocalLatents, count: int) -> Tensor:
+def _row_weights(part: LocalLatents, count: int) -> tuple[Tensor, Tensor]:
+    """Draws (S, rows, D) of the continuous sites and log weights (S, rows)."""
     draws, density = part.guide({}, count)
-    return part.model(draws, count)[0].double() - density.double()
+    weights = part.model(draws, count)[0].double() - density.double()
+    real = [n for n in part.drawn if n in draws and not part.bound.sites[n].discrete]
+    moved = [draws[n].movedim(1 + part.axis(n), 1).reshape(*weights.shape, -1) for n in real]
+    return torch.cat([*moved, weights.new_zeros(*weights.shape, 0)], -1), weights
+
+
+def _row_names(rows: LocalLatents, bound: BoundPair) -> list[str]:
+    """Names of the continuous quantities of a row, in the order of the draws."""
+    named = []
+    for name in (n for n in rows.drawn if n in bound.guided and not bound.sites[n].discrete):
+        shape = list(bound.sites[name].shape)
+        del shape[rows.axis(name)]
+        named += [f"{name}{list(map(int, at)) if at else ''}" for at in np.ndindex(*shape)]
+    return named
 
 
 def _quantile(k: np.ndarray) -> float:
@@ -302,6 +326,36 @@ def weigh(draws: np.ndarray, log_weights: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"mean": mean, "sd": np.sqrt(weighted), "shift": shift, "width": width, **errors})
 
 
+def weigh_rows(draws: np.ndarray, log_weights: np.ndarray) -> pd.DataFrame:
+    r"""Misfit of the quantities of a row after importance weighting, over all rows.
+
+    Args:
+        draws: Draws (S, rows, quantities).
+        log_weights: Their log weights, (S, rows).
+
+    Returns:
+        A line per quantity: ``width``, the mean over rows of the logarithm of the raw standard deviation over that
+        after weighting; ``shift``, the root mean square over rows of the raw mean minus the weighted one, in raw
+        standard deviations, without the part that is Monte Carlo error; and their standard errors over rows,
+        ``width_error`` and ``shift_error``.
+    """
+    rows = [weigh(draws[:, n], log_weights[:, n]) for n in range(draws.shape[1])]
+    width, shift, noise = (np.stack([r[c] for r in rows]) for c in ("width", "shift", "shift_error"))
+    # Rows draw on their own, so that their spread holds the Monte Carlo error; a single row has that alone.
+    alone = rows[0]["width_error"].to_numpy()
+    square, count = shift**2 - noise**2, len(rows)
+    root = np.sqrt(square.mean(0).clip(0))
+    spread = square.std(0, ddof=1) / count**0.5 if count > 1 else 2 * root * noise[0]
+    return pd.DataFrame(
+        {
+            "width": width.mean(0),
+            "width_error": width.std(0, ddof=1) / count**0.5 if count > 1 else alone,
+            "shift": root,
+            "shift_error": spread / np.maximum(2 * root, 1e-12),
+        }
+    )
+
+
 def advise_guide(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str, ...]:
     """One sentence on a guide that the weights show to be wrong.
 
@@ -330,7 +384,7 @@ def advise_guide(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str,
             f"Pareto k of the guide is {k:.2f}, above {good}: usable for means after importance weighting; "
             "train longer, or use a richer guide for variances and tails.",
         )
-    return _advise_fraction(check, weighted)
+    return _advise_fraction(check, check.moments if check.rows else weighted)
 
 
 def _advise_fraction(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str, ...]:
@@ -339,10 +393,11 @@ def _advise_fraction(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[
     low = check.effective is not None and check.effective < least
     if not problems and not low:
         return ()
-    of_rows = " for half of the rows or fewer" if check.rows else ""
+    of_rows = " (median over rows)" if check.rows else ""
     share = (
         f"{100 * (check.effective or 0):.2g} % of the guide's draws are effective by their importance weights{of_rows}"
     )
+    problems = [f"{p}, over all rows" for p in problems] if check.rows else problems
     remedy = "train longer, or use a richer guide" + ("" if check.rows else "; log_weights(result) corrects its means")
     return (f"{'; '.join([share, *problems])}: {remedy}.",)
 
