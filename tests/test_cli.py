@@ -141,7 +141,7 @@ def test_a_pair_of_any_data_is_fitted_to_the_end(run, tmp_path, name: str, writt
         (["sample", "naive_bayes", "--device", "meta:x"], "--device: expected a device"),
         (["compare", "naive_bayes", "--device", "xyz"], "--device: expected a device"),
         (["fit", "vae", "--stps", "3"], "--stps"),
-        (["fit"], "PAIR"),
+        (["fit"], "pair: expected the name of a pair"),
         (["fot", "vae"], "fot"),
         (["reproduce", "vae_k2"], "recipe: unknown 'vae_k2'; nearest: vae_k1"),
         (["reproduce", "vae_k1", "--seeds", "0"], "--seeds"),
