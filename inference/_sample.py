@@ -82,9 +82,10 @@ def sample(
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
-        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp). An interrupt (Ctrl-C) after
-        the warmup of ``ChEES``, ``Gibbs`` or ``NUTS`` ends it early with the draws that there are; ``result.ended`` and
-        the diagnosis say so. In the warmup, and of other kernels, it raises KeyboardInterrupt.
+        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp, and ``energy``: minus lp and
+        the kinetic energy at the start of the transition). An interrupt (Ctrl-C) after the warmup of ``ChEES``,
+        ``Gibbs`` or ``NUTS`` ends it early with the draws that there are; ``result.ended`` and the diagnosis say so. In
+        the warmup, and of other kernels, it raises KeyboardInterrupt.
 
     Raises:
         ValueError: An argument is out of its range, or the kernel cannot sample a site.
