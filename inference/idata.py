@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
-from inference.core.bound import BoundPair, Site
+from inference.core.bound import BoundPair, Site, parameters_of
 from inference.core.files import Lenient
 from inference.core.lazy import azb, xr
 from inference.draws import engine, scoring
@@ -126,6 +126,23 @@ def to_idata(
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior, and so no such group.
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **_renamed(kept)})
+
+
+def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
+    r"""Draws (S, \*shape) of all sites from the prior as groups ``prior``, ``prior_predictive`` and ``observed_data``."""
+    observed = set(bound.select("observed"))
+    arguments = {*bound.data, *parameters_of(bound.model)}
+    predicted = {n for n in draws if n in observed or n in arguments}
+    dims = {n: _dims(bound, n) for n in draws}
+    parts = {
+        "prior": {n: v for n, v in draws.items() if n not in predicted},
+        "prior_predictive": {n: v for n, v in draws.items() if n in predicted},
+    }
+    datasets = {group: _dataset(bound, sites, dims, 1) for group, sites in parts.items() if sites}
+    if observed:
+        data = {n: bound.observations[n].detach().cpu().numpy() for n in observed}
+        datasets["observed_data"] = _observed(bound, data, dims)
+    return xr.DataTree.from_dict(_renamed(datasets))
 
 
 def write_netcdf(idata: xr.DataTree, path: Path) -> None:
@@ -281,6 +298,8 @@ def _mask(node: Any, site: Site) -> Tensor:
 def _dims(bound: BoundPair, name: str) -> list[str]:
     site = bound.sites[name]
     named = list(bound.asked.dims.get(name, ()))
+    if site.role == "deterministic" and len(named) == len(site.shape):
+        return named
     event = len(site.shape) - site.batch
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]

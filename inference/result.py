@@ -22,7 +22,7 @@ from inference.core.files import write_whole
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.lazy import pd, xr
 from inference.core.packing import fingerprints
-from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.convergence import Diagnosis, diagnose, with_intervals
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
@@ -270,9 +270,23 @@ class Result:
         with isolated(seed), self.state():
             return _on_cpu(self.more(size, seed))
 
-    def summary(self) -> Any:
-        """Table of the posterior: mean and sd; for chains also Monte Carlo error, effective sample sizes and R-hat."""
-        return self.diagnosis.table
+    def summary(self, prob: float = 0.89) -> pd.DataFrame:
+        """Table of the posterior, a line per scalar quantity.
+
+        Its columns are mean, sd and the bounds of the central interval, of a guide as of chains (``eti89_lb`` and
+        ``eti89_ub``, as ArviZ names them); for chains also the Monte Carlo error of the mean, effective sample sizes
+        and R-hat.
+
+        Args:
+            prob: Posterior probability of the interval. Default: that of ArviZ.
+
+        Raises:
+            ValueError: The probability is not between 0 and 1.
+        """
+        if not 0 < prob < 1:
+            raise ValueError(f"prob: expected a probability between 0 and 1, got {prob!r}")
+        table = self.diagnosis.table
+        return table if table.empty else with_intervals(table, self.idata, prob)
 
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]

@@ -41,7 +41,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_energy_of_a_normal_target_is_gamma_distributed(name: str) -> None:
-    r"""Potential and kinetic energy are halves of independent chi squares of D degrees: together :math:`\Gamma(D, 1)`."""
+    """Potential and kinetic energy are halves of independent chi squares of D degrees: together Gamma(D, 1)."""
     kernel, lengths = KERNELS[name]
     result = sample(normal, None, kernel, compile=False, progress=False, **lengths)
     group = result.idata.sample_stats

@@ -251,8 +251,8 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
             continue
         deterministic = bool(node["infer"].get("_deterministic"))
         value, fn = node["value"], node["fn"]
-        batch = 0 if deterministic else len(fn.batch_shape)
         frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        batch = _batch_of_deterministic(node) if deterministic else len(fn.batch_shape)
         role = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
         found[name] = Site(
             name=name,
@@ -265,6 +265,19 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
             units=0 if deterministic else _units(fn),
         )
     return found
+
+
+def _batch_of_deterministic(node: Any) -> int:
+    """Number of batch dimensions of a deterministic value: those of its plates, whose sizes it has.
+
+    ``pyro.deterministic`` takes all dimensions as those of an event, unless it is told otherwise.
+    """
+    shape = tuple(node["value"].shape)
+    frames = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    given = len(shape) - len(node["fn"].event_shape)
+    batch = given if given > 0 else min(len(shape), max((-d for d in frames), default=0))
+    fits = all(shape[batch + d] == size for d, size in frames.items() if batch + d >= 0)
+    return batch if fits else 0
 
 
 def _units(fn: Any) -> int:
