@@ -129,7 +129,7 @@ def to_idata(
 
 
 def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
-    r"""Draws (S, \*shape) of all sites from the prior as groups ``prior``, ``prior_predictive`` and ``observed_data``."""
+    r"""Draws (S, \*shape) of all sites from the prior, as groups of a DataTree."""
     observed = set(bound.select("observed"))
     arguments = {*bound.data, *parameters_of(bound.model)}
     predicted = {n for n in draws if n in observed or n in arguments}

@@ -295,8 +295,10 @@ def test_labels_that_gibbs_draws_are_values_of_each_observation() -> None:
 class Schools(PyroModule):
     """Deterministic sites in a plate: of its elements, of its elements with an event, and of none of them."""
 
-    coords = {"schools": ["A", "B", "C"], "subjects": ["maths", "music"]}
-    dims = {"both": ("subjects",)}
+    def __init__(self) -> None:
+        super().__init__()
+        self.coords = {"schools": ["A", "B", "C"], "subjects": ["maths", "music"]}
+        self.dims = {"both": ("subjects",)}
 
     def model(self, y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
