@@ -2,6 +2,8 @@
 
 import io
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,8 @@ import inference
 import ppl_models
 from inference import fit
 from ppl_models.cli import app
-from ppl_models.zoo.entries import ZOO, table
+from ppl_models.commands.listing import entries
+from ppl_models.zoo.entries import ZOO, listed, table
 from ppl_models.zoo.methods import exact
 
 README = Path(__file__).parent.parent / "README.md"
@@ -35,6 +38,18 @@ def test_list_shows_every_pair(run) -> None:
     assert answer.exit_code == 0
     assert "…" not in answer.stdout, "a word is cut short"
     assert all(name in answer.stdout for name in ZOO)
+
+
+def test_the_list_is_that_of_the_zoo() -> None:
+    assert entries() == listed(), "renew it by python -m ppl_models.zoo"
+
+
+def test_help_and_list_come_without_torch() -> None:
+    code = (
+        "import sys; from ppl_models.cli import app; app({0}, standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    for asked in (["--help"], ["list"], ["fit", "--help"], ["--version"]):
+        subprocess.run([sys.executable, "-c", code.format(asked)], check=True, capture_output=True)
 
 
 def test_compare_prints_a_table_and_writes_its_files(run, tmp_path, monkeypatch) -> None:

@@ -39,10 +39,12 @@ MODELS = (
 ABOVE = (
     ("ppl_models/data",),
     ("ppl_models/zoo",),
+    ("ppl_models/zoo/__main__.py",),
     ("ppl_models/ledger/recipes",),
     ("ppl_models/ledger/record.py",),
     ("ppl_models/ledger",),
     ("ppl_models/__init__.py",),
+    ("ppl_models/commands",),
     ("ppl_models/cli.py",),
     ("ppl_models/__main__.py",),
 )

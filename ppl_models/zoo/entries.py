@@ -509,3 +509,10 @@ def table() -> str:
         sets = ", ".join((f"**{entry.data}**", *entry.also))
         lines.append(f"| `{entry.name}` | {entry.title} | {sets} | {', '.join(entry.methods)} | {entry.source} |")
     return "\n".join(lines)
+
+
+def listed() -> list[dict[str, Any]]:
+    """What ``ppl-models list`` says of each pair: name, title, data sets and methods, the default ones first."""
+    return [
+        {"pair": e.name, "what": e.title, "data": [e.data, *e.also], "methods": list(e.methods)} for e in ZOO.values()
+    ]

@@ -1,0 +1,56 @@
+"""``ppl-models compare``: several methods on one pair."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from rich.markup import escape
+from rich.table import Table
+
+from inference import COLUMNS, Comparison, Method
+from ppl_models.commands.arguments import about, named, prepare
+from ppl_models.commands.fitting import unfit
+from ppl_models.commands.printing import frame, out, print_whole
+from ppl_models.data.sets import Dataset
+from ppl_models.zoo.entries import find
+from ppl_models.zoo.entry import Entry
+
+
+def compare(
+    pair: str,
+    data_name: str | None,
+    methods: str | None,
+    seed: int,
+    device: str,
+    checkpoint: str | None,
+    out_dir: str | None,
+) -> None:
+    """Compare methods on a pair, print their table, and write it with a plot and a folder per method."""
+    entry = find(pair)
+    asked = list(entry.methods) if methods is None else methods.split(",")
+    names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
+    dataset, folder = prepare(entry, data_name, out_dir, device)
+    seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
+    comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
+    show(comparison, entry, dataset)
+    for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
+        out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    failed = [n for n in names if n not in comparison.results or unfit(comparison.results[n])]
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
+    table = comparison.table.dropna(axis=1, how="all")
+    rows = len(next(iter(dataset.train.values())))
+    out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
+    # One column per method: there are too many measures for the width of a terminal.
+    print_whole(frame(table.T.rename_axis("measure").reset_index()))
+    legend = Table.grid(padding=(0, 2))
+    meanings = {column: COLUMNS[column] for column in table.columns}
+    for column, meaning in (meanings | ({"truth": entry.source} if comparison.truth else {})).items():
+        legend.add_row(column, escape(meaning), style="dim")
+    out.print(legend)
+    for name, result in comparison.results.items():
+        for sentence in result.diagnosis.advice:
+            out.print(escape(f"{name}: {sentence}"), highlight=False)

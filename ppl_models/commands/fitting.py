@@ -1,0 +1,94 @@
+"""``ppl-models fit`` and ``sample``: one method on one pair."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+
+import inference
+from inference import Result, isolated, stem_of
+from ppl_models.commands.arguments import about, named, prepare, taken
+from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
+from ppl_models.zoo.entries import find
+from ppl_models.zoo.pictures import save
+
+
+def fit(
+    pair: str,
+    data_name: str | None,
+    method: str | None,
+    seed: int,
+    device: str,
+    out_dir: str | None,
+    **options: Any,
+) -> None:
+    """Fit a pair by a method of its own, report on it, and draw its pictures."""
+    entry = find(pair)
+    name = next(iter(entry.fits)) if method is None else named("method", method, entry.methods)
+    if name not in entry.fits:
+        raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
+    chosen = taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
+    dataset, folder = prepare(entry, data_name, out_dir, device)
+    with isolated(seed):
+        model = entry.pair(dataset)
+    result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
+    report(result, folder, name, about(entry, dataset, name, seed))
+    check_whole(result)
+    if entry.report:
+        print_whole(frame(entry.report(model, dataset.test)))
+    for path in save(model, dataset.test, dataset.shape, folder) if dataset.shape else ():
+        out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+
+
+def sample(
+    pair: str,
+    data_name: str | None,
+    kernel: str | None,
+    seed: int,
+    device: str,
+    out_dir: str | None,
+    **options: Any,
+) -> None:
+    """Sample a pair's posterior, and report on it."""
+    entry = find(pair)
+    chosen = None if kernel is None else named("kernel", kernel, inference.kernels.__all__)
+    dataset, folder = prepare(entry, data_name, out_dir, device)
+    with isolated(seed):
+        model = entry.pair(dataset)
+    factory = None if chosen is None else getattr(inference.kernels, chosen)
+    result = inference.sample(model, dataset.train, factory, seed=seed, **options)
+    report(result, folder, result.method, about(entry, dataset, "chains", seed))
+    check_whole(result)
+
+
+def unfit(result: Result) -> str:
+    """Why the result of a fit is none: it ended early, or its loss is higher than at the start; empty if it is one."""
+    if result.ended:
+        return result.ended
+    losses, tenth = result.losses, len(result.losses) // 10
+    if losses.ndim > 1 or tenth < 10:
+        return ""
+    first, last = losses[:tenth], losses[-tenth:]
+    risen, error = last.mean() - first.mean(), math.sqrt((first.var() + last.var()) / tenth)
+    if np.isfinite(last).all() and not risen > 3 * error:
+        return ""
+    return f"diverged: its loss went from {first.mean():.4g} to {last.mean():.4g}; try a lower learning rate"
+
+
+def check_whole(result: Result) -> None:
+    """End the command where the fit is none; an interrupted one with the code of an interrupt."""
+    if problem := unfit(result):
+        complain(f"the fit {problem}")
+        raise typer.Exit(INTERRUPTED if result.interrupted else FAILED)
+
+
+def report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> None:
+    print_summary(result.summary())
+    out.print(escape(str(result)), highlight=False)
+    stem = stem_of(name) + ("-partial" if unfit(result) else "")
+    out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
