@@ -27,7 +27,8 @@ from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
-from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters
+from inference.report.page import excerpt, page_of_result
+from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters, versions_of_packages
 
 
 class FurtherDraws(ABC):
@@ -288,6 +289,31 @@ class Result:
         table = self.diagnosis.table
         return table if table.empty else with_intervals(table, self.idata, prob)
 
+    @exclusive
+    def report(
+        self, path: str | Path, *, about: Mapping[str, Any] | None = None, shape: tuple[int, int] | None = None
+    ) -> Path:
+        """Write one HTML page about the Result, which needs no other file and no network.
+
+        It shows the model and its graph, the data, the diagnosis and what it means, the posterior, chains or learning
+        curve, predictive checks, leave-one-out, samples, and how to repeat it.
+
+        Args:
+            path: Where the page is to stand. It is written whole or not at all.
+            about: What made the Result: ``seed``, ``data``, ``command``, ``title``, and further facts.
+            shape: Height and width of an image, for the pictures of pairs of images. Default: a square.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: The page cannot be written.
+        """
+        return page_of_result(self, versions_of_packages(), about, shape).write(path)
+
+    def _repr_html_(self) -> str:
+        return excerpt(str(self).splitlines()[0], self.summary(), str(self.diagnosis))
+
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]
         count = f"{self.size} draws" if self.draws else f"{len(self.losses)} steps"
@@ -339,7 +365,9 @@ def conclude(
         ended: Why and at which step the run ended early; empty if it did not.
     """
     started, state, left_out = perf_counter(), State(bound.modules), LeftOut(bound.name)
-    attrs = {"method": method, "execution": execution, **({"ended": ended} if ended else {})}
+    # A verb runs from its seed, which the random state keeps.
+    seed = torch.initial_seed()
+    attrs = {"method": method, "execution": execution, "seed": seed, **({"ended": ended} if ended else {})}
     with state():
         made = left_out.unless("posterior", make, ())
         if isinstance(made, Posterior):

@@ -65,6 +65,7 @@ Checkpoint = Annotated[
         "--checkpoint", help="Folder from which the same command goes on if it was killed; renewed every half minute."
     ),
 ]
+Page = Annotated[bool, typer.Option("--report", help="Write a page about it too, report.html in the output directory.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")]
 
 
@@ -111,6 +112,7 @@ def fit(
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
 
@@ -133,6 +135,7 @@ def sample(
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Sample a pair's posterior by Markov chains."""
     _run(context, "fitting")
@@ -148,6 +151,7 @@ def compare(
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Compare several methods on one pair: a table, a plot and a folder per method.
 

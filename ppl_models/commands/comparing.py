@@ -9,7 +9,7 @@ from rich.table import Table
 
 from inference import COLUMNS, Comparison, Method
 from ppl_models.commands.arguments import about, named, prepare
-from ppl_models.commands.fitting import unfit
+from ppl_models.commands.fitting import say_page, unfit
 from ppl_models.commands.printing import frame, out, print_whole
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
@@ -24,6 +24,7 @@ def compare(
     device: str,
     checkpoint: str | None,
     out_dir: str | None,
+    page: bool,
 ) -> None:
     """Compare methods on a pair, print their table, and write it with a plot and a folder per method."""
     entry = find(pair)
@@ -35,6 +36,8 @@ def compare(
     show(comparison, entry, dataset)
     for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
         out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    if page:
+        say_page(comparison, folder, about(entry, dataset, ", ".join(names), seed), entry, dataset)
     failed = [n for n in names if n not in comparison.results or unfit(comparison.results[n])]
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")

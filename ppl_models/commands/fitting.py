@@ -11,10 +11,12 @@ import typer
 from rich.markup import escape
 
 import inference
-from inference import Result, isolated, stem_of
+from inference import Comparison, Result, isolated, stem_of
 from ppl_models.commands.arguments import about, named, prepare, taken
 from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
+from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
+from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.pictures import save
 
 
@@ -25,6 +27,7 @@ def fit(
     seed: int,
     device: str,
     out_dir: str | None,
+    page: bool,
     **options: Any,
 ) -> None:
     """Fit a pair by a method of its own, report on it, and draw its pictures."""
@@ -38,6 +41,8 @@ def fit(
         model = entry.pair(dataset)
     result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
     report(result, folder, name, about(entry, dataset, name, seed))
+    if page:
+        say_page(result, folder, about(entry, dataset, name, seed), entry, dataset)
     check_whole(result)
     if entry.report:
         print_whole(frame(entry.report(model, dataset.test)))
@@ -52,6 +57,7 @@ def sample(
     seed: int,
     device: str,
     out_dir: str | None,
+    page: bool,
     **options: Any,
 ) -> None:
     """Sample a pair's posterior, and report on it."""
@@ -63,6 +69,8 @@ def sample(
     factory = None if chosen is None else getattr(inference.kernels, chosen)
     result = inference.sample(model, dataset.train, factory, seed=seed, **options)
     report(result, folder, result.method, about(entry, dataset, "chains", seed))
+    if page:
+        say_page(result, folder, about(entry, dataset, "chains", seed), entry, dataset)
     check_whole(result)
 
 
@@ -92,3 +100,12 @@ def report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> No
     out.print(escape(str(result)), highlight=False)
     stem = stem_of(name) + ("-partial" if unfit(result) else "")
     out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
+
+
+def say_page(
+    made: Result | Comparison, folder: Path, about: dict[str, Any], entry: Entry, dataset: Dataset
+) -> None:
+    """Write the page of a Result or a comparison, and say where it stands."""
+    told = {"title": entry.title, **about}
+    path = made.report(folder / "report.html", about=told, shape=dataset.shape)
+    out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
