@@ -21,8 +21,8 @@ from inference.report.drawing import COLOURS
 from inference.report.graph import MOST, graph
 from inference.report.story import story
 
-LINES, FOREST, TRACED = 200, 16, 4
-"""Lines of a table of quantities, quantities of a site in a plot of intervals, and quantities with a trace."""
+LINES, BRIEF, FOREST, TRACED = 200, 12, 16, 3
+"""Lines of a table of quantities, in brief too, quantities of a site in a plot of intervals, and those with a trace."""
 
 SUMMARY = {
     "mean": "posterior mean",
@@ -70,16 +70,18 @@ def data(bound: BoundPair) -> Iterator[Block]:
             continue
         numbers = value.detach().cpu().double().flatten()
         known = numbers[~numbers.isnan()]
-        figures = (known.mean(), known.std(), known.min(), known.max()) if len(known) > 1 else [known.sum()] * 4
+        figures = [float(v) for v in (known.mean(), known.std(), known.min(), known.max())] if len(known) > 1 else []
+        # Standardised columns have a mean of 1e-17 by rounding.
+        figures = [0.0 if abs(v) < 1e-12 * float(known.abs().max()) else v for v in figures] or [math.nan] * 4
         kind = str(value.dtype).removeprefix("torch.")
         missing = int(numbers.isnan().sum())
-        rows.append(
-            [cell(name), cell(kind), cell(shape_of(value.shape)), *(cell(float(v)) for v in figures), cell(missing)]
-        )
+        rows.append([cell(name), cell(kind), cell(shape_of(value.shape)), *map(cell, figures), cell(missing)])
     if not rows:
         yield note("The model takes no data.")
         return
-    yield Table(["name", "type", "shape", "mean", "sd", "smallest", "largest", "missing"], rows, "What the model was given")
+    yield Table(
+        ["name", "type", "shape", "mean", "sd", "smallest", "largest", "missing"], rows, "What the model was given"
+    )
     for name, labels in bound.asked.coords.items():
         shown = ", ".join(map(str, list(labels)[:12])) + (f", … ({len(labels)} in all)" if len(labels) > 12 else "")
         yield note(f"{name}: {shown}")
@@ -92,10 +94,12 @@ def diagnosis(result: Reported) -> Iterator[Block]:
         yield note(sentence, "advice")
     for what in found.unjudged:
         yield note(f"Not judged: {what}.", "advice")
-    if not found.advice and not found.unjudged:
-        yield note("No warning: every check below passes.", "fine")
     rows = _chain_rows(result) if is_chains(result) else _guide_rows(result)
-    if rows:
+    if not found.advice and not found.unjudged:
+        yield note("No warning: every check below passes." if rows else "No warning.", "fine")
+    if not rows:
+        yield note("There is no posterior to judge: see the samples, and the measures of held-out rows.")
+    else:
         yield Table(["check", "value", "wanted", "what it means", "what to do if it fails"], rows, prose=True)
     if found.latent_kl is not None:
         table = found.latent_kl.head(LINES)
@@ -190,16 +194,17 @@ def _guide_rows(result: Reported) -> list[list[Cell]]:
     return rows
 
 
-def posterior(result: Reported) -> Iterator[Block]:
-    """The table of quantities, and their intervals."""
+def posterior(result: Reported, *, brief: bool = False) -> Iterator[Block]:
+    """The table of quantities, and their intervals; in brief the first lines of the table alone."""
     if result.diagnosis.table.empty:
         yield note("The method learns a model, and no posterior.")
         return
     table = result.summary()
-    draws = quantities(result)
-    yield Figures(forests({"": draws}, {"": COLOURS[0]}, {}))
-    shown = table.head(LINES)
-    left = f" (the first {LINES} of {len(table):,})" if len(table) > LINES else ""
+    lines = BRIEF if brief else LINES
+    if not brief:
+        yield Figures(forests({"": quantities(result)}, {"": COLOURS[0]}, {}))
+    shown = table.head(lines)
+    left = f" (the first {lines} of {len(table):,})" if len(table) > lines else ""
     meanings = [(n, m) for n, m in SUMMARY.items() if n in table]
     yield frame(shown.rename_axis("quantity"), caption=f"Posterior of each quantity{left}", meanings=meanings)
 
@@ -221,7 +226,9 @@ def forests(
         figure = plots.forest(site, lines, colours, truth)
         more = len(members) - FOREST
         found.append(
-            figure if more <= 0 else Figure(f"{site} (the first {FOREST} of {len(members):,})", figure.alt, figure.image)
+            figure
+            if more <= 0
+            else Figure(f"{site} (the first {FOREST} of {len(members):,})", figure.alt, figure.image)
         )
     return found[:12]
 
@@ -258,25 +265,24 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
         if name not in scored:
             why = result.idata.attrs.get("log_likelihood", "no log likelihood of observations")
             yield note(f"{name}: {why}.")
-    found, rows, figures = {}, [], []
+    found: dict[str, np.ndarray] = {}
+    rows, figures = [], []
     for name, result in scored.items():
-        for site in result.idata["log_likelihood"].data_vars:
-            label = name if len(result.idata["log_likelihood"].data_vars) == 1 else f"{name}, {site}"
-            with warnings.catch_warnings():
-                # What ArviZ warns of is in the table.
-                warnings.simplefilter("ignore")
-                score = azs.loo(result.idata, var_name=str(site), pointwise=True)
+        sites = [str(n) for n in result.idata["log_likelihood"].data_vars]
+        for site in sites:
+            label = name if len(sites) == 1 else f"{name}, {site}"
+            try:
+                score = _loo(result, site)
+            except ValueError as error:
+                # All draws of a point estimate are equal.
+                yield note(f"{label}: {error or 'no estimate'}")
+                continue
             k = np.asarray(score.pareto_k).ravel()
             bad = int((k > 0.7).sum())
             found[label] = np.asarray(score.elpd_i).ravel()
             figures += [_titled(plots.pareto(k), label)] if bad or len(scored) == 1 else []
-            rows.append(
-                [
-                    cell(label),
-                    *map(cell, (float(score.elpd), float(score.se), float(score.p), float(k.max()))),
-                    cell(bad, "bad" if bad else "good"),
-                ]
-            )
+            numbers = (float(score.elpd), float(score.se), float(score.p), float(k.max()))
+            rows.append([cell(label), *map(cell, numbers), cell(bad, "bad" if bad else "good")])
     if not rows:
         return
     best = max(found, key=lambda n: float(found[n].sum()))
@@ -293,6 +299,16 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
     yield Table(columns, rows, "Leave-one-out by Pareto-smoothed importance sampling", meanings)
     if figures:
         yield Figures(figures)
+
+
+def _loo(result: Reported, site: str) -> Any:
+    draws = result.idata["log_likelihood"][site].values
+    if (draws == draws[:1, :1]).all():
+        raise ValueError("a point estimate, whose draws are equal.")
+    with warnings.catch_warnings():
+        # What ArviZ warns of is in the table.
+        warnings.simplefilter("ignore")
+        return azs.loo(result.idata, var_name=site, pointwise=True)
 
 
 def _titled(figure: Figure, title: str) -> Figure:

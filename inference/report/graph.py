@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from types import SimpleNamespace
+from typing import Any
 
-from pyro.infer.inspect import get_model_relations
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
+from torch import Tensor
+from torch.distributions import Distribution, Transform
 
 from inference.core.bound import BoundPair
 from inference.core.handlers import isolated
@@ -50,18 +58,30 @@ class Node:
 
 def relations(bound: BoundPair) -> dict[str, Node]:
     """The sites of a model with what they depend on, in the order of a run."""
-    with isolated(0):
-        found = get_model_relations(bound.model, model_kwargs=bound.arguments(), include_deterministic=True)
-    sizes = {n: s.shape for n, s in bound.sites.items()}
-    plates: dict[str, list[str]] = {n: [] for n in sizes}
-    for plate, members in sorted(found["plate_sample"].items(), key=lambda item: -len(item[1])):
-        for name in members:
-            if name in plates:
-                plates[name].append(plate)
-    return {
-        n: Node(n, [p for p in found["sample_sample"].get(n, ()) if p in sizes], tuple(plates[n]), bound.sites[n].role)
-        for n in sizes
-    }
+    with isolated(0), torch.no_grad(), pyro.validation_enabled(False), TrackProvenance(include_deterministic=True):
+        nodes = poutine.trace(bound.model).get_trace(**bound.arguments()).nodes
+    sizes: dict[str, int] = {}
+    for name in bound.sites:
+        for frame in nodes[name]["cond_indep_stack"]:
+            sizes[frame.name] = sizes.get(frame.name, 0) + 1
+    found = {}
+    for name, site in bound.sites.items():
+        parents = set().union(*map(get_provenance, _tensors(nodes[name]["fn"])))
+        # The largest plate is the outermost.
+        plates = sorted({f.name for f in nodes[name]["cond_indep_stack"]}, key=lambda p: (-sizes[p], p))
+        found[name] = Node(name, [p for p in bound.sites if p in parents - {name}], tuple(plates), site.role)
+    return found
+
+
+def _tensors(held: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Tensors that a distribution was made of."""
+    if isinstance(held, Tensor):
+        yield held
+    elif depth and isinstance(held, Distribution | Transform | SimpleNamespace):
+        yield from _tensors(list(vars(held).values()), depth - 1)
+    elif depth and isinstance(held, list | tuple | dict):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(part, depth - 1)
 
 
 def graph(bound: BoundPair) -> Figure | None:
@@ -97,7 +117,7 @@ def _place(nodes: Mapping[str, Node]) -> float:
     for node in nodes.values():
         groups.setdefault(node.plates, []).append(node)
     # Groups that share plates stand side by side.
-    left = 24.0
+    left = 30.0
     for plates in sorted(groups):
         layers: dict[int, list[Node]] = {}
         for node in groups[plates]:
@@ -111,7 +131,7 @@ def _place(nodes: Mapping[str, Node]) -> float:
                 node.x = at + node.width / 2
                 at += node.width + GAP
         left += whole + 2 * margin + GAP
-    return left + 2
+    return left + 8
 
 
 def _plate(name: str, nodes: Mapping[str, Node], sizes: Mapping[str, int]) -> str:
@@ -121,7 +141,8 @@ def _plate(name: str, nodes: Mapping[str, Node], sizes: Mapping[str, int]) -> st
     x0, x1 = min(n.x - n.width / 2 for n in inside) - margin, max(n.x + n.width / 2 for n in inside) + margin
     y0, y1 = min(n.y for n in inside) - HEIGHT / 2 - margin, max(n.y for n in inside) + HEIGHT / 2 + margin + 8
     label = f"{name} ({sizes[name]:,})" if name in sizes else name
-    x0 = min(x0, x1 - 6.6 * len(label) - 12)
+    lacking = max(0.0, 6.6 * len(label) + 12 - (x1 - x0)) / 2
+    x0, x1 = x0 - lacking, x1 + lacking
     return (
         f'<rect class="plate" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}" rx="7"/>'
         f'<text class="plate" x="{x1 - 7:.1f}" y="{y1 - 6:.1f}" text-anchor="end">{escape(label)}</text>'

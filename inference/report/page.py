@@ -55,7 +55,9 @@ class Page:
             lstrip_blocks=True,
         )
         parts = {n: Markup((folder / f"{n}").read_text(encoding="utf-8")) for n in ("style.css", "script.js")}
-        return environment.get_template("page.html").render(page=self, style=parts["style.css"], script=parts["script.js"])
+        return environment.get_template("page.html").render(
+            page=self, style=parts["style.css"], script=parts["script.js"]
+        )
 
     def write(self, path: str | Path) -> Path:
         """Write the page, whole or not at all."""
@@ -122,7 +124,9 @@ def page_of_comparison(
         section("measures", "The methods compared", lambda: tables),
         section("posteriors", "Posteriors over one another", partial(_over, results, posteriors, colours, truth)),
         section("learning", "Learning curves", partial(chapters.learning, curves, colours)) if curves else None,
-        section("loo", "Leave one out", partial(chapters.loo, results)) if any(map(_scored, results.values())) else None,
+        section("loo", "Leave one out", partial(chapters.loo, results))
+        if any(map(_scored, results.values()))
+        else None,
         *(s for k, (n, r) in enumerate(results.items(), 1) for s in _parts(r, shape, n, f"m{k}-")),
         section("origin", "How to repeat it", partial(chapters.origin, first, known, versions, commit())),
     ]
@@ -150,7 +154,9 @@ def _parts(result: Reported, shape: Any, name: str = "", prefix: str = "") -> li
     before = f"{name}: " if name else ""
     found = [section(f"{prefix}diagnosis", f"{before}diagnosis", partial(chapters.diagnosis, result))]
     if not result.diagnosis.table.empty:
-        found.append(section(f"{prefix}posterior", f"{before}posterior", partial(chapters.posterior, result)))
+        found.append(
+            section(f"{prefix}posterior", f"{before}posterior", partial(chapters.posterior, result, brief=bool(name)))
+        )
     if is_chains(result) and not result.diagnosis.table.empty:
         found.append(section(f"{prefix}chains", f"{before}chains", partial(chapters.chains, result)))
     if result.bound.select("observed") or result.bound.generated:
@@ -168,6 +174,7 @@ def _over(
     draws = {n: chapters.quantities(r) for n, r in results.items()}
     said = "Densities of the quantities in which the methods differ most"
     said += ", over mean and standard deviation of the truth." if truth else "."
+    said += " Signs and labels that the data leave open may differ; the log density does not depend on them."
     legend = [chapters.note(said)] if posteriors else []
     forests = chapters.forests(draws, colours, truth) if any(draws.values()) else []
     return [*legend, Figures(posteriors), *([Figures(forests)] if forests else [])] if posteriors or forests else []
@@ -197,7 +204,11 @@ def _facts(results: Sequence[Reported], known: Mapping[str, Any]) -> list[tuple[
     seconds = sum(r.seconds["setup"] + r.seconds["run"] for r in results)
     facts = [("rows", f"{rows:,}")] if rows else []
     facts += [("seed", str(known["seed"]))] if "seed" in known else []
-    return [*facts, ("seconds", number(round(seconds, 1))), ("date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"))]
+    return [
+        *facts,
+        ("seconds", number(round(seconds, 1))),
+        ("date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")),
+    ]
 
 
 def command_line() -> str:
@@ -213,12 +224,16 @@ def commit() -> str:
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -79,7 +79,9 @@ def forest(
             if name in truth:
                 reach = 0.21 * len(methods) + 0.1
                 axes.plot([truth[name]] * 2, [k * pitch - reach, k * pitch + reach], color=INK, lw=1.2)
-        axes.axvline(0, color=RULE, lw=0.8, zorder=0)
+        left, right = axes.get_xlim()
+        if left < 0 < right:
+            axes.axvline(0, color=RULE, lw=0.8, zorder=0)
         axes.set_yticks([k * pitch for k in range(len(lines))], [short(name, site) for name, _ in lines])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -98,7 +100,7 @@ def forest(
 def short(name: str, site: str) -> str:
     """A quantity without the name of its site: ``B`` for ``theta[B]``."""
     inner = name.removeprefix(site).strip("[]") or name
-    return inner if len(inner) <= 26 else inner[:25] + "…"
+    return inner if len(inner) <= 32 else inner[:31] + "…"
 
 
 def trace(name: str, draws: np.ndarray) -> Figure:
@@ -134,9 +136,10 @@ def ranks(name: str, draws: np.ndarray) -> Figure:
     uniform = (stats.rankdata(draws).reshape(draws.shape) - 0.5) / draws.size
     at = np.linspace(0, 1, 60)
     gaps = np.stack([np.searchsorted(np.sort(u), at) / count - at for u in uniform])
-    effective = max(float(azs.ess(draws, method="bulk")) / chains if chains > 1 and count > 3 else count, 1.0)
-    if not math.isfinite(effective):
-        effective = count
+    # Of the chains one by one: where they disagree they have few effective draws together.
+    centred = draws - draws.mean(1, keepdims=True)
+    effective = float(azs.ess(centred, method="mean")) / chains if count > 3 else math.nan
+    effective = max(effective, 1.0) if math.isfinite(effective) else float(count)
     z = float(stats.norm.isf(0.005 / chains))
     reach = z * np.sqrt(at * (1 - at) / min(effective, count)) * math.sqrt(1 - 1 / max(chains, 2))
 

@@ -102,9 +102,7 @@ def report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> No
     out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
 
 
-def say_page(
-    made: Result | Comparison, folder: Path, about: dict[str, Any], entry: Entry, dataset: Dataset
-) -> None:
+def say_page(made: Result | Comparison, folder: Path, about: dict[str, Any], entry: Entry, dataset: Dataset) -> None:
     """Write the page of a Result or a comparison, and say where it stands."""
     told = {"title": entry.title, **about}
     path = made.report(folder / "report.html", about=told, shape=dataset.shape)
