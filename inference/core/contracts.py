@@ -76,8 +76,8 @@ class Pair:
         log_evidence: From the data to the exact log p(x) of each row, in nats, (rows,); None: not known.
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
-        pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title; None:
-            the pair draws none.
+        pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
+            None: the pair draws none.
         steps: Number of steps of a diffusion chain; None for other pairs.
         learning_rate: Initial rate of the default schedule of ``fit``, at which the pair trains well; None: 0.02.
     """

@@ -112,7 +112,7 @@ def _row(name: str, value: float, wanted: str, good: bool | None, means: str, re
 
 
 def _chain_rows(result: Reported) -> list[list[Cell]]:
-    found, group = result.diagnosis, result.idata["sample_stats"]
+    found, group = result.diagnosis, result.idata["sample_stats"].to_dataset()
     chains, draws = group.sizes["chain"], group.sizes["draw"]
     table, wanted = found.table, 100 * min(chains, 4)
     rows = []
@@ -237,11 +237,11 @@ def chains(result: Reported) -> Iterator[Block]:
     """Traces and ranks of the quantities that mix worst, and the energies."""
     draws, table = quantities(result), result.diagnosis.table
     order = [n for n in table["r_hat"].sort_values(ascending=False, na_position="last").index if n in draws]
-    group = result.idata["sample_stats"]
+    group = result.idata["sample_stats"].to_dataset()
     size = f"{group.sizes['chain']} chains of {group.sizes['draw']} draws"
     yield note(
-        f"{size}; the quantities of the largest R-hat. Traces of chains that agree look alike and go nowhere; lines of a "
-        "rank plot within the band are those of chains that draw from one distribution."
+        f"{size}; the quantities of the largest R-hat. Traces of chains that agree look alike and go nowhere; lines of "
+        "a rank plot within the band are those of chains that draw from one distribution."
     )
     found = []
     for name in order[:TRACED]:
@@ -302,7 +302,7 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
 
 
 def _loo(result: Reported, site: str) -> Any:
-    draws = result.idata["log_likelihood"][site].values
+    draws = result.idata["log_likelihood"].to_dataset()[site].values
     if (draws == draws[:1, :1]).all():
         raise ValueError("a point estimate, whose draws are equal.")
     with warnings.catch_warnings():

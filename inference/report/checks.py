@@ -45,10 +45,10 @@ def replicas(result: Reported, *, prior: bool) -> dict[str, np.ndarray]:
         at = np.linspace(0, len(arrays[0]) - 1, min(count, len(arrays[0]))).astype(int)
         return {n: v[at] for n, v in zip(names, arrays, strict=True)}
     size = len(next(iter(result.draws.values()))) if result.draws else 1
-    at = torch.linspace(0, size - 1, min(count, size)).long()
-    given = {} if prior else {n: v[at] for n, v in result.draws.items()}
+    spaced = torch.linspace(0, size - 1, min(count, size)).long()
+    given = {} if prior else {n: v[spaced] for n, v in result.draws.items()}
     with isolated(0), result.state():
-        drawn = draw_sites(bound.generator(), given, len(at) if given else count)
+        drawn = draw_sites(bound.generator(), given, len(spaced) if given else count)
     return {n: drawn[n].cpu().numpy() for n in names}
 
 
@@ -118,18 +118,14 @@ def _smooth(flat: np.ndarray, replicated: np.ndarray, middle: tuple[float, float
     margin = 0.05 * (high - low)
 
     def draw(axes: Axes) -> None:
-        top = []
         for values in replicated:
             inside = values[(values > low - margin) & (values < high + margin)]
-            if len(inside) > 1:
-                curve(axes, inside, COLOURS[0], width=0.6, alpha=0.35)
-                top.append(max(axes.lines[-1].get_ydata()) if len(axes.lines[-1].get_ydata()) > 2 else 0.0)  # type: ignore[arg-type,type-var]
+            curve(axes, inside, COLOURS[0], width=0.6, alpha=0.35)
         curve(axes, flat, INK, width=1.5)
-        data = axes.lines[-1].get_ydata()
-        # A replica that is nearly constant has a peak that would flatten all others.
-        reach = max(float(np.quantile(top, 0.8)) if top else 0.0, float(max(data)) if len(data) > 2 else 0.0)  # type: ignore[arg-type]
-        if reach > 0:
-            axes.set_ylim(0, 1.15 * reach)
+        tops = [float(np.max(line.get_ydata())) for line in axes.lines if len(line.get_xdata()) > 2]  # type: ignore[arg-type]
+        if tops:
+            # A replica that is nearly constant has a peak that would flatten all others.
+            axes.set_ylim(0, 1.15 * max(float(np.quantile(tops, 0.8)), tops[-1]))
         axes.set_xlim(low - margin, high + margin)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)

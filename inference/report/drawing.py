@@ -26,7 +26,7 @@ _VARIABLES = {
     **{INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", FILL: "var(--fill)"},
 }
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": INK,

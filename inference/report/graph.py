@@ -158,7 +158,6 @@ def _edge(start: Node, end: Node) -> str:
 
 
 def _drawn(node: Node) -> str:
-    return (
-        f'<ellipse class="{node.role}" cx="{node.x:.1f}" cy="{node.y:.1f}" rx="{node.width / 2:.1f}" '
-        f'ry="{HEIGHT / 2}"/><text x="{node.x:.1f}" y="{node.y + 4:.1f}" text-anchor="middle">{escape(node.name)}</text>'
-    )
+    shape = f'class="{node.role}" cx="{node.x:.1f}" cy="{node.y:.1f}" rx="{node.width / 2:.1f}" ry="{HEIGHT / 2}"'
+    place = f'x="{node.x:.1f}" y="{node.y + 4:.1f}" text-anchor="middle"'
+    return f"<ellipse {shape}/><text {place}>{escape(node.name)}</text>"

@@ -117,6 +117,7 @@ def page_of_comparison(
     known = {"command": command_line(), **about_of(first, about)}
     colours = method_colours(results)
     curves = {n: r for n, r in results.items() if len(r.losses) > 1}
+    scored = {n: r for n, r in results.items() if _scored(r)}
     warned = {n: len(r.diagnosis.advice) + len(r.diagnosis.unjudged) for n, r in results.items()}
     sections = [
         section("model", "The model", partial(chapters.model, first.bound)),
@@ -124,9 +125,7 @@ def page_of_comparison(
         section("measures", "The methods compared", lambda: tables),
         section("posteriors", "Posteriors over one another", partial(_over, results, posteriors, colours, truth)),
         section("learning", "Learning curves", partial(chapters.learning, curves, colours)) if curves else None,
-        section("loo", "Leave one out", partial(chapters.loo, results))
-        if any(map(_scored, results.values()))
-        else None,
+        section("loo", "Leave one out", partial(chapters.loo, scored)) if scored else None,
         *(s for k, (n, r) in enumerate(results.items(), 1) for s in _parts(r, shape, n, f"m{k}-")),
         section("origin", "How to repeat it", partial(chapters.origin, first, known, versions, commit())),
     ]

@@ -168,7 +168,7 @@ class _Watched:
         self._calls, self._energies = 0, list[float]()
         if self._hmc is not None:
             self._kinetic: Any = self._hmc._kinetic_energy
-            self._hmc._kinetic_energy = self._measured
+            self._hmc._kinetic_energy = self._measured  # type: ignore[method-assign]
         if self._potential is not None:
             self._kernel.potential_fn = self._counted
 
