@@ -59,7 +59,7 @@ def sample(
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
-        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        data: A tensor, array or frame (the model's first argument) or a mapping of names to them, as for ``fit``.
         kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
             ``partial(NUTS, target_accept_prob=0.95)``. Default: ChEES; NUTS for fewer than eight chains; Pyro's own
             NUTS where the model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one

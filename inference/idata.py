@@ -304,13 +304,29 @@ def _dims(bound: BoundPair, name: str) -> list[str]:
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
     own = named[-event:] if event and len(named) >= event else []
+    if not own and event == 1 and len(bound.names.columns.get(name, ())) == site.shape[-1]:
+        own = [f"{name}_columns"]
     rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
     return [*plates, *rest]  # type: ignore[list-item]
 
 
 def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
     used = {d for names in dims.values() for d in names}
-    return {k: list(v) for k, v in bound.asked.coords.items() if k in used}
+    return {k: list(v) for k, v in coordinates(bound).items() if k in used}
+
+
+def coordinates(bound: BoundPair) -> dict[str, Any]:
+    """Names along dimensions: those of the pair, and where it has none those of frames among the data."""
+    names = bound.names
+    found: dict[str, Any] = dict(names.categories)
+    for name, columns in names.columns.items():
+        declared = bound.asked.dims.get(name)
+        found[declared[-1] if declared else f"{name}_columns"] = columns
+    plates = {p: n for s in bound.select("observed").values() for p, n in zip(s.plates, s.shape, strict=False) if p}
+    found |= {p: names.rows for p, n in plates.items() if names.rows and n == len(names.rows)}
+    sizes = {d: n for name, s in bound.sites.items() for d, n in zip(_dims(bound, name), s.shape, strict=True)}
+    fitting = {d: labels for d, labels in found.items() if sizes.get(d, len(labels)) == len(labels)}
+    return {**fitting, **bound.asked.coords}
 
 
 def allowed_names(names: Iterable[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch.distributions import Independent
 
 from inference.core.checks import check_device
 from inference.core.contracts import Pair
-from inference.core.given import check_rounding, doubtful, readings, to_tensor
+from inference.core.given import Names, by_argument, check_rounding, doubtful, names_in, readings, to_tensor
 from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows, lengths
 
@@ -75,6 +75,7 @@ class BoundPair:
         data: Data by name.
         takes_rows: Whether the model has the arguments ``size`` and ``rows``.
         asked: The pair as its contract sees it.
+        names: Names that frames among the data bring along.
         memo: What has been found out about the pair and these data, whichever guide.
     """
 
@@ -85,6 +86,7 @@ class BoundPair:
     data: dict[str, Any]
     takes_rows: bool
     asked: Pair
+    names: Names = field(default_factory=Names)
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -137,7 +139,9 @@ class BoundPair:
 
     def rebound(self, data: Any) -> BoundPair:
         """The pair bound to other data, which are moved to where its own are."""
-        return _bind(self.pair, data, self.device)
+        bound = _bind(self.pair, data, self.device)
+        bound.names.check(self.names)
+        return bound
 
     @property
     def _structure(self) -> _Structure:
@@ -296,10 +300,12 @@ def bind(pair: Any, data: Any = None, device: Any = None) -> BoundPair:
 
     Args:
         pair: Anything with ``.model`` (and ``.guide``), a ``(model, guide)`` tuple, or a model.
-        data: A tensor, array or frame (the model's first argument, ``x`` of a pair), a mapping of names to them, or
-            None for a model that needs no argument. Floats of arrays and frames take torch's default precision, unless
-            the model's own numbers are float64; tensors keep theirs. Whole numbers and booleans become floats where a
-            site, or the model, does not take them.
+        data: A tensor or array (the model's first argument, ``x`` of a pair), a mapping of names to them, a frame, or
+            None for a model that needs no argument. Columns of a frame with the name of an argument are that argument,
+            the others together the first one; a column of type category becomes codes, with names as coordinates.
+            Floats of arrays and frames take torch's default precision, unless the model's own numbers are float64;
+            tensors keep theirs. Whole numbers and booleans become floats where a site, or the model, does not take
+            them.
         device: Where to move the modules of the pair, in place, and the data. Default: they stay where they are.
 
     Raises:
@@ -322,7 +328,8 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     """:func:`bind` with the data moved to a place."""
     model, guide = _halves(pair)
     accepted, free = _parameters(model)
-    named = {k: to_tensor(v, k) for k, v in _given(data, accepted).items()}
+    given = _given(data, accepted)
+    named = {k: to_tensor(v, k) for k, v in given.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
@@ -344,8 +351,9 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
         data=named,
         takes_rows={"size", "rows"} <= set(accepted),
         asked=asked,
+        names=names_in(given),
     )
-    return _typed(bound, _given(data, accepted)) if doubtful(named) else bound
+    return _typed(bound, given) if doubtful(named) else bound
 
 
 def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
@@ -487,6 +495,8 @@ def _given(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
     """The data as they came, by name."""
     if data is None:
         return {}
+    if hasattr(data, "columns") and type(data).__module__.startswith("pandas"):
+        return by_argument(data, accepted)
     return (
         {str(k): v for k, v in data.items() if v is not None}
         if isinstance(data, Mapping)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.lazy import azs, pd
+from inference.idata import coordinates
 from inference.report import plots
 from inference.report.asked import Reported, is_chains, quantities
 from inference.report.blocks import Block, Cell, Figure, Figures, Table, Text, cell, frame, note
@@ -82,7 +83,7 @@ def data(bound: BoundPair) -> Iterator[Block]:
     yield Table(
         ["name", "type", "shape", "mean", "sd", "smallest", "largest", "missing"], rows, "What the model was given"
     )
-    for name, labels in bound.asked.coords.items():
+    for name, labels in coordinates(bound).items():
         shown = ", ".join(map(str, list(labels)[:12])) + (f", … ({len(labels)} in all)" if len(labels) > 12 else "")
         yield note(f"{name}: {shown}")
 
