@@ -38,9 +38,30 @@ class FurtherDraws(ABC):
     def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
         """So many draws of the latent sites."""
 
+    def extend(self, draws: int) -> Continuation:
+        """Let chains go on by so many draws each; a ValueError where there are no chains that can."""
+        raise ValueError("extend: expected chains of ChEES, Gibbs or NUTS, got none; use draw, or fit again")
+
     def record(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a file has to hold so that draws can go on: JSON, with a key of ``RESTORED`` as kind, and tensors."""
         return {"kind": "none"}, []
+
+
+@dataclass(frozen=True)
+class Continuation:
+    r"""Draws of chains that went on.
+
+    Attributes:
+        draws: Values by site, (chains * draws, \*shape), chain after chain.
+        stats: Statistics by name, (chains, draws).
+        seconds: How long it took.
+        more: Further draws.
+    """
+
+    draws: dict[str, Tensor]
+    stats: dict[str, np.ndarray]
+    seconds: float
+    more: FurtherDraws
 
 
 @dataclass(frozen=True)
@@ -271,6 +292,39 @@ class Result:
         with isolated(seed), self.state():
             return _on_cpu(self.more(size, seed))
 
+    @exclusive
+    def extend(self, draws: int = 1000, *, seed: int = 1) -> Result:
+        """Let the chains go on, where they ended, by so many draws each.
+
+        The kernel stays as the warmup has adapted it. For ``ChEES``, ``Gibbs`` and ``NUTS``, also from a folder.
+
+        Args:
+            draws: Further draws per chain.
+            seed: Seed of their randomness.
+
+        Returns:
+            A Result of all draws, those of this one and the new ones after them in each chain.
+
+        Raises:
+            ValueError: There are no chains, or they cannot go on.
+        """
+        check_count("draws", draws)
+        with isolated(seed), self.state():
+            new = self.more.extend(draws)
+            count = next(iter(new.stats.values())).shape[0]
+            values = {n: _after(self.draws[n], v.cpu(), count) for n, v in new.draws.items() if n in self.draws}
+            before = self.idata["sample_stats"]
+            stats = {n: np.concatenate([before[n].values, v], axis=1) for n, v in new.stats.items() if n in before}
+            attrs = {"restarted": self.idata.attrs.get("restarted", 0)}
+            return conclude(
+                self.bound,
+                lambda: Posterior(values, count, stats, attrs=attrs),
+                new.more,
+                {"setup": self.seconds["setup"], "run": self.seconds["run"] + new.seconds},
+                method=self.method,
+                execution=str(self.idata.attrs["execution"]),
+            )
+
     def summary(self, prob: float = 0.89) -> pd.DataFrame:
         """Table of the posterior, a line per scalar quantity.
 
@@ -395,6 +449,11 @@ def conclude(
         state=state,
         more=more,
     )
+
+
+def _after(first: Tensor, then: Tensor, chains: int) -> Tensor:
+    """Draws of chains with those that follow them, chain after chain."""
+    return torch.cat([v.unflatten(0, (chains, -1)) for v in (first, then)], 1).flatten(0, 1)
 
 
 def _on_cpu(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

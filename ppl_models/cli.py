@@ -56,6 +56,8 @@ def _pairs(begun: str) -> list[str]:
 PairName = Annotated[
     str, typer.Argument(metavar="PAIR", help="A pair of the zoo; `ppl-models list` shows them.", autocompletion=_pairs)
 ]
+PairOrFrom = Annotated[str | None, PairName.__metadata__[0]]
+Start = Annotated[str | None, typer.Option("--from", help="Folder of a Result that is to go on, in place of a PAIR.")]
 DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
 OutDir = Annotated[str | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
 Device = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
@@ -98,7 +100,7 @@ def list_(context: typer.Context) -> None:
 @app.command()
 def fit(
     context: typer.Context,
-    pair: PairName,
+    pair: PairOrFrom = None,
     data_name: DataName = None,
     method: Annotated[str | None, typer.Option(help="A method of the pair; default: the first of the list.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the method's.")] = None,
@@ -108,6 +110,7 @@ def fit(
         typer.Option(callback=_positive, help="Initial learning rate of the schedule; default: the method's."),
     ] = None,
     draws: Annotated[int | None, typer.Option(min=4, help="Posterior draws to keep; default: the method's.")] = None,
+    start: Start = None,
     seed: Seed = 0,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
@@ -117,7 +120,8 @@ def fit(
     """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
 
     A fit that was interrupted is written as partial (exit code 130), and so is one that ended or stayed where the loss
-    is not finite or higher than at the start (exit code 1).
+    is not finite or higher than at the start (exit code 1). With --from it begins at the parameters of a folder, and
+    with a new optimizer.
     """
     _run(context, "fitting")
 
@@ -125,19 +129,20 @@ def fit(
 @app.command()
 def sample(
     context: typer.Context,
-    pair: PairName,
+    pair: PairOrFrom = None,
     data_name: DataName = None,
     draws: Annotated[int | None, typer.Option(min=4, help="Draws per chain; default: the kernel's.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Warmup draws per chain; default: the kernel's.")] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
     kernel: Annotated[str | None, typer.Option(help="ChEES, Gibbs, NUTS or HMC; default: chosen by the model.")] = None,
+    start: Start = None,
     seed: Seed = 0,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
     page: Page = False,
 ) -> None:
-    """Sample a pair's posterior by Markov chains."""
+    """Sample a pair's posterior by Markov chains. With --from, those of a folder go on; the Result has all draws."""
     _run(context, "fitting")
 
 

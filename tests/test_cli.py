@@ -332,3 +332,48 @@ def test_a_command_goes_on_from_its_checkpoint(run, tmp_path, command, monkeypat
     assert answer.exit_code == 2, answer.output
     assert f"error: --checkpoint: {kept}" in answer.stderr
     assert "is of a run with" in answer.stderr
+
+
+def test_a_fit_goes_on_from_its_folder(run, tmp_path) -> None:
+    assert run("fit", "ppca", "--data", "iris", "--steps", 300, "--out", tmp_path / "a").exit_code == 0
+    answer = run("fit", "--from", tmp_path / "a" / "svi", "--steps", 20, "--out", tmp_path / "b")
+    assert answer.exit_code == 0, answer.output
+    first, then = (pd.read_csv(tmp_path / f / "svi" / "losses.csv")["loss"] for f in "ab")
+    fallen = first[:20].mean() - first[-20:].mean()
+    assert abs(then.mean() - first[-20:].mean()) < fallen / 4, "it does not begin where the first one ended"
+
+
+def test_chains_go_on_from_their_folder(run, tmp_path) -> None:
+    out = tmp_path / "out"
+    asked = ("sample", "naive_bayes", "--data", "iris", "--chains", 2, "--warmup", 50)
+    assert run(*asked, "--draws", 20, "--out", out).exit_code == 0
+    begun = ppl_models.restore(out / "nuts")
+    answer = run("sample", "--from", out / "nuts", "--draws", 30, "--out", tmp_path / "more")
+    assert answer.exit_code == 0, answer.output
+    more = xr.open_datatree(tmp_path / "more" / "nuts" / "idata.nc")
+    assert dict(more.sample_stats.sizes) == {"chain": 2, "draw": 50}
+    for name, values in begun.idata["posterior"].data_vars.items():
+        np.testing.assert_array_equal(more.posterior[name][:, :20], values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("fit",), "pair: expected the name of a pair, or --from"),
+        (("sample",), "pair: expected the name of a pair, or --from"),
+        (("fit", "vae", "--from", "{0}"), "pair: expected naive_bayes"),
+        (("sample", "--from", "{0}", "--data", "wine"), "--data: expected iris"),
+        (("sample", "--from", "{0}", "--chains", 8), "--chains: expected none beside --from"),
+        (("sample", "--from", "{0}", "--kernel", "NUTS"), "--kernel: expected none beside --from"),
+        (("sample", "--from", "{0}"), "extend: expected chains of ChEES, Gibbs or NUTS, got none"),
+        (("fit", "--from", "{0}"), "--from: expected a fit of the pair's own guide, got exact"),
+        (("fit", "--from", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_go_on_is_told(run, tmp_path, arguments, said) -> None:
+    folder = tmp_path / "out" / "exact"
+    assert run("fit", "naive_bayes", "--data", "iris", "--out", tmp_path / "out").exit_code == 0
+    answer = run(*(str(a).format(folder) for a in arguments))
+    assert answer.exit_code in (1, 2)
+    assert said in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1

@@ -291,3 +291,43 @@ def test_three_losses_are_written_by_their_numbers(tmp_path: Path) -> None:
     result = replace(fitted(), losses=np.arange(12.0).reshape(4, 3))
     result.save(tmp_path / "run")
     assert (tmp_path / "run" / "losses.csv").read_text().startswith("step,loss_0,loss_1,loss_2\n0,0.0,1.0,2.0")
+
+
+@pytest.mark.parametrize(("kernel", "chains"), [(ChEES, 8), (NUTS, 2), (Gibbs, 3)])
+def test_chains_are_extended_alike_from_a_result_and_from_its_folder(tmp_path, kernel, chains) -> None:
+    def model(y):
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
+
+    def finite(y):
+        z = pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    y = torch.tensor([0.3, 1.2, -0.4, 0.8])
+    pair = finite if kernel is Gibbs else model
+    result = sample(pair, y, kernel, draws=20, warmup=30, chains=chains, progress=False)
+    result.save(tmp_path / "held")
+    longer = result.extend(15, seed=3)
+    loaded = Result.load(tmp_path / "held", pair, y).extend(15, seed=3)
+    for name, values in longer.idata["posterior"].data_vars.items():
+        assert values.shape[:2] == (chains, 35)
+        np.testing.assert_array_equal(values, loaded.idata["posterior"][name])
+        np.testing.assert_array_equal(values[:, :20], result.idata["posterior"][name])
+    for name, values in longer.idata["sample_stats"].data_vars.items():
+        np.testing.assert_array_equal(values, loaded.idata["sample_stats"][name])
+    # Where the longer chains end is where they go on.
+    once, twice = longer.extend(5, seed=4), loaded.extend(5, seed=4)
+    assert all(torch.equal(once.draws[n], twice.draws[n]) for n in once.draws)
+    assert not torch.equal(longer.extend(5, seed=5).draws["z"], once.draws["z"]) or kernel is not Gibbs
+
+
+def test_a_fit_has_no_chains_to_extend() -> None:
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    result = fit((model, AutoNormal(model)), torch.tensor(0.3), steps=2, progress=False)
+    with pytest.raises(ValueError, match="extend: expected chains of ChEES, Gibbs or NUTS, got none"):
+        result.extend()

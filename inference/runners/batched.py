@@ -20,7 +20,7 @@ from inference.core.handlers import called_by_exclusive, preserved_rng, random_s
 from inference.core.packing import pack, unpack
 from inference.core.private import tree_map
 from inference.kernels import NUTS, ChEES, Gibbs
-from inference.result import RESTORED, FurtherDraws
+from inference.result import RESTORED, Continuation, FurtherDraws
 from inference.runners.asked import named
 from inference.runners.base import (
     Bars,
@@ -130,7 +130,18 @@ class ChainDraws(FurtherDraws):
 
     def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
         """Draws of the latent sites."""
-        return self.run.more(self.state, size, seed)
+        chains = self.run.kernel.num_chains
+        per_chain = -(-size // chains)
+        values = self.run.go_on(self.state, per_chain)[0]
+        # The first draw of every chain, then the second: a few draws come from as many chains as possible.
+        return {n: v.unflatten(0, (chains, per_chain)).transpose(0, 1).flatten(0, 1)[:size] for n, v in values.items()}
+
+    def extend(self, draws: int) -> Continuation:
+        """Let the chains go on by so many draws each."""
+        started = perf_counter()
+        values, stats = self.run.go_on(self.state, draws)
+        more = ChainDraws(self.run, self.run.kernel.state, self.factory)
+        return Continuation(values, stats, perf_counter() - started, more)
 
     def record(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a file has to hold so that the chains can go on: JSON, and tensors."""
@@ -159,14 +170,21 @@ class _Restored(FurtherDraws):
 
     def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
         """Draws of the latent sites."""
-        if self._draws is None:
-            with preserved_rng(), torch.enable_grad():
-                self._draws = self._set_up()
-        return self._draws(size, seed)
+        return self._chains()(size, seed)
+
+    def extend(self, draws: int) -> Continuation:
+        """Let the chains go on by so many draws each."""
+        return self._chains().extend(draws)
 
     def record(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a file has to hold."""
         return dict(self.about), self.tensors
+
+    def _chains(self) -> ChainDraws:
+        if self._draws is None:
+            with preserved_rng(), torch.enable_grad():
+                self._draws = self._set_up()
+        return self._draws
 
     def _set_up(self) -> ChainDraws:
         about = self.about
@@ -269,15 +287,14 @@ class _Run:
         gradients = kernel.gradients - self.before
         self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / self.done))
 
-    def more(self, state: Any, size: int, seed: int) -> dict[str, Tensor]:
-        """Further draws from a state of the kernel."""
-        chains = self.kernel.num_chains
+    def go_on(self, state: Any, draws: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        """Further draws per chain from a state of the kernel, as :meth:`draw` returns them."""
         self.kernel.state = state
         self.blocks, self.done, self.before = [], 0, self.kernel.gradients
-        per_chain = -(-size // chains)
-        values = self.draw(per_chain, lambda *_: None)[0]
-        # The first draw of every chain, then the second: a few draws come from as many chains as possible.
-        return {n: v.unflatten(0, (chains, per_chain)).transpose(0, 1).flatten(0, 1)[:size] for n, v in values.items()}
+        values, stats = self.draw(draws, lambda *_: None)
+        if next(iter(stats.values())).shape[1] < draws:
+            raise KeyboardInterrupt
+        return values, stats
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
         kernel = self.kernel

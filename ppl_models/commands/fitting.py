@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import typer
 from rich.markup import escape
 
 import inference
-from inference import Comparison, Result, isolated, stem_of
+from inference import Comparison, Result, Saved, isolated, stem_of
 from ppl_models.commands.arguments import about, named, prepare, taken
 from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
 from ppl_models.data.sets import Dataset
+from ppl_models.models.pair import Pair
 from ppl_models.zoo.entries import find
 from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.pictures import save
+from ppl_models.zoo.restore import opened
 
 
 def fit(
-    pair: str,
+    pair: str | None,
     data_name: str | None,
     method: str | None,
+    start: str | None,
     seed: int,
     device: str,
     out_dir: str | None,
@@ -31,14 +35,25 @@ def fit(
     **options: Any,
 ) -> None:
     """Fit a pair by a method of its own, report on it, and draw its pictures."""
-    entry = find(pair)
+    if start is not None:
+        begun = _begun(start, pair=pair, data=data_name, method=method)
+        pair, data_name, method = begun["pair"], begun["data"], begun["method"]
+        if method == "chains":
+            raise ValueError(f"from: expected the folder of a fit, got one of chains, {start}; use ppl-models sample")
+    entry = find(_given(pair))
     name = next(iter(entry.fits)) if method is None else named("method", method, entry.methods)
     if name not in entry.fits:
         raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
     chosen = taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
     dataset, folder = prepare(entry, data_name, out_dir, device)
-    with isolated(seed):
-        model = entry.pair(dataset)
+    if start is None:
+        with isolated(seed):
+            model = entry.pair(dataset)
+    else:
+        model = opened(start).result.bound.pair
+        if not isinstance(model, Pair):
+            raise ValueError(f"from: expected a fit of the pair's own guide, got {name}, which has one of its own")
+        model = model.to(device)
     result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
     report(result, folder, name, about(entry, dataset, name, seed))
     if page:
@@ -51,27 +66,56 @@ def fit(
 
 
 def sample(
-    pair: str,
+    pair: str | None,
     data_name: str | None,
     kernel: str | None,
+    start: str | None,
     seed: int,
     device: str,
     out_dir: str | None,
     page: bool,
     **options: Any,
 ) -> None:
-    """Sample a pair's posterior, and report on it."""
-    entry = find(pair)
+    """Sample a pair's posterior, or more of it, and report on it."""
     chosen = None if kernel is None else named("kernel", kernel, inference.kernels.__all__)
-    dataset, folder = prepare(entry, data_name, out_dir, device)
-    with isolated(seed):
-        model = entry.pair(dataset)
-    factory = None if chosen is None else getattr(inference.kernels, chosen)
-    result = inference.sample(model, dataset.train, factory, seed=seed, **options)
+    if start is not None:
+        begun = _begun(start, pair=pair, data=data_name)
+        for option in ("warmup", "chains", "checkpoint"):
+            if options[option] is not None:
+                raise ValueError(f"{option}: expected none beside --from, got {options[option]}")
+        if kernel is not None:
+            raise ValueError(f"kernel: expected none beside --from, which goes on with its own, got {kernel}")
+        entry = find(begun["pair"])
+        dataset, folder = prepare(entry, begun["data"], out_dir, device)
+        more = {} if options["draws"] is None else {"draws": options["draws"]}
+        result = opened(start).result.extend(**more, seed=seed)
+    else:
+        entry = find(_given(pair))
+        dataset, folder = prepare(entry, data_name, out_dir, device)
+        with isolated(seed):
+            model = entry.pair(dataset)
+        factory = None if chosen is None else getattr(inference.kernels, chosen)
+        result = inference.sample(model, dataset.train, factory, seed=seed, **options)
     report(result, folder, result.method, about(entry, dataset, "chains", seed))
     if page:
         say_page(result, folder, about(entry, dataset, "chains", seed), entry, dataset)
     check_whole(result)
+
+
+def _given(pair: str | None) -> str:
+    """The name of the pair, which only a run that goes on may leave out."""
+    if pair is None:
+        raise ValueError("pair: expected the name of a pair, or --from with a folder, got none")
+    return pair
+
+
+def _begun(start: str, **asked: str | None) -> Mapping[str, Any]:
+    """What the folder of a Result says of how it was made, which has to be what was asked for."""
+    said = Saved.read(start).about
+    for name, value in asked.items():
+        if value is not None and value != said.get(name):
+            raise ValueError(f"{name}: expected {said.get(name)}, which {start} holds, got {value}")
+    return said
 
 
 def unfit(result: Result) -> str:
