@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from inference import COLUMNS, Comparison, Method
-from ppl_models.commands.arguments import about, named, prepare
+from ppl_models.commands.arguments import about, changed, named, prepare
 from ppl_models.commands.fitting import say_page, unfit
 from ppl_models.commands.printing import frame, out, print_whole
 from ppl_models.data.sets import Dataset
@@ -19,6 +19,8 @@ from ppl_models.zoo.entry import Entry
 def compare(
     pair: str,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     methods: str | None,
     seed: int,
     device: str,
@@ -27,10 +29,10 @@ def compare(
     page: bool,
 ) -> None:
     """Compare methods on a pair, print their table, and write it with a plot and a folder per method."""
-    entry = find(pair)
+    entry = changed(find(pair), settings)
     asked = list(entry.methods) if methods is None else methods.split(",")
     names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
-    dataset, folder = prepare(entry, data_name, out_dir, device)
+    dataset, folder = prepare(entry, data_name, out_dir, device, label)
     seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
     comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
     show(comparison, entry, dataset)

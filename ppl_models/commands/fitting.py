@@ -13,19 +13,21 @@ from rich.markup import escape
 
 import inference
 from inference import Comparison, Result, Saved, isolated, stem_of
-from ppl_models.commands.arguments import about, named, prepare, taken
+from ppl_models.commands.arguments import about, changed, named, prepare, taken
 from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
 from ppl_models.data.sets import Dataset
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.entries import find
 from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.pictures import save
-from ppl_models.zoo.restore import opened
+from ppl_models.zoo.restore import entry_of, opened
 
 
 def fit(
     pair: str | None,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     method: str | None,
     start: str | None,
     seed: int,
@@ -35,17 +37,18 @@ def fit(
     **options: Any,
 ) -> None:
     """Fit a pair by a method of its own, report on it, and draw its pictures."""
+    begun: Mapping[str, Any] = {}
     if start is not None:
-        begun = _begun(start, pair=pair, data=data_name, method=method)
+        begun = _begun(start, pair=pair, data=data_name, method=method, label=label, set=settings or None)
         pair, data_name, method = begun["pair"], begun["data"], begun["method"]
         if method == "chains":
             raise ValueError(f"from: expected the folder of a fit, got one of chains, {start}; use ppl-models sample")
-    entry = find(_given(pair))
+    entry = changed(find(_given(pair)), settings) if start is None else entry_of(begun)
     name = next(iter(entry.fits)) if method is None else named("method", method, entry.methods)
     if name not in entry.fits:
         raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
     chosen = taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
-    dataset, folder = prepare(entry, data_name, out_dir, device)
+    dataset, folder = prepare(entry, data_name, out_dir, device, label)
     if start is None:
         with isolated(seed):
             model = entry.pair(dataset)
@@ -68,6 +71,8 @@ def fit(
 def sample(
     pair: str | None,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     kernel: str | None,
     start: str | None,
     seed: int,
@@ -79,19 +84,19 @@ def sample(
     """Sample a pair's posterior, or more of it, and report on it."""
     chosen = None if kernel is None else named("kernel", kernel, inference.kernels.__all__)
     if start is not None:
-        begun = _begun(start, pair=pair, data=data_name)
+        begun = _begun(start, pair=pair, data=data_name, label=label, set=settings or None)
         for option in ("warmup", "chains", "checkpoint"):
             if options[option] is not None:
                 raise ValueError(f"{option}: expected none beside --from, got {options[option]}")
         if kernel is not None:
             raise ValueError(f"kernel: expected none beside --from, which goes on with its own, got {kernel}")
-        entry = find(begun["pair"])
+        entry = entry_of(begun)
         dataset, folder = prepare(entry, begun["data"], out_dir, device)
         more = {} if options["draws"] is None else {"draws": options["draws"]}
         result = opened(start).result.extend(**more, seed=seed)
     else:
-        entry = find(_given(pair))
-        dataset, folder = prepare(entry, data_name, out_dir, device)
+        entry = changed(find(_given(pair)), settings)
+        dataset, folder = prepare(entry, data_name, out_dir, device, label)
         with isolated(seed):
             model = entry.pair(dataset)
         factory = None if chosen is None else getattr(inference.kernels, chosen)
@@ -109,7 +114,7 @@ def _given(pair: str | None) -> str:
     return pair
 
 
-def _begun(start: str, **asked: str | None) -> Mapping[str, Any]:
+def _begun(start: str, **asked: Any) -> Mapping[str, Any]:
     """What the folder of a Result says of how it was made, which has to be what was asked for."""
     said = Saved.read(start).about
     for name, value in asked.items():
