@@ -25,7 +25,7 @@ from inference.compiler import policy
 from inference.compiler.denormals import subnormals_flushed
 from inference.compiler.objective import Compiled
 from inference.core.bound import BoundPair, bind, enumerate_finite
-from inference.core.checks import check_count, check_one_of, check_positive
+from inference.core.checks import check_count, check_one_of, check_positive, made_of
 from inference.core.contracts import Objective
 from inference.core.handlers import REFUSALS, exclusive, isolated, preserved_rng
 from inference.draws import scoring
@@ -116,14 +116,13 @@ def fit(
         >>> print(f"{result.draws['mu'].mean():.1f}", *result.idata.children)
         2.0 posterior posterior_predictive log_likelihood observed_data
     """
-    if callable(objective) and not isinstance(objective, ELBO):
-        objective = objective()
-    if isinstance(objective, Compiled):
-        objective, compile = objective.objective, compile if compile is False else True
+    made = None if objective is None else made_of("objective", objective, ELBO, "an ELBO or a factory of one")
+    if isinstance(made, Compiled):
+        made, compile = made.objective, compile if compile is False else True
     whole = bind(pair, data, device)
     if learning_rate is None:
         learning_rate = whole.asked.learning_rate or LEARNING_RATE
-    probe = {} if objective is None else Objective.of(objective).probe
+    probe = {} if made is None else Objective.of(made).probe
     bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(
         bound,
@@ -135,16 +134,16 @@ def fit(
         learning_rate=learning_rate,
         compile=compile,
     )
-    asked = Objective.of(Trace_ELBO() if objective is None else objective)
+    asked = Objective.of(Trace_ELBO() if made is None else made)
     asked.check(bound)
     if batch is not None and asked.all_rows:
-        raise ValueError(f"batch: {type(objective).__name__} expected all rows at every step: {asked.all_rows}")
+        raise ValueError(f"batch: {type(made).__name__} expected all rows at every step: {asked.all_rows}")
     if asked.has_posterior:
         _check_guide(bound)
     started = perf_counter()
     # A caller's no_grad would leave every parameter where it is.
     with isolated(seed), torch.enable_grad():
-        chosen = _objective(bound, objective)
+        chosen = _objective(bound, made)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         run = Descent(plan, Minibatches(bound, batch), f"fit of {bound.name}", started)
         with subnormals_flushed():
@@ -188,8 +187,6 @@ def _objective(bound: BoundPair, chosen: ELBO | None) -> ELBO:
             return TraceEnum_ELBO(max_plate_nesting=bound.depth)
         discrete = any(bound.sites[n].units for n in bound.guided)
         return TraceGraph_ELBO() if discrete else Trace_ELBO()
-    if not isinstance(chosen, ELBO):
-        raise TypeError(f"objective: expected an ELBO or a factory of one, got {type(chosen).__name__}")
     if bound.enumerated and bound.observes and not Objective.of(chosen).sums_out:
         named, kind = ", ".join(bound.enumerated), type(chosen).__name__
         raise ValueError(f"objective: {kind} cannot sum out {named}; expected TraceEnum_ELBO")
@@ -209,8 +206,10 @@ def _check(
 ) -> None:
     check_positive("learning_rate", learning_rate)
     check_one_of("compile", compile, (True, False, "auto"))
-    for name, value, least in (("steps", steps, 0), ("draws", draws, 1), ("patience", patience or 2, 2)):
+    for name, value, least in (("steps", steps, 0), ("draws", draws, 1)):
         check_count(name, value, least)
+    if patience is not None:
+        check_count("patience", patience, 2)
     if bound.guide is None:
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):

@@ -56,7 +56,7 @@ class Checkpoint:
             the time.
 
     Raises:
-        ValueError: ``every`` is not a positive number.
+        ValueError: ``folder`` is no path, or ``every`` no positive number.
         CheckpointError: In a run: the folder is of another one, or its file is damaged or foreign.
 
     Example:
@@ -65,6 +65,8 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, every: float = EVERY) -> None:
         check_positive("every", every)
+        if not isinstance(folder, str | Path) or not str(folder).strip():
+            raise ValueError(f"folder: expected the path of a folder, got {folder!r}")
         self.folder, self.every = Path(folder), float(every)
         self._asked: dict[str, Any] = {}
         self._written, self._took = perf_counter(), 0.0
@@ -74,7 +76,11 @@ class Checkpoint:
         """A checkpoint of a folder, or of one that was given."""
         if where is None:
             return None
-        return where if isinstance(where, Checkpoint) else Checkpoint(where)
+        if isinstance(where, Checkpoint):
+            return where
+        if not isinstance(where, str | Path) or not str(where).strip():
+            raise ValueError(f"checkpoint: expected the path of a folder or a Checkpoint, got {where!r}")
+        return Checkpoint(where)
 
     def part(self, name: str) -> Checkpoint:
         """The checkpoint of a part of the run, in a folder of this one."""

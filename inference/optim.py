@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from inference.core.checks import check_positive
+
 
 class Joint(PyroOptim):
     r"""A ``PyroOptim`` that moves all parameters by one torch optimizer.
@@ -47,8 +49,10 @@ class Joint(PyroOptim):
         clip_value: float | None = None,
     ) -> None:
         for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None:
+                check_positive(name, value)
+        if not callable(optimizer) or (isinstance(optimizer, type) and not issubclass(optimizer, Optimizer)):
+            raise TypeError(f"optimizer: expected a class of torch.optim, got {optimizer!r}")
         super().__init__(optimizer, {} if optim_args is None else optim_args)
         self.schedule, self.clip_norm, self.clip_value = schedule, clip_norm, clip_value
         self.optimizer: Optimizer | None = None

@@ -61,8 +61,6 @@ def prior_predictive(
         ``prior_predictive`` and ``observed_data`` of ArviZ.
     """
     check_count("draws", draws)
-    if size is not None:
-        check_count("size", size)
     bound = bind(pair, data)
     if size is not None:
         bound = replace(bound, data={**bound.data, "size": size}, guide=None, memo={})
@@ -147,6 +145,7 @@ def log_weights(result: Result, draws: int = 1000, *, seed: int = 1) -> Tensor:
 
     The mean of their exponentials estimates the evidence p(x). ``pareto_k`` of them tells whether to trust it.
     """
+    check_count("draws", draws)
     with isolated(seed), result.state():
         values, density = sample_guide(result.bound, draws)
         return (log_joint(result.bound, values) - density).cpu()
@@ -169,6 +168,9 @@ def classify(result: Result, data: Any, *, label: str = "y") -> Tensor:
     Returns:
         Probabilities (rows, classes).
     """
+    known = [s.name for s in result.bound.sites.values() if s.finite]
+    if label not in known:
+        raise ValueError(f"label: expected a finite site of the model ({', '.join(known) or 'none'}), got {label!r}")
     bound = result.bound.with_data(data)
     inputs = {k: v for k, v in bound.data.items() if k != label}
     blank = bound.with_data({**inputs, label: torch.zeros(bound.rows, dtype=torch.long)})
@@ -183,10 +185,6 @@ def classify(result: Result, data: Any, *, label: str = "y") -> Tensor:
 def _states(bound: BoundPair, label: str) -> Tensor:
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(bound.model).get_trace(**bound.arguments())
-    site = bound.sites.get(label)
-    if site is None or not site.finite:
-        finite = ", ".join(s.name for s in bound.sites.values() if s.finite) or "none"
-        raise ValueError(f"label: expected a finite site of the model ({finite}), got {label!r}")
     distribution: Any = trace.nodes[label]["fn"]
     return distribution.enumerate_support(expand=False).flatten()
 

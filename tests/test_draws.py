@@ -461,3 +461,40 @@ def test_parameters_that_a_distribution_refuses_at_some_draw_are_named() -> None
     function = lambda draw: {"x": dist.Normal(0.0, draw["s"])()}  # noqa: E731
     with pytest.raises(ValueError, match="Normal: expected scale in GreaterThan, got another at 2 of 4 draws"):
         mapped(function, {"s": torch.tensor([1.0, -1.0, 2.0, -2.0])}, 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_that_share_a_summed_out_site_have_a_likelihood_given_its_draws(grouped: bool) -> None:
+    """Per row, the mean of p(y_n | z) over draws of z is the sum over its posterior: enumerated here, by hand."""
+    y = torch.tensor([[0.3, 1.2, 0.9], [-0.2, 0.4, -1.0]]).double()
+    groups = len(y)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 3.0))
+        chance = torch.tensor(0.4).double()
+        if grouped:
+            with pyro.plate("groups", groups, dim=-2):
+                z = pyro.sample("z", dist.Bernoulli(chance))
+                with pyro.plate("rows", 3, dim=-1):
+                    pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
+        else:
+            z = pyro.sample("z", dist.Bernoulli(chance))
+            with pyro.plate("rows", 3, dim=-1):
+                pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y[0])
+
+    count, mu = 4000, 0.2
+    draws = {"mu": torch.full((count,), mu).double()}
+    bound = bind(model, y)
+    seen = y if grouped else y[:1]
+    given = torch.stack([dist.Normal(mu + z, 1.0).log_prob(seen) for z in (0, 1)])
+    weight = (given.sum(-1) + torch.tensor([0.6, 0.4]).double().log()[:, None]).softmax(0)
+    expected = (weight[..., None] * given.exp()).sum(0)
+    with isolated(3):
+        density = scoring.log_likelihood_by_site(bound, draws)["y"]
+    assert density.shape == (count, *seen.shape) if grouped else (count, 3)
+    values = density.exp()
+    error = values.std(0) / math.sqrt(count)
+    assert ((values.mean(0) - expected.reshape(values.shape[1:])).abs() < 5 * error + 1e-12).all()
+    if not grouped:
+        with pytest.raises(ValueError, match="independent given the draws, got y, whose rows share z"):
+            scoring.rowwise(bound, draws)

@@ -367,7 +367,7 @@ def test_a_wide_guide_is_told_by_pareto_k() -> None:
         ({"batch": 7}, ValueError, r"batch: expected 1 to 6 \(the rows of the data\), got 7"),
         ({"batch": 0}, ValueError, "batch: expected 1 to 6"),
         ({"optimizer": torch.optim.Adam}, TypeError, "optimizer: expected a pyro.optim.PyroOptim, got type"),
-        ({"objective": "elbo"}, TypeError, "objective: expected an ELBO or a factory of one, got str"),
+        ({"objective": "elbo"}, TypeError, "objective: expected an ELBO or a factory of one, got 'elbo'"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate: expected a positive number, got -1.0"),
     ],
 )
@@ -378,9 +378,9 @@ def test_bad_arguments_get_one_line(arguments, error, message) -> None:
 
 
 def test_bad_data_get_one_line() -> None:
-    with pytest.raises(ValueError, match="data: the model takes y, size, rows, got x"):
+    with pytest.raises(ValueError, match=r"data: expected arguments of the model \(y, size, rows\), got x"):
         quiet((model, guide), {"x": Y})
-    with pytest.raises(ValueError, match="data: the model needs y, got nothing"):
+    with pytest.raises(ValueError, match="data: expected y, which the model needs, got none"):
         quiet((model, guide), None)
     with pytest.raises(ValueError, match="pair: expected a guide beside the model"):
         quiet(model, Y)

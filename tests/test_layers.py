@@ -20,7 +20,8 @@ import ppl_models
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FLOORS = (
-    ("inference/core", "inference/optim.py"),
+    ("inference/core",),
+    ("inference/optim.py",),
     ("inference/compiler",),
     ("inference/draws",),
     ("inference/kernels", "inference/diagnostics", "inference/idata.py"),

@@ -795,7 +795,10 @@ BAD = {
     "too few labels": (ruined(y=torch.zeros(39)), r"data: expected the same number of rows in each, got x 40, y 39"),
     "labels in a column": (ruined(y=torch.zeros(40, 1)), r"y: expected one label per row \(40,\), got \(40, 1\)"),
     "label for all": (ruined(y=1), r"y: expected one label per row \(40,\), got int"),
-    "other names": ({"x": draw("gaussian")["x"], "z": torch.zeros(40)}, r"data: the model takes x, y, .*got .*z"),
+    "other names": (
+        {"x": draw("gaussian")["x"], "z": torch.zeros(40)},
+        r"data: expected arguments of the model .x, y, .*got .*z",
+    ),
 }
 
 

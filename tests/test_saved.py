@@ -315,13 +315,13 @@ def test_chains_are_extended_alike_from_a_result_and_from_its_folder(tmp_path, k
     for name, values in longer.idata["posterior"].data_vars.items():
         assert values.shape[:2] == (chains, 35)
         np.testing.assert_array_equal(values, loaded.idata["posterior"][name])
-        np.testing.assert_array_equal(values[:, :20], result.idata["posterior"][name])
+        if name in result.draws:  # those of a summed-out site are drawn anew
+            np.testing.assert_array_equal(values[:, :20], result.idata["posterior"][name])
     for name, values in longer.idata["sample_stats"].data_vars.items():
         np.testing.assert_array_equal(values, loaded.idata["sample_stats"][name])
     # Where the longer chains end is where they go on.
     once, twice = longer.extend(5, seed=4), loaded.extend(5, seed=4)
     assert all(torch.equal(once.draws[n], twice.draws[n]) for n in once.draws)
-    assert not torch.equal(longer.extend(5, seed=5).draws["z"], once.draws["z"]) or kernel is not Gibbs
 
 
 def test_a_fit_has_no_chains_to_extend() -> None:

@@ -152,7 +152,10 @@ REFUSED = [
         lambda: energy_distance(normal(5, 0), normal(5, 1, width=3)),
         r"y: expected rows of shape \(2,\) as in x, got \(3,\)",
     ),
-    (lambda: precision(normal(5, 0), normal(5, 1) * math.nan), "y: expected finite numbers, got 10 non-finite ones"),
+    (
+        lambda: precision(normal(5, 0), normal(5, 1) * math.nan),
+        "generated: expected finite numbers, got 10 non-finite ones",
+    ),
 ]
 
 

@@ -65,8 +65,7 @@ def compare(
             labels, or the checkpoint is of another run.
         RuntimeError: Every method failed (a single method raises its own error).
     """
-    if not methods:
-        raise ValueError("methods: expected at least one, got none")
+    _check(make_pair, methods, truth)
 
     place, kept = check_device(device), Checkpoint.of(checkpoint)
     if kept is not None:
@@ -178,3 +177,20 @@ def _score(
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _check(make_pair: Any, methods: Any, truth: Any) -> None:
+    if not callable(make_pair):
+        raise TypeError(f"make_pair: expected a function that builds a pair, got {make_pair!r}")
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods: expected a mapping of names to functions (pair, data), got {methods!r}")
+    if not methods:
+        raise ValueError("methods: expected at least one, got none")
+    for name, method in methods.items():
+        if not isinstance(name, str) or not callable(method):
+            raise TypeError(f"methods: expected a mapping of names to functions (pair, data), got {name!r}: {method!r}")
+    if not (truth is None or callable(truth) or isinstance(truth, Mapping)):
+        raise TypeError(f"truth: expected a mapping of sites to (mean, standard deviation), got {truth!r}")
+    for site, moments in truth.items() if isinstance(truth, Mapping) else ():
+        if not isinstance(moments, tuple | list) or len(moments) != 2:
+            raise TypeError(f"truth: expected (mean, standard deviation) for {site}, got {type(moments).__name__}")

@@ -20,7 +20,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-from inference.core.checks import check_device
+from inference.core.checks import check_count, check_device
 from inference.core.contracts import Pair
 from inference.core.given import Names, by_argument, check_rounding, doubtful, names_in, readings, to_tensor
 from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
@@ -130,6 +130,10 @@ class BoundPair:
 
     def generator(self, size: int | None = None) -> BoundPair:
         """The pair with nothing observed: a run of its model draws all sites."""
+        if size is not None:
+            check_count("size", size)
+            if "size" not in parameters_of(self.model):
+                raise ValueError(f"size: expected none, for the model has no argument size, got {size}; give it data")
         data = self.data if size is None else {**self.data, "size": size}
         return replace(self, model=Uncondition()(self.model), guide=None, data=data, memo={})
 
@@ -332,17 +336,22 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     named = {k: to_tensor(v, k) for k, v in given.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
-        raise ValueError(f"data: the model takes {', '.join(accepted) or 'nothing'}, got {', '.join(unknown)}")
+        known = ", ".join(accepted) or "none"
+        raise ValueError(f"data: expected arguments of the model ({known}), got {', '.join(unknown)}")
     if place is not None:
         named = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in named.items()}
     missing = [k for k, required in accepted.items() if required and k not in named]
     if missing:
-        raise ValueError(f"data: the model needs {', '.join(missing)}, got {', '.join(named) or 'nothing'}")
+        got = ", ".join(named) or "none"
+        raise ValueError(f"data: expected {', '.join(missing)}, which the model needs, got {got}")
     owner = pair if not isinstance(pair, tuple) else getattr(model, "__self__", model)
     asked = Pair.of(owner)
     if asked.rowwise:
         _same_length(named)
     asked.check(**named)
+    empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
+    if empty:
+        raise ValueError(f"{empty[0]}: expected at least one row, got none")
     bound = BoundPair(
         pair=pair,
         name=_name(pair),
@@ -360,11 +369,8 @@ def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
     """The pair bound to its data in types that the model takes.
 
     Raises:
-        ValueError: There are no rows, the model takes the data in no type, or they do not bear the rounding.
+        ValueError: The model takes the data in no type, or they do not bear the rounding.
     """
-    empty = [n for n, v in bound.data.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
-    if empty:
-        raise ValueError(f"{empty[0]}: expected at least one row, got none")
     failure, made = "", None
     for data, rounds in readings(given, bound.data):
         reading = replace(bound, data=data, memo={})
@@ -497,6 +503,8 @@ def _given(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
         return {}
     if hasattr(data, "columns") and type(data).__module__.startswith("pandas"):
         return by_argument(data, accepted)
+    if isinstance(data, str | bytes):
+        raise ValueError(f"data: expected a tensor, array, frame or mapping of names to them, got {data!r}")
     return (
         {str(k): v for k, v in data.items() if v is not None}
         if isinstance(data, Mapping)

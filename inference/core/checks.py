@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,15 +18,40 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise a ValueError unless the value is a finite number above zero."""
-    if isinstance(value, str | None) or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def check_not_negative(**values: Any) -> None:
     """Raise a ValueError unless all values are finite numbers from zero."""
     for name, value in values.items():
-        if isinstance(value, str | None) or not 0 <= value < math.inf:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected zero or a positive number, got {value!r}")
+
+
+def check_chance(name: str, value: Any, *, ends: bool = True) -> None:
+    """Raise a ValueError unless the value is a number between 0 and 1, which may be either of them or not."""
+    if not _is_number(value) or not (0 <= value <= 1 if ends else 0 < value < 1):
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the value is a real number, also one of NumPy or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+
+
+def made_of(name: str, value: Any, kind: type, what: str) -> Any:
+    """An instance of a class, or what a factory without arguments makes, if that is one.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(value, type) and not issubclass(value, kind):
+        raise TypeError(f"{name}: expected {what}, got {value.__name__}")
+    made = value() if callable(value) and not isinstance(value, kind) else value
+    if not isinstance(made, kind):
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
+    return made
 
 
 def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:

@@ -127,6 +127,9 @@ def pareto_k(log_weights: Tensor) -> float:
     Raises:
         ValueError: There are fewer than 25 draws.
     """
+    if not isinstance(log_weights, Tensor) or log_weights.dim() != 1:
+        got = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise ValueError(f"log_weights: expected a tensor (draws,), got {got}")
     weights = log_weights.detach().double().cpu().numpy()
     if len(weights) < MIN_DRAWS:
         raise ValueError(f"log_weights: expected at least {MIN_DRAWS} draws, got {len(weights)}")

@@ -11,13 +11,15 @@ coverage); Srivastava et al. 2017 and Lin et al. 2018 (https://arxiv.org/abs/171
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from inference.core.checks import check_count, check_positive
 
 if TYPE_CHECKING:
     from sklearn.base import ClassifierMixin
@@ -80,7 +82,9 @@ def modes(x: Tensor, centres: Tensor, sd: float, *, within: float = 3.0) -> Mode
     Raises:
         ValueError: There are fewer than two rows, or rows and modes are not finite or differ in shape.
     """
-    _check(x, centres)
+    _check(x=x, centres=centres)
+    check_positive("sd", sd)
+    check_positive("within", within)
     distance, nearest = torch.cdist(x.double(), centres.double()).min(1)
     good = distance <= within * sd
     count = len(centres)
@@ -111,7 +115,11 @@ def mmd(x: Tensor, y: Tensor, *, bandwidths: tuple[float, ...] | None = None) ->
         bandwidths: Bandwidths of the Gaussian kernels whose mean is k. Default: a quarter of the median distance, the
             median distance, and four times the median distance (of at most 2,000 rows of each sample).
     """
-    _check(x, y)
+    _check(x=x, y=y)
+    if bandwidths is not None and not (isinstance(bandwidths, Sequence) and len(bandwidths)):
+        raise ValueError(f"bandwidths: expected positive numbers, got {bandwidths!r}")
+    for width in bandwidths or ():
+        check_positive("bandwidths", width)
     if bandwidths is None:
         middle = _middle(x, y)
         bandwidths = (middle / 4, middle, 4 * middle)
@@ -127,7 +135,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 
     .. math:: 2\,\mathrm{E}|x - y| - \mathrm{E}|x - x'| - \mathrm{E}|y - y'|
     """
-    _check(x, y)
+    _check(x=x, y=y)
     return _discrepancy(torch.neg, x, y)
 
 
@@ -143,7 +151,9 @@ def classifier_test(
         folds: Number of folds of the cross-validation.
         seed: Seed of the folds.
     """
-    _check(x, y)
+    _check(x=x, y=y)
+    check_count("folds", folds, 2)
+    check_count("seed", seed, 0)
     size = min(len(x), len(y))
     # Imported here because it takes half a second, in every new process.
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -163,13 +173,25 @@ def classifier_test(
 
 def precision(real: Tensor, generated: Tensor, *, k: int = 3) -> Estimate:
     """Fraction of generated rows (M, D) within the distance of some real row (N, D) to its k-th neighbour."""
-    _check(real, generated)
+    _check(real=real, generated=generated)
+    return _precision(real, generated, k)
+
+
+def _precision(real: Tensor, generated: Tensor, k: int) -> Estimate:
+    _check_neighbours(k, real)
     return _with_error(lambda a, b: float(_inside(a, b, k).mean()), real, generated, 5 * (k + 1))
+
+
+def _check_neighbours(k: int, rows: Tensor) -> None:
+    check_count("k", k)
+    if k >= len(rows):
+        raise ValueError(f"k: expected fewer than the {len(rows)} rows, got {k}")
 
 
 def recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Estimate:
     """Fraction of real rows (N, D) within the distance of some generated row (M, D) to its k-th neighbour."""
-    return precision(generated, real, k=k)
+    _check(real=real, generated=generated)
+    return _precision(generated, real, k)
 
 
 def coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Estimate:
@@ -178,7 +200,8 @@ def coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Estimate:
     For two samples of the same distribution and size its expectation is nearly :math:`1 - 2^{-k}`; a generator that
     misses modes fails to cover their rows.
     """
-    _check(real, generated)
+    _check(real=real, generated=generated)
+    _check_neighbours(k, real)
 
     def covered(a: Tensor, b: Tensor) -> float:
         rows, others = (v.double().flatten(1).cpu().numpy() for v in (a, b))
@@ -281,12 +304,16 @@ def _fraction(hits: np.ndarray) -> Estimate:
     return Estimate(fraction, float((fraction * (1 - fraction) / len(hits)) ** 0.5))
 
 
-def _check(x: Tensor, y: Tensor) -> None:
-    for name, value in (("x", x), ("y", y)):
+def _check(**samples: Tensor) -> None:
+    """Raise unless both are rows of finite numbers of one shape."""
+    for name, value in samples.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) < 2:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected at least two rows (N, D), got {got}")
         if not value.isfinite().all():
             raise ValueError(f"{name}: expected finite numbers, got {int((~value.isfinite()).sum())} non-finite ones")
+    (first, x), (second, y) = samples.items()
     if x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"y: expected rows of shape {tuple(x.shape[1:])} as in x, got {tuple(y.shape[1:])}")
+        raise ValueError(
+            f"{second}: expected rows of shape {tuple(x.shape[1:])} as in {first}, got {tuple(y.shape[1:])}"
+        )

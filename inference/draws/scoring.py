@@ -26,6 +26,12 @@ def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
     density = score(bound, draws, "rows")
     if density.dim() < 2:
         observed = ", ".join(bound.select("observed")) or "nothing"
+        outside = [s.name for s in bound.select("latent").values() if s.name not in draws and not any(s.plates)]
+        if outside and any(any(s.plates) for s in bound.select("observed").values()):
+            raise ValueError(
+                f"model: expected rows that are independent given the draws, got {observed}, whose rows share "
+                f"{', '.join(outside)}, which is summed out; the group log_likelihood of idata draws it"
+            )
         raise ValueError(f"model: expected observed sites in a plate of rows, got {observed} outside of one")
     return density.flatten(2).sum(-1) if density.dim() > 2 else density
 
@@ -36,9 +42,17 @@ def log_joint(bound: BoundPair, draws: Draws) -> Tensor:
 
 
 def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
-    r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out."""
-    observed = bound.select("observed")
-    if any(s.name not in draws for s in bound.select("latent").values()):
+    r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out.
+
+    Rows depend on one another through a finite site without draws that stands outside of their plates: it is drawn from
+    its posterior, so that each row has a likelihood given it.
+    """
+    observed, free = bound.select("observed"), [s for s in bound.select("latent").values() if s.name not in draws]
+    plates = {p for s in observed.values() for p in s.plates}
+    if outside := [s.name for s in free if not plates <= set(s.plates)]:
+        functions = latent_functions(bound, draws)
+        draws = {**draws, **{n: functions[n] for n in outside}}
+    if len(free) > len(outside):
         return {"_and_".join(observed): score(bound, draws, "rows")}
     return _scored(bound, draws, lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()})
 

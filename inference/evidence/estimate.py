@@ -323,6 +323,8 @@ def _check(
         raise ValueError("data: expected at least one row, got none")
     if bound.guide is None and (estimator == "importance" or (estimator, start) == ("annealed", "guide")):
         raise ValueError(f"pair: expected a guide to draw from for {estimator}, got a model alone")
+    if not (latents is None or isinstance(latents, Mapping)):
+        raise TypeError(f"latents: expected a mapping of sites to tensors, got {latents!r}")
     if reverse != (latents is not None) or (reverse and estimator != "annealed"):
         got = f"reverse={reverse}, {'no latents' if latents is None else 'latents'} and {estimator}"
         raise ValueError(f"reverse: expected annealed with the latents that the data were simulated from, got {got}")

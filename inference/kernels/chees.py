@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.kernels.hamiltonian import Hamiltonian, check_integers, check_positive
+from inference.core.checks import check_count, check_positive
+from inference.kernels.hamiltonian import Hamiltonian
 from inference.kernels.metric import learn, log_volume, positive_sd
 from inference.kernels.trajectory import Chains, Moves, Noise, fresh_tuning, packed, run_block, tuning_of
 
@@ -100,8 +101,8 @@ class ChEES(Hamiltonian):
         **settings: Any,
     ) -> None:
         super().__init__(model, potential_fn, **settings)
-        check_integers(max_steps=(max_steps, 1))
-        check_positive(trajectory_length=trajectory_length)
+        check_count("max_steps", max_steps)
+        check_positive("trajectory_length", trajectory_length)
         self.max_steps, self._first_length = max_steps, trajectory_length
 
     def logging(self) -> OrderedDict[str, str]:

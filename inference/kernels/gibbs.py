@@ -27,6 +27,7 @@ from pyro import poutine
 from torch import Tensor
 
 from inference.core.bound import bind
+from inference.core.checks import check_count
 from inference.core.contracts import BatchedKernel, Pair
 from inference.core.handlers import first_valid
 from inference.draws import engine
@@ -109,8 +110,7 @@ class Gibbs(BatchedKernel):
         jit_compile: bool = True,
         **settings: Any,
     ) -> None:
-        if not isinstance(num_chains, int) or num_chains < 1:
-            raise ValueError(f"num_chains: expected an integer of at least 1, got {num_chains!r}")
+        check_count("num_chains", num_chains)
         self.model, self.num_chains, self.conditional = model, num_chains, conditional
         self.jit_compile, self._settings = jit_compile, settings
         self._rest: ChEES | None = None

@@ -2,7 +2,6 @@ r"""Hamiltonian Monte Carlo of many chains in one tensor: what kernels of it sha
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections import deque
@@ -19,6 +18,7 @@ from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
+from inference.core.checks import check_chance, check_count, check_positive
 from inference.core.contracts import BatchedKernel
 from inference.core.handlers import first_valid, random_state, set_random_state
 from inference.kernels.metric import MAX_DENSE_DIM
@@ -101,10 +101,10 @@ class Hamiltonian(BatchedKernel):
         self.block = type(self).block if block is None else block
         self._first_step = self.step_size if step_size is None else step_size
         self._target = self.target_accept_prob if target_accept_prob is None else target_accept_prob
-        check_integers(num_chains=(self.num_chains, self.least_chains), block=(self.block, 1))
-        check_positive(step_size=self._first_step)
-        if not 0 < self._target < 1:
-            raise ValueError(f"target_accept_prob: expected a number between 0 and 1, got {self._target!r}")
+        check_count("num_chains", self.num_chains, self.least_chains)
+        check_count("block", self.block)
+        check_positive("step_size", self._first_step)
+        check_chance("target_accept_prob", self._target, ends=False)
         self.model, self.potential_fn, self.full_mass = model, potential_fn, full_mass
         self.jit_compile, self._eager = jit_compile, eager
         self.transforms: dict[str, Any] = dict(transforms or {})
@@ -375,9 +375,14 @@ class Hamiltonian(BatchedKernel):
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
             start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
-            example, self.potential_fn, self.transforms, trace = first_valid(
-                partial(start, model, args, kwargs), MAX_START_DRAWS
-            )
+            try:
+                example, self.potential_fn, self.transforms, trace = first_valid(
+                    partial(start, model, args, kwargs), MAX_START_DRAWS
+                )
+            except ValueError as error:
+                if "cannot find valid initial params" not in str(error):
+                    raise
+                raise ValueError(f"model: cannot find valid initial params: {_why(model, args, kwargs)}") from None
         if not example:
             raise ValueError("model: expected a continuous latent site to sample, got none")
         if self._given_transforms is None:
@@ -425,6 +430,16 @@ class Hamiltonian(BatchedKernel):
         raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
 
 
+def _why(model: Any, args: Any, kwargs: Any) -> str:
+    """Why a model has no start: the sites whose log density is not finite where it draws the others."""
+    trace = poutine.trace(model).get_trace(*args, **kwargs)
+    trace.compute_log_prob()
+    bad = [n for n, node in trace.nodes.items() if "log_prob" in node and not node["log_prob"].isfinite().all()]
+    return (
+        f"the log density of {', '.join(bad) or 'the model'} is not finite; check the data and the support of the sites"
+    )
+
+
 def _holding(potential: Callable[..., Tensor], held: dict[str, Tensor]) -> Callable[..., Tensor]:
     """The potential of a model conditioned on ``held``, as a function of these values as well."""
 
@@ -445,17 +460,3 @@ def _refuse_other_moves(moves: Any, expected: Any) -> None:
     other, chains = int((~torch.isclose(ours, theirs, rtol, rtol, equal_nan=True)).any(0).sum()), ours.shape[-1]
     if other > PARTED * chains:
         raise Untraceable(f"a fused transition differs from the traced one in {other} of {chains} chains")
-
-
-def check_integers(**given: tuple[Any, int]) -> None:
-    """Raise ValueError unless each argument is an integer of at least its bound."""
-    for name, (value, least) in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-
-
-def check_positive(**given: float) -> None:
-    """Raise ValueError unless each argument is a positive number."""
-    for name, number in given.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {number!r}")

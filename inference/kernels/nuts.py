@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from inference.compiler import policy
-from inference.kernels.hamiltonian import Hamiltonian, check_integers
+from inference.core.checks import check_count
+from inference.kernels.hamiltonian import Hamiltonian
 from inference.kernels.metric import learn
 from inference.kernels.stepsize import StepSize
 from inference.kernels.trajectory import times
@@ -99,7 +100,7 @@ class NUTS(Hamiltonian):
         **settings: Any,
     ) -> None:
         super().__init__(model, potential_fn, **settings)
-        check_integers(max_tree_depth=(max_tree_depth, 1))
+        check_count("max_tree_depth", max_tree_depth)
         self.max_tree_depth = max_tree_depth
 
     def logging(self) -> OrderedDict[str, str]:

@@ -21,7 +21,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from inference.core.checks import check_not_negative
+from inference.core.checks import check_count, check_not_negative
 from inference.draws.kl import kl_by_site, masked_by
 
 
@@ -62,7 +62,8 @@ class BetaELBO(Trace_ELBO):
     """
 
     def __init__(self, beta: float = 1.0, *, free_bits: float = 0.0, warmup: int = 0, **settings: Any) -> None:
-        check_not_negative(beta=beta, free_bits=free_bits, warmup=warmup)
+        check_not_negative(beta=beta, free_bits=free_bits)
+        check_count("warmup", warmup, 0)
         super().__init__(**settings)
         self.beta, self.free_bits, self.warmup = beta, free_bits, warmup
         self.taken = torch.zeros(())

@@ -19,7 +19,7 @@ from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
 from inference.core.bound import BoundPair, parameters_of, unconstrained
-from inference.core.checks import check_not_negative
+from inference.core.checks import check_not_negative, made_of
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 
@@ -35,6 +35,10 @@ class Players:
 
     guide: frozenset[str]
     encodes: bool
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(t, int) and t > 0 for t in value)
 
 
 class Game(Objective):
@@ -56,10 +60,10 @@ class Game(Objective):
         turns: tuple[int, int] | None = None,
     ) -> None:
         check_not_negative(weight=weight)
-        if turns is not None and (len(turns) != 2 or any(not isinstance(t, int) or t < 1 for t in turns)):
+        if turns is not None and not _are_turns(turns):
             raise ValueError(f"turns: expected steps of the guide and of the model, each at least 1, got {turns!r}")
         super().__init__()
-        self.bound = bound() if callable(bound) and not isinstance(bound, ELBO) else bound
+        self.bound = None if bound is None else made_of("bound", bound, ELBO, "an ELBO or a factory of one")
         self.has_posterior = self.bound is not None
         self.weight, self.turns, self.turn = weight, turns, 0
         self.cycle = ("turn",) if turns else ()

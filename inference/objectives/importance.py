@@ -241,9 +241,8 @@ class VIMCO(Weighted):
     """
 
     def __init__(self, particles: int = 5) -> None:
+        check_count("particles", particles, 2)
         super().__init__(particles)
-        if particles < 2:
-            raise ValueError(f"particles: VIMCO expected at least 2, got {particles}")
 
     def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Minus the bound, and the scalar to differentiate."""

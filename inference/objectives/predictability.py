@@ -52,6 +52,8 @@ class Predictability(Game):
         weight: float = 1.0,
         turns: tuple[int, int] | None = None,
     ) -> None:
+        if bound is None:
+            raise TypeError("bound: expected an ELBO or a factory of one, got None")
         super().__init__(bound, weight, turns)
 
     def guide_score(self, model: Any, guide: Any, named: Any, *, detach: bool) -> Tensor:

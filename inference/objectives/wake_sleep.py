@@ -26,6 +26,7 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
+from inference.core.checks import check_chance
 from inference.core.handlers import Uncondition
 from inference.objectives.importance import Weighted, latent
 
@@ -66,8 +67,7 @@ class RWS(Weighted):
 
     def __init__(self, particles: int = 5, *, insomnia: float = 1.0) -> None:
         super().__init__(particles)
-        if not 0 <= insomnia <= 1:
-            raise ValueError(f"insomnia: expected a number between 0 and 1, got {insomnia!r}")
+        check_chance("insomnia", insomnia)
         self.insomnia = insomnia
 
     def surrogate(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:

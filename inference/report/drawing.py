@@ -87,17 +87,10 @@ def panel(
 def _fit(canvas: Any, axes: Axes) -> None:
     """Leave as much space as labels need. Matplotlib's layouts, which measure them, take half of the time of a plot."""
     width, height = canvas.get_size_inches()
-    fixed = [t.get_text() for t in axes.yaxis.get_ticklabels()] if _named(axes) else []
-    letters = max(map(len, fixed), default=5 if len(axes.get_yticks()) else 0)
+    letters = max(map(len, axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())), default=0)
     left = 0.07 + 0.062 * letters + (0.2 if axes.get_ylabel() else 0.0)
     bottom = 0.4 if axes.get_xlabel() else 0.24
     canvas.subplots_adjust(left / width, bottom / height, 1 - 0.1 / width, 1 - 0.06 / height)
-
-
-def _named(axes: Axes) -> bool:
-    from matplotlib.ticker import FixedFormatter
-
-    return isinstance(axes.yaxis.get_major_formatter(), FixedFormatter)
 
 
 def inline(svg: str, alt: str) -> str:

@@ -40,7 +40,7 @@ from torch import Tensor
 from ppl_models.data import files
 from ppl_models.data.files import Arrays
 from ppl_models.data.frames import check_numbers, columns_of, is_csv, shown
-from ppl_models.data.simulate import check_count, random_source
+from ppl_models.data.simulate import check_count, check_floating, random_source
 
 _MESSAGE = 160
 """Letters of a text message."""
@@ -164,8 +164,7 @@ def load(
         raise ValueError(
             f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point type, got {dtype}")
+    check_floating(dtype)
     raw = _raw(name)
     if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")

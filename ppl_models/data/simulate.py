@@ -32,8 +32,7 @@ def simulate_naive_bayes(
     """
     for argument, count in (("rows", rows), ("features", features), ("classes", classes)):
         check_count(argument, count)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point type, got {dtype}")
+    check_floating(dtype)
     generator = random_source(seed)
     uniform = partial(torch.rand, generator=generator, dtype=torch.float64)
     # Sums of five exponentials are Gamma(5): torch's own Dirichlet takes no generator.
@@ -87,3 +86,9 @@ def random_source(seed: Any) -> torch.Generator:
     """A random generator from a seed, an integer of at least 0."""
     check_count("seed", seed, 0)
     return torch.Generator().manual_seed(int(seed))
+
+
+def check_floating(dtype: Any) -> None:
+    """Raise unless it is a floating point type of torch."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating point type, got {dtype!r}")

@@ -36,6 +36,7 @@ from ppl_models.models.checks import (
     MAX_TABLE,
     check_count,
     check_entries,
+    check_guide,
     check_matrix,
     check_positive,
     count_of,
@@ -98,6 +99,11 @@ class BayesianNetwork(Pair):
     ) -> None:
         super().__init__()
         check_positive("concentration", concentration)
+        check_guide(guide)
+        if not isinstance(parents, Mapping) or not parents:
+            raise ValueError(f"parents: expected a mapping of variables to their parents, got {parents!r}")
+        if not (tables is None or isinstance(tables, Mapping)):
+            raise ValueError(f"tables: expected a mapping of variables to tables, got {tables!r}")
         self.parents = {name: tuple(above) for name, above in parents.items()}
         self.names = tuple(self.parents)
         self.columns = {name: k for k, name in enumerate(self.names)}

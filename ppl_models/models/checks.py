@@ -81,6 +81,12 @@ def random_source(seed: Any, name: str = "seed") -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
+def check_guide(make: Any) -> None:
+    """Raise unless it may build a guide from a model."""
+    if not callable(make):
+        raise TypeError(f"guide: expected a function from the model to a guide, such as AutoNormal, got {make!r}")
+
+
 def check_matrix(name: str, value: Any, width: int) -> None:
     """Raise unless the value is a finite float matrix (rows, width) with at least one row."""
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != width:

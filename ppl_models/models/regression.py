@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ppl_models.models.checks import (
     check_count,
+    check_guide,
     check_known_labels,
     check_labels,
     check_matrix,
@@ -47,6 +48,7 @@ class Classifier(Pair):
         self, features: int | Sequence[str], classes: int | Sequence[str] = 2, *, guide: GuideFactory = AutoNormal
     ) -> None:
         super().__init__()
+        check_guide(guide)
         self.features = self.name_dimension("features", features)
         count_of("classes", classes, 2)
         self.classes = self.name_dimension("classes", classes)

@@ -496,7 +496,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 def find(name: str) -> Entry:
     """The entry of a name, or a ValueError with the nearest names."""
     if name not in ZOO:
-        near = difflib.get_close_matches(name, ZOO, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(str(name), ZOO, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(near)}; " if near else ""
         raise ValueError(f"pair: unknown {name!r}; {hint}known: {', '.join(ZOO)}")
     return ZOO[name]

@@ -3,6 +3,7 @@ r"""Noise schedules of a diffusion chain, :math:`\bar\alpha_t` by step, and the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -53,6 +54,8 @@ def alpha_bar_of(schedule: str | Tensor, steps: int) -> Tensor:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, or alpha_bar (T,), got {schedule!r}")
         check_count("steps", steps, 2)
         return SCHEDULES[schedule](steps)
+    if not isinstance(schedule, Tensor | Sequence):
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, or alpha_bar (T,), got {schedule!r}")
     alpha_bar = torch.as_tensor(schedule, dtype=torch.float64, device="cpu")
     if alpha_bar.dim() != 1 or len(alpha_bar) < 2:
         raise ValueError(f"schedule: expected alpha_bar (T,) of at least two steps, got {tuple(alpha_bar.shape)}")

@@ -185,6 +185,8 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 
 def check_network(name: str, network: nn.Module, inputs: int, outputs: int, *more: Tensor) -> None:
     """Raise ValueError unless a copy of a network maps a row of zeros, and ``more`` inputs, to a row of ``outputs``."""
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {network!r}")
     like = next(network.parameters(), torch.empty(0))
     row = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
     try:
