@@ -63,6 +63,7 @@ def prior_predictive(
     check_count("draws", draws)
     bound = bind(pair, data)
     if size is not None:
+        check_count("size", size)
         bound = replace(bound, data={**bound.data, "size": size}, guide=None, memo={})
     with isolated(seed):
         drawn = draw_sites(bound.generator(), {}, draws)

@@ -171,7 +171,7 @@ def test_other_columns_together_are_the_first_argument() -> None:
     assert set(bind(lambda x: None, FRAME).data) == {"x"}
     with pytest.raises(ValueError, match=r"data: expected arguments of the model \(age, city, y\), got height"):
         bind(effects, PEOPLE.assign(height=1.0))
-    with pytest.raises(ValueError, match="data: the model needs age, got y, city"):
+    with pytest.raises(ValueError, match="data: expected age, which the model needs, got y, city"):
         bind(effects, PEOPLE.drop(columns="age"))
 
 
