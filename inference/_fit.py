@@ -74,9 +74,11 @@ def fit(
 
     Args:
         pair: A pair, or a ``(model, guide)`` tuple of Pyro functions.
-        data: A tensor, array or frame (the model's first argument) or a mapping of names to them. Floats of arrays and
-            frames take the precision of the model's numbers; whole numbers and booleans become floats where the model
-            does not take them as they are.
+        data: A tensor or array (the model's first argument), a mapping of names to them, or a frame. Columns of a
+            frame with the name of an argument are that argument, the others together the first one; a column of type
+            category becomes codes, and its names coordinates of the plate of its name. Floats of arrays and frames take
+            the precision of the model's numbers; whole numbers and booleans become floats where the model does not take
+            them as they are.
         objective: An ELBO or a factory of one. Default: Trace_ELBO; TraceEnum_ELBO where finite sites are summed out
             (the guide leaves them out, or marks them for enumeration); TraceGraph_ELBO where the guide draws discrete
             sites.

@@ -59,7 +59,7 @@ def sample(
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
-        data: A tensor (the model's first argument) or a mapping of names to tensors.
+        data: A tensor, array or frame (the model's first argument) or a mapping of names to them, as for ``fit``.
         kernel: A factory from the model to an MCMCKernel: ``ChEES``, ``NUTS``, ``HMC``, or
             ``partial(NUTS, target_accept_prob=0.95)``. Default: ChEES; NUTS for fewer than eight chains; Pyro's own
             NUTS where the model cannot be traced (a warning says why); Gibbs where all latent sites are finite, or one
@@ -82,9 +82,10 @@ def sample(
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
-        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp). An interrupt (Ctrl-C) after
-        the warmup of ``ChEES``, ``Gibbs`` or ``NUTS`` ends it early with the draws that there are; ``result.ended`` and
-        the diagnosis say so. In the warmup, and of other kernels, it raises KeyboardInterrupt.
+        A Result with ``sample_stats`` (acceptance_rate, diverging, step_size, n_steps, lp, and ``energy``: minus lp and
+        the kinetic energy at the start of the transition). An interrupt (Ctrl-C) after the warmup of ``ChEES``,
+        ``Gibbs`` or ``NUTS`` ends it early with the draws that there are; ``result.ended`` and the diagnosis say so. In
+        the warmup, and of other kernels, it raises KeyboardInterrupt.
 
     Raises:
         ValueError: An argument is out of its range, or the kernel cannot sample a site.

@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
-from inference.core.bound import BoundPair, Site
+from inference.core.bound import BoundPair, Site, parameters_of
 from inference.core.files import Lenient
 from inference.core.lazy import azb, xr
 from inference.draws import engine, scoring
@@ -128,6 +128,23 @@ def to_idata(
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior, and so no such group.
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **_renamed(kept)})
+
+
+def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
+    r"""Draws (S, \*shape) of all sites from the prior, as groups of a DataTree."""
+    observed = set(bound.select("observed"))
+    arguments = {*bound.data, *parameters_of(bound.model)}
+    predicted = {n for n in draws if n in observed or n in arguments}
+    dims = {n: _dims(bound, n) for n in draws}
+    parts = {
+        "prior": {n: v for n, v in draws.items() if n not in predicted},
+        "prior_predictive": {n: v for n, v in draws.items() if n in predicted},
+    }
+    datasets = {group: _dataset(bound, sites, dims, 1) for group, sites in parts.items() if sites}
+    if observed:
+        data = {n: bound.observations[n].detach().cpu().numpy() for n in observed}
+        datasets["observed_data"] = _observed(bound, data, dims)
+    return xr.DataTree.from_dict(_renamed(datasets))
 
 
 def write_netcdf(idata: xr.DataTree, path: Path) -> None:
@@ -283,17 +300,35 @@ def _mask(node: Any, site: Site) -> Tensor:
 def _dims(bound: BoundPair, name: str) -> list[str]:
     site = bound.sites[name]
     named = list(bound.asked.dims.get(name, ()))
+    if site.role == "deterministic" and len(named) == len(site.shape):
+        return named
     event = len(site.shape) - site.batch
     # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
     plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
     own = named[-event:] if event and len(named) >= event else []
+    if not own and event == 1 and len(bound.names.columns.get(name, ())) == site.shape[-1]:
+        own = [f"{name}_columns"]
     rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
     return [*plates, *rest]  # type: ignore[list-item]
 
 
 def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
     used = {d for names in dims.values() for d in names}
-    return {k: list(v) for k, v in bound.asked.coords.items() if k in used}
+    return {k: list(v) for k, v in coordinates(bound).items() if k in used}
+
+
+def coordinates(bound: BoundPair) -> dict[str, Any]:
+    """Names along dimensions: those of the pair, and where it has none those of frames among the data."""
+    names = bound.names
+    found: dict[str, Any] = dict(names.categories)
+    for name, columns in names.columns.items():
+        declared = bound.asked.dims.get(name)
+        found[declared[-1] if declared else f"{name}_columns"] = columns
+    plates = {p: n for s in bound.select("observed").values() for p, n in zip(s.plates, s.shape, strict=False) if p}
+    found |= {p: names.rows for p, n in plates.items() if names.rows and n == len(names.rows)}
+    sizes = {d: n for name, s in bound.sites.items() for d, n in zip(_dims(bound, name), s.shape, strict=True)}
+    fitting = {d: labels for d, labels in found.items() if sizes.get(d, len(labels)) == len(labels)}
+    return {**fitting, **bound.asked.coords}
 
 
 def allowed_names(names: Iterable[str]) -> dict[str, str]:

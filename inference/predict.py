@@ -3,6 +3,8 @@ r"""Predictions from a pair or a Result: prior and posterior predictive draws, l
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,17 +14,40 @@ from torch import Tensor
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count
 from inference.core.handlers import REFUSALS, exclusive, isolated
-from inference.core.lazy import pd
+from inference.core.lazy import pd, xr
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.engine import Draws
 from inference.draws.scoring import draw_sites, log_joint, rowwise, sample_guide
+from inference.idata import prior_idata
 from inference.result import Result
+
+
+class PriorDraws(dict[str, Tensor]):
+    r"""Draws of the sites of a model from the prior, (S, \*shape) by name.
+
+    Attributes:
+        bound: The pair and its data.
+    """
+
+    def __init__(self, draws: Mapping[str, Tensor], bound: BoundPair) -> None:
+        super().__init__(draws)
+        self.bound = bound
+
+    @property
+    def idata(self) -> xr.DataTree:
+        """The draws as ArviZ reads them: ``prior`` (latent and deterministic sites) and ``prior_predictive``.
+
+        Sites with the name of an argument of the model are taken as predictive, as those that the data observe are;
+        the latter's data are the group ``observed_data``. ``result.idata.update(prior.idata)`` adds the groups to those
+        of a Result.
+        """
+        return prior_idata(self.bound, self)
 
 
 @exclusive
 def prior_predictive(
     pair: Any, data: Any = None, *, size: int | None = None, draws: int = 500, seed: int = 0
-) -> dict[str, Tensor]:
+) -> PriorDraws:
     r"""Sample every site of the model from the prior.
 
     Args:
@@ -32,11 +57,17 @@ def prior_predictive(
         draws: Number of draws S.
 
     Returns:
-        A tensor (S, \*shape of the site) for each site.
+        A dictionary with a tensor (S, \*shape of the site) for each site. Its ``idata`` has the groups ``prior``,
+        ``prior_predictive`` and ``observed_data`` of ArviZ.
     """
     check_count("draws", draws)
+    bound = bind(pair, data)
+    if size is not None:
+        check_count("size", size)
+        bound = replace(bound, data={**bound.data, "size": size}, guide=None, memo={})
     with isolated(seed):
-        return {n: v.cpu() for n, v in draw_sites(bind(pair, data).generator(size), {}, draws).items()}
+        drawn = draw_sites(bound.generator(), {}, draws)
+    return PriorDraws({n: v.cpu() for n, v in drawn.items()}, bound)
 
 
 @exclusive

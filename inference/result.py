@@ -21,12 +21,13 @@ from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.lazy import pd, xr
-from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.convergence import Diagnosis, diagnose, with_intervals
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.draws.scoring import sample_guide
 from inference.idata import LeftOut, to_idata, write_netcdf
-from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters
+from inference.report.page import excerpt, page_of_result
+from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters, versions_of_packages
 
 
 class FurtherDraws(ABC):
@@ -323,9 +324,48 @@ class Result:
                 execution=str(self.idata.attrs["execution"]),
             )
 
-    def summary(self) -> Any:
-        """Table of the posterior: mean and sd; for chains also Monte Carlo error, effective sample sizes and R-hat."""
-        return self.diagnosis.table
+    def summary(self, prob: float = 0.89) -> pd.DataFrame:
+        """Table of the posterior, a line per scalar quantity.
+
+        Its columns are mean, sd and the bounds of the central interval, of a guide as of chains (``eti89_lb`` and
+        ``eti89_ub``, as ArviZ names them); for chains also the Monte Carlo error of the mean, effective sample sizes
+        and R-hat.
+
+        Args:
+            prob: Posterior probability of the interval. Default: that of ArviZ.
+
+        Raises:
+            ValueError: The probability is not between 0 and 1.
+        """
+        if not 0 < prob < 1:
+            raise ValueError(f"prob: expected a probability between 0 and 1, got {prob!r}")
+        table = self.diagnosis.table
+        return table if table.empty else with_intervals(table, self.idata, prob)
+
+    @exclusive
+    def report(
+        self, path: str | Path, *, about: Mapping[str, Any] | None = None, shape: tuple[int, int] | None = None
+    ) -> Path:
+        """Write one HTML page about the Result, which needs no other file and no network.
+
+        It shows the model and its graph, the data, the diagnosis and what it means, the posterior, chains or learning
+        curve, predictive checks, leave-one-out, samples, and how to repeat it.
+
+        Args:
+            path: Where the page is to stand. It is written whole or not at all.
+            about: What made the Result: ``seed``, ``data``, ``command``, ``title``, and further facts.
+            shape: Height and width of an image, for the pictures of pairs of images. Default: a square.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: The page cannot be written.
+        """
+        return page_of_result(self, versions_of_packages(), about, shape).write(path)
+
+    def _repr_html_(self) -> str:
+        return excerpt(str(self).splitlines()[0], self.summary(), str(self.diagnosis))
 
     def __str__(self) -> str:
         took = self.seconds["setup"] + self.seconds["run"]
@@ -378,7 +418,9 @@ def conclude(
         ended: Why and at which step the run ended early; empty if it did not.
     """
     started, state, left_out = perf_counter(), State(bound.modules), LeftOut(bound.name)
-    attrs = {"method": method, "execution": execution, **({"ended": ended} if ended else {})}
+    # A verb runs from its seed, which the random state keeps.
+    seed = torch.initial_seed()
+    attrs = {"method": method, "execution": execution, "seed": seed, **({"ended": ended} if ended else {})}
     with state():
         made = left_out.unless("posterior", make, ())
         if isinstance(made, Posterior):

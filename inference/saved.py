@@ -78,7 +78,7 @@ class Saved:
     more: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     idata: Any
-    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: versions_of_packages())
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -233,7 +233,8 @@ def _or_refuse(file: Path, reader: Any) -> Any:
         raise ValueError(f"{file}: expected a file of a saved Result, got one that cannot be read ({reason})") from None
 
 
-def _versions() -> dict[str, str]:
+def versions_of_packages() -> dict[str, str]:
+    """Versions of Python and of the packages on which a Result depends."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -58,7 +58,14 @@ PairName = Annotated[
 ]
 PairOrFrom = Annotated[str | None, PairName.__metadata__[0]]
 Start = Annotated[str | None, typer.Option("--from", help="Folder of a Result that is to go on, in place of a PAIR.")]
-DataName = Annotated[str | None, typer.Option("--data", help="A data set by name; default: the pair's own.")]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="A data set by name, or a CSV file; default: the pair's own.")
+]
+Label = Annotated[str | None, typer.Option("--label", help="Column of the labels in a CSV file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An argument of the pair, such as components=5; may be repeated."),
+]
 OutDir = Annotated[str | None, typer.Option("--out", help="Output directory; default: results/PAIR-DATA.")]
 Device = Annotated[str, typer.Option("--device", help="Where to run, such as cuda.")]
 Checkpoint = Annotated[
@@ -67,6 +74,7 @@ Checkpoint = Annotated[
         "--checkpoint", help="Folder from which the same command goes on if it was killed; renewed every half minute."
     ),
 ]
+Page = Annotated[bool, typer.Option("--report", help="Write a page about it too, report.html in the output directory.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")]
 
 
@@ -101,6 +109,8 @@ def fit(
     context: typer.Context,
     pair: PairOrFrom = None,
     data_name: DataName = None,
+    label: Label = None,
+    settings: Settings = None,
     method: Annotated[str | None, typer.Option(help="A method of the pair; default: the first of the list.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps; default: the method's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Minibatch size; default: the method's.")] = None,
@@ -114,6 +124,7 @@ def fit(
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Fit a pair by a method of its own: exact, variational, maximum likelihood or adversarial.
 
@@ -129,6 +140,8 @@ def sample(
     context: typer.Context,
     pair: PairOrFrom = None,
     data_name: DataName = None,
+    label: Label = None,
+    settings: Settings = None,
     draws: Annotated[int | None, typer.Option(min=4, help="Draws per chain; default: the kernel's.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Warmup draws per chain; default: the kernel's.")] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains; default: the kernel's.")] = None,
@@ -138,6 +151,7 @@ def sample(
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Sample a pair's posterior by Markov chains. With --from, those of a folder go on; the Result has all draws."""
     _run(context, "fitting")
@@ -148,11 +162,14 @@ def compare(
     context: typer.Context,
     pair: PairName,
     data_name: DataName = None,
+    label: Label = None,
+    settings: Settings = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
+    page: Page = False,
 ) -> None:
     """Compare several methods on one pair: a table, a plot and a folder per method.
 

@@ -501,7 +501,7 @@ def test_a_default_run_is_reproduced_by_its_seed_and_goes_on() -> None:
     assert not torch.equal(more, one.draw(1000, seed=2)["x"])
     assert abs(float(more.mean()) - 1) < 0.5
     stats = one.idata.sample_stats
-    assert {"acceptance_rate", "diverging", "step_size", "n_steps", "lp"} == set(stats.data_vars)
+    assert {"acceptance_rate", "diverging", "step_size", "n_steps", "lp", "energy"} == set(stats.data_vars)
     exact = dist.Normal(double(1.0), 2.0).log_prob(torch.as_tensor(posterior(one, "x")))
     np.testing.assert_allclose(stats["lp"], exact)
 

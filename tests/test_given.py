@@ -126,3 +126,87 @@ def test_guides_that_are_messengers_get_the_data(kind: Any) -> None:
     result = quiet((model, kind(model)), y, steps=900, learning_rate=0.05)
     assert float(result.draws["mu"].mean()) == pytest.approx(10 / 5.01, abs=0.12)
     assert float(result.draws["mu"].std()) == pytest.approx(5.01**-0.5, rel=0.2)
+
+
+def effects(age: Tensor, city: Tensor, y: Tensor) -> None:
+    """A regression with an effect per city, by columns of a frame."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+    with pyro.plate("city", 3):
+        u = pyro.sample("u", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(slope * age + u[city], 0.5), obs=y)
+
+
+CITIES = pd.Categorical(["Bern", "Basel", "Chur"] * 20, categories=["Basel", "Bern", "Chur"])
+PEOPLE = pd.DataFrame({"y": np.arange(60) % 3, "city": CITIES, "age": RANDOM.normal(size=60)})
+
+
+def test_columns_of_a_frame_are_arguments_and_categories_keep_their_names() -> None:
+    """u of a city is the mean of its y where the slope is 0: the mean is a normal one with 20 rows of variance 1/4."""
+    bound = bind(effects, PEOPLE)
+    assert {n: v.dtype for n, v in bound.data.items()} == {
+        "age": torch.float32,
+        "city": torch.int64,
+        "y": torch.int64,
+    }
+    assert bound.data["city"][:3].tolist() == [1, 0, 2]
+    result = sample(effects, PEOPLE, chains=8, draws=60, warmup=80, compile=False, progress=False)
+    by_city = result.idata.posterior["u"].mean(("chain", "draw"))
+    assert list(by_city.coords["city"].values) == ["Basel", "Bern", "Chur"]
+    weight = 20 / (20 + 0.25 / 4)
+    expected = {"Bern": 0.0, "Basel": 1.0 * weight, "Chur": 2.0 * weight}
+    for city, mean in expected.items():
+        # The slope moves an effect by its error times the mean age in a city.
+        assert float(by_city.sel(city=city)) == pytest.approx(mean, abs=0.15)
+    assert "u[Basel]" in result.summary().index
+
+
+def test_other_columns_together_are_the_first_argument() -> None:
+    frame = FRAME.assign(y=TARGET.to_numpy())
+    bound = bind(regression, frame)
+    torch.testing.assert_close(bound.data["X"], torch.tensor(FRAME.to_numpy(), dtype=torch.float32))
+    torch.testing.assert_close(bound.data["y"], torch.tensor(TARGET.to_numpy(), dtype=torch.float32))
+    assert bound.names.columns == {"X": ("age", "income")}
+    # All of a frame, where no column has the name of an argument.
+    assert set(bind(lambda x: None, FRAME).data) == {"x"}
+    with pytest.raises(ValueError, match=r"data: expected arguments of the model \(age, city, y\), got height"):
+        bind(effects, PEOPLE.assign(height=1.0))
+    with pytest.raises(ValueError, match="data: expected age, which the model needs, got y, city"):
+        bind(effects, PEOPLE.drop(columns="age"))
+
+
+def test_columns_and_rows_of_a_frame_become_coordinates() -> None:
+    class Rows:
+        dims = {"w": ("X_columns",)}  # noqa: RUF012
+        guide = None
+
+        def model(self, X: Tensor, y: Tensor) -> None:
+            regression(X, y)
+
+    def density(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
+
+    people = FRAME.set_axis([f"person {k}" for k in range(50)])
+    data = {"X": people, "y": TARGET.set_axis(people.index)}
+    result = sample(Rows(), data, chains=4, draws=4, warmup=4, compile=False, progress=False)
+    assert list(result.idata.posterior["w"].coords["X_columns"].values) == ["age", "income"]
+    assert result.idata.observed_data["y"].coords["rows"].values[3] == "person 3"
+    seen = sample(density, people, chains=4, draws=4, warmup=4, compile=False, progress=False).idata.observed_data
+    assert seen["x"].dims == ("rows", "x_columns") and list(seen["x_columns"].values) == ["age", "income"]
+
+
+def test_rows_columns_and_categories_that_do_not_belong_together_are_refused() -> None:
+    people = FRAME.set_axis(range(10, 60))
+    with pytest.raises(ValueError, match=r"y: expected the index of X, got another; use y.loc\[X.index\]"):
+        bind(regression, {"X": people, "y": TARGET.set_axis(range(59, 9, -1))})
+    with pytest.raises(ValueError, match="city: expected a category in every row, got none in 20"):
+        bind(effects, PEOPLE.assign(city=CITIES.set_categories(["Bern", "Basel"])))
+    bound = bind(effects, PEOPLE)
+    with pytest.raises(
+        ValueError, match="city: expected the categories of the fit, Basel, Bern, Chur, got Bern, Basel"
+    ):
+        bound.rebound(PEOPLE.assign(city=CITIES.set_categories(["Bern", "Basel", "Chur"])))
+    with pytest.raises(ValueError, match="X: expected the columns of the fit, age, income, got income, age"):
+        bind(regression, FRAME.assign(y=TARGET)).rebound(FRAME[["income", "age"]].assign(y=TARGET))

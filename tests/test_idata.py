@@ -290,3 +290,77 @@ def test_labels_that_gibbs_draws_are_values_of_each_observation() -> None:
 
     result = sample(model, Y, Gibbs, draws=8, warmup=8, chains=4, compile=False, progress=False)
     assert "z has a value for each observation" in result.idata.attrs["log_likelihood"]
+
+
+class Schools(PyroModule):
+    """Deterministic sites in a plate: of its elements, of its elements with an event, and of none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coords = {"schools": ["A", "B", "C"], "subjects": ["maths", "music"]}
+        self.dims = {"both": ("subjects",)}
+
+    def model(self, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        with pyro.plate("schools", 3, dim=-1):
+            eta = pyro.sample("eta", dist.Normal(double(0.0), 1.0))
+            theta = pyro.deterministic("theta", mu + eta)
+            pyro.deterministic("both", torch.stack([theta, -theta], -1))
+            pyro.deterministic("declared", torch.stack([theta, -theta], -1), event_dim=1)
+            pyro.deterministic("other", torch.stack([theta[0], theta[1]]))
+            pyro.deterministic("total", theta.sum())
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        pyro.deterministic("outside", theta)
+
+
+def test_deterministic_sites_in_a_plate_keep_its_name_and_coordinates() -> None:
+    pair = Schools()
+    result = sample(pair, Y[:3], ChEES, chains=4, draws=5, warmup=5, compile=False, progress=False)
+    posterior = result.idata.posterior
+    names = {n: posterior[n].dims[2:] for n in ("theta", "both", "declared", "other", "total", "outside")}
+    assert names == {
+        "theta": ("schools",),
+        "both": ("schools", "subjects"),
+        "declared": ("schools", "declared_dim_1"),
+        "other": ("other_dim_0",),
+        "total": (),
+        "outside": ("outside_dim_0",),
+    }
+    assert list(posterior["theta"].coords["schools"].values) == ["A", "B", "C"]
+    assert "theta[B]" in result.summary().index
+    np.testing.assert_allclose(posterior["theta"], posterior["mu"] + posterior["eta"])
+
+
+def nested(y: Tensor) -> None:
+    with pyro.plate("outer", 2, dim=-2):
+        a = pyro.sample("a", dist.Normal(double(0.0), 1.0))
+        with pyro.plate("inner", 3, dim=-1):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.deterministic("full", a + b)
+            pyro.deterministic("row", torch.ones(3).double())
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+def test_deterministic_sites_in_nested_plates() -> None:
+    sites = bind(nested, Y[:6].reshape(2, 3)).sites
+    assert sites["full"].plates == ("outer", "inner")
+    assert sites["row"].plates == ("inner",)
+
+
+def test_the_summary_of_a_guide_has_the_intervals_that_the_summary_of_chains_has() -> None:
+    """Of the conjugate posterior, N(sum(y) / precision, 1 / precision)."""
+    data = {"y": Y, "seen": torch.ones_like(SEEN)}
+    guide = fit((by_handler, exact_guide), data, steps=0, draws=4000, progress=False)
+    chains = sample(by_handler, data, ChEES, chains=16, draws=100, warmup=100, compile=False, progress=False)
+    precision = 1 / 9 + 12
+    exact = dist.Normal(Y.sum() / precision, precision**-0.5)
+    for result in (guide, chains):
+        table = result.summary()
+        assert list(table.columns[:4]) == ["mean", "sd", "eti89_lb", "eti89_ub"]
+        expected = [float(exact.icdf(torch.tensor(p).double())) for p in (0.055, 0.945)]
+        # The standard error of a quantile of 400 effective draws is 0.1 standard deviations.
+        np.testing.assert_allclose(table.loc["mu", ["eti89_lb", "eti89_ub"]].astype(float), expected, atol=0.45 * 0.29)
+        np.testing.assert_allclose(result.summary(0.5).loc["mu", "eti50_ub"], np.quantile(result.draws["mu"], 0.75))
+    assert list(chains.summary().columns[4:]) == ["mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
+    with pytest.raises(ValueError, match="prob: expected a probability between 0 and 1, got 89"):
+        guide.summary(89)

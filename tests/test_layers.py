@@ -25,6 +25,7 @@ FLOORS = (
     ("inference/compiler",),
     ("inference/draws",),
     ("inference/kernels", "inference/diagnostics", "inference/idata.py"),
+    ("inference/report",),
     ("inference/objectives", "inference/result.py", "inference/saved.py", "inference/checkpoint.py"),
     ("inference/runners", "inference/predict.py"),
     ("inference/evidence",),
@@ -189,7 +190,7 @@ def test_the_readme_has_the_tree_as_it_is() -> None:
 
 def test_what_a_result_needs_is_imported_with_the_first_result() -> None:
     """ArviZ and what it brings along took two seconds of ``import inference``, on top of torch and Pyro."""
-    late = ["arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "scipy.stats", "sklearn", "joblib"]
+    late = ["arviz_base", "arviz_stats", "xarray", "pandas", "matplotlib", "scipy.stats", "sklearn", "joblib", "jinja2"]
     code = f"import sys, inference; print([m for m in {late} if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"

@@ -79,6 +79,33 @@ def test_prior_draws_of_one_run_are_independent() -> None:
     assert float(residual.std()) == pytest.approx(1.0, rel=0.03)
 
 
+def test_prior_draws_are_groups_of_arviz() -> None:
+    """The sites that the data observe, and those that they would, are predictive; the rest is the prior."""
+    seen, blind = (prior_predictive(regression, d, draws=30) for d in (DATA, {"x": X}))
+    for drawn in (seen, blind):
+        assert set(drawn.idata["prior"].data_vars) == {"slope", "noise"}
+        assert drawn.idata["prior"].sizes == {"chain": 1, "draw": 30}
+        assert drawn.idata["prior_predictive"]["y"].dims == ("chain", "draw", "rows")
+        np.testing.assert_array_equal(drawn.idata["prior_predictive"]["y"][0], drawn["y"])
+    np.testing.assert_array_equal(seen.idata["observed_data"]["y"], DATA["y"])
+    assert "observed_data" not in blind.idata.children
+    # What ArviZ asks of both: that the prior and the posterior are of the same quantities.
+    result = fitted()
+    result.idata.update({n: g for n, g in seen.idata.children.items() if n != "observed_data"})
+    assert {"prior", "prior_predictive", "posterior"} <= set(result.idata.children)
+
+
+def test_prior_draws_without_data_have_groups_of_the_size_asked_for() -> None:
+    def rows(x: Tensor | None = None, *, size: int | None = None) -> None:
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0), 1.0))
+        with pyro.plate("rows", size or len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    idata = prior_predictive(rows, size=5, draws=7).idata
+    assert idata["prior_predictive"]["x"].sizes == {"chain": 1, "draw": 7, "rows": 5}
+    assert list(idata["prior"].data_vars) == ["rate"]
+
+
 @pytest.mark.parametrize("budget", [1, 50, 10_000_000])
 def test_chunks_of_any_size_score_alike(monkeypatch, budget: int) -> None:
     result = fitted()

@@ -18,12 +18,16 @@ from torch import Tensor
 from inference.comparison.progress import progress
 from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import stem_of, write_whole
-from inference.core.handlers import REFUSALS, isolated
+from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import azs, pd
 from inference.diagnostics.convergence import quantity
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
+from inference.report.blocks import Table, frame
+from inference.report.page import Page, excerpt, method_colours, page_of_comparison
+from inference.report.plots import density
 from inference.result import Result
+from inference.saved import versions_of_packages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,6 +171,32 @@ class Comparison:
             paths.append(result.save(folder / free, about and about(name)))
         return paths
 
+    @exclusive
+    def report(
+        self, path: str | Path, *, about: Mapping[str, Any] | None = None, shape: tuple[int, int] | None = None
+    ) -> Path:
+        """Write one HTML page about the comparison, which needs no other file and no network.
+
+        Besides what :meth:`Result.report` shows of each method it has the table, the posteriors over one another with
+        the truth, the learning curves and the leave-one-out scores of all methods.
+
+        Args:
+            path: Where the page is to stand. It is written whole or not at all.
+            about: What made the comparison: ``seed``, ``data``, ``command``, ``title``, and further facts.
+            shape: Height and width of an image, for the pictures of pairs of images. Default: a square.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: The page cannot be written.
+        """
+        return page(self, about, shape).write(path)
+
+    def _repr_html_(self) -> str:
+        said = [f"{n}: {line}" for n, r in self.results.items() for line in r.diagnosis.advice]
+        return excerpt("Comparison", self.table.dropna(axis=1, how="all"), "\n".join(said))
+
     def __str__(self) -> str:
         table = self.table.dropna(axis=1, how="all")
         if self.errors is None and not self.failed:
@@ -178,6 +208,55 @@ def _escaped(cell: object) -> str:
     """Text of a LaTeX cell."""
     marks = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(marks.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(cell))
+
+
+def page(comparison: Comparison, about: Mapping[str, Any] | None, shape: tuple[int, int] | None) -> Page:
+    """The page of a comparison."""
+    colours = method_colours(comparison.results)
+    densities, truth = _log_densities(comparison), dict[str, float]()
+    figures = [density("log density of draws and data", densities, colours)] if densities else []
+    for name, index in _picks(comparison, 11):
+        having = {m: r for m, r in comparison.results.items() if name in r.draws}
+        draws = {m: r.draws[name].double().reshape(r.size, -1)[:, index].cpu().numpy() for m, r in having.items()}
+        known = comparison.truth.get(name)
+        moments = None if known is None else (float(known[0].flatten()[index]), float(known[1].flatten()[index]))
+        figures.append(density(_quantity(next(iter(having.values())), name, index), draws, colours, moments))
+    for name, (mean, _) in comparison.truth.items():
+        result = next((r for r in comparison.results.values() if name in r.draws), None)
+        if result is not None:
+            truth |= {_quantity(result, name, k): float(v) for k, v in enumerate(mean.flatten())}
+    tables = measures(comparison.table)
+    return page_of_comparison(comparison.results, tables, figures, truth, versions_of_packages(), about, shape)
+
+
+def _quantity(result: Result, name: str, index: int) -> str:
+    """Name of an element of a latent site, as in the table of the posterior."""
+    # A name may be written otherwise for NetCDF; the order is that of the draws.
+    array = list(result.idata["posterior"].data_vars.values())[list(result.draws).index(name)]
+    place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
+    return quantity(array, place)
+
+
+GROUPS = {
+    "Prediction of held-out rows": ("lpd", "accuracy", "ece"),
+    "Against the truth": ("error", "sd_"),
+    "Chains and guides": ("ess", "r_hat", "divergences", "pareto_k"),
+    "Generated rows": ("energy", "precision", "recall"),
+    "Time": ("seconds",),
+}
+"""Groups of columns of the table in a report, by the beginnings of their names; the rest is another group."""
+
+
+def measures(table: pd.DataFrame) -> list[Table]:
+    """The table of a comparison in parts, each with what its columns mean."""
+    left, found = list(table.dropna(axis=1, how="all").columns), []
+    for title, beginnings in {**GROUPS, "Further measures": ("",)}.items():
+        columns = [c for c in left if c.startswith(beginnings)]
+        left = [c for c in left if c not in columns]
+        if columns:
+            meanings = [(c, COLUMNS[c]) for c in columns if c in COLUMNS]
+            found.append(frame(table[columns].rename_axis("method"), caption=title, meanings=meanings))
+    return found
 
 
 def _picks(comparison: Comparison, quantities: int) -> list[tuple[str, int]]:
@@ -256,11 +335,7 @@ def _plot_density(axes: Axes, comparison: Comparison, name: str, index: int, col
     for method, result in having.items():
         draws = result.draws[name].double().reshape(result.size, -1)[:, index].cpu().numpy()
         _plot_draws(axes, draws, colours[method], method)
-    shown = next(iter(having.values()))
-    # A name may be written otherwise for NetCDF; the order is that of the draws.
-    array = list(shown.idata["posterior"].data_vars.values())[list(shown.draws).index(name)]
-    place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
-    _finish(axes, quantity(array, place))
+    _finish(axes, _quantity(next(iter(having.values())), name, index))
 
 
 def _plot_draws(axes: Axes, draws: np.ndarray, colour: str, label: str) -> None:

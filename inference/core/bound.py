@@ -22,7 +22,7 @@ from torch.distributions import Independent
 
 from inference.core.checks import check_count, check_device
 from inference.core.contracts import Pair
-from inference.core.given import check_rounding, doubtful, readings, to_tensor
+from inference.core.given import Names, by_argument, check_rounding, doubtful, names_in, readings, to_tensor
 from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows, lengths
 from inference.core.packing import fingerprints
@@ -77,6 +77,7 @@ class BoundPair:
         data: Data by name.
         takes_rows: Whether the model has the arguments ``size`` and ``rows``.
         asked: The pair as its contract sees it.
+        names: Names that frames among the data bring along.
         memo: What has been found out about the pair and these data, whichever guide.
         source: Where minibatches are read from; ``data`` then hold a sample of the rows, with their ``rows`` and full
             ``size``. None: ``data`` hold all rows.
@@ -89,6 +90,7 @@ class BoundPair:
     data: dict[str, Any]
     takes_rows: bool
     asked: Pair
+    names: Names = field(default_factory=Names)
     memo: dict[str, Any] = field(default_factory=dict)
     source: Source | None = None
 
@@ -165,7 +167,9 @@ class BoundPair:
 
     def rebound(self, data: Any) -> BoundPair:
         """The pair bound to other data, which are moved to where its own are."""
-        return _bind(self.pair, data, self.device)
+        bound = _bind(self.pair, data, self.device)
+        bound.names.check(self.names)
+        return bound
 
     @property
     def _structure(self) -> _Structure:
@@ -279,8 +283,8 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
             continue
         deterministic = bool(node["infer"].get("_deterministic"))
         value, fn = node["value"], node["fn"]
-        batch = 0 if deterministic else len(fn.batch_shape)
         frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+        batch = _batch_of_deterministic(node) if deterministic else len(fn.batch_shape)
         role = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
         found[name] = Site(
             name=name,
@@ -293,6 +297,19 @@ def sites_of(trace: poutine.Trace) -> dict[str, Site]:
             units=0 if deterministic else _units(fn),
         )
     return found
+
+
+def _batch_of_deterministic(node: Any) -> int:
+    """Number of batch dimensions of a deterministic value: those of its plates, whose sizes it has.
+
+    ``pyro.deterministic`` takes all dimensions as those of an event, unless it is told otherwise.
+    """
+    shape = tuple(node["value"].shape)
+    frames = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
+    given = len(shape) - len(node["fn"].event_shape)
+    batch = given if given > 0 else min(len(shape), max((-d for d in frames), default=0))
+    fits = all(shape[batch + d] == size for d, size in frames.items() if batch + d >= 0)
+    return batch if fits else 0
 
 
 def _units(fn: Any) -> int:
@@ -342,10 +359,12 @@ def bind(pair: Any, data: Any = None, device: Any = None) -> BoundPair:
 
     Args:
         pair: Anything with ``.model`` (and ``.guide``), a ``(model, guide)`` tuple, or a model.
-        data: A tensor, array or frame (the model's first argument, ``x`` of a pair), a mapping of names to them, or
-            None for a model that needs no argument. Floats of arrays and frames take torch's default precision, unless
-            the model's own numbers are float64; tensors keep theirs. Whole numbers and booleans become floats where a
-            site, or the model, does not take them.
+        data: A tensor or array (the model's first argument, ``x`` of a pair), a mapping of names to them, a frame, or
+            None for a model that needs no argument. Columns of a frame with the name of an argument are that argument,
+            the others together the first one; a column of type category becomes codes, with names as coordinates.
+            Floats of arrays and frames take torch's default precision, unless the model's own numbers are float64;
+            tensors keep theirs. Whole numbers and booleans become floats where a site, or the model, does not take
+            them.
         device: Where to move the modules of the pair, in place, and the data. Default: they stay where they are.
 
     Raises:
@@ -368,7 +387,8 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     """:func:`bind` with the data moved to a place."""
     model, guide = _halves(pair)
     accepted, free = _parameters(model)
-    named = {k: to_tensor(v, k) for k, v in _given(data, accepted).items()}
+    given = _given(data, accepted)
+    named = {k: to_tensor(v, k) for k, v in given.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         known = ", ".join(accepted) or "none"
@@ -395,8 +415,9 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
         data=named,
         takes_rows={"size", "rows"} <= set(accepted),
         asked=asked,
+        names=names_in(given),
     )
-    return _typed(bound, _given(data, accepted)) if doubtful(named) else bound
+    return _typed(bound, given) if doubtful(named) else bound
 
 
 def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
@@ -535,6 +556,8 @@ def _given(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
     """The data as they came, by name."""
     if data is None:
         return {}
+    if hasattr(data, "columns") and type(data).__module__.startswith("pandas"):
+        return by_argument(data, accepted)
     if isinstance(data, str | bytes):
         raise ValueError(f"data: expected a tensor, array, frame or mapping of names to them, got {data!r}")
     return (

@@ -76,6 +76,8 @@ class Pair:
         log_evidence: From the data to the exact log p(x) of each row, in nats, (rows,); None: not known.
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
+        pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
+            None: the pair draws none.
         steps: Number of steps of a diffusion chain; None for other pairs.
         learning_rate: Initial rate of the default schedule of ``fit``, at which the pair trains well; None: 0.02.
     """
@@ -88,6 +90,7 @@ class Pair:
     conditional: Callable[..., Any] | None = None
     log_evidence: Callable[..., Tensor] | None = None
     generate_like: Callable[..., Mapping[str, Tensor]] | None = None
+    pictures: Callable[..., Mapping[str, tuple[Tensor, str]]] | None = None
     steps: int | None = None
     learning_rate: float | None = None
 

@@ -3,6 +3,7 @@ r"""Data as they are given: frames, arrays and sequences as tensors, and the typ
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,78 @@ from torch.utils.data import Dataset
 
 ROUNDED = 1e-3
 """Largest rounding error of a column of data, in its standard deviations."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names that frames and series among the data bring along.
+
+    Attributes:
+        columns: Columns of a frame, by the name of its argument.
+        categories: Categories of a series, in the order of their codes.
+        rows: Index of the rows, where it is not the default one.
+    """
+
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: tuple[Any, ...] = ()
+
+    def check(self, fitted: Names) -> None:
+        """Raise a ValueError where columns or categories are not those of the fit: codes would mean something else."""
+        for what in ("columns", "categories"):
+            before, now = getattr(fitted, what), getattr(self, what)
+            for name in before.keys() & now.keys():
+                if before[name] != now[name]:
+                    raise ValueError(
+                        f"{name}: expected the {what} of the fit, {_shortly(before[name])}, got {_shortly(now[name])}"
+                    )
+
+
+def by_argument(frame: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+    """A frame that is all of the data: columns with the name of an argument, and the others as the first argument.
+
+    Where the first argument is one of the columns, the others come by their own names.
+    """
+    names = [n for n in accepted if n not in ("size", "rows")]
+    first = next(iter(names), "x")
+    named = {str(c): frame[c] for c in frame.columns if str(c) in names}
+    rest = [c for c in frame.columns if str(c) not in names]
+    if not named:
+        return {first: frame}
+    if first in named:
+        return {**named, **{str(c): frame[c] for c in rest}}
+    return {**({first: frame[rest]} if rest else {}), **named}
+
+
+def names_in(given: Mapping[str, Any]) -> Names:
+    """Names of the columns, categories and rows of frames and series.
+
+    Raises:
+        ValueError: Two of them have different indices, so that their rows do not belong together.
+    """
+    frames = {k: v for k, v in given.items() if type(v).__module__.startswith("pandas") and hasattr(v, "index")}
+    columns = {k: tuple(map(str, v.columns)) for k, v in frames.items() if hasattr(v, "columns")}
+    categories = {k: tuple(map(str, v.cat.categories)) for k, v in frames.items() if _is_category(v)}
+    indexed = {k: v.index for k, v in frames.items() if not _is_default(v.index)}
+    first = next(iter(indexed), "")
+    for name, index in indexed.items():
+        if len(index) == len(indexed[first]) and not index.equals(indexed[first]):
+            raise ValueError(f"{name}: expected the index of {first}, got another; use {name}.loc[{first}.index]")
+    rows = tuple(v if isinstance(v, int | float | str) else str(v) for v in indexed[first]) if first else ()
+    return Names(columns, categories, rows)
+
+
+def _is_default(index: Any) -> bool:
+    """Whether an index only counts the rows."""
+    return type(index).__name__ == "RangeIndex" and (index.start, index.step) == (0, 1)
+
+
+def _is_category(value: Any) -> bool:
+    return str(getattr(value, "dtype", "")) == "category"
+
+
+def _shortly(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def to_tensor(value: Any, name: str) -> Any:
@@ -35,11 +108,19 @@ def to_tensor(value: Any, name: str) -> Any:
 
 
 def _numeric(frame: Any, name: str) -> np.ndarray:
-    """The numbers of a pandas frame or series; missing ones are nan."""
+    """The numbers of a pandas frame or series; missing ones are nan, and categories of a series are their codes."""
+    if _is_category(frame):
+        codes = frame.cat.codes.to_numpy().astype("int64")
+        if (codes < 0).any():
+            raise ValueError(f"{name}: expected a category in every row, got none in {int((codes < 0).sum())}")
+        return codes
     columns = frame.dtypes.items() if hasattr(frame, "columns") else [(name, frame.dtype)]
     wrong = [f"{column} ({kind})" for column, kind in columns if getattr(kind, "kind", "O") not in "fiub"]
     if wrong:
-        raise ValueError(f"{name}: expected columns of numbers, got {', '.join(wrong)}; give categories as their codes")
+        raise ValueError(
+            f"{name}: expected columns of numbers, got {', '.join(wrong)}; give a column of "
+            "categories as an argument of its own, of type category"
+        )
     values = frame.to_numpy()
     return frame.to_numpy(dtype="float64", na_value=np.nan) if values.dtype == object else np.array(values)
 

@@ -230,6 +230,25 @@ def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
 
 
+def with_intervals(table: pd.DataFrame, idata: xr.DataTree, prob: float) -> pd.DataFrame:
+    """A table of quantities with their central intervals after mean and sd, under ArviZ's names of columns.
+
+    Args:
+        table: The table of a :class:`Diagnosis`.
+        idata: The draws that it is of.
+        prob: Posterior probability of an interval; as much lies below it as above.
+    """
+    tails, bounds = ((1 - prob) / 2, (1 + prob) / 2), dict[str, np.ndarray]()
+    for array in _quantities_of(idata).data_vars.values():
+        names = _quantities(array)
+        if names and names[0] in table.index:
+            limits = np.quantile(array.values.reshape(-1, len(names)), tails, axis=0)
+            bounds |= dict(zip(names, limits.T, strict=True))
+    columns = [f"eti{int(100 * prob)}_{end}" for end in ("lb", "ub")]
+    found = pd.DataFrame.from_dict(bounds, orient="index", columns=columns).reindex(table.index)
+    return pd.concat([table[["mean", "sd"]], found, table.drop(columns=["mean", "sd"])], axis=1)
+
+
 def _quantities_of(idata: xr.DataTree) -> xr.Dataset:
     """Quantities to diagnose: the continuous ones, or the log density of chains that have none."""
     groups = {name: group.to_dataset() for name, group in idata.children.items()}

@@ -304,6 +304,7 @@ class Hamiltonian(BatchedKernel):
             "n_steps": moves.leapfrogs.reshape(draws, -1).expand(shape).long(),
             "step_size": moves.step_size.reshape(draws, -1).expand(shape),
             "lp": -moves.energy,
+            "energy": moves.total,
             "acceptance_rate": moves.acceptance,
             "diverging": moves.diverging,
         }

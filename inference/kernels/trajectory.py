@@ -95,7 +95,11 @@ class Noise(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Draws of a block: positions (T, D, chains), statistics (T, chains), leapfrog steps and step sizes (T,)."""
+    """Draws of a block: positions (T, D, chains), statistics (T, chains), leapfrog steps and step sizes (T,).
+
+    ``energy`` is the potential energy of the draw, ``total`` potential and kinetic energy at the start of its
+    trajectory.
+    """
 
     position: Tensor
     energy: Tensor
@@ -103,6 +107,7 @@ class Moves(NamedTuple):
     diverging: Tensor
     leapfrogs: Tensor
     step_size: Tensor
+    total: Tensor
 
 
 def run_block(
@@ -157,14 +162,15 @@ def _transition(
     count = (length / step).ceil().clamp(min=1).minimum(rules.limit)
     momentum = times(noise.momentum, metric.root)
     end, out = _integrate(density, chains, momentum, metric.covariance, step, count)
-    kinetic = 0.5 * (out * times(out, metric.covariance)).sum(0) - 0.5 * noise.momentum.square().sum(0)
-    gain = chains.energy - end.energy - kinetic
+    start = 0.5 * noise.momentum.square().sum(0)
+    gain = chains.energy - end.energy - (0.5 * (out * times(out, metric.covariance)).sum(0) - start)
     gain = torch.where(gain.isfinite() & end.gradient.isfinite().all(0), gain, -torch.inf)
     acceptance = gain.clamp(max=0).exp()
     slope = _slope(metric, chains.position, end.position, out, acceptance) * length
     accept = noise.log_uniform < gain
     kept = Chains(*(torch.where(accept, b, a) for a, b in zip(chains, end, strict=True)))
-    moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, gain < -MAX_ENERGY_ERROR, count, step)
+    diverging = gain < -MAX_ENERGY_ERROR
+    moves = Moves(kept.position.clone(), kept.energy.clone(), acceptance, diverging, count, step, chains.energy + start)
     return kept, _learn(tuning, rules, acceptance, slope), moves
 
 

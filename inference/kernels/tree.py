@@ -48,7 +48,11 @@ class TreeNoise(NamedTuple):
 
 
 class TreeMoves(NamedTuple):
-    """Draws of a block: positions (T, D, chains), and statistics (T, chains)."""
+    """Draws of a block: positions (T, D, chains), and statistics (T, chains).
+
+    ``energy`` is the potential energy of the draw, ``total`` potential and kinetic energy at the start of its
+    trajectory.
+    """
 
     position: Tensor
     energy: Tensor
@@ -57,6 +61,7 @@ class TreeMoves(NamedTuple):
     leapfrogs: Tensor
     step_size: Tensor
     depth: Tensor
+    total: Tensor
 
 
 class _Numbers(NamedTuple):
@@ -165,8 +170,9 @@ def run_trees(
             numbers.leaves,
             numbers.log_step.exp(),
             numbers.depth,
+            numbers.start,
         )
-        records = records.scatter(1, row.expand(6, 1, width), torch.stack(record)[:, None])
+        records = records.scatter(1, row.expand(len(record), 1, width), torch.stack(record)[:, None])
         positions = positions.scatter(0, row.expand(1, dim, width), vectors.drawn[:1])
         learnt = average(StepSize(*numbers[12:]), rules[0] - acceptance)
         learns = ended & (rules[1] > 0)
@@ -187,12 +193,12 @@ def run_trees(
         # With a place more than there are levels, or transitions, for what is not kept.
         q.new_zeros(2, depths + 1, dim, width),
         q.new_zeros(count + 1, dim, width),
-        q.new_zeros(6, count + 1, width),
+        q.new_zeros(len(TreeMoves._fields) - 1, count + 1, width),
     )
     packed, stacked, _, positions, records = _repeat(count, leap, carried)
     numbers, drawn = _Numbers(*packed.unbind()), stacked.split(SIZES)[3]
-    energy, acceptance, diverging, leapfrogs, step, depth = records[:, :count].clone().unbind()
-    moves = TreeMoves(positions[:count].clone(), energy, acceptance, diverging > 0, leapfrogs, step, depth)
+    energy, acceptance, diverging, *rest = records[:, :count].clone().unbind()
+    moves = TreeMoves(positions[:count].clone(), energy, acceptance, diverging > 0, *rest)
     # Clones: a compiled loop may return no views of what it carries.
     after = Chains(drawn[0].clone(), numbers.energy.clone(), times(drawn[1], metric.root))
     return after, torch.stack(numbers[12:]), moves

@@ -5,6 +5,7 @@ Each chain has its own seed, so that draws do not depend on the number of cores.
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 import signal
 import sys
@@ -164,13 +165,23 @@ class _Watched:
         self._averages = isinstance(kernel, HMC | RandomWalkKernel)
         self._own: Any = Kernel.of(kernel).potential_fn
         self._potential: Any = potential or self._own
-        self._calls = 0
+        self._calls, self._energies = 0, list[float]()
+        if self._hmc is not None:
+            self._kinetic: Any = self._hmc._kinetic_energy
+            self._hmc._kinetic_energy = self._measured  # type: ignore[method-assign]
         if self._potential is not None:
             self._kernel.potential_fn = self._counted
 
     def _counted(self, values: Any) -> Tensor:
         self._calls += 1
         return self._potential(values)
+
+    def _measured(self, momenta: Any) -> Tensor:
+        """Kinetic energy; that at the start of a transition, whose potential energy is known, is kept with it."""
+        kinetic = self._kinetic(momenta)
+        if not self._energies:
+            self._energies.append(float(kinetic) + float(self._hmc._potential_energy_last))
+        return kinetic
 
     def check(self, values: dict[str, Tensor]) -> None:
         """Compare a program in place of the kernel's own potential with that, where the chain is.
@@ -192,6 +203,7 @@ class _Watched:
         self._calls = 0
         if self._hmc is not None:
             stats |= {"step_size": float(self._hmc.step_size), "lp": -float(self._hmc._potential_energy_last)}
+            stats["energy"] = self._energies.pop() if self._energies else math.nan
         if self._averages:
             stats["mean_acceptance"] = float(self._kernel._mean_accept_prob)
         return stats

@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from inference import COLUMNS, Comparison, Method
-from ppl_models.commands.arguments import about, named, prepare
-from ppl_models.commands.fitting import unfit
+from ppl_models.commands.arguments import about, changed, named, prepare
+from ppl_models.commands.fitting import say_page, unfit
 from ppl_models.commands.printing import frame, out, print_whole
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
@@ -19,22 +19,27 @@ from ppl_models.zoo.entry import Entry
 def compare(
     pair: str,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     methods: str | None,
     seed: int,
     device: str,
     checkpoint: str | None,
     out_dir: str | None,
+    page: bool,
 ) -> None:
     """Compare methods on a pair, print their table, and write it with a plot and a folder per method."""
-    entry = find(pair)
+    entry = changed(find(pair), settings)
     asked = list(entry.methods) if methods is None else methods.split(",")
     names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
-    dataset, folder = prepare(entry, data_name, out_dir, device)
+    dataset, folder = prepare(entry, data_name, out_dir, device, label)
     seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
     comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
     show(comparison, entry, dataset)
     for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
         out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
+    if page:
+        say_page(comparison, folder, about(entry, dataset, ", ".join(names), seed), entry, dataset)
     failed = [n for n in names if n not in comparison.results or unfit(comparison.results[n])]
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")

@@ -13,13 +13,15 @@ import typer
 from rich.markup import escape
 
 import inference
-from inference import Result, Saved, isolated, launched, stem_of
-from ppl_models.commands.arguments import about, named, prepare, taken
+from inference import Comparison, Result, Saved, isolated, launched, stem_of
+from ppl_models.commands.arguments import about, changed, named, prepare, taken
 from ppl_models.commands.printing import FAILED, INTERRUPTED, complain, frame, out, print_summary, print_whole
+from ppl_models.data.sets import Dataset
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.entries import find
+from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.pictures import save
-from ppl_models.zoo.restore import opened
+from ppl_models.zoo.restore import entry_of, opened
 
 
 def fit(device: str, **arguments: Any) -> None:
@@ -37,24 +39,28 @@ def _fit(
     first: bool,
     pair: str | None,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     method: str | None,
     start: str | None,
     seed: int,
     device: str,
     out_dir: str | None,
+    page: bool,
     **options: Any,
 ) -> None:
+    begun: Mapping[str, Any] = {}
     if start is not None:
-        begun = _begun(start, pair=pair, data=data_name, method=method)
+        begun = _begun(start, pair=pair, data=data_name, method=method, label=label, set=settings or None)
         pair, data_name, method = begun["pair"], begun["data"], begun["method"]
         if method == "chains":
             raise ValueError(f"from: expected the folder of a fit, got one of chains, {start}; use ppl-models sample")
-    entry = find(_given(pair))
+    entry = changed(find(_given(pair)), settings) if start is None else entry_of(begun)
     name = next(iter(entry.fits)) if method is None else named("method", method, entry.methods)
     if name not in entry.fits:
         raise ValueError(f"method: expected {' or '.join(entry.fits)}, got chains, {name}; use ppl-models sample")
     chosen = taken(name, entry.fits[name], {n: v for n, v in options.items() if v is not None})
-    dataset, folder = prepare(entry, data_name, out_dir, device)
+    dataset, folder = prepare(entry, data_name, out_dir, device, label)
     if start is None:
         with isolated(seed):
             model = entry.pair(dataset)
@@ -67,6 +73,8 @@ def _fit(
     if not first:
         return
     report(result, folder, name, about(entry, dataset, name, seed))
+    if page:
+        say_page(result, folder, about(entry, dataset, name, seed), entry, dataset)
     check_whole(result)
     if entry.report:
         print_whole(frame(entry.report(model, dataset.test)))
@@ -77,34 +85,39 @@ def _fit(
 def sample(
     pair: str | None,
     data_name: str | None,
+    label: str | None,
+    settings: list[str] | None,
     kernel: str | None,
     start: str | None,
     seed: int,
     device: str,
     out_dir: str | None,
+    page: bool,
     **options: Any,
 ) -> None:
     """Sample a pair's posterior, or more of it, and report on it."""
     chosen = None if kernel is None else named("kernel", kernel, inference.kernels.__all__)
     if start is not None:
-        begun = _begun(start, pair=pair, data=data_name)
+        begun = _begun(start, pair=pair, data=data_name, label=label, set=settings or None)
         for option in ("warmup", "chains", "checkpoint"):
             if options[option] is not None:
                 raise ValueError(f"{option}: expected none beside --from, got {options[option]}")
         if kernel is not None:
             raise ValueError(f"kernel: expected none beside --from, which goes on with its own, got {kernel}")
-        entry = find(begun["pair"])
+        entry = entry_of(begun)
         dataset, folder = prepare(entry, begun["data"], out_dir, device)
         more = {} if options["draws"] is None else {"draws": options["draws"]}
         result = opened(start).result.extend(**more, seed=seed)
     else:
-        entry = find(_given(pair))
-        dataset, folder = prepare(entry, data_name, out_dir, device)
+        entry = changed(find(_given(pair)), settings)
+        dataset, folder = prepare(entry, data_name, out_dir, device, label)
         with isolated(seed):
             model = entry.pair(dataset)
         factory = None if chosen is None else getattr(inference.kernels, chosen)
         result = inference.sample(model, dataset.train, factory, seed=seed, **options)
     report(result, folder, result.method, about(entry, dataset, "chains", seed))
+    if page:
+        say_page(result, folder, about(entry, dataset, "chains", seed), entry, dataset)
     check_whole(result)
 
 
@@ -115,7 +128,7 @@ def _given(pair: str | None) -> str:
     return pair
 
 
-def _begun(start: str, **asked: str | None) -> Mapping[str, Any]:
+def _begun(start: str, **asked: Any) -> Mapping[str, Any]:
     """What the folder of a Result says of how it was made, which has to be what was asked for."""
     said = Saved.read(start).about
     for name, value in asked.items():
@@ -150,3 +163,10 @@ def report(result: Result, folder: Path, name: str, about: dict[str, Any]) -> No
     out.print(escape(str(result)), highlight=False)
     stem = stem_of(name) + ("-partial" if unfit(result) else "")
     out.print(f"[dim]{result.save(folder / stem, about)}[/]", highlight=False, soft_wrap=True)
+
+
+def say_page(made: Result | Comparison, folder: Path, about: dict[str, Any], entry: Entry, dataset: Dataset) -> None:
+    """Write the page of a Result or a comparison, and say where it stands."""
+    told = {"title": entry.title, **about}
+    path = made.report(folder / "report.html", about=told, shape=dataset.shape)
+    out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)

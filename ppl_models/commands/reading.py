@@ -6,13 +6,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
 from inference import Saved, write_whole
 from ppl_models.commands.arguments import writable
 from ppl_models.commands.printing import out, print_summary, print_whole
+from ppl_models.data.frames import read_csv
 from ppl_models.zoo.restore import opened
 
 
@@ -37,7 +37,7 @@ def show(folder: str) -> None:
 def predict(folder: str, rows: str, out_file: str | None) -> None:
     """Predict the rows of a CSV file with the pair of a folder."""
     place = writable(str(Path(out_file).parent)) / Path(out_file).name if out_file else None
-    frame = _csv(rows)
+    frame = read_csv(rows)
     table = opened(folder).predict(frame)
     if place is None:
         sys.stdout.write(table.to_csv(index=False))
@@ -45,11 +45,3 @@ def predict(folder: str, rows: str, out_file: str | None) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place, partial(table.to_csv, index=False))
     out.print(f"[dim]{place}[/]", highlight=False, soft_wrap=True)
-
-
-def _csv(path: str) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"data: expected a CSV file, got {path} ({reason})") from None

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from ppl_models.data import files
 from ppl_models.data.files import Arrays
+from ppl_models.data.frames import check_numbers, columns_of, is_csv, shown
 from ppl_models.data.simulate import check_count, check_floating, random_source
 
 _MESSAGE = 160
@@ -131,7 +132,7 @@ def load(
     r"""Load a data set by name; download its files where they are missing.
 
     Args:
-        name: One of :func:`names`.
+        name: One of :func:`names`, or a CSV file: ``flowers.csv``, with a column of labels ``flowers.csv#species``.
         standardise: Subtract the mean of each column and divide by its standard deviation (that of the
             population), both of the training split alone. A column that is constant there is centred only.
         binarise: 1 where x is above a threshold, else 0. The threshold is half of the full scale for images
@@ -154,7 +155,7 @@ def load(
         >>> wine.train["x"].shape, wine.test["x"].shape, wine.classes
         (torch.Size([124, 13]), torch.Size([54, 13]), ('class_0', 'class_1', 'class_2'))
     """
-    if name not in _LOADERS:
+    if name not in _LOADERS and not is_csv(name):
         near = ", ".join(difflib.get_close_matches(str(name), _LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(_LOADERS)}, got {name!r} (nearest: {near})")
     place = _usable(device)
@@ -164,7 +165,7 @@ def load(
             f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
     check_floating(dtype)
-    raw = _LOADERS[name]()
+    raw = _raw(name)
     if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")
     splits: dict[str, dict[str, Tensor]] = {split: {} for split in raw.x}
@@ -214,33 +215,17 @@ def prepared_rows(
     Raises:
         ValueError: The set has two domains, or a column is missing, is no number or has missing values.
     """
-    raw = _LOADERS[name]()
+    raw = _raw(name)
     if raw.b is not None:
         raise ValueError(f"data: expected a set of rows, got {name} of two domains")
     missing = [f for f in raw.features if f not in frame.columns]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"data: expected columns {', '.join(missing[:3])}{more}, got {_shown(frame.columns)}")
+        raise ValueError(f"data: expected columns {', '.join(missing[:3])}{more}, got {shown(frame.columns)}")
     chosen = frame[list(raw.features)]
-    wrong = [f for f, kind in chosen.dtypes.items() if kind.kind not in "biuf" or chosen[f].isna().any()]
-    if wrong:
-        raise ValueError(f"data: expected numbers in column {wrong[0]}, got {_first_wrong(chosen[wrong[0]])}")
-    if not len(chosen):
-        raise ValueError("data: expected at least one row, got none")
+    check_numbers(chosen)
     arrays = {"train": raw.x["train"], "rows": chosen.to_numpy(float)}
     return _transformed(raw, arrays, standardise, binarise, unit, dtype)["rows"]
-
-
-def _shown(columns: Any) -> str:
-    names = [str(c) for c in columns]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-
-
-def _first_wrong(column: Any) -> str:
-    for number, value in enumerate(column, 1):
-        if isinstance(value, str) or value != value:
-            return f"{value!r} in row {number}"
-    return str(column.dtype)
 
 
 def hide_labels(y: Tensor, count: int, *, seed: int = 0) -> Tensor:
@@ -305,9 +290,25 @@ class _Raw(NamedTuple):
     b: Arrays | None = None
 
 
+def _raw(name: str) -> _Raw:
+    """The data set of a name, as it was read."""
+    return _LOADERS[name]() if name in _LOADERS else _from_csv(name)
+
+
+def _from_csv(name: str) -> _Raw:
+    columns = columns_of(name)
+    if columns.y is None:
+        x, _ = _split(columns.x, None)
+        return _Raw(x, {}, columns.features)
+    return _Raw(*_split(columns.x, columns.y), columns.features, columns.classes)
+
+
 def _split(x: Any, y: Any) -> tuple[dict[str, Any], Arrays]:
     from sklearn.model_selection import train_test_split
 
+    if y is None:
+        train, test = train_test_split(x, test_size=0.3, random_state=0)
+        return {"train": train, "test": test}, {}
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.3, stratify=y, random_state=0)
     return {"train": x_train, "test": x_test}, {"train": y_train, "test": y_test}
 

@@ -49,6 +49,7 @@ class Entry:
         dtype: Precision of the pair and its data.
         report: Table that ``ppl-models fit`` prints, from a fitted pair and held-out rows; None: no table.
         small: Overrides that make the pair small, for tests.
+        overrides: Arguments of ``make`` that replace those of the entry.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Entry:
     dtype: torch.dtype = torch.float64
     report: Callable[[Any, Any], pd.DataFrame] | None = None
     small: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fits(self) -> dict[str, Method]:
@@ -81,6 +83,12 @@ class Entry:
         kind: Any = getattr(self.make, "__self__", self.make)
         return tuple(n for n in inspect.signature(kind.model).parameters if n not in ("self", "size", "rows"))
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the arguments of the pair that may be replaced; those of the data set are its own."""
+        both = (*inspect.signature(self.make).parameters, *list(inspect.signature(self.arguments).parameters)[1:])
+        return tuple(n for n in dict.fromkeys(both) if n not in ("features", "classes", "guide"))
+
     def load(self, name: str | None = None, *, device: str | torch.device = "cpu") -> Dataset:
         """The entry's data set, or another by name, prepared for the pair, on a device."""
         whole, takes = data.load(name or self.data, dtype=self.dtype, device=device, **self.prepare), self.takes
@@ -92,6 +100,7 @@ class Entry:
 
         Overrides replace arguments of ``make``.
         """
+        overrides = {**self.overrides, **overrides}
         known = inspect.signature(self.arguments).parameters
         arguments = self.arguments(dataset, **{n: v for n, v in overrides.items() if n in known})
         return self.make(**{**arguments, **overrides}).to(device=dataset.device, dtype=self.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def opened(path: str | Path, given: Any = None) -> Restored:
         raise ValueError(
             f"pair: expected the pair of {path}, which does not say what it is (no {', '.join(missing)}), got none"
         )
-    entry = find(about["pair"])
+    entry = entry_of(about)
     if about["method"] not in (*entry.methods, "chains"):
         known = ", ".join(entry.methods)
         raise ValueError(f"{path}: expected a method of {entry.name} ({known}), got {about['method']!r}")
@@ -93,6 +94,16 @@ def opened(path: str | Path, given: Any = None) -> Restored:
         pair = entry.pair(dataset)
     built = _as_fitted(pair, dataset.train, entry.methods.get(about["method"], sample))
     return Restored(Result.load(path, built, dataset.train if given is None else given), entry, dataset)
+
+
+def entry_of(about: Mapping[str, Any]) -> Entry:
+    """The entry that a folder names, with the arguments of its pair that were replaced."""
+    return replace(find(about["pair"]), overrides={n: _listed(v) for n, v in about.get("set", {}).items()})
+
+
+def _listed(value: Any) -> Any:
+    """A value from JSON, which has lists for tuples."""
+    return tuple(map(_listed, value)) if isinstance(value, list) else value
 
 
 def _as_fitted(pair: Any, rows: Any, method: Method) -> Any:

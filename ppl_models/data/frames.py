@@ -1,0 +1,101 @@
+"""CSV files as data sets: a column per feature, and one of labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MARK = "#"
+"""Between the path of a CSV file and its column of labels, in the name of a data set."""
+
+
+class Columns(NamedTuple):
+    """Numbers (rows, features), codes of the labels (None without labels), and the names of both."""
+
+    x: np.ndarray[Any, Any]
+    y: np.ndarray[Any, Any] | None
+    features: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def csv_name(path: str, label: str | None = None) -> str:
+    """Name of the data set of a CSV file: its whole path, and its column of labels.
+
+    Example:
+        >>> csv_name("/data/flowers.csv", "species")
+        '/data/flowers.csv#species'
+    """
+    return f"{Path(path).absolute()}{MARK}{label}" if label else str(Path(path).absolute())
+
+
+def is_csv(name: str) -> bool:
+    """Whether a data set is a CSV file, by its name."""
+    return name.partition(MARK)[0].lower().endswith(".csv")
+
+
+def read_csv(path: str | Path) -> Any:
+    """A CSV file as a frame.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"data: expected a CSV file, got {path} ({reason})") from None
+
+
+def columns_of(name: str) -> Columns:
+    """The columns of a CSV file, by the name of its data set; labels become codes, in the order of their names.
+
+    Raises:
+        ValueError: The file cannot be read, a feature is no number, a value is missing, there is no such column of
+            labels, or a class has a single row.
+    """
+    path, _, label = name.partition(MARK)
+    frame = read_csv(path)
+    if label and label not in frame.columns:
+        raise ValueError(f"label: expected a column of {Path(path).name} ({shown(frame.columns)}), got {label!r}")
+    features = frame.drop(columns=[label] if label else [])
+    check_numbers(features)
+    numbers = features.to_numpy(float)
+    if not label:
+        return Columns(numbers, None, tuple(map(str, features.columns)), ())
+    labels = frame[label]
+    if labels.isna().any():
+        raise ValueError(f"label: expected a label in every row, got none in {int(labels.isna().sum())} of {label}")
+    classes, codes = np.unique(labels.to_numpy(), return_inverse=True)
+    few = classes[np.bincount(codes) < 2]
+    if len(few) or len(classes) < 2:
+        got = f"one of {few[0]}" if len(few) else f"{len(classes)} class"
+        raise ValueError(f"label: expected two classes or more, of two rows or more, got {got}")
+    return Columns(numbers, codes, tuple(map(str, features.columns)), tuple(map(str, classes)))
+
+
+def check_numbers(frame: Any) -> None:
+    """Raise a ValueError that names the first column of a frame that has other things than numbers, or missing ones."""
+    if not len(frame.columns):
+        raise ValueError("data: expected a column of numbers, got none")
+    wrong = [f for f, kind in frame.dtypes.items() if kind.kind not in "biuf" or frame[f].isna().any()]
+    if wrong:
+        raise ValueError(f"data: expected numbers in column {wrong[0]}, got {_first_wrong(frame[wrong[0]])}")
+    if not len(frame):
+        raise ValueError("data: expected at least one row, got none")
+
+
+def shown(columns: Any) -> str:
+    """The first names of columns."""
+    names = [str(c) for c in columns]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _first_wrong(column: Any) -> str:
+    for number, value in enumerate(column, 1):
+        if isinstance(value, str) or value != value:
+            return f"{value!r} in row {number}"
+    return str(column.dtype)

@@ -1,0 +1,104 @@
+"""CSV files as data sets, on the command line and by name; arguments of a pair that are replaced there."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ppl_models import load, restore
+from ppl_models.cli import app
+
+RANDOM = np.random.default_rng(0)
+KINDS = np.repeat(["oak", "ash", "elm"], 30)
+TREES = pd.DataFrame({"height": RANDOM.normal(size=90), "kind": KINDS, "old": RANDOM.normal(size=90) > 0, "girth": 1})
+TREES["height"] += 3.0 * (KINDS == "oak")
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Path:
+    path = tmp_path / "trees.csv"
+    TREES.to_csv(path, index=False)
+    return path
+
+
+def run(*arguments: object) -> str:
+    """Output of a command that has to succeed."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def refusal(*arguments: object) -> str:
+    """The line of a command that has to be refused as misused."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.split())
+
+
+def test_a_csv_file_is_a_data_set_with_the_split_and_the_names_of_others(trees: Path) -> None:
+    dataset = load(f"{trees}#kind", standardise=True, dtype=torch.float64)
+    assert dataset.features == ("height", "old", "girth")
+    assert dataset.classes == ("ash", "elm", "oak")
+    assert {n: tuple(v.shape) for n, v in dataset.train.items()} == {"x": (63, 3), "y": (63,)}
+    assert dataset.train["y"].bincount().tolist() == [21, 21, 21]
+    torch.testing.assert_close(dataset.train["x"].mean(0), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    TREES.drop(columns="kind").to_csv(trees, index=False)
+    plain = load(str(trees), dtype=torch.float64)
+    assert plain.classes == () and set(plain.train) == {"x"}
+    heights = torch.cat([plain.train["x"], plain.test["x"]])[:, 0]
+    assert sorted(heights.tolist()) == pytest.approx(sorted(TREES["height"]))
+
+
+def test_a_fit_of_a_csv_file_is_restored_predicts_and_reports(trees: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = run("fit", "naive_bayes", "--data", trees, "--label", "kind", "--method", "exact", "--out", out, "--report")
+    assert "means[oak, height]" in said.replace("\n", "")
+    page = (out / "report.html").read_text()
+    assert "trees.csv#kind" in page and "Gaussian naive Bayes" in page and "Left out" not in page
+    assert restore(out / "exact").bound.asked.coords["classes"] == ["ash", "elm", "oak"]
+    predicted = pd.read_csv(io.StringIO(run("predict", out / "exact", "--data", trees)))
+    assert list(predicted.columns) == ["class", "p(ash)", "p(elm)", "p(oak)"]
+    # Oaks are three standard deviations higher; the others cannot be told apart.
+    assert ((predicted["class"] == "oak") == (KINDS == "oak")).mean() > 0.85
+
+
+def test_arguments_of_a_pair_are_replaced_and_kept(trees: Path, tmp_path: Path) -> None:
+    common = (
+        "gaussian_mixture",
+        "--data",
+        trees,
+        "--label",
+        "kind",
+        "--set",
+        "components=2",
+        "--steps",
+        5,
+        "--method",
+        "SVI",
+    )
+    run("fit", *common, "--out", tmp_path / "out")
+    result = restore(tmp_path / "out" / "svi")
+    assert result.bound.sites["weights"].shape == (2,)
+    # What goes on has the same arguments.
+    run("fit", "--from", tmp_path / "out" / "svi", "--steps", 5, "--out", tmp_path / "more")
+    assert restore(tmp_path / "more" / "svi").bound.sites["weights"].shape == (2,)
+
+
+def test_what_is_wrong_with_a_csv_file_is_one_line_that_names_it(trees: Path, tmp_path: Path) -> None:
+    fit = ("fit", "naive_bayes", "--data")
+    known = r"--label: expected a column of trees.csv (height, kind, old, girth), got 'species'"
+    assert known in refusal(*fit, trees, "--label", "species")
+    assert "--data: expected numbers in column kind, got 'oak' in row 1" in refusal(*fit, trees)
+    assert "--label: expected none beside a data set of the zoo" in refusal(*fit, "wine", "--label", "kind")
+    assert "--data: expected a CSV file, got" in refusal(*fit, tmp_path / "none.csv")
+    one = TREES.assign(kind=["beech", *KINDS[1:]])
+    one.to_csv(trees, index=False)
+    assert "two rows or more, got one of beech" in refusal(*fit, trees, "--label", "kind")
+    TREES.assign(kind=[None, *KINDS[1:]]).to_csv(trees, index=False)
+    assert "got none in 1 of kind" in refusal(*fit, trees, "--label", "kind")
+    assert "--set: unknown 'featurs'; known: mean" in refusal("fit", "naive_bayes", "--set", "featurs=3")
+    assert "--set: expected NAME=VALUE, got 'scale'" in refusal("fit", "naive_bayes", "--set", "scale")
