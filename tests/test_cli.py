@@ -317,7 +317,7 @@ def test_a_folder_that_is_none_is_refused_in_one_line(run, tmp_path) -> None:
     assert "which does not say what it is (no pair, data, method, seed)" in answer.stderr
 
 
-@pytest.mark.parametrize("command", [("fit", "gan"), ("sample", "naive_bayes")])
+@pytest.mark.parametrize("command", [("fit", "gan"), pytest.param(("sample", "naive_bayes"), marks=pytest.mark.slow)])
 def test_a_command_goes_on_from_its_checkpoint(run, tmp_path, command, monkeypatch) -> None:
     short = {
         "fit": ["--steps", 20],

@@ -219,7 +219,7 @@ def joint_guide() -> tuple:
 REFUSED = [
     (lambda: BetaELBO(-1.0), "beta: expected zero or a positive number, got -1.0"),
     (lambda: BetaELBO(free_bits=-0.1), "free_bits: expected zero or a positive number, got -0.1"),
-    (lambda: BetaELBO(warmup=-3), "warmup: expected zero or a positive number, got -3"),
+    (lambda: BetaELBO(warmup=-3), "warmup: expected an integer of at least 0, got -3"),
     (
         lambda: fit((discrete_model, discrete_guide), X[:, 0], BetaELBO(), steps=3, progress=False),
         "guide: BetaELBO expected reparameterised draws of z, got Bernoulli",

@@ -255,7 +255,7 @@ def alone_in_the_guide(x: Tensor) -> None:
     [
         (lambda: RWS(0), "particles: expected an integer of at least 1, got 0"),
         (lambda: RWS(5, insomnia=1.5), "insomnia: expected a number between 0 and 1, got 1.5"),
-        (lambda: VIMCO(1), "particles: VIMCO expected at least 2, got 1"),
+        (lambda: VIMCO(1), "particles: expected an integer of at least 2, got 1"),
         (
             lambda: RWS(3).loss_and_grads(outside, lambda x: outside(x), torch.zeros(4)),
             "guide: RWS expected z in the plate of rows, got a global site; use Trace_ELBO",

@@ -30,9 +30,9 @@ def csv_name(path: str, label: str | None = None) -> str:
     return f"{Path(path).absolute()}{MARK}{label}" if label else str(Path(path).absolute())
 
 
-def is_csv(name: str) -> bool:
+def is_csv(name: Any) -> bool:
     """Whether a data set is a CSV file, by its name."""
-    return name.partition(MARK)[0].lower().endswith(".csv")
+    return isinstance(name, str) and name.partition(MARK)[0].lower().endswith(".csv")
 
 
 def read_csv(path: str | Path) -> Any:
