@@ -93,8 +93,6 @@ def to_idata(
     plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
     asked = _affordable(bound, size, left_out)
     notes = dict(attrs or {})
-    if bound.source is not None:
-        notes["rows"] = f"{len(bound.data['rows']):,} of {bound.rows:,}, evenly spaced"
     if "functions" in asked:
         functions = left_out.unless("deterministic sites", lambda: scoring.latent_functions(bound, posterior), {})
         groups["posterior"] = {**posterior, **functions}
