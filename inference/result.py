@@ -259,7 +259,8 @@ class Result:
         with isolated(0):
             put_parameters(saved, bound)
             state = State(bound.modules)
-            for name, value in saved.part("draws").items():
+            drawn = saved.part("draws")
+            for name, value in drawn.items():
                 site = bound.sites.get(name)
                 if site is None or torch.Size(site.shape) != value.shape[1:]:
                     got = "none" if site is None else tuple(site.shape)
@@ -275,7 +276,8 @@ class Result:
                 seconds=saved.seconds,
                 method=saved.method,
                 diagnosis=saved.diagnosis,
-                draws=saved.part("draws"),
+                # The file has them in the order of the alphabet.
+                draws={n: drawn[n] for n in bound.sites if n in drawn},
                 bound=bound,
                 state=state,
                 more=more,

@@ -327,7 +327,7 @@ def test_chains_are_extended_alike_from_a_result_and_from_its_folder(tmp_path, k
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kernel", [ChEES, NUTS, Gibbs])
 def test_chains_that_go_on_twice_have_noise_of_their_own_each_time(kernel) -> None:
-    """Chains with the noise of an earlier stretch come together with it: NUTS makes the same draws to the last digit."""
+    """Chains with the noise of an earlier stretch come together with it: NUTS repeats its draws to the last digit."""
 
     def model() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
