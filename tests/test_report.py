@@ -22,8 +22,8 @@ from inference.comparison.table import _quantity as quantity_of
 from inference.core import source
 from inference.core.bound import bind
 from inference.kernels import NUTS, ChEES
-from inference.report import plots, story
-from inference.report.blocks import section
+from inference.report import chapters, plots, story
+from inference.report.blocks import Table, section
 from inference.report.checks import checks, compared
 from inference.report.graph import graph, relations
 from ppl_models import GAN, ZOO
@@ -386,3 +386,25 @@ def test_it_prints_without_its_contents_and_within_the_page(browser, pages: dict
     assert page.evaluate("document.documentElement.scrollWidth") <= 690
     assert page.pdf(format="A4")[:5] == b"%PDF-"
     context.close()
+
+
+def test_leave_one_out_compares_methods_on_the_same_observations() -> None:
+    """Each site has a best method, whose gap is 0; the gap of the other is the difference of their sums."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu[0], 1.0), obs=x)
+            pyro.sample("y", dist.Normal(mu[1], 9.0), obs=y)
+
+    data = {"x": torch.linspace(-1.0, 1.0, 30), "y": torch.linspace(-9.0, 9.0, 30)}
+    results = {
+        name: fit((model, AutoNormal(model, init_scale=scale)), data, steps=0, draws=100, progress=False)
+        for name, scale in (("narrow", 0.1), ("wide", 0.4))
+    }
+    table = next(b for b in chapters.loo(results) if isinstance(b, Table))
+    shown = {row[0].text: [float(c.text.replace("−", "-")) for c in row[1:4]] for row in table.rows}
+    for site in ("x", "y"):
+        (first, _, gap), (second, _, other) = (shown[f"{name}, {site}"] for name in results)
+        assert max(gap, other) == 0
+        assert min(gap, other) == pytest.approx(-abs(first - second), rel=0.02, abs=0.02)

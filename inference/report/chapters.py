@@ -273,7 +273,7 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
         elif name not in scored:
             why = result.idata.attrs.get("log_likelihood", "no log likelihood of observations")
             yield note(f"{name}: {why}.")
-    found: dict[str, np.ndarray] = {}
+    found: list[tuple[str, np.ndarray]] = []
     rows, figures = [], []
     for name, result in scored.items():
         sites = [str(n) for n in result.idata["log_likelihood"].data_vars]
@@ -287,15 +287,16 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
                 continue
             k = np.asarray(score.pareto_k).ravel()
             bad = int((k > 0.7).sum())
-            found[label] = np.asarray(score.elpd_i).ravel()
+            found.append((site, np.asarray(score.elpd_i).ravel()))
             figures += [_titled(plots.pareto(k), label)] if bad or len(scored) == 1 else []
             numbers = (float(score.elpd), float(score.se), float(score.p), float(k.max()))
             rows.append([cell(label), *map(cell, numbers), cell(bad, "bad" if bad else "good")])
     if not rows:
         return
-    best = max(found, key=lambda n: float(found[n].sum()))
-    for row, values in zip(rows, found.values(), strict=True):
-        gap = values - found[best] if len(values) == len(found[best]) else np.full(1, np.nan)
+    for row, (site, values) in zip(rows, found, strict=True):
+        # Only predictions of the same observations compare.
+        best = max((v for other, v in found if other == site), key=np.sum)
+        gap = values - best if len(values) == len(best) else np.full(1, np.nan)
         spread = float(gap.std(ddof=1)) * math.sqrt(len(gap)) if len(gap) > 1 else math.nan
         row[3:3] = [cell(float(gap.sum())), cell(spread)]
     columns = ["method", "elpd", "se", "less than the best", "se of that", "p", "largest k", "k above 0.7"]

@@ -88,7 +88,7 @@ def _fit(canvas: Any, axes: Axes) -> None:
     """Leave as much space as labels need. Matplotlib's layouts, which measure them, take half of the time of a plot."""
     width, height = canvas.get_size_inches()
     letters = max(map(len, axes.yaxis.get_major_formatter().format_ticks(list(axes.get_yticks()))), default=0)
-    left = 0.07 + 0.062 * letters + (0.2 if axes.get_ylabel() else 0.0)
+    left = 0.07 + 0.075 * letters + (0.2 if axes.get_ylabel() else 0.0)
     bottom = 0.4 if axes.get_xlabel() else 0.24
     canvas.subplots_adjust(left / width, bottom / height, 1 - 0.1 / width, 1 - 0.06 / height)
 
