@@ -232,6 +232,11 @@ def test_replicated_counts_are_shown_by_their_states() -> None:
     assert counts.image != smooth.image
 
 
+def test_leave_one_out_says_of_guides_alone_that_their_draws_are_no_posterior(lines: Comparison) -> None:
+    said = [b.html for b in chapters.loo(lines.results) if not isinstance(b, Table) and b.kind == "text"]
+    assert [s.partition(":")[0] for s in said if "inference.loo(result) corrects" in s] == ["SVI"]
+
+
 def test_what_masks_hide_is_not_checked_as_data() -> None:
     def model(x: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 10.0))

@@ -273,6 +273,12 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
         elif name not in scored:
             why = result.idata.attrs.get("log_likelihood", "no log likelihood of observations")
             yield note(f"{name}: {why}.")
+    guides = [n for n, r in scored.items() if not is_chains(r)]
+    if guides:
+        yield note(
+            f"{', '.join(guides)}: draws of a guide are taken for those of the posterior, and the scores are off by "
+            "what the guide is off; inference.loo(result) corrects them."
+        )
     found: list[tuple[str, np.ndarray]] = []
     rows, figures = [], []
     for name, result in scored.items():
