@@ -93,8 +93,6 @@ def to_idata(
     plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
     asked = _affordable(bound, size, left_out)
     notes = dict(attrs or {})
-    if bound.source is not None:
-        notes["rows"] = f"{len(bound.data['rows']):,} of {bound.rows:,}, evenly spaced"
     if "functions" in asked:
         functions = left_out.unless("deterministic sites", lambda: scoring.latent_functions(bound, posterior), {})
         groups["posterior"] = {**posterior, **functions}
@@ -228,7 +226,7 @@ def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict
     if not bound.select("observed"):
         return {}, {}
     scores = scoring.log_likelihood_by_site(bound, posterior)
-    seen = _seen(bound, posterior)
+    seen = seen_of(bound, posterior)
     if all(bool(m.all()) for m in seen.values()):
         return scores, {}
     kept, flat = {}, {}
@@ -253,8 +251,12 @@ def _of_rows(bound: BoundPair, seen: Mapping[str, Tensor], score: Tensor) -> Ten
     return any_seen
 
 
-def _seen(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    r"""What masks leave of each observed site, (\*plates)."""
+def seen_of(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""What masks leave of each observed site, (\*plates), with the parameters that are in the store.
+
+    Raises:
+        ValueError: A mask depends on latent sites.
+    """
     observed = bound.select("observed")
     with torch.no_grad():
         trace = engine.trace(bound, bound.model, {n: v[0] for n, v in posterior.items()})

@@ -81,7 +81,8 @@ def posterior_predictive(
 
     Args:
         result: A Result of ``fit`` or ``sample``.
-        data: Other inputs. Default: the data of the fit. Observed sites are drawn anew.
+        data: Other inputs. Default: the data of the fit; of rows that are read by minibatches those that
+            ``idata.attrs["rows"]`` names. Observed sites are drawn anew.
         size: Number of rows, for a model that draws its rows without data (``data={}``).
 
     Returns:
@@ -132,8 +133,8 @@ def pointwise_log_likelihood(result: Result, data: Any = None) -> Tensor:
         A tensor (S, rows).
 
     Raises:
-        ValueError: The observed sites share no plate of rows, or the rows are new and a latent site has a value for
-            each row.
+        ValueError: The observed sites share no plate of rows, the rows are new and a latent site has a value for each
+            row, or the rows of the fit are read by minibatches and there are no others.
     """
     bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(), result.state():

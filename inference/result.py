@@ -15,8 +15,9 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from inference.core.bound import BoundPair, bind_by_rows
+from inference.core.bound import BoundPair, bind, bind_by_rows
 from inference.core.checks import check_count
 from inference.core.files import write_whole
 from inference.core.handlers import evaluating, exclusive, isolated
@@ -253,12 +254,13 @@ class Result:
             ValueError: A file is damaged or foreign, or the pair has other parameters or sites.
         """
         saved = Saved.read(path)
-        bound = bind_by_rows(pair, data)
+        bound = _bound_again(saved, pair, data)
         compare_data(saved, bound)
         with isolated(0):
             put_parameters(saved, bound)
             state = State(bound.modules)
-            for name, value in saved.part("draws").items():
+            drawn = saved.part("draws")
+            for name, value in drawn.items():
                 site = bound.sites.get(name)
                 if site is None or torch.Size(site.shape) != value.shape[1:]:
                     got = "none" if site is None else tuple(site.shape)
@@ -274,7 +276,8 @@ class Result:
                 seconds=saved.seconds,
                 method=saved.method,
                 diagnosis=saved.diagnosis,
-                draws=saved.part("draws"),
+                # The file has them in the order of the alphabet.
+                draws={n: drawn[n] for n in bound.sites if n in drawn},
                 bound=bound,
                 state=state,
                 more=more,
@@ -299,7 +302,7 @@ class Result:
 
         Args:
             draws: Further draws per chain.
-            seed: Seed of their randomness.
+            seed: Seed of their randomness, with the number of draws that there are: each call has noise of its own.
 
         Returns:
             A Result of all draws, those of this one and the new ones after them in each chain.
@@ -309,12 +312,14 @@ class Result:
         """
         check_count("draws", draws)
         with isolated(seed), self.state():
+            # Chains that had the same noise before would make the same draws again.
+            pyro.set_rng_seed(_seed_after(seed, self.size))
             new = self.more.extend(draws)
             count = next(iter(new.stats.values())).shape[0]
             values = {n: _after(self.draws[n], v.cpu(), count) for n, v in new.draws.items() if n in self.draws}
             before = self.idata["sample_stats"]
             stats = {n: np.concatenate([before[n].values, v], axis=1) for n, v in new.stats.items() if n in before}
-            attrs = {"restarted": self.idata.attrs.get("restarted", 0)}
+            attrs = {"restarted": self.idata.attrs.get("restarted", 0), "seed": seed}
             return conclude(
                 self.bound,
                 lambda: Posterior(values, count, stats, attrs=attrs),
@@ -421,6 +426,7 @@ def conclude(
     # A verb runs from its seed, which the random state keeps.
     seed = torch.initial_seed()
     attrs = {"method": method, "execution": execution, "seed": seed, **({"ended": ended} if ended else {})}
+    attrs |= {"rows": bound.shown_rows} if bound.source is not None else {}
     with state():
         made = left_out.unless("posterior", make, ())
         if isinstance(made, Posterior):
@@ -448,6 +454,18 @@ def conclude(
         state=state,
         more=more,
     )
+
+
+def _bound_again(saved: Saved, pair: Any, data: Any) -> BoundPair:
+    """The pair bound as it was: chains, and fits without minibatches, have all rows in memory."""
+    given = data.values() if isinstance(data, Mapping) else [data]
+    by_rows = "rows" in saved.attrs or any(isinstance(v, Dataset) for v in given)
+    return bind_by_rows(pair, data) if by_rows else bind(pair, data)
+
+
+def _seed_after(seed: int, draws: int) -> int:
+    """Seed of what follows so many draws: another one than that of any other stretch with the same ``seed``."""
+    return int(np.random.SeedSequence([seed, draws]).generate_state(1)[0])
 
 
 def _after(first: Tensor, then: Tensor, chains: int) -> Tensor:

@@ -141,6 +141,20 @@ def test_a_posterior_that_is_the_prior_is_told_by_the_log_density_alone() -> Non
     assert found.table["p"][["mu[0]", "mu[1]"]].min() > STRICT
 
 
+def test_a_verdict_without_the_log_density_says_what_it_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("expected all rows in each run")
+
+    monkeypatch.setattr("inference.comparison.calibrate.log_joint", refuse)
+
+    def prior(y: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(0.0 * y.sum(0), 1.0).to_event(1))
+
+    method = partial(fit, steps=0, draws=50)
+    found = calibrate(lambda: (model, prior), torch.zeros(ROWS, 2), method, simulations=20, alpha=STRICT)
+    assert found.passed and "log_joint is not among them: a posterior that ignores the data passes" in found.verdict
+
+
 def test_what_only_all_parameters_together_show_is_told() -> None:
     """Correlation of the wrong sign: both marginals are right."""
     factor = torch.tensor([[1.0, 0.0], [0.9, 0.43589]])

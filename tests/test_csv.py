@@ -102,3 +102,15 @@ def test_what_is_wrong_with_a_csv_file_is_one_line_that_names_it(trees: Path, tm
     assert "got none in 1 of kind" in refusal(*fit, trees, "--label", "kind")
     assert "--set: unknown 'featurs'; known: mean" in refusal("fit", "naive_bayes", "--set", "featurs=3")
     assert "--set: expected NAME=VALUE, got 'scale'" in refusal("fit", "naive_bayes", "--set", "scale")
+
+
+def test_a_csv_file_of_which_rows_or_columns_would_be_lost_or_counted_is_refused(trees: Path) -> None:
+    fit = ("fit", "naive_bayes", "--label", "kind", "--data", trees)
+    TREES.to_csv(trees)
+    assert "--data: expected a name for each column of trees.csv, got none for column 1" in refusal(*fit)
+    TREES.to_csv(trees, index=False, header=False)
+    assert "--data: expected names of columns in the first line of" in refusal(*fit)
+    trees.write_text("kind,height\n" + "1,2.0,3\n2,1.0,3\n" * 9)
+    assert "--data: expected a name for each column of" in refusal(*fit)
+    TREES.assign(height=np.inf).to_csv(trees, index=False)
+    assert "--data: expected numbers in column height, got inf in row 1" in refusal(*fit)

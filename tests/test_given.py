@@ -210,3 +210,7 @@ def test_rows_columns_and_categories_that_do_not_belong_together_are_refused() -
         bound.rebound(PEOPLE.assign(city=CITIES.set_categories(["Bern", "Basel", "Chur"])))
     with pytest.raises(ValueError, match="X: expected the columns of the fit, age, income, got income, age"):
         bind(regression, FRAME.assign(y=TARGET)).rebound(FRAME[["income", "age"]].assign(y=TARGET))
+    # The same rows in another order, of which one frame counts its own.
+    with pytest.raises(ValueError, match=r"y: expected the rows in the order of X, .* use y.loc\[X.index\]"):
+        bind(regression, {"X": FRAME, "y": TARGET.sort_values()})
+    bind(regression, {"X": FRAME, "y": TARGET.set_axis(range(10, 60))})

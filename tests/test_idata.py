@@ -18,7 +18,7 @@ from torch import Tensor
 import inference
 from inference import fit, sample
 from inference.core.bound import bind
-from inference.idata import _seen, allowed_names
+from inference.idata import allowed_names, seen_of
 from inference.kernels import ChEES, Gibbs
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -149,10 +149,10 @@ def test_masks_of_all_draws_are_looked_at() -> None:
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     bound = bind(model, double(1.0, 2.0))
-    assert _seen(bound, {"mu": double(0.0, 0.5, 0.0)})["y"].tolist() == [True, True]
+    assert seen_of(bound, {"mu": double(0.0, 0.5, 0.0)})["y"].tolist() == [True, True]
     # The first and the last draw see both entries, the one between sees one.
     with pytest.raises(ValueError, match="the mask of y depends on latent sites"):
-        _seen(bound, {"mu": double(0.0, 1.5, 0.0)})
+        seen_of(bound, {"mu": double(0.0, 1.5, 0.0)})
 
 
 def effects(y: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -14,13 +15,16 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from inference import Comparison, Result, compare, fit, sample
+from inference.comparison.table import _quantity as quantity_of
+from inference.core import source
 from inference.core.bound import bind
 from inference.kernels import NUTS, ChEES
 from inference.report import chapters, plots, story
 from inference.report.blocks import Table, section
-from inference.report.checks import compared
+from inference.report.checks import checks, compared
 from inference.report.graph import graph, relations
 from ppl_models import GAN, ZOO
 
@@ -226,6 +230,60 @@ def test_replicated_counts_are_shown_by_their_states() -> None:
     counts, smooth = compared("y", seen, drawn), compared("y", seen + 0.1, drawn + random.normal(size=drawn.shape))
     assert f"observed mean {seen.mean():.3f}".rstrip("0") in counts.alt
     assert counts.image != smooth.image
+
+
+def test_leave_one_out_says_of_guides_alone_that_their_draws_are_no_posterior(lines: Comparison) -> None:
+    said = [b.html for b in chapters.loo(lines.results) if not isinstance(b, Table) and b.kind == "text"]
+    assert [s.partition(":")[0] for s in said if "inference.loo(result) corrects" in s] == ["SVI"]
+
+
+def test_what_masks_hide_is_not_checked_as_data() -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=~x.isnan()):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x.nan_to_num())
+
+    x = torch.randn(200) + 20
+    x[:80] = torch.nan
+    result = fit((model, AutoNormal(model)), x, steps=2, draws=60, compile=False, progress=False)
+    said, table = checks(result)[0], checks(result)[-1]
+    assert "What masks hide is left out." in said.html
+    observed = {row[1].text: row[2].value for row in table.rows}
+    expected = x[80:].double()
+    assert observed["mean"] == pytest.approx(float(expected.mean()))
+    assert observed["smallest"] == pytest.approx(float(expected.min()))
+
+
+def test_the_names_of_a_loaded_result_are_those_of_its_draws(tmp_path: Path) -> None:
+    """A file has draws in the order of the alphabet, and the model another one."""
+
+    def model() -> None:
+        pyro.sample("zeta", dist.Normal(5.0, 0.1))
+        pyro.sample("alpha", dist.Normal(-5.0, 0.1))
+
+    result = sample(model, None, NUTS, draws=10, warmup=20, chains=2, progress=False)
+    loaded = Result.load(result.save(tmp_path / "held"), model)
+    assert list(loaded.draws) == ["zeta", "alpha"]
+    shuffled = replace(loaded, draws=dict(reversed(loaded.draws.items())))
+    assert [quantity_of(shuffled, n, 0) for n in ("alpha", "zeta")] == ["alpha", "zeta"]
+
+
+def test_a_page_about_rows_that_are_read_says_which_ones_it_shows(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(source, "SAMPLE", 50)
+
+    def model(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", size or len(y), subsample=rows):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    rows = TensorDataset(torch.randn(300))
+    result = fit((model, AutoNormal(model)), rows, steps=2, batch=40, draws=30, compile=False, progress=False)
+    text = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "300 (shown: 50 of 300, evenly spaced)" in text
+    assert "What is shown here is of those in memory: 50 of 300" in text
+    assert "in the same rows, 50 of 300" in text
+    # The sum over fifty rows is no score of three hundred.
+    assert "not all of them scored" in text and "Leave-one-out by Pareto" not in text
 
 
 def test_a_formula_is_an_image_that_reads_its_source() -> None:

@@ -324,6 +324,25 @@ def test_chains_are_extended_alike_from_a_result_and_from_its_folder(tmp_path, k
     assert all(torch.equal(once.draws[n], twice.draws[n]) for n in once.draws)
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kernel", [ChEES, NUTS, Gibbs])
+def test_chains_that_go_on_twice_have_noise_of_their_own_each_time(kernel) -> None:
+    """Chains with the noise of an earlier stretch come together with it: NUTS repeats its draws to the last digit."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        if kernel is Gibbs:
+            pyro.sample("z", dist.Bernoulli(0.4))
+
+    result = sample(model, None, kernel, draws=20, warmup=100, chains=8, progress=False)
+    longer = result.extend(150).extend(150)
+    draws = longer.draws["x"].unflatten(0, (8, 320)).double()
+    first, second = draws[:, 70:170], draws[:, 220:320]
+    correlation = np.corrcoef(first.flatten(), second.flatten())[0, 1]
+    # Of 2,400 numbers, of which neighbours in a chain may be correlated.
+    assert abs(correlation) < 0.3
+
+
 def test_a_fit_has_no_chains_to_extend() -> None:
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y)

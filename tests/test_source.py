@@ -15,12 +15,25 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from inference import Result, fit, log_evidence, log_weights, sample
+from inference import (
+    Result,
+    calibrate,
+    fit,
+    ksd,
+    log_evidence,
+    log_weights,
+    loo,
+    pointwise_log_likelihood,
+    posterior_predictive,
+    sample,
+    sensitivity,
+)
 from inference.checkpoint import CheckpointError
 from inference.core import source
 from inference.core.minibatch import Permutation
 from inference.core.packing import fingerprints
 from inference.draws import scoring
+from inference.kernels import NUTS
 from ppl_models import GaussianNaiveBayes
 
 QUIET: dict[str, Any] = {"steps": 25, "batch": 40, "draws": 60, "progress": False}
@@ -235,3 +248,45 @@ def test_a_fit_on_an_array_larger_than_the_memory_of_its_process_ends_right(tmp_
     assert rows * 16 > 2 * limit and found["refused"]
     # The posterior is N(0, 1 / rows); the noise of the last steps is left.
     assert np.abs(found["mean"]).max() < 0.3
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_said_of_all_rows_is_not_computed_from_some(tmp_path: Path, y: np.ndarray) -> None:
+    result = fit(pair(), mapped(tmp_path / "y", y), **QUIET)
+    asked: dict[str, Any] = {
+        "ksd": ksd,
+        "loo": loo,
+        "sensitivity": sensitivity,
+        "pointwise_log_likelihood": pointwise_log_likelihood,
+        "calibrate": calibrate,
+    }
+    for name, function in asked.items():
+        with pytest.raises(ValueError, match="expected all rows in memory .* got 50 of 300, evenly spaced"):
+            raise AssertionError(f"{name}: {function(result)}")
+    assert pointwise_log_likelihood(result, y[:7].astype(np.float32)).shape == (60, 7)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_size_that_is_asked_for_is_not_that_of_the_rows_in_memory(tmp_path: Path, y: np.ndarray) -> None:
+    def plain(y: Tensor, size: int | None = None, rows: Tensor | None = None) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with pyro.plate("rows", size or len(y), subsample=rows):
+            pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+    result = fit((plain, AutoNormal(plain)), mapped(tmp_path / "y", y), **QUIET)
+    assert posterior_predictive(result, size=5)["y"].shape == (60, 5, 3)
+
+
+@pytest.mark.usefixtures("small", "alone")
+def test_chains_of_a_memory_mapped_array_go_on_from_a_folder_with_all_of_its_rows(
+    tmp_path: Path, y: np.ndarray
+) -> None:
+    data = mapped(tmp_path / "y", y)
+    chains = sample(model, data, NUTS, draws=20, warmup=30, chains=2, progress=False)
+    found = Result.load(chains.save(tmp_path / "saved"), model, data)
+    assert found.bound.source is None and found.bound.rows == 300
+    for name, draws in chains.extend(10).draws.items():
+        assert torch.equal(found.extend(10).draws[name], draws)
+    # So does a fit that took all rows at each step.
+    whole = fit(pair(), data, steps=5, draws=10, progress=False)
+    assert Result.load(whole.save(tmp_path / "whole"), pair(), data).bound.source is None

@@ -163,6 +163,7 @@ def _setting(make_pair: Any, data: Any, method: Any, around: Result | None, seed
         with isolated(seed):
             bound = bind(make_pair(), around.bound.data if around is not None and data is None else data)
         state = nullcontext if around is None else around.state
+    (bound if around is None else around.bound).check_in_memory("simulated data of its shapes")
     if not bound.select("observed"):
         raise ValueError("make_pair: expected a model that observes data, got one that observes nothing")
     latent = bound.guided if fitted else bound.select("latent")

@@ -231,8 +231,9 @@ def page(comparison: Comparison, about: Mapping[str, Any] | None, shape: tuple[i
 
 def _quantity(result: Result, name: str, index: int) -> str:
     """Name of an element of a latent site, as in the table of the posterior."""
-    # A name may be written otherwise for NetCDF; the order is that of the draws.
-    array = list(result.idata["posterior"].data_vars.values())[list(result.draws).index(name)]
+    arrays = result.idata["posterior"].data_vars
+    # A name that NetCDF does not take is written otherwise.
+    array = next(v for n, v in arrays.items() if v.attrs.get("site", n) == name)
     place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()
     return quantity(array, place)
 

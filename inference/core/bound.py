@@ -120,6 +120,18 @@ class BoundPair:
         return sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
 
     @property
+    def shown_rows(self) -> str:
+        """Which rows are in memory, in words: ``1,000 of 20,000, evenly spaced``; empty where all are."""
+        return "" if self.source is None else f"{len(self.data['rows']):,} of {self.rows:,}, evenly spaced"
+
+    def check_in_memory(self, what: str) -> None:
+        """Raise a ValueError where rows are read by minibatches, so that those in memory are not all of them."""
+        if self.source is not None:
+            raise ValueError(
+                f"data: expected all rows in memory for {what}, got {self.shown_rows}; give an array in memory"
+            )
+
+    @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The torch modules behind the pair."""
         return _modules(self.pair)
@@ -158,7 +170,9 @@ class BoundPair:
             check_count("size", size)
             if "size" not in parameters_of(self.model):
                 raise ValueError(f"size: expected none, for the model has no argument size, got {size}; give it data")
-        data = self.data if size is None else {**self.data, "size": size}
+        # The rows in memory are those of another size.
+        kept = {n: v for n, v in self.data.items() if n != "rows" or self.source is None}
+        data = self.data if size is None else {**kept, "size": size}
         return replace(self, model=Uncondition()(self.model), guide=None, data=data, memo={})
 
     def with_data(self, data: Any) -> BoundPair:

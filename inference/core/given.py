@@ -60,7 +60,8 @@ def names_in(given: Mapping[str, Any]) -> Names:
     """Names of the columns, categories and rows of frames and series.
 
     Raises:
-        ValueError: Two of them have different indices, so that their rows do not belong together.
+        ValueError: Two of them have different indices, or the same in another order, so that their rows do not belong
+            together.
     """
     frames = {k: v for k, v in given.items() if type(v).__module__.startswith("pandas") and hasattr(v, "index")}
     columns = {k: tuple(map(str, v.columns)) for k, v in frames.items() if hasattr(v, "columns")}
@@ -70,6 +71,13 @@ def names_in(given: Mapping[str, Any]) -> Names:
     for name, index in indexed.items():
         if len(index) == len(indexed[first]) and not index.equals(indexed[first]):
             raise ValueError(f"{name}: expected the index of {first}, got another; use {name}.loc[{first}.index]")
+    counted = next((k for k, v in frames.items() if _is_default(v.index)), "")
+    for name, index in indexed.items() if counted else ():
+        if len(index) == len(frames[counted]) and index.is_unique and index.sort_values().equals(frames[counted].index):
+            raise ValueError(
+                f"{name}: expected the rows in the order of {counted}, got them in another; "
+                f"use {name}.loc[{counted}.index]"
+            )
     rows = tuple(v if isinstance(v, int | float | str) else str(v) for v in indexed[first]) if first else ()
     return Names(columns, categories, rows)
 

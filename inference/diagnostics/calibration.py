@@ -251,7 +251,10 @@ class Calibration:
         of = f"{len(self.ranks)} ranks of each of {count} {'quantity' if count == 1 else 'quantities'}"
         lost = f"; the method failed on {len(self.failed)} data sets: {self.failed[0]}" if self.failed else ""
         if not wrong:
-            said = f"{of} may be uniform (p {_shown(self.p)})"
+            blind = (
+                "" if JOINT in self.ranks else f"; {JOINT} is not among them: a posterior that ignores the data passes"
+            )
+            said = f"{of} may be uniform (p {_shown(self.p)}){blind}"
             return f"{'Not judged' if self.failed else 'No fault found'}: {said}{lost}."
         # A parameter says more than what sees all of them.
         worst = min(faulty.index, key=lambda n: n in (JOINT, DISTANCE))

@@ -91,8 +91,10 @@ def scores_of(bound: BoundPair, draws: dict[str, Tensor]) -> tuple[Tensor, Tenso
     computed one by one.
 
     Raises:
-        ValueError: There is no continuous site, a draw of one is missing, or the support of a site moves with others.
+        ValueError: There is no continuous site, a draw of one is missing, the support of a site moves with others, or
+            rows of the data are read by minibatches.
     """
+    bound.check_in_memory("gradients of the log density")
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message="Encountered")
         example, potential, transforms, trace = first_valid(

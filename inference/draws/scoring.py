@@ -26,6 +26,7 @@ JOINT_ROWS = 8192
 
 def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
     """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
+    bound.check_in_memory("the log likelihood of each row")
     density = score(bound, draws, "rows")
     if density.dim() < 2:
         observed = ", ".join(bound.select("observed")) or "nothing"

@@ -80,6 +80,8 @@ def data(bound: BoundPair) -> Iterator[Block]:
     if not rows:
         yield note("The model takes no data.")
         return
+    if bound.shown_rows:
+        yield note(f"Rows are read by minibatches. What is shown here is of those in memory: {bound.shown_rows}.")
     yield Table(
         ["name", "type", "shape", "mean", "sd", "smallest", "largest", "missing"], rows, "What the model was given"
     )
@@ -261,11 +263,22 @@ def learning(results: Mapping[str, Reported], colours: Mapping[str, str]) -> Ite
 
 def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
     """Leave-one-out cross-validation by importance sampling, with its warnings."""
-    scored = {n: r for n, r in results.items() if "log_likelihood" in r.idata.children}
+    whole = {n: r for n, r in results.items() if not r.bound.shown_rows}
+    scored = {n: r for n, r in whole.items() if "log_likelihood" in r.idata.children}
     for name, result in results.items():
-        if name not in scored:
+        if name not in whole:
+            yield note(
+                f"{name}: rows are read by minibatches, and not all of them scored; score held-out rows instead."
+            )
+        elif name not in scored:
             why = result.idata.attrs.get("log_likelihood", "no log likelihood of observations")
             yield note(f"{name}: {why}.")
+    guides = [n for n, r in scored.items() if not is_chains(r)]
+    if guides:
+        yield note(
+            f"{', '.join(guides)}: draws of a guide are taken for those of the posterior, and the scores are off by "
+            "what the guide is off; inference.loo(result) corrects them."
+        )
     found: list[tuple[str, np.ndarray]] = []
     rows, figures = [], []
     for name, result in scored.items():

@@ -10,6 +10,7 @@ import torch
 
 from inference.core.handlers import isolated
 from inference.draws.scoring import draw_sites
+from inference.idata import seen_of
 from inference.report.asked import Reported
 from inference.report.blocks import Block, Cell, Figure, Figures, Table, cell, note, number
 from inference.report.drawing import COLOURS, INK, image, panel
@@ -58,17 +59,22 @@ def checks(result: Reported) -> list[Block]:
     figures: list[Figure] = []
     rows: list[list[Cell]] = []
     titles = {True: "prior predictive", False: "posterior predictive"}
-    generated = not result.draws
+    generated, seen = not result.draws, _seen(result)
     for prior in (False,) if generated else (True, False):
         title = "generated" if generated else titles[prior]
         for name, drawn in replicas(result, prior=prior).items():
-            seen = result.bound.data[name] if name in result.bound.generated else result.bound.observations[name]
-            observed = seen.detach().cpu().double().numpy()
-            figures.append(compared(f"{name}: {title}", observed, drawn.astype(float)))
-            rows += [] if prior else _statistics(name, observed, drawn.astype(float))
+            values = result.bound.data[name] if name in result.bound.generated else result.bound.observations[name]
+            observed, replicated = values.detach().cpu().double().numpy(), drawn.astype(float)
+            if name in seen:
+                observed, replicated = observed[seen[name]], replicated[:, seen[name]]
+            figures.append(compared(f"{name}: {title}", observed, replicated))
+            rows += [] if prior else _statistics(name, observed, replicated)
     if not figures:
         return [note("The model observes nothing that could be replicated.")]
-    found.append(note("Black: the data. Blue: data that the model draws, as many rows as there are."))
+    shown = result.bound.shown_rows
+    rows_of = f"in the same rows, {shown}" if shown else "as many rows as there are"
+    hidden = " What masks hide is left out." if seen else ""
+    found.append(note(f"Black: the data. Blue: data that the model draws, {rows_of}.{hidden}"))
     found.append(Figures(figures))
     found.append(
         Table(
@@ -79,6 +85,13 @@ def checks(result: Reported) -> list[Block]:
         )
     )
     return found
+
+
+def _seen(result: Reported) -> dict[str, np.ndarray]:
+    r"""Whether each entry (\*plates) of a site is observed, of sites of which masks hide a part."""
+    with isolated(0), result.state():
+        seen = {n: v.cpu().numpy() for n, v in seen_of(result.bound, result.draws).items()}
+    return {n: v for n, v in seen.items() if v.any() and not v.all()}
 
 
 def compared(title: str, observed: np.ndarray, drawn: np.ndarray) -> Figure:

@@ -201,7 +201,8 @@ def _verdict(warned: Mapping[str, int]) -> tuple[str, str]:
 def _facts(results: Sequence[Reported], known: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = results[0].bound.rows
     seconds = sum(r.seconds["setup"] + r.seconds["run"] for r in results)
-    facts = [("rows", f"{rows:,}")] if rows else []
+    shown = results[0].bound.shown_rows
+    facts = [("rows", f"{rows:,}" + (f" (shown: {shown})" if shown else ""))] if rows else []
     facts += [("seed", str(known["seed"]))] if "seed" in known else []
     return [
         *facts,

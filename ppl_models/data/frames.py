@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +41,29 @@ def read_csv(path: str | Path) -> Any:
     """A CSV file as a frame.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, its first line has numbers in place of names, or a line has more values than
+            there are names.
     """
     import pandas as pd
 
     try:
-        return pd.read_csv(path)
+        frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"data: expected a CSV file, got {path} ({reason})") from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        # pandas takes what is too much for the names of the rows.
+        raise ValueError(f"data: expected a name for each column of {path}, got {len(frame.columns)} for more")
+    if any(map(_is_number, frame.columns)):
+        raise ValueError(f"data: expected names of columns in the first line of {path}, got {shown(frame.columns)}")
+    return frame
+
+
+def _is_number(name: str) -> bool:
+    """Whether the name of a column is a number, but for whole ones, which may be the names of pixels."""
+    with suppress(ValueError):
+        return not float(name).is_integer() or "." in name
+    return False
 
 
 def columns_of(name: str) -> Columns:
@@ -61,6 +77,12 @@ def columns_of(name: str) -> Columns:
     frame = read_csv(path)
     if label and label not in frame.columns:
         raise ValueError(f"label: expected a column of {Path(path).name} ({shown(frame.columns)}), got {label!r}")
+    unnamed = [str(c) for c in frame.columns if str(c).startswith("Unnamed: ")]
+    if unnamed:
+        raise ValueError(
+            f"data: expected a name for each column of {Path(path).name}, got none for column "
+            f"{int(unnamed[0].removeprefix('Unnamed: ')) + 1}; pandas writes row numbers there, unless index=False"
+        )
     features = frame.drop(columns=[label] if label else [])
     check_numbers(features)
     numbers = features.to_numpy(float)
@@ -78,10 +100,10 @@ def columns_of(name: str) -> Columns:
 
 
 def check_numbers(frame: Any) -> None:
-    """Raise a ValueError that names the first column of a frame that has other things than numbers, or missing ones."""
+    """Raise a ValueError that names the first column of a frame that has other things than finite numbers."""
     if not len(frame.columns):
         raise ValueError("data: expected a column of numbers, got none")
-    wrong = [f for f, kind in frame.dtypes.items() if kind.kind not in "biuf" or frame[f].isna().any()]
+    wrong = [f for f, kind in frame.dtypes.items() if kind.kind not in "biuf" or not np.isfinite(frame[f]).all()]
     if wrong:
         raise ValueError(f"data: expected numbers in column {wrong[0]}, got {_first_wrong(frame[wrong[0]])}")
     if not len(frame):
@@ -96,6 +118,6 @@ def shown(columns: Any) -> str:
 
 def _first_wrong(column: Any) -> str:
     for number, value in enumerate(column, 1):
-        if isinstance(value, str) or value != value:
+        if isinstance(value, str) or not math.isfinite(value):
             return f"{value!r} in row {number}"
     return str(column.dtype)
