@@ -18,6 +18,8 @@ import inference
 import inference.kernels
 import inference.objectives
 import ppl_models
+from inference.core.bound import bind
+from inference.report.graph import graph
 from ppl_models import ZOO, Entry
 from ppl_models.ledger import RECIPES, table
 from ppl_models.ledger.entries import records
@@ -25,6 +27,12 @@ from ppl_models.ledger.entries import records
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
 SECTION = re.compile(r"^(Args|Data|Sites|Attributes|Example|Raises|Returns|Arguments|The other arguments)\b", re.M)
+DATA = {
+    "COLUMNS": "What each column of the table of a comparison means, by name.",
+    "RECIPES": "The recipes of the ledger, by name.",
+    "ZOO": "The entries of the zoo, by name.",
+}
+"""What the public names that are data hold."""
 PAPER = re.compile(r"^References?: ")
 
 
@@ -86,6 +94,8 @@ def card(entry: Entry) -> str:
 
 {rst(body)}
 
+{graph_of(entry)}
+
 ## What comes with it
 
 | | |
@@ -116,6 +126,18 @@ ppl-models compare {entry.name}
 
 Arguments, shapes and errors: {{py:class}}`ppl_models.{kind.__name__}`.
 """
+
+
+def graph_of(entry: Entry) -> str:
+    """The graph of sites and plates as an inline picture; nothing where there are too many sites."""
+    data = entry.load()
+    # A chain of many steps has a site per step, and its small form has none of its own to show.
+    drawn = None if entry.name == "diffusion" else graph(bind(entry.pair(data, **entry.small), data.train))
+    if drawn is None:
+        return ""
+    return f'''<div class="graph">{drawn.image}</div>
+
+*Sites and plates, on the training rows of {entry.data}. {drawn.note}*'''
 
 
 def rst(text: str) -> str:
@@ -323,7 +345,10 @@ def documented(name: str, value: Any) -> str:
         return f"{title}\n\n.. automodule:: {value.__name__}\n   :members: {members}"
     if inspect.isclass(value):
         return f".. autoclass:: {name}\n   :members:"
-    return f".. autofunction:: {name}" if callable(value) else f".. autodata:: {name}\n   :no-value:"
+    if callable(value):
+        return f".. autofunction:: {name}"
+    said = DATA.get(name.rpartition(".")[2], "")
+    return f".. py:data:: {name}\n\n   {said}"
 
 
 def public_of(module: ModuleType) -> Iterator[str]:
