@@ -72,13 +72,14 @@ def papers(*docs: str) -> list[str]:
 def story(entry: Entry) -> tuple[list[str], list[str]]:
     """The generative story of an entry as paragraphs of reStructuredText, and its papers.
 
-    The file of a family says what its pairs share: it comes first where the class has no formula of its own.
+    The file of a family says what its pairs share: it follows where the class has no formula of its own, or that of the
+    first base class whose file has one.
     """
-    own, shared = (inspect.getdoc(o) or "" for o in (class_of(entry), inspect.getmodule(class_of(entry))))
-    paragraphs = head(own)
-    if not any(".. math::" in p for p in paragraphs):
-        paragraphs += head(shared)[1:]
-    return paragraphs, list(dict.fromkeys(papers(own, shared)))
+    kind = class_of(entry)
+    docs = [inspect.getdoc(o) or "" for o in (kind, *map(inspect.getmodule, kind.__mro__[:-1]))]
+    told = next(k for k, doc in enumerate(docs) if ".. math::" in "\n\n".join(head(doc)))
+    paragraphs = head(docs[0]) + (head(docs[told])[1:] if told else [])
+    return paragraphs, list(dict.fromkeys(papers(docs[0], docs[max(told, 1)])))
 
 
 def card(entry: Entry) -> str:
