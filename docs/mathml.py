@@ -11,12 +11,22 @@ from latex2mathml.converter import convert
 
 UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\{([A-Za-z][A-Za-z ]*)\}")
 
+SPACED = {
+    "<mi>&#x0007E;</mi>": '<mo lspace="0.28em" rspace="0.28em">&#x0223C;</mo>',
+    "<mo>&#x02016;</mo>": '<mo stretchy="false" lspace="0" rspace="0">&#x02016;</mo>',
+    "<mi>log</mi>": '<mi>log</mi><mspace width="0.17em"/>',
+}
+"""Relations, bars and functions with the spaces and sizes that TeX gives them."""
+
 
 def mathml(latex: str, display: str) -> str:
     """MathML of a formula. Names set upright stay so: a single letter in ``mi`` would be italic."""
     aligned = display == "block" and "&" in latex and r"\begin" not in latex
     source = rf"\begin{{align*}}{latex}\end{{align*}}" if aligned else latex
-    return convert(UPRIGHT.sub(r"\\text{\1}", source), display=display)
+    body = convert(UPRIGHT.sub(r"\\text{\1}", source), display=display)
+    for wrong, right in SPACED.items():
+        body = body.replace(wrong, right)
+    return body
 
 
 def inline(translator: Any, node: nodes.math) -> None:

@@ -102,7 +102,7 @@ def card(entry: Entry) -> str:
 | | |
 | --- | --- |
 | data sets | {sets} (the first is the default) |
-| methods | {", ".join(entry.methods)} (`ppl-models fit` runs {next(iter(entry.fits))}) |
+| methods | {", ".join(entry.methods)} (`fit` runs {next(iter(entry.fits))}) |
 | compared with | {entry.source} |
 | exact posterior | {"known: `compare` shows the error of every method" if entry.truth else "not known in closed form"} |
 
@@ -136,9 +136,9 @@ def graph_of(entry: Entry) -> str:
     drawn = None if entry.name == "diffusion" else graph(bind(entry.pair(data, **entry.small), data.train))
     if drawn is None:
         return ""
-    return f'''<div class="graph">{drawn.image}</div>
+    return f"""<div class="graph">{drawn.image}</div>
 
-*Sites and plates, on the training rows of {entry.data}. {drawn.note}*'''
+*Sites and plates, on the training rows of {entry.data}. {drawn.note}*"""
 
 
 def rst(text: str) -> str:
@@ -328,14 +328,18 @@ def page(name: str, module: ModuleType, line: str) -> str:
             foreign.append(f"`{public}`")
         elif not (isinstance(value, ModuleType) and value.__name__ in ("inference.kernels", "inference.objectives")):
             blocks.append((order(value), public, documented(f"{name}.{public}", value)))
-    said = f"Of Pyro itself, as they are: {', '.join(foreign)}; see [its manual](https://docs.pyro.ai)." if foreign else ""
+    said = (
+        f"Of Pyro itself, as they are: {', '.join(foreign)}; see [its manual](https://docs.pyro.ai)." if foreign else ""
+    )
     body = "\n\n".join(text for *_, text in sorted(blocks, key=lambda b: b[:2]))
     return f"# {name}\n\n{line}\n\n{said}\n\n{rst(body)}\n"
 
 
 def order(value: Any) -> int:
     """Functions, classes, data, modules."""
-    return 0 if inspect.isfunction(value) else 1 if inspect.isclass(value) else 3 if isinstance(value, ModuleType) else 2
+    return (
+        0 if inspect.isfunction(value) else 1 if inspect.isclass(value) else 3 if isinstance(value, ModuleType) else 2
+    )
 
 
 def documented(name: str, value: Any) -> str:

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from test_layers import check_public
 
 from ppl_models import ZOO
-from test_layers import check_public
 
 pytest.importorskip("sphinx", reason="sphinx is not installed (the extra docs)")
 pytest.importorskip("latex2mathml", reason="latex2mathml is not installed (the extra docs)")
