@@ -102,9 +102,9 @@ def card(entry: Entry) -> str:
 | | |
 | --- | --- |
 | data sets | {sets} (the first is the default) |
-| methods | {", ".join(entry.methods)} (`fit` runs {next(iter(entry.fits))}) |
+| methods | {", ".join(entry.methods)} (`ppl-models fit` runs {next(iter(entry.fits))}) |
 | compared with | {entry.source} |
-| exact posterior | {"known: `compare` shows the error of every method" if entry.truth else "not known in closed form"} |
+| exact posterior | {"known; `compare` shows each error" if entry.truth else "not known in closed form"} |
 
 ## Run it
 
