@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import inference
 import ppl_models
-from inference import fit
+from inference import Saved, fit
 from ppl_models.cli import app
 from ppl_models.commands.listing import entries
 from ppl_models.zoo.entries import ZOO, listed, table
@@ -336,8 +336,9 @@ def test_a_command_goes_on_from_its_checkpoint(run, tmp_path, command, monkeypat
 
 def test_a_fit_goes_on_from_its_folder(run, tmp_path) -> None:
     assert run("fit", "ppca", "--data", "iris", "--steps", 300, "--out", tmp_path / "a").exit_code == 0
-    answer = run("fit", "--from", tmp_path / "a" / "svi", "--steps", 20, "--out", tmp_path / "b")
+    answer = run("fit", "--from", tmp_path / "a" / "svi", "--steps", 20, "--seed", 3, "--out", tmp_path / "b")
     assert answer.exit_code == 0, answer.output
+    assert Saved.read(tmp_path / "b" / "svi").about["seed"] == 0, "that of the pair, from which it is built again"
     first, then = (pd.read_csv(tmp_path / f / "svi" / "losses.csv")["loss"] for f in "ab")
     fallen = first[:20].mean() - first[-20:].mean()
     assert abs(then.mean() - first[-20:].mean()) < fallen / 4, "it does not begin where the first one ended"

@@ -72,9 +72,11 @@ def _fit(
     result = entry.fits[name](model, dataset.train, seed=seed, **chosen)
     if not first:
         return
-    report(result, folder, name, about(entry, dataset, name, seed))
+    # A pair that is restored is built from the seed that it was first built from.
+    made = about(entry, dataset, name, int(begun.get("seed", seed)))
+    report(result, folder, name, made)
     if page:
-        say_page(result, folder, about(entry, dataset, name, seed), entry, dataset)
+        say_page(result, folder, made, entry, dataset)
     check_whole(result)
     if entry.report:
         print_whole(frame(entry.report(model, dataset.test)))
@@ -97,6 +99,7 @@ def sample(
 ) -> None:
     """Sample a pair's posterior, or more of it, and report on it."""
     chosen = None if kernel is None else named("kernel", kernel, inference.kernels.__all__)
+    begun: Mapping[str, Any] = {}
     if start is not None:
         begun = _begun(start, pair=pair, data=data_name, label=label, set=settings or None)
         for option in ("warmup", "chains", "checkpoint"):
@@ -115,9 +118,10 @@ def sample(
             model = entry.pair(dataset)
         factory = None if chosen is None else getattr(inference.kernels, chosen)
         result = inference.sample(model, dataset.train, factory, seed=seed, **options)
-    report(result, folder, result.method, about(entry, dataset, "chains", seed))
+    made = about(entry, dataset, "chains", int(begun.get("seed", seed)))
+    report(result, folder, result.method, made)
     if page:
-        say_page(result, folder, about(entry, dataset, "chains", seed), entry, dataset)
+        say_page(result, folder, made, entry, dataset)
     check_whole(result)
 
 
