@@ -353,7 +353,8 @@ def test_a_wide_guide_is_told_by_pareto_k() -> None:
         pyro.param("unused", torch.zeros(()).double())
         pyro.sample("mu", dist.Normal(torch.tensor(MEAN, dtype=torch.float64), 0.1 * SD))
 
-    result = quiet((model, narrow), Y, steps=0)
+    # k is 0.99; its estimate from the largest 950 weights has a standard error of 0.06.
+    result = quiet((model, narrow), Y, steps=0, draws=100_000)
     assert result.diagnosis.pareto_k > 0.7
     assert "unreliable" in result.diagnosis.advice[0]
     assert "sample()" in str(result)
