@@ -267,6 +267,21 @@ def test_a_data_set_on_which_the_method_fails_is_said() -> None:
         calibrate(lambda: (model, guide), torch.zeros(ROWS, 2), broken, simulations=2)
 
 
+def test_a_fit_that_stops_early_is_one_that_failed() -> None:
+    def method(pair: Any, data: Any, seed: int) -> Result:
+        result = fit(pair, data, steps=0, draws=50, seed=seed, progress=False)
+        if seed % 4 == 0:
+            result.idata.attrs["ended"] = "stopped at step 7 of 100, where loss or gradient is not finite"
+        return result
+
+    found = calibrate(lambda: (model, guide), torch.zeros(ROWS, 2), method, simulations=8, alpha=STRICT)
+    assert (
+        found.failed
+        == ("RuntimeError: the run was stopped at step 7 of 100, where loss or gradient is not finite",) * 2
+    )
+    assert len(found.ranks) == 6 and not found.passed
+
+
 def test_what_cannot_be_calibrated_is_refused_in_one_line() -> None:
     data, method = torch.zeros(ROWS, 2), partial(fit, steps=1, draws=5)
     with pytest.raises(ValueError, match=r"^method: expected one for new pairs, or a Result alone, got a function"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import arviz_base as azb
@@ -30,7 +31,14 @@ from torch import Tensor
 import inference
 from inference import Comparison, Result, pointwise_log_likelihood
 from inference.comparison.compare import compare
-from inference.comparison.scores import _decided_by_few, _particles, calibration_error, monte_carlo_error, noise_floor
+from inference.comparison.scores import (
+    _decided_by_few,
+    _particles,
+    calibration_error,
+    drawn_scores,
+    monte_carlo_error,
+    noise_floor,
+)
 from inference.comparison.table import COLUMNS
 from inference.core.bound import bind
 from ppl_models import GaussianNaiveBayes
@@ -133,6 +141,12 @@ def test_coverage_of_the_parameters_that_the_data_were_simulated_from() -> None:
         compare(make_pair, X, {"exact": exactly}, drawn={"v": torch.zeros(())})
     with pytest.raises(ValueError, match=r"^drawn: expected w of shape \(2,\), got \(3,\)$"):
         compare(make_pair, X, {"exact": exactly}, drawn={"w": torch.zeros(3)})
+
+
+def test_coverage_of_more_draws_than_torch_takes_for_quantiles() -> None:
+    result: Any = SimpleNamespace(draws={"z": torch.linspace(0, 1, 17_000_000)})
+    found = [drawn_scores(result, {"z": torch.tensor(true)}) for true in (0.06, 0.94, 0.96)]
+    assert [f["coverage_90"] for f in found] == [1, 1, 0]
 
 
 def test_a_truth_that_is_an_estimate_shows_its_own_error() -> None:

@@ -112,5 +112,14 @@ def test_a_csv_file_of_which_rows_or_columns_would_be_lost_or_counted_is_refused
     assert "--data: expected names of columns in the first line of" in refusal(*fit)
     trees.write_text("kind,height\n" + "1,2.0,3\n2,1.0,3\n" * 9)
     assert "--data: expected a name for each column of" in refusal(*fit)
+    trees.write_text("5,3,1\n" + "4,2,1\n" * 20)
+    numbers = "--data: expected names of columns in the first line of"
+    assert numbers in refusal("fit", "ppca", "--data", trees) and "got 5, 3, 1" in refusal(
+        "fit", "ppca", "--data", trees
+    )
+    # Names of pixels may be whole numbers, beside others.
+    pixels = pd.DataFrame(RANDOM.integers(0, 17, (20, 3))).assign(digit=[0, 1] * 10)
+    pixels.to_csv(trees, index=False)
+    assert load(f"{trees}#digit").features == ("0", "1", "2")
     TREES.assign(height=np.inf).to_csv(trees, index=False)
     assert "--data: expected numbers in column height, got inf in row 1" in refusal(*fit)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -20,6 +21,7 @@ from inference.objectives import IWAE
 from inference.objectives.importance import Weighted
 from ppl_models import ZOO
 from ppl_models.cli import app
+from ppl_models.models.vae import VAE
 from ppl_models.zoo.checks import Check, brute_force, verify
 from ppl_models.zoo.entry import Entry
 
@@ -74,6 +76,19 @@ def test_conjugate_posteriors_and_their_chains_are_green() -> None:
         checks = run(IRIS, method)
         assert checks[f"posterior, {method}"].passed, checks
     assert run(IRIS, "SVI")["posterior, SVI"].passed is None
+
+
+class Wide(VAE):
+    """A guide of which a few draws among thousands lie where the posterior is."""
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        own = super().posterior(x)
+        return dist.Normal(own.mean, 4000 * own.stddev).to_event(1)
+
+
+def test_a_guide_far_from_the_posterior_leaves_the_evidence_unchecked() -> None:
+    check = run(replace(ZOO["vae"], make=Wide))["log p(x)"]
+    assert check.passed is None and "the guide is too far from the posterior" in check.figure
 
 
 # Faults

@@ -84,8 +84,8 @@ def calibrate(
         jobs: Number of data sets that run side by side, in processes (-1: as many as there are cores).
 
     Returns:
-        A Calibration: ``verdict``, ``passed``, ``table``, ``plot()``. Data sets on which the method raises an error are
-        listed in ``failed``.
+        A Calibration: ``verdict``, ``passed``, ``table``, ``plot()``. Data sets on which the method raises an error or
+        ends early are listed in ``failed``.
 
     Raises:
         ValueError: The model observes nothing or has parameters that the method trains, the guide of a Result does not
@@ -380,6 +380,8 @@ class _Run:
         with isolated(task.seed):
             pair = self.make_pair()
             result = self.method(pair, task.data, **accepted(self.method, seed=task.seed, progress=False))
+        if result.ended:
+            raise RuntimeError(f"the run was {result.ended}")
         learnt = trained_in_model(result.bound) if len(result.losses) else []
         if learnt:
             raise ValueError(

@@ -54,15 +54,21 @@ def read_csv(path: str | Path) -> Any:
     if not isinstance(frame.index, pd.RangeIndex):
         # pandas takes what is too much for the names of the rows.
         raise ValueError(f"data: expected a name for each column of {path}, got {len(frame.columns)} for more")
-    if any(map(_is_number, frame.columns)):
+    if _is_row(list(frame.columns)):
         raise ValueError(f"data: expected names of columns in the first line of {path}, got {shown(frame.columns)}")
     return frame
 
 
+def _is_row(names: list[str]) -> bool:
+    """Whether the names of columns are a row: numbers all of them, or some not whole, as those of pixels may be."""
+    numbers = [n for n in names if _is_number(n)]
+    return len(numbers) == len(names) or any("." in n or not float(n).is_integer() for n in numbers)
+
+
 def _is_number(name: str) -> bool:
-    """Whether the name of a column is a number, but for whole ones, which may be the names of pixels."""
     with suppress(ValueError):
-        return not float(name).is_integer() or "." in name
+        float(name)
+        return True
     return False
 
 
