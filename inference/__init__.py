@@ -5,8 +5,9 @@ from inference._fit import fit
 from inference._sample import sample
 from inference.checkpoint import Checkpoint
 from inference.comparison.calibrate import calibrate
-from inference.comparison.compare import Method, compare
+from inference.comparison.compare import compare
 from inference.comparison.judgement import ksd, loo, sensitivity
+from inference.comparison.methods import Method
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.files import stem_of, write_whole

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from inference.checkpoint import Checkpoint, CheckpointError, NoCheckpoint
-from inference.comparison.calibrate import accepted, in_processes
+from inference.comparison.checks import check_methods, check_names, check_parts
+from inference.comparison.methods import Method, accepted, side_by_side
 from inference.comparison.scores import (
     Densities,
     Moments,
@@ -34,10 +35,6 @@ from inference.core.checks import check_count, check_device
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import pd
 from inference.result import Result
-
-Method = Callable[..., Result]
-"""A way to fit or sample, mostly ``partial(fit, ...)`` or ``partial(sample, ...)``. ``compare`` calls it with a pair
-and its data; the zoo and the command line also pass settings of the verb, such as ``seed``."""
 
 
 @exclusive
@@ -93,15 +90,9 @@ def compare(
             held-out labels, a method takes no ``seed`` where there are several, or the checkpoint is of another run.
         RuntimeError: Every method failed (a single method raises its own error).
     """
-    _check(make_pair, methods, truth)
+    check_methods(make_pair, methods, truth)
     check_count("seeds", seeds)
-
-    place, kept = check_device(device), Checkpoint.of(checkpoint)
-    if kept is not None:
-        _check_parts(methods, kept)
-        # Pairs are built from the seed, which fits do not see.
-        if kept.begin({"method": "compare", "seed": seed}) is None:
-            kept.write({})
+    place, kept = check_device(device), _checkpoint(checkpoint, methods, seed)
 
     def build() -> Any:
         with isolated(seed):
@@ -114,22 +105,12 @@ def compare(
         data = bind(build(), data, device).data
     moments, truth_error = _moments(truth, build, data)
     true = {n: torch.as_tensor(v) for n, v in (drawn or {}).items()}
-    _check_names(build, data, moments, true, heldout, label)
+    if moments or true or label is not None:
+        with isolated(0):
+            check_names(bind(build(), data).sites, moments, true, heldout, label)
     starts = {name: _seeds(name, method, seeds) for name, method in methods.items()}
     run = _Run(build, data, moments, true, heldout, label, stein, kept)
-    runs: dict[str, list[_Scored]] = {}
-    results, failed = {}, {}
-    for name, method in methods.items():
-        try:
-            results[name], scored = run(name, method, starts[name][0])
-            runs[name] = [scored]
-        except Exception as error:
-            if len(methods) == 1 or isinstance(error, CheckpointError):
-                raise
-            failed[name] = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            warnings.warn(f"{name} failed: {error}", stacklevel=3)
-    if not results:
-        raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    results, runs, failed = _first(run, methods, starts)
     for name, further in _further(run, methods, {n: starts[n][1:] for n in results}, jobs):
         if isinstance(further, str):
             warnings.warn(f"{name} failed at a further seed: {further}", stacklevel=3)
@@ -137,11 +118,22 @@ def compare(
             runs[name].append(further)
     for k in range(seeds):
         _pair_up({n: scored[k] for n, scored in runs.items() if len(scored) > k})
-    rows = {n: [s.row for s in scored] for n, scored in runs.items()}
-    table, errors = (_table(methods, rows, of) for of in (np.mean, _standard_error))
+    table, errors = (_table(methods, runs, of) for of in (np.mean, _standard_error))
     if truth_error is not None:
         table.loc[list(results), "truth_error"] = truth_error
     return Comparison(table, results, dict(moments), errors if seeds > 1 else None, failed)
+
+
+def _checkpoint(asked: str | Path | Checkpoint | None, methods: Mapping[str, Method], seed: int) -> Checkpoint | None:
+    """The checkpoint of a comparison, begun or gone on with."""
+    kept = Checkpoint.of(asked)
+    if kept is None:
+        return None
+    check_parts(methods, kept)
+    # Pairs are built from the seed, which fits do not see.
+    if kept.begin({"method": "compare", "seed": seed}) is None:
+        kept.write({})
+    return kept
 
 
 @dataclass
@@ -167,13 +159,11 @@ class _Run:
 
     def __call__(self, name: str, method: Method, seed: int | None) -> tuple[Result, _Scored]:
         further: dict[str, Any] = {} if seed is None else {"seed": seed}
-        where: dict[str, Any] = {}
-        if self.kept is not None and _takes_checkpoint(method):
-            where = {"checkpoint": self.kept.part(name)}
+        where = {} if self.kept is None else accepted(method, checkpoint=self.kept.part(name))
         try:
             result = method(self.build(), self.data, **further, **where)
         except NoCheckpoint as error:
-            warnings.warn(f"{name} runs without a checkpoint: {error}", stacklevel=4)
+            warnings.warn(f"{name} runs without a checkpoint: {error}", stacklevel=5)
             result = method(self.build(), self.data, **further)
         return result, self._score(result)
 
@@ -201,14 +191,32 @@ def _seeds(name: str, method: Method, count: int) -> list[int | None]:
     return [first + k for k in range(count)]
 
 
+def _first(
+    run: _Run, methods: Mapping[str, Method], seeds: Mapping[str, list[int | None]]
+) -> tuple[dict[str, Result], dict[str, list[_Scored]], dict[str, str]]:
+    """Results and scores of the first run of each method, and why it failed, where it did."""
+    results, runs, failed = {}, {}, {}
+    for name, method in methods.items():
+        try:
+            results[name], scored = run(name, method, seeds[name][0])
+            runs[name] = [scored]
+        except Exception as error:
+            if len(methods) == 1 or isinstance(error, CheckpointError):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            warnings.warn(f"{name} failed: {error}", stacklevel=4)
+    if not results:
+        raise RuntimeError(f"every method failed: {', '.join(methods)}")
+    return results, runs, failed
+
+
 def _further(
     run: _Run, methods: Mapping[str, Method], seeds: Mapping[str, list[int | None]], jobs: int
 ) -> list[tuple[str, _Scored | str]]:
     """The runs after the first; each has a checkpoint of its own only where it is the first."""
     tasks: list[Any] = [(name, methods[name], seed) for name, of in seeds.items() for seed in of]
     alone = replace(run, kept=None).alone
-    found = [alone(task) for task in tasks] if jobs == 1 or len(tasks) < 2 else in_processes(alone, tasks, jobs)
-    return [(task[0], outcome) for task, outcome in zip(tasks, found, strict=True)]
+    return [(task[0], found) for task, found in zip(tasks, side_by_side(alone, tasks, jobs), strict=True)]
 
 
 def _pair_up(runs: Mapping[str, _Scored]) -> None:
@@ -218,12 +226,12 @@ def _pair_up(runs: Mapping[str, _Scored]) -> None:
         runs[name].row |= scores
 
 
-def _table(methods: Mapping[str, Method], rows: Mapping[str, list[dict[str, float]]], of: Any) -> pd.DataFrame:
+def _table(methods: Mapping[str, Method], runs: Mapping[str, list[_Scored]], of: Any) -> pd.DataFrame:
     """One line per method: what ``of`` makes of each column's values over seeds."""
     lines = {}
     for name in methods:
-        runs = rows.get(name, [])
-        known = {c: [v for v in (r.get(c, math.nan) for r in runs) if not math.isnan(v)] for c in COLUMNS}
+        rows = [scored.row for scored in runs.get(name, [])]
+        known = {c: [v for v in (r.get(c, math.nan) for r in rows) if not math.isnan(v)] for c in COLUMNS}
         lines[name] = {c: float(of(v)) for c, v in known.items() if v}
     table = pd.DataFrame.from_dict(lines, orient="index", columns=list(COLUMNS)).astype(float)
     return table.rename_axis("method")
@@ -232,20 +240,6 @@ def _table(methods: Mapping[str, Method], rows: Mapping[str, list[dict[str, floa
 def _standard_error(values: list[float]) -> float:
     with np.errstate(invalid="ignore"):  # some values are infinite
         return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
-
-
-def _takes_checkpoint(method: Method) -> bool:
-    parameters = inspect.signature(method).parameters
-    return "checkpoint" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _check_parts(methods: Mapping[str, Method], kept: Checkpoint) -> None:
-    """Raise a ValueError where two methods would have one folder."""
-    folders: dict[Any, str] = {}
-    for name in methods:
-        other = folders.setdefault(kept.part(name).folder, name)
-        if other != name:
-            raise ValueError(f"methods: expected names that differ in their letters and digits, got {other}, {name}")
 
 
 def _moments(truth: Any, build: Callable[[], Any], data: Any) -> tuple[Moments, float | None]:
@@ -258,49 +252,3 @@ def _moments(truth: Any, build: Callable[[], Any], data: Any) -> tuple[Moments, 
     except ArithmeticError as error:
         warnings.warn(f"truth left out: {error}", stacklevel=4)
         return {}, None
-
-
-def _check_names(
-    build: Callable[[], Any], data: Any, truth: Moments, drawn: Mapping[str, Tensor], heldout: Any, label: str | None
-) -> None:
-    """Raise a ValueError for names that the model does not have, before any method runs."""
-    if not truth and not drawn and label is None:
-        return
-    with isolated(0):
-        sites = bind(build(), data).sites
-    for name, moments in truth.items():
-        if name not in sites:
-            raise ValueError(f"truth: expected sites of the model ({', '.join(sites)}), got {name!r}")
-        wrong = [tuple(v.shape) for v in moments if tuple(v.shape) != sites[name].shape]
-        if wrong:
-            raise ValueError(f"truth: expected mean and sd of {name} of shape {sites[name].shape}, got {wrong[0]}")
-    for name, value in drawn.items():
-        if name not in sites:
-            raise ValueError(f"drawn: expected sites of the model ({', '.join(sites)}), got {name!r}")
-        if tuple(value.shape) != sites[name].shape:
-            raise ValueError(f"drawn: expected {name} of shape {sites[name].shape}, got {tuple(value.shape)}")
-    if label is None:
-        return
-    finite = [n for n, s in sites.items() if s.finite]
-    if label not in finite:
-        raise ValueError(f"label: expected a finite site of the model ({', '.join(finite) or 'none'}), got {label!r}")
-    if not isinstance(heldout, Mapping) or label not in heldout:
-        got = ", ".join(heldout) if isinstance(heldout, Mapping) else "no names" if heldout is not None else "none"
-        raise ValueError(f"label: expected held-out rows with {label!r}, got {got}")
-
-
-def _check(make_pair: Any, methods: Any, truth: Any) -> None:
-    if not callable(make_pair):
-        raise TypeError(f"make_pair: expected a function that builds a pair, got {make_pair!r}")
-    if not isinstance(methods, Mapping):
-        raise TypeError(f"methods: expected a mapping of names to functions (pair, data), got {methods!r}")
-    if not methods:
-        raise ValueError("methods: expected at least one, got none")
-    for name, method in methods.items():
-        if not isinstance(name, str) or not callable(method):
-            raise TypeError(f"methods: expected a mapping of names to functions (pair, data), got {name!r}: {method!r}")
-    if not (truth is None or callable(truth) or isinstance(truth, Mapping | Result)):
-        raise TypeError(f"truth: expected a mapping of sites to (mean, standard deviation), got {truth!r}")
-    for site, moments in truth.items() if isinstance(truth, Mapping) else ():
-        if not isinstance(moments, tuple | list) or len(moments) != 2:
-            raise TypeError(f"truth: expected (mean, standard deviation) for {site}, got {type(moments).__name__}")

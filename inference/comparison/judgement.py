@@ -2,16 +2,17 @@ r"""Judgement of a posterior without a truth: Stein discrepancy, leave-one-out, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference.comparison.calibrate import independent
 from inference.core.checks import check_count
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import azb, azs, pd, xr
+from inference.core.spacing import spaced
 from inference.diagnostics.stein import Stein, stein
 from inference.draws.scoring import log_joint, rowwise, sample_guide
 from inference.result import Result
@@ -38,12 +39,25 @@ def ksd(result: Result, draws: int = 500, *, seed: int = 0) -> Stein:
         ArithmeticError: A gradient is not finite.
     """
     check_count("draws", draws, 2)
-    count = min(independent(result), draws)
-    if count < 2:
+    if independent(result) < 2:
         raise ValueError("result: expected at least two independent draws, got fewer")
-    at = torch.linspace(0, result.size - 1, count).long()
     with isolated(seed), result.state():
-        return stein(result.bound, {n: v[at] for n, v in result.draws.items()}, torch.Generator().manual_seed(seed))
+        return stein(result.bound, independent_draws(result, draws), torch.Generator().manual_seed(seed))
+
+
+def independent(result: Result) -> int:
+    """Number of independent draws: of chains the smallest bulk effective sample size, at most all of them."""
+    if "sample_stats" not in result.idata.children:
+        return result.size
+    size = result.diagnosis.min_ess_bulk
+    chains = result.idata["posterior"].sizes["chain"]
+    return max(1, min(result.size, int(size) if math.isfinite(size) else chains))
+
+
+def independent_draws(result: Result, most: int) -> dict[str, Tensor]:
+    """Evenly spaced draws by site, as many as are independent, but no more than ``most``."""
+    at = spaced(result.size, min(independent(result), most))
+    return {n: v[at] for n, v in result.draws.items()}
 
 
 @exclusive

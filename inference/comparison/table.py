@@ -20,6 +20,7 @@ from inference.comparison.scores import draws_sd, standardised_errors
 from inference.core.files import stem_of, write_whole
 from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import azs, pd
+from inference.core.spacing import spaced
 from inference.diagnostics.convergence import quantity
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
@@ -312,10 +313,10 @@ def _log_densities(comparison: Comparison) -> dict[str, np.ndarray]:
     """Log density of draws and data, of evenly spaced draws of each method that has all latent sites."""
     found = {}
     for name, result in comparison.results.items():
-        count = min(result.size, DENSITY_DRAWS, DENSITY_NUMBERS // max(result.bound.numel, 1))
+        count = min(DENSITY_DRAWS, DENSITY_NUMBERS // max(result.bound.numel, 1))
         if not result.draws or not count:
             continue
-        at = torch.linspace(0, result.size - 1, count).long()
+        at = spaced(result.size, count)
         try:
             with isolated(0), result.state():
                 values = log_joint(result.bound, {n: v[at] for n, v in result.draws.items()})

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from inference.core.handlers import isolated
+from inference.core.spacing import spaced
 from inference.draws.scoring import draw_sites
 from inference.idata import seen_of
 from inference.report.asked import Reported
 from inference.report.blocks import Block, Cell, Figure, Figures, Table, cell, note, number
 from inference.report.drawing import COLOURS, INK, image, panel
-from inference.report.plots import curve
+from inference.report.plots import CENTRAL, curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,13 +44,12 @@ def replicas(result: Reported, *, prior: bool) -> dict[str, np.ndarray]:
         group = result.idata["posterior_predictive"]
         # A name may be written otherwise for NetCDF; the order is that of the sites.
         arrays = [v.values.reshape(-1, *v.shape[2:]) for v in group.data_vars.values()]
-        at = np.linspace(0, len(arrays[0]) - 1, min(count, len(arrays[0]))).astype(int)
+        at = spaced(len(arrays[0]), count).numpy()
         return {n: v[at] for n, v in zip(names, arrays, strict=True)}
     size = len(next(iter(result.draws.values()))) if result.draws else 1
-    spaced = torch.linspace(0, size - 1, min(count, size)).long()
-    given = {} if prior else {n: v[spaced] for n, v in result.draws.items()}
+    given = {} if prior else {n: v[spaced(size, count)] for n, v in result.draws.items()}
     with isolated(0), result.state():
-        drawn = draw_sites(bound.generator(), given, len(spaced) if given else count)
+        drawn = draw_sites(bound.generator(), given, min(size, count) if given else count)
     return {n: drawn[n].cpu().numpy() for n in names}
 
 
@@ -112,7 +112,7 @@ def compared(title: str, observed: np.ndarray, drawn: np.ndarray) -> Figure:
 def _counted(states: np.ndarray, flat: np.ndarray, replicated: np.ndarray) -> Callable[[Axes], None]:
     everything = np.union1d(states, np.unique(replicated)[:STATES])[: 2 * STATES]
     share = np.stack([(replicated == s).mean(1) for s in everything], 1)
-    low, middle, high = np.quantile(share, (0.055, 0.5, 0.945), axis=0)
+    low, middle, high = np.quantile(share, CENTRAL, axis=0)
 
     def draw(axes: Axes) -> None:
         axes.bar(everything, [(flat == s).mean() for s in everything], width=0.7, color=INK, alpha=0.18, lw=0)
@@ -152,7 +152,7 @@ def _statistics(name: str, observed: np.ndarray, drawn: np.ndarray) -> list[list
         of_data, of_replicas = statistic(observed), np.array([statistic(v) for v in drawn])
         # Replicas that are equal to the data count half.
         p = float((of_replicas > of_data).mean() + 0.5 * (of_replicas == of_data).mean())
-        low, middle, high = np.quantile(of_replicas, (0.055, 0.5, 0.945))
+        low, middle, high = np.quantile(of_replicas, CENTRAL)
         mark = "bad" if min(p, 1 - p) < 0.01 else ""
         rows.append([cell(name), cell(what), *map(cell, (of_data, middle, low, high)), Cell(f"{p:.2f}", p, mark)])
     return rows

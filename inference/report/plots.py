@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 SEPARATE = 4
 """Number of chains up to which each has a line of its own."""
 
+CENTRAL = (0.055, 0.5, 0.945)
+"""Quantiles of the median and of the central interval of 89 %, which is ArviZ's."""
+
 Interval = tuple[float, float, float, float, float]
 """Quantiles 5.5 %, 25 %, 50 %, 75 % and 94.5 %."""
 
 
 def interval(draws: np.ndarray) -> Interval:
     """Median and central intervals of 50 % and 89 %."""
-    low, lower, middle, upper, high = map(float, np.quantile(draws, (0.055, 0.25, 0.5, 0.75, 0.945)))
+    low, lower, middle, upper, high = map(float, np.quantile(draws, sorted((*CENTRAL, 0.25, 0.75))))
     return low, lower, middle, upper, high
 
 

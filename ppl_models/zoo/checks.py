@@ -305,7 +305,7 @@ def check_evidence(entry: Entry, dataset: Dataset, seed: int) -> tuple[bool, str
     said = f"importance {found.mean:.4f}, sum over latents {float(summed.mean()):.4f} (difference {gap:.2g}, "
     passed, off = (True, "") if own is None else own
     if passed and allowed > TELLING:
-        raise _Inapplicable(f"{said}± {allowed:.2g}): the guide is too far from the posterior, of {TELLING} at most")
+        raise _Inapplicable(f"{said}± {allowed:.2g}, of {TELLING} at most): the guide is too far from the posterior")
     return passed and abs(gap) < allowed, f"{said}{off}< {allowed:.2g})"
 
 
