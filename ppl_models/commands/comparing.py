@@ -9,8 +9,8 @@ from rich.table import Table
 
 from inference import COLUMNS, Comparison, Method
 from ppl_models.commands.arguments import about, changed, named, prepare
-from ppl_models.commands.fitting import say_page, unfit
 from ppl_models.commands.printing import frame, out, print_whole
+from ppl_models.commands.writing import say_page, unfit
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
 from ppl_models.zoo.entry import Entry
