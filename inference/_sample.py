@@ -18,9 +18,10 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from inference.checkpoint import Checkpoint, NoCheckpoint
 from inference.compiler.capture import Untraceable
-from inference.core.bound import BoundPair, bind, parameters_of
+from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
+from inference.core.halves import parameters_of
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.private import lacking
 from inference.kernels.chees import ChEES

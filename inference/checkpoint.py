@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from inference.core.checks import check_positive
+from inference.core.checks import check_positive, reason_of
 from inference.core.files import stem_of
 from inference.core.packing import read_packed, write_packed
 
@@ -165,7 +165,7 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path}: expected this file, got none") from None
     except (ValueError, KeyError, TypeError, IndexError, OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         got = f"a file that cannot be read ({reason})"
         raise CheckpointError(f"checkpoint: {path}: expected a checkpoint, got {got}") from None
 

@@ -15,9 +15,12 @@ import torch
 from pyro.distributions import Independent, MaskedDistribution
 from torch import Tensor
 
-from inference.core.bound import BoundPair, Site, parameters_of
+from inference.core.bound import BoundPair
+from inference.core.checks import reason_of
 from inference.core.files import Lenient
+from inference.core.halves import parameters_of
 from inference.core.lazy import azb, xr
+from inference.core.sites import Site
 from inference.draws import engine, scoring
 
 STORED, SCORED = 20_000_000, 500_000_000
@@ -47,7 +50,7 @@ class LeftOut:
             return compute()
         except Exception as error:
             # Any failure: the fit is over, and is worth more than what is derived from it.
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = reason_of(error, 300)
             self.add(f"{what}: {reason}")
             warnings.warn(f"{self.name}: {what} left out: {reason}", stacklevel=2)
             return otherwise

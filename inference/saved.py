@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from inference.core.bound import BoundPair
+from inference.core.checks import reason_of
 from inference.core.files import write_folder
 from inference.core.handlers import evaluating, first_valid
 from inference.core.lazy import pd, xr
@@ -229,7 +230,7 @@ def _or_refuse(file: Path, reader: Any) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: expected this file of a saved Result, got none") from None
     except (ValueError, KeyError, OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise ValueError(f"{file}: expected a file of a saved Result, got one that cannot be read ({reason})") from None
 
 

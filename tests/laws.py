@@ -30,8 +30,9 @@ from inference import (
     prior_predictive,
     sample,
 )
-from inference.core.bound import BoundPair, bind, enumerate_finite, sites_of
+from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.handlers import isolated
+from inference.core.sites import sites_of
 from inference.kernels import NUTS
 from ppl_models.models.linear_factors import FactorModel
 from ppl_models.models.pair import HALVES, Pair

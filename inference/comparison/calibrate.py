@@ -17,7 +17,7 @@ from inference.comparison.judgement import independent_draws
 from inference.comparison.methods import accepted, name_of, side_by_side
 from inference.comparison.simulated import Restore, Setting, check_reads, setting_of, simulate
 from inference.core.bound import BoundPair
-from inference.core.checks import check_chance, check_count
+from inference.core.checks import check_chance, check_count, reason_of
 from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import pd
 from inference.core.spacing import spaced
@@ -196,7 +196,7 @@ class _Run:
                 warnings.simplefilter("ignore")
                 return self._ranked(task)
         except (*REFUSALS, ArithmeticError, KeyError) as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{type(error).__name__}: {reason_of(error)}"
 
     def _ranked(self, task: _Task) -> tuple[dict[str, np.ndarray], int]:
         bound, state, draws = self._posterior(task)

@@ -10,7 +10,7 @@ from torch import Tensor
 from inference.checkpoint import Checkpoint
 from inference.comparison.methods import Method
 from inference.comparison.scores import Moments
-from inference.core.bound import Site
+from inference.core.sites import Site
 from inference.result import Result
 
 

@@ -30,8 +30,9 @@ from inference.comparison.scores import (
     truth_scores,
 )
 from inference.comparison.table import COLUMNS, Comparison
-from inference.core.bound import bind, move
+from inference.core.bound import bind
 from inference.core.checks import check_count, check_device
+from inference.core.halves import move
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import pd
 from inference.result import Result

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inference.comparison.judgement import ksd
 from inference.core.bound import BoundPair
+from inference.core.checks import reason_of
 from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs, special
 from inference.diagnostics import two_sample
@@ -91,8 +92,7 @@ def stein_scores(result: Result) -> dict[str, float]:
     try:
         found = ksd(result)
     except (*REFUSALS, ArithmeticError) as error:
-        said = " ".join(str(error).split())[:200]
-        warnings.warn(f"{result.method}: no Stein discrepancy: {said}", stacklevel=5)
+        warnings.warn(f"{result.method}: no Stein discrepancy: {reason_of(error)}", stacklevel=5)
         return {}
     return {"ksd": found.value, "ksd_p": found.p}
 
@@ -129,8 +129,7 @@ def heldout_scores(result: Result, heldout: Any, label: str | None) -> tuple[dic
         found = _density(result, heldout)
     except (ValueError, RuntimeError) as error:
         # A guide with parameters per fitted row fails in torch with a mismatch of shapes.
-        said = " ".join(str(error).split())[:200]
-        warnings.warn(f"held-out rows are not scored: {said}", stacklevel=4)
+        warnings.warn(f"held-out rows are not scored: {reason_of(error)}", stacklevel=4)
         return {}, None
     density = found.values
     sd = float(density.std()) if len(density) > 1 else math.nan

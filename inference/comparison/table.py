@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inference.comparison.progress import progress
 from inference.comparison.scores import draws_sd, standardised_errors
+from inference.core.checks import reason_of
 from inference.core.files import stem_of, write_whole
 from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import azs, pd
@@ -321,7 +322,7 @@ def _log_densities(comparison: Comparison) -> dict[str, np.ndarray]:
             with isolated(0), result.state():
                 values = log_joint(result.bound, {n: v[at] for n, v in result.draws.items()})
         except REFUSALS as error:
-            warnings.warn(f"{name}: log density not plotted: {' '.join(str(error).split())[:200]}", stacklevel=4)
+            warnings.warn(f"{name}: log density not plotted: {reason_of(error)}", stacklevel=4)
             continue
         if values.isfinite().all():
             found[name] = values.double().cpu().numpy()

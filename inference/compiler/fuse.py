@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from inference.compiler import policy
+from inference.core.checks import reason_of
 from inference.core.private import compile_graph
 
 _PROGRAMS: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
@@ -59,7 +60,7 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     try:
         return _kept((graph.code, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)), build)
     except Exception as error:  # whatever a compiler may raise, and a cache folder that cannot be written
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         warnings.warn(f"the program runs traced, but not fused ({type(error).__name__}: {reason})", stacklevel=3)
         return graph
 

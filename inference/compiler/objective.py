@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from inference.compiler import policy
 from inference.compiler.capture import Gradients, Untraceable
 from inference.compiler.step import Call, TracedStep, Update, split_arguments
+from inference.core.contracts import Objective
 
 
 class Compiled(ELBO):
@@ -54,7 +55,7 @@ class Compiled(ELBO):
         if not hasattr(objective, "loss_and_grads"):
             kind = type(objective).__name__
             raise TypeError(f"objective: expected an ELBO with loss_and_grads, got {kind}")
-        if getattr(objective, "over_processes", False):
+        if Objective.of(objective).shares_rows:
             raise TypeError(
                 "objective: expected Shared(Compiled(...)), for a program runs in one process; got the reverse"
             )

@@ -6,52 +6,35 @@ is needed, a model alone. :func:`bind` turns any of them and its data into a :cl
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial, wraps
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
 from inference.core.checks import check_count, check_device
 from inference.core.contracts import Pair
-from inference.core.given import Names, by_argument, check_rounding, doubtful, names_in, readings, to_tensor
+from inference.core.given import (
+    Names,
+    by_name,
+    check_rounding,
+    check_same_length,
+    doubtful,
+    names_in,
+    readings,
+    to_tensor,
+)
+from inference.core.halves import accepted_by, fitted, halves_of, held_by, modules_of, move, name_of, parameters_of
 from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
-from inference.core.minibatch import count_rows, cut_by_rows, lengths
+from inference.core.minibatch import count_rows, cut_by_rows
 from inference.core.packing import fingerprints
+from inference.core.sites import Site, sites_of
 from inference.core.source import Source, source_of
-
-
-@dataclass(frozen=True)
-class Site:
-    """A sample site, as seen in one run of the model.
-
-    Attributes:
-        role: ``latent``, ``observed`` or ``deterministic``.
-        shape: Shape of one value, batch and event dimensions.
-        batch: Number of batch dimensions of the value.
-        plates: Name of the plate of each batch dimension, from left to right; None where there is no plate.
-        finite: Whether the site can be enumerated.
-        discrete: Whether its values are discrete.
-        units: Number of parts of its event that have finitely many states each: 0 where the states are not finite, 1
-            where the site can be enumerated.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    batch: int
-    plates: tuple[str | None, ...]
-    finite: bool
-    discrete: bool
-    units: int = 0
 
 
 class _Structure(NamedTuple):
@@ -134,13 +117,13 @@ class BoundPair:
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The torch modules behind the pair."""
-        return _modules(self.pair)
+        return modules_of(self.pair)
 
     @property
     def device(self) -> torch.device:
         """Where the data are; without data, where the parameters are."""
         halves = self.pair if isinstance(self.pair, tuple) else (self.pair,)
-        tensors = chain((v for v in self.data.values() if isinstance(v, Tensor)), *map(_held_by, halves))
+        tensors = chain((v for v in self.data.values() if isinstance(v, Tensor)), *map(held_by, halves))
         return next((t.device for t in tensors), torch.device("cpu"))
 
     def arguments(self, rows: Tensor | None = None) -> dict[str, Any]:
@@ -288,55 +271,6 @@ class BoundPair:
         return {s.name: s for s in self.sites.values() if s.role == role}
 
 
-def sites_of(trace: poutine.Trace) -> dict[str, Site]:
-    """The sites of a trace, without those of plates and factors."""
-    found = {}
-    nodes: dict[str, Any] = dict(trace.nodes)
-    for name, node in nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node) or site_is_factor(node):
-            continue
-        deterministic = bool(node["infer"].get("_deterministic"))
-        value, fn = node["value"], node["fn"]
-        frames = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
-        batch = _batch_of_deterministic(node) if deterministic else len(fn.batch_shape)
-        role = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
-        found[name] = Site(
-            name=name,
-            role=role,
-            shape=tuple(value.shape),
-            batch=batch,
-            plates=tuple(frames.get(d - batch) for d in range(batch)),
-            finite=not deterministic and bool(fn.has_enumerate_support),
-            discrete=not deterministic and fn.support.is_discrete,
-            units=0 if deterministic else _units(fn),
-        )
-    return found
-
-
-def _batch_of_deterministic(node: Any) -> int:
-    """Number of batch dimensions of a deterministic value: those of its plates, whose sizes it has.
-
-    ``pyro.deterministic`` takes all dimensions as those of an event, unless it is told otherwise.
-    """
-    shape = tuple(node["value"].shape)
-    frames = {f.dim: f.size for f in node["cond_indep_stack"] if f.vectorized}
-    given = len(shape) - len(node["fn"].event_shape)
-    batch = given if given > 0 else min(len(shape), max((-d for d in frames), default=0))
-    fits = all(shape[batch + d] == size for d, size in frames.items() if batch + d >= 0)
-    return batch if fits else 0
-
-
-def _units(fn: Any) -> int:
-    """Number of finite parts that ``to_event`` has joined to one event."""
-    count = 1
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, Independent):
-            dims = fn.reinterpreted_batch_ndims
-            count *= fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - dims :].numel()
-        fn = fn.base_dist
-    return count if fn.has_enumerate_support else 0
-
-
 def bind_by_rows(pair: Any, data: Any, device: Any = None) -> BoundPair:
     """:func:`bind`, with memory-mapped arrays and datasets left where they are: minibatches read their rows.
 
@@ -345,8 +279,8 @@ def bind_by_rows(pair: Any, data: Any, device: Any = None) -> BoundPair:
     Raises:
         ValueError: The model has no arguments ``size`` and ``rows``, or the data do not fit it.
     """
-    accepted, _ = _parameters(_halves(pair)[0])
-    given = _given(data, accepted)
+    accepted, _ = accepted_by(halves_of(pair)[0])
+    given = by_name(data, accepted)
     source = source_of(given, [n for n in accepted if n not in ("size", "rows")])
     if source is None:
         return bind(pair, data, device)
@@ -391,17 +325,11 @@ def bind(pair: Any, data: Any = None, device: Any = None) -> BoundPair:
     return _bind(pair, data, place)
 
 
-def move(pair: Any, place: torch.device) -> None:
-    """Move the modules of a pair to a device, in place."""
-    for module in _modules(pair):
-        module.to(place)
-
-
 def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     """:func:`bind` with the data moved to a place."""
-    model, guide = _halves(pair)
-    accepted, free = _parameters(model)
-    given = _given(data, accepted)
+    model, guide = halves_of(pair)
+    accepted, free = accepted_by(model)
+    given = by_name(data, accepted)
     named = {k: to_tensor(v, k) for k, v in given.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
@@ -416,16 +344,16 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     owner = pair if not isinstance(pair, tuple) else getattr(model, "__self__", model)
     asked = Pair.of(owner)
     if asked.rowwise:
-        _same_length(named)
+        check_same_length(named)
     asked.check(**named)
     empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
     if empty:
         raise ValueError(f"{empty[0]}: expected at least one row, got none")
     bound = BoundPair(
         pair=pair,
-        name=_name(pair),
-        model=_fitted(model),
-        guide=None if guide is None else _fitted(guide),
+        name=name_of(pair),
+        model=fitted(model),
+        guide=None if guide is None else fitted(guide),
         data=named,
         takes_rows={"size", "rows"} <= set(accepted),
         asked=asked,
@@ -481,108 +409,3 @@ def _check_together(bound: BoundPair, error: RuntimeError) -> None:
         raise ValueError(
             f"device: expected pair and data on one device, got {', '.join(found)}; device= moves both"
         ) from error
-
-
-def _modules(pair: Any) -> tuple[torch.nn.Module, ...]:
-    """The modules that a pair, or its halves, are or belong to."""
-    halves = (pair, *(pair if isinstance(pair, tuple) else ()))
-    owners = [getattr(h, "__self__", h) for h in halves]
-    return tuple({id(m): m for m in owners if isinstance(m, torch.nn.Module)}.values())
-
-
-def _held_by(half: Any) -> Iterator[Tensor]:
-    """Tensors that a half holds: what it was given by ``partial``, and parameters and buffers of its module."""
-    while True:
-        owner = getattr(half, "__self__", half)
-        if isinstance(half, partial):
-            yield from (v for v in (*half.args, *half.keywords.values()) if isinstance(v, Tensor))
-            half = half.func
-        elif isinstance(owner, torch.nn.Module):
-            yield from chain(owner.parameters(), owner.buffers())
-            return
-        elif hasattr(half, "__wrapped__"):
-            half = half.__wrapped__
-        else:
-            return
-
-
-def _halves(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    if isinstance(pair, tuple) and len(pair) == 2 and all(map(callable, pair)):
-        return pair
-    if callable(getattr(pair, "model", None)) and not isinstance(pair, type):
-        guide = getattr(pair, "guide", None)
-        return pair.model, guide if callable(guide) else None
-    if callable(pair):
-        return pair, None
-    raise TypeError(
-        f"pair: expected an object with .model and .guide, a (model, guide) tuple or a model, got {type(pair).__name__}"
-    )
-
-
-def _name(pair: Any) -> str:
-    if isinstance(pair, tuple):
-        return _name(pair[0])
-    pair = getattr(pair, "func", pair)
-    owner = getattr(pair, "__self__", None)
-    if isinstance(owner, torch.nn.Module):
-        return type(owner).__name__
-    return getattr(pair, "__name__", None) or type(pair).__name__
-
-
-def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The named parameters of a function, or of a module's ``forward``."""
-    owner: Any = function
-    target = owner.forward if isinstance(function, torch.nn.Module) else owner
-    if getattr(target, "__name__", "") == "_forward_unimplemented":
-        # Pyro's messengers are modules that are called themselves.
-        target = owner.__call__
-    return inspect.signature(target).parameters
-
-
-def unconstrained(trace: Any) -> dict[str, Tensor]:
-    """The parameters that a run met, by name, as they are optimised."""
-    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
-
-
-def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
-    """Named parameters of a function (True: required) and whether any keyword is taken."""
-    parameters = parameters_of(function).values()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _only(function: Callable[..., Any], names: Mapping[str, bool]) -> Callable[..., Any]:
-    @wraps(function)
-    def call(**arguments: Any) -> Any:
-        return function(**{k: v for k, v in arguments.items() if k in names})
-
-    return call
-
-
-def _fitted(half: Callable[..., Any]) -> Callable[..., Any]:
-    """The half, called by name with what it takes of the data."""
-    named, free = _parameters(half)
-    return half if free else _only(half, named)
-
-
-def _given(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
-    """The data as they came, by name."""
-    if data is None:
-        return {}
-    if hasattr(data, "columns") and type(data).__module__.startswith("pandas"):
-        return by_argument(data, accepted)
-    if isinstance(data, str | bytes):
-        raise ValueError(f"data: expected a tensor, array, frame or mapping of names to them, got {data!r}")
-    return (
-        {str(k): v for k, v in data.items() if v is not None}
-        if isinstance(data, Mapping)
-        else {next(iter(accepted), "x"): data}
-    )
-
-
-def _same_length(named: Mapping[str, Any]) -> None:
-    found = lengths(named)
-    if len(set(found.values())) > 1:
-        said = ", ".join(f"{k} {n}" for k, n in found.items())
-        raise ValueError(f"data: expected the same number of rows in each, got {said}")

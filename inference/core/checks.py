@@ -62,6 +62,11 @@ def check_one_of(name: str, value: Any, known: Iterable[Any]) -> None:
         raise ValueError(f"{name}: expected {', '.join(shown[:-1])} or {shown[-1]}, got {value!r}")
 
 
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """What an error says, in one line of limited length; its class if it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def check_device(device: Any) -> torch.device | None:
     """A device as torch knows it, or None for None.
 

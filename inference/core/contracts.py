@@ -116,6 +116,7 @@ class Objective(ELBO):
         cycle: Names of attributes that go round in a cycle, such as a counter of turns. Each of their values is
             compiled once.
         probe: Arguments under which the model is run once before the fit to see its sites.
+        shares_rows: Whether it runs on the rows of this process and adds up gradients over a group of processes.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -141,6 +142,7 @@ class Objective(ELBO):
     has_posterior: bool = True
     cycle: Sequence[str] = ()
     probe: Mapping[str, Any] = {}
+    shares_rows: bool = False
 
     @staticmethod
     def of(elbo: ELBO) -> Objective:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from inference.core.minibatch import lengths
+
 ROUNDED = 1e-3
 """Largest rounding error of a column of data, in its standard deviations."""
 
@@ -174,3 +176,25 @@ def check_rounding(named: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -
                 f"{name}: expected numbers that differ in their first six digits, got "
                 f"{columns.flatten()[0].item():.9g}, ...; subtract their mean, or give a float64 tensor"
             )
+
+
+def by_name(data: Any, accepted: Mapping[str, bool]) -> dict[str, Any]:
+    """The data as they came, by name."""
+    if data is None:
+        return {}
+    if hasattr(data, "columns") and type(data).__module__.startswith("pandas"):
+        return by_argument(data, accepted)
+    if isinstance(data, str | bytes):
+        raise ValueError(f"data: expected a tensor, array, frame or mapping of names to them, got {data!r}")
+    return (
+        {str(k): v for k, v in data.items() if v is not None}
+        if isinstance(data, Mapping)
+        else {next(iter(accepted), "x"): data}
+    )
+
+
+def check_same_length(named: Mapping[str, Any]) -> None:
+    found = lengths(named)
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in found.items())
+        raise ValueError(f"data: expected the same number of rows in each, got {said}")

@@ -17,6 +17,8 @@ import pyro
 import torch
 from torch import Tensor, distributed
 
+from inference.core.checks import reason_of
+
 T = TypeVar("T")
 
 TIMEOUT = 600.0
@@ -69,7 +71,7 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
+        why = reason_of(error)
         raise RuntimeError(
             f"rank {ranks()[0]}: another process of the group has ended or does not answer ({why})"
         ) from error

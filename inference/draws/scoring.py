@@ -17,7 +17,8 @@ from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 
 from inference.compiler.supports import limits_of
-from inference.core.bound import BoundPair, Site
+from inference.core.bound import BoundPair
+from inference.core.sites import Site
 from inference.draws.engine import Draws, Read, check_draws, contract, enumerated, run, sample_names, trace
 
 JOINT_ROWS = 8192

@@ -18,10 +18,12 @@ from pyro.infer.util import torch_item
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 
-from inference.core.bound import BoundPair, parameters_of, unconstrained
+from inference.core.bound import BoundPair
 from inference.core.checks import check_not_negative, made_of
 from inference.core.contracts import Objective
+from inference.core.halves import parameters_of
 from inference.core.handlers import preserved_rng
+from inference.core.sites import unconstrained
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor, distributed
 
 from inference.compiler.objective import Compiled
-from inference.core.bound import unconstrained
 from inference.core.group import gathered, place, ranks, reduced
+from inference.core.sites import unconstrained
 from inference.objectives.game import Game, by_name
 
 HEADER = 4
@@ -67,7 +67,7 @@ class Shared(ELBO):
         >>> losses = [svi.step(y[share], size=100, rows=share) for _ in range(10)]
     """
 
-    over_processes = True
+    shares_rows = True
 
     def __init__(self, objective: ELBO) -> None:
         if not hasattr(objective, "loss_and_grads"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from inference.core.checks import reason_of
 from inference.core.lazy import pd
 
 
@@ -102,8 +103,7 @@ def section(anchor: str, title: str, make: Callable[[], Iterable[Block]]) -> Sec
         return Section(anchor, title, list(make()))
     except Exception as error:
         # Any failure: the rest of the page is worth having.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return Section(anchor, title, [note(f"Left out: {reason}.")])
+        return Section(anchor, title, [note(f"Left out: {reason_of(error, 300)}.")])
 
 
 def note(text: str, style: str = "note") -> Text:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.core.bound import BoundPair
+from inference.core.checks import reason_of
 from inference.core.lazy import azs, pd
 from inference.idata import coordinates
 from inference.report import plots
@@ -45,7 +46,7 @@ def model(bound: BoundPair) -> Iterator[Block]:
     except Exception as error:
         # Sites whose dependences cannot be followed; the table has them all the same.
         drawn = None
-        yield note(f"The graph cannot be drawn: {' '.join(str(error).split())[:200] or type(error).__name__}.")
+        yield note(f"The graph cannot be drawn: {reason_of(error)}.")
     if drawn is not None:
         yield drawn
     elif len(bound.sites) > MOST:

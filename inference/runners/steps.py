@@ -21,11 +21,12 @@ from inference.compiler.block import Block
 from inference.compiler.capture import Untraceable
 from inference.compiler.objective import Compiled
 from inference.compiler.update import Adam
-from inference.core.bound import BoundPair, unconstrained
+from inference.core.bound import BoundPair
 from inference.core.contracts import Objective
 from inference.core.group import ranks
 from inference.core.handlers import random_state, set_random_state
 from inference.core.private import copy_all, norms
+from inference.core.sites import unconstrained
 from inference.objectives.shared import Shared, over_processes
 from inference.optim import Joint
 from inference.result import dotted
