@@ -16,8 +16,8 @@ from inference.core.handlers import exclusive, isolated
 from inference.diagnostics import two_sample
 from inference.diagnostics.calibration import Calibration
 from inference.diagnostics.convergence import Diagnosis, diagnose
-from inference.diagnostics.guides import pareto_k
 from inference.diagnostics.stein import Stein
+from inference.diagnostics.weights import pareto_k
 from inference.evidence.estimate import Evidence, log_evidence
 from inference.optim import Joint
 from inference.predict import (

@@ -20,9 +20,11 @@ from pyro.infer.autoguide import AutoDelta
 
 import inference
 from inference import kernels
-from inference.diagnostics.convergence import R_HAT as R_HAT_LIMIT
-from inference.diagnostics.convergence import Diagnosis, diagnose, r_hat_limit
-from inference.diagnostics.guides import GuideCheck, effective_fraction, pareto_k
+from inference.diagnostics.chains import R_HAT as R_HAT_LIMIT
+from inference.diagnostics.chains import r_hat_limit
+from inference.diagnostics.convergence import Diagnosis, diagnose
+from inference.diagnostics.guides import GuideCheck
+from inference.diagnostics.weights import effective_fraction, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
 FEW = "below 100 per chain: run more draws, or reparameterise correlated sites."

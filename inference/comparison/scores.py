@@ -19,7 +19,8 @@ from inference.core.checks import reason_of
 from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs, special
 from inference.diagnostics import two_sample
-from inference.diagnostics.guides import MIN_DRAWS, PARETO_K, pareto_k
+from inference.diagnostics.guides import PARETO_K
+from inference.diagnostics.weights import MIN_DRAWS, pareto_k
 from inference.draws.scoring import draw_sites
 from inference.evidence.estimate import log_evidence
 from inference.predict import classify, pointwise_log_likelihood

@@ -22,7 +22,7 @@ from inference.core.files import stem_of, write_whole
 from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import azs, pd
 from inference.core.spacing import spaced
-from inference.diagnostics.convergence import quantity
+from inference.diagnostics.quantities import quantity
 from inference.draws.scoring import log_joint
 from inference.idata import of_observations
 from inference.report.blocks import Table, frame

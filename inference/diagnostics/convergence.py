@@ -3,13 +3,7 @@ r"""Convergence diagnostics of chains and guides, with advice.
 R-hat and effective sample sizes follow Vehtari et al. 2021 (rank-normalised, split chains;
 https://doi.org/10.1214/20-BA1221). As there, ``ess_tail`` is the smaller of the effective sample sizes of the 5 % and
 95 % quantiles; ``arviz_stats.ess`` takes 11 % and 89 % by default.
-Guides are judged by :mod:`inference.diagnostics.guides`.
-
-R-hat of m half chains of n draws with variance W within and V of their means is :math:`\sqrt{1 - 1/n + V/W}`. Where the
-chains agree V is their Monte Carlo error alone, so R-hat is about :math:`\sqrt{1 + m / S_e}` with the effective sample
-size :math:`S_e`: 1.01 for the 8 halves of four chains and the 400 draws that are required, but 1.15 for 64 chains. For
-more than four chains the limit therefore allows for the Monte Carlo error, estimated from the chains one by one, by the
-difference of the means of their halves (:func:`r_hat_limit`).
+Whether chains agree is judged by :mod:`inference.diagnostics.chains`, guides by :mod:`inference.diagnostics.guides`.
 
 What no diagnostic can see is what no chain has found: a narrow mode beside a wide one is missed by all chains, which
 then agree.
@@ -17,27 +11,19 @@ then agree.
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from inference.core.lazy import azb, azs, pd, special, stats, xr
-from inference.diagnostics.guides import FALSE_ALARMS, PARETO_K, GuideCheck, advise_guide, weigh
+from inference.core.lazy import azb, azs, pd, xr
+from inference.diagnostics.advice import advise_guide, advise_latents
+from inference.diagnostics.chains import advise_chains, disagreeing
+from inference.diagnostics.guides import PARETO_K, GuideCheck
 from inference.diagnostics.losses import still_falling
-
-R_HAT = 1.01
-"""R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""
-
-
-ESS_PER_CHAIN, ESS_CHAINS = 100, 4
-"""Required effective sample size per chain, and the number of chains beyond which no more is required: 400 is enough to
-estimate R-hat and the effective sample size itself (Vehtari et al. 2021)."""
-
+from inference.diagnostics.quantities import names_of, quantities_of
+from inference.diagnostics.weights import weigh
 
 TAILS = (0.05, 0.95)
 """Quantiles of which the smaller effective sample size is ``ess_tail``."""
@@ -45,22 +31,6 @@ TAILS = (0.05, 0.95)
 
 MAX_QUANTITIES = 10_000
 """Number of quantities up to which a site of a guide has lines in the table."""
-
-
-CUT_SHORT = 0.05
-"""Share of transitions at the maximum tree depth from which it is said, as in PyMC."""
-
-
-MIN_ACCEPTANCE = 0.05
-"""Mean acceptance below which a chain hardly moves."""
-
-
-MODE_GAP_SD = 3.0
-"""Gap between two groups of chains, in standard deviations of a chain, above which they are at different modes."""
-
-
-COLLAPSED_KL = 0.01
-"""KL divergence, in nats per row, below which a dimension of a latent site has collapsed to its prior."""
 
 
 POINT_ESTIMATE = "A point estimate: all draws are equal, and predictions ignore parameter uncertainty."
@@ -146,15 +116,18 @@ def diagnose(
         check = pareto_k if isinstance(pareto_k, GuideCheck) else GuideCheck(pareto_k)
         unfinished = () if losses is None or _usable(check) else still_falling(losses)
         return _diagnose_guide(idata, check, latent_kl, unfinished, tuple(unjudged))
-    table = _summary(_quantities_of(idata), chains=True)
-    divergences = int(stats["diverging"].sum())
-    chains, draws = idata["posterior"].sizes["chain"], idata["posterior"].sizes["draw"]
-    method = idata["posterior"].attrs.get("method", "NUTS")
-    apart = _disagreeing(table, _quantities_of(idata))
-    advice = _advise_chains(table, divergences, chains, draws, method, apart, partial(_modes, _quantities_of(idata)))
-    converged = None if chains == 1 else bool(table["r_hat"].notna().any()) and not len(apart)
-    said = (*_advise_stuck(idata), *_advise_restarts(idata), *_advise_depth(idata), *advice)
-    return Diagnosis(table, divergences, None, said, unjudged=tuple(unjudged), converged=converged)
+    posterior = quantities_of(idata)
+    table = _summary(posterior, chains=True)
+    apart = disagreeing(table, posterior)
+    alone = idata["posterior"].sizes["chain"] == 1
+    return Diagnosis(
+        table,
+        int(stats["diverging"].sum()),
+        None,
+        advise_chains(idata, table, apart),
+        unjudged=tuple(unjudged),
+        converged=None if alone else bool(table["r_hat"].notna().any()) and not len(apart),
+    )
 
 
 def _diagnose_guide(
@@ -164,7 +137,7 @@ def _diagnose_guide(
     unfinished: tuple[str, ...],
     unjudged: tuple[str, ...],
 ) -> Diagnosis:
-    whole = _quantities_of(idata)
+    whole = quantities_of(idata)
     sizes = {str(n): int(np.prod(whole[n].shape[2:])) for n in whole.data_vars}
     omitted = tuple(n for n, size in sizes.items() if size > MAX_QUANTITIES)
     posterior = whole.drop_vars(omitted)
@@ -183,7 +156,7 @@ def _diagnose_guide(
         table,
         None,
         check.pareto_k,
-        advice if known is None else (*advice, *_advise_latents(known)),
+        advice if known is None else (*advice, *advise_latents(known)),
         known,
         unjudged=(*check.unjudged, *unjudged),
         effective=check.effective,
@@ -202,7 +175,7 @@ def _weigh(posterior: xr.Dataset, check: GuideCheck) -> pd.DataFrame | None:
         return None
     count = len(check.log_weights)
     draws = np.concatenate([v.values.reshape(v.shape[1], -1)[:count] for v in posterior.data_vars.values()], 1)
-    names = [name for v in posterior.data_vars.values() for name in _quantities(v)]
+    names = [name for v in posterior.data_vars.values() for name in names_of(v)]
     return weigh(draws, check.log_weights).set_index(pd.Index(names, name="quantity"))
 
 
@@ -226,7 +199,7 @@ def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
                 "ess_tail": azs.ess(draws, method="tail", prob=TAILS),
                 "r_hat": azs.rhat(draws),
             }
-    names = [name for n in real for name in _quantities(posterior[n])]
+    names = [name for n in real for name in names_of(posterior[n])]
     return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
 
 
@@ -239,37 +212,14 @@ def with_intervals(table: pd.DataFrame, idata: xr.DataTree, prob: float) -> pd.D
         prob: Posterior probability of an interval; as much lies below it as above.
     """
     tails, bounds = ((1 - prob) / 2, (1 + prob) / 2), dict[str, np.ndarray]()
-    for array in _quantities_of(idata).data_vars.values():
-        names = _quantities(array)
+    for array in quantities_of(idata).data_vars.values():
+        names = names_of(array)
         if names and names[0] in table.index:
             limits = np.quantile(array.values.reshape(-1, len(names)), tails, axis=0)
             bounds |= dict(zip(names, limits.T, strict=True))
     columns = [f"eti{int(100 * prob)}_{end}" for end in ("lb", "ub")]
     found = pd.DataFrame.from_dict(bounds, orient="index", columns=columns).reindex(table.index)
     return pd.concat([table[["mean", "sd"]], found, table.drop(columns=["mean", "sd"])], axis=1)
-
-
-def _quantities_of(idata: xr.DataTree) -> xr.Dataset:
-    """Quantities to diagnose: the continuous ones, or the log density of chains that have none."""
-    groups = {name: group.to_dataset() for name, group in idata.children.items()}
-    posterior, stats = groups.get("posterior", xr.Dataset()), groups.get("sample_stats", xr.Dataset())
-    real = posterior[[n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]]
-    return stats[["lp"]] if not real and "lp" in stats else real
-
-
-def _quantities(array: xr.DataArray) -> list[str]:
-    """Names of all scalars of a posterior array, in the form of :func:`quantity`."""
-    labels = [[str(v) for v in array[d].values] if d in array.coords else range(array.sizes[d]) for d in array.dims[2:]]
-    if not labels:
-        return [str(array.name)]
-    return [f"{array.name}[{', '.join(map(str, at))}]" for at in itertools.product(*labels)]
-
-
-def quantity(array: xr.DataArray, index: tuple[int, ...]) -> str:
-    """Name of one scalar of a posterior array (chain, draw, ...): ``means[benign, mean radius]``."""
-    places = zip(array.dims[2:], index, strict=True)
-    at = [str(array[d].values[k]) if d in array.coords else str(k) for d, k in places]
-    return f"{array.name}[{', '.join(at)}]" if at else str(array.name)
 
 
 def _flat(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
@@ -281,170 +231,3 @@ def _extreme(table: pd.DataFrame, column: str, reduce: Callable[[np.ndarray], fl
     # A constant quantity (for instance a simplex of one element) has no R-hat and no effective sample size.
     values = values[table["sd"].to_numpy() > 0] if len(values) else values
     return float(reduce(values)) if len(values) and not np.isnan(values).all() else float("nan")
-
-
-def _advise_latents(table: pd.DataFrame) -> tuple[str, ...]:
-    """One sentence per site with collapsed dimensions."""
-    said = []
-    for name, part in table.groupby(lambda n: n.partition("[")[0], sort=False):
-        collapsed, count = int((part["kl"] < COLLAPSED_KL).sum()), len(part)
-        remedy = "fit with BetaELBO(warmup=...) or BetaELBO(free_bits=...)"
-        if collapsed == count:
-            said.append(
-                f"{name}: posterior collapse: the guide equals the prior for every row (KL below {COLLAPSED_KL} nats), "
-                f"so the model does not use {name}; {remedy}, or use a weaker decoder"
-            )
-        elif collapsed:
-            said.append(
-                f"{name}: {collapsed} of {count} dimensions have collapsed to the prior (KL below {COLLAPSED_KL} nats "
-                f"per row); use fewer dimensions, or {remedy} to use more of them"
-            )
-    return tuple(said)
-
-
-def _advise_stuck(idata: xr.DataTree) -> tuple[str, ...]:
-    """Advice about chains that hardly ever accept."""
-    stats = idata["sample_stats"].to_dataset()
-    if "acceptance_rate" not in stats:
-        return ()
-    stuck = np.flatnonzero(stats["acceptance_rate"].mean("draw").values < MIN_ACCEPTANCE)
-    if not len(stuck):
-        return ()
-    return (
-        f"{_chains(stuck).capitalize()} hardly moved (mean acceptance below {MIN_ACCEPTANCE}), so their draws do not "
-        "represent the posterior; run a longer warmup, or look for a region where the density is flat or not finite.",
-    )
-
-
-def _advise_depth(idata: xr.DataTree) -> tuple[str, ...]:
-    """Advice about trajectories that were cut short."""
-    cut = idata["sample_stats"].to_dataset().get("reached_max_treedepth")
-    if cut is None or float(cut.mean()) <= CUT_SHORT:
-        return ()
-    return (
-        f"{int(cut.sum())} of {cut.size} transitions reached the maximum tree depth, which cut their trajectories "
-        "short; raise max_tree_depth (partial(NUTS, max_tree_depth=12)), or bring sites to similar scales.",
-    )
-
-
-def _advise_restarts(idata: xr.DataTree) -> tuple[str, ...]:
-    count = idata["posterior"].attrs.get("restarted", 0)
-    if not count:
-        return ()
-    return (
-        "In the warmup chains reached regions of far too low density and restarted at the positions of others, "
-        f"{count} times in all; this could miss a low but very wide mode; kernel=NUTS restarts no chains.",
-    )
-
-
-STILL = 1e-12
-"""Variance of normal scores within half chains up to which they do not move: that of all scores is 1."""
-
-
-def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
-    r"""R-hat up to which chains agree: 1.01 for up to four of them, more for more.
-
-    .. math:: \hat R^2 \le 1.01^2 + \Big(\frac{V}{W} - \frac{1}{n}\Big)_+ + z \frac{V}{W \sqrt{C - 1}}
-
-    where n is half the number of draws, W the mean variance of the 2 C half chains, and V the variance of a half's mean
-    as each chain tells alone: half the variance over chains of the difference of its halves' means. The excess over V
-    is the covariance over chains of these two means, whose standard error is :math:`V / \sqrt{C - 1}` for chains that
-    agree; z makes the probability of a report by chance :math:`10^{-3}` over all quantities. Draws are rank-normalised,
-    and also folded around the median; the limit is the larger one, as R-hat is the larger one.
-
-    Args:
-        draws: Draws (chains, draws) of one quantity.
-        quantities: Number of quantities that are judged.
-    """
-    chains, half = len(draws), draws.shape[1] // 2
-    if chains <= ESS_CHAINS or half < 2:
-        return R_HAT
-    z = math.sqrt(2 * math.log(4 * quantities / FALSE_ALARMS))
-    limits = []
-    for values in (draws, abs(draws - np.median(draws))):
-        ranks = stats.rankdata(values).reshape(values.shape)
-        normal = special.ndtri((ranks - 0.375) / (values.size + 0.25))
-        halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
-        within = halves.var(-1, ddof=1).mean()
-        means = halves.mean(-1)
-        # Where no chain moves there is nothing to allow for, and rounding to divide by.
-        error = (means[:, 0] - means[:, 1]).var(ddof=1) / 2 / within if within > STILL else 0.0
-        limits.append(R_HAT**2 + max(error - 1 / half, 0.0) + z * error / math.sqrt(chains - 1))
-    return math.sqrt(max(limits))
-
-
-def _disagreeing(table: pd.DataFrame, posterior: xr.Dataset) -> pd.Series:
-    """Limits of R-hat of the quantities above it."""
-    above = table.index[(table["sd"] != 0) & (table["r_hat"] > R_HAT)]
-    limits = {n: r_hat_limit(v, len(table)) for n, v in _named(posterior, set(above))}
-    return pd.Series({n: v for n, v in limits.items() if table["r_hat"][n] > v}, dtype=float)
-
-
-def _named(posterior: xr.Dataset, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Draws (chain, draw) of the named quantities."""
-    for array in posterior.data_vars.values():
-        flat = array.values.reshape(*array.shape[:2], -1)
-        yield from ((n, flat[..., k]) for k, n in enumerate(_quantities(array)) if n in names)
-
-
-def _modes(posterior: xr.Dataset, name: str) -> str:
-    """Remedy for chains that disagree in a scalar; two groups with a wide gap are at different modes."""
-    ((_, draws),) = _named(posterior, {name})
-    means, sd = draws.mean(1), np.median(draws.std(1))
-    order = np.argsort(means)
-    gaps = np.diff(means[order])
-    cut = int(gaps.argmax()) + 1
-    if not gaps[cut - 1] > MODE_GAP_SD * sd:
-        return "run a longer warmup and more draws, and look for several modes."
-    low, high = np.sort(order[:cut]), np.sort(order[cut:])
-    return (
-        f"{len(low)} stay near {means[low].mean():.3g} and {len(high)} near {means[high].mean():.3g} "
-        f"({_chains(min(low, high, key=len))}), at different modes whose weights the chains cannot estimate; "
-        "use a tighter prior, or an ordering constraint on exchangeable components."
-    )
-
-
-def _chains(which: np.ndarray) -> str:
-    shown = ", ".join(map(str, which[:8])) + (", ..." if len(which) > 8 else "")
-    return f"chain{'s' if len(which) > 1 else ''} {shown}"
-
-
-def _advise_chains(
-    table: pd.DataFrame,
-    divergences: int,
-    chains: int,
-    draws: int,
-    method: str,
-    apart: pd.Series,
-    modes: Callable[[str], str],
-) -> tuple[str, ...]:
-    advice = []
-    moving = table[table["sd"] != 0]
-    broken = moving[~np.isfinite(moving["sd"])]
-    if len(broken):
-        advice.append(f"Draws of {broken.index[0]} are not finite: the density overflows there; check priors and data.")
-    if chains == 1:
-        advice.append("One chain has no R-hat: run at least two to see whether they agree.")
-    elif moving["r_hat"].isna().any() and not len(broken):
-        advice.append(f"{draws} draws per chain are too few to compute R-hat: run more.")
-    elif len(apart):
-        worst = moving["r_hat"][apart.index].idxmax()
-        advice.append(
-            f"R-hat is {moving['r_hat'][worst]:.3f} for {worst}, above {apart[worst]:.4g}: the chains disagree; "
-            + modes(str(worst))
-        )
-    least = moving[["ess_bulk", "ess_tail"]].min(axis=1).dropna()
-    enough = ESS_PER_CHAIN * min(chains, ESS_CHAINS)
-    said = f"{ESS_PER_CHAIN} per chain" if chains <= ESS_CHAINS else str(enough)
-    if len(least) and least.min() < enough:
-        advice.append(
-            f"Effective sample size is {least.min():.0f} for {least.idxmin()}, below {said}: "
-            "run more draws, or reparameterise correlated sites."
-        )
-    if divergences:
-        advice.append(
-            f"{divergences} of {chains * draws} transitions diverged: parts of the posterior were not reached; "
-            f"raise target_accept_prob (partial({method}, target_accept_prob=0.95)), or use a non-centred "
-            "parameterisation."
-        )
-    return tuple(advice)

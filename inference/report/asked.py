@@ -12,6 +12,7 @@ from torch import Tensor
 from inference.core.bound import BoundPair
 from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis
+from inference.diagnostics.quantities import quantity
 
 
 class Reported(Protocol):
@@ -63,8 +64,6 @@ def quantities(result: Reported) -> dict[str, np.ndarray]:
     posterior = result.idata.get("posterior")
     if posterior is None:
         return {}
-    from inference.diagnostics.convergence import quantity
-
     wanted, found = set(result.diagnosis.table.index), {}
     for array in posterior.data_vars.values():
         flat = array.values.reshape(*array.shape[:2], -1)

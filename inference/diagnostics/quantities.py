@@ -1,0 +1,40 @@
+"""Scalar quantities of a posterior: their names and their draws."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from inference.core.lazy import xr
+
+
+def quantities_of(idata: xr.DataTree) -> xr.Dataset:
+    """Quantities to diagnose: the continuous ones, or the log density of chains that have none."""
+    groups = {name: group.to_dataset() for name, group in idata.children.items()}
+    posterior, stats = groups.get("posterior", xr.Dataset()), groups.get("sample_stats", xr.Dataset())
+    real = posterior[[n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]]
+    return stats[["lp"]] if not real and "lp" in stats else real
+
+
+def names_of(array: xr.DataArray) -> list[str]:
+    """Names of all scalars of a posterior array, in the form of :func:`quantity`."""
+    labels = [[str(v) for v in array[d].values] if d in array.coords else range(array.sizes[d]) for d in array.dims[2:]]
+    if not labels:
+        return [str(array.name)]
+    return [f"{array.name}[{', '.join(map(str, at))}]" for at in itertools.product(*labels)]
+
+
+def quantity(array: xr.DataArray, index: tuple[int, ...]) -> str:
+    """Name of one scalar of a posterior array (chain, draw, ...): ``means[benign, mean radius]``."""
+    places = zip(array.dims[2:], index, strict=True)
+    at = [str(array[d].values[k]) if d in array.coords else str(k) for d, k in places]
+    return f"{array.name}[{', '.join(at)}]" if at else str(array.name)
+
+
+def draws_of(posterior: xr.Dataset, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Draws (chain, draw) of the named quantities."""
+    for array in posterior.data_vars.values():
+        flat = array.values.reshape(*array.shape[:2], -1)
+        yield from ((n, flat[..., k]) for k, n in enumerate(names_of(array)) if n in names)
