@@ -25,7 +25,7 @@ from sklearn.naive_bayes import BernoulliNB
 from sklearn.preprocessing import StandardScaler
 
 from ppl_models import data
-from ppl_models.data import sets
+from ppl_models.data import loaders, sets
 from ppl_models.data.files import IDX, SHA256, SIZES, UPSTREAM
 
 REAL = os.environ.get("PPL_MODELS_DATA", "")
@@ -226,7 +226,7 @@ def test_standardise_knows_the_training_split_alone(dtype: torch.dtype, toleranc
 
 def test_standardise_only_centres_a_constant_column(monkeypatch: pytest.MonkeyPatch) -> None:
     x = {"train": np.full((1000, 1), 0.1), "test": np.array([[0.1], [2.1]])}
-    monkeypatch.setitem(sets._LOADERS, "constant", lambda: sets._Raw(x, {}, ("constant",)))
+    monkeypatch.setitem(loaders.LOADERS, "constant", lambda: loaders.Raw(x, {}, ("constant",)))
     got = data.load("constant", standardise=True)
     assert (got.train["x"] == 0).all()
     torch.testing.assert_close(got.test["x"], torch.tensor([[0.0], [2.0]]))
@@ -599,7 +599,7 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
         data.load("minst")
     with pytest.raises(ValueError, match=r"got 'qqq' \(nearest: none\)$"):
         data.load("qqq")
-    assert data.names() == tuple(sets._LOADERS) and len(data.names()) == 14
+    assert data.names() == tuple(loaders.LOADERS) and len(data.names()) == 14
 
 
 def test_arguments_that_cannot_be() -> None:
@@ -761,11 +761,11 @@ def test_copies_of_a_text_are_on_one_side_in_the_same_order_as_without_them() ->
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 3, (200, 3))
     labels = (rows.sum(1) > 2).astype(int)
-    at = sets._split_distinct(rows, labels)
+    at = loaders.split_distinct(rows, labels)
     assert sorted([*at["train"], *at["test"]]) == list(range(200))
     assert not {tuple(r) for r in rows[at["train"]]} & {tuple(r) for r in rows[at["test"]]}
     distinct = np.arange(200)[:, None]
-    at = sets._split_distinct(distinct, labels)
+    at = loaders.split_distinct(distinct, labels)
     train, test = train_test_split(np.arange(200), test_size=0.3, stratify=labels, random_state=0)
     assert at["train"].tolist() == train.tolist() and at["test"].tolist() == test.tolist()
 

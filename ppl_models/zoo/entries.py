@@ -3,37 +3,32 @@ r"""The zoo: one entry per pair with its data, the methods that apply and what i
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
 from pyro.infer import Trace_ELBO
-from torch import nn
 
 from inference import Method, Moments, fit, sample
 from inference.kernels import NUTS
 from inference.objectives import RWS, VIMCO, WakeSleep
-from ppl_models.data.sets import Dataset
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.diffusion.chain import DiffusionChain
-from ppl_models.models.diffusion.denoisers import UNet
 from ppl_models.models.factorial_code import FactorialCode
-from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN, Leaky
+from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
 from ppl_models.models.linear_factors import PPCA, Autoencoder, FactorAnalysis
 from ppl_models.models.markov_chain import MarkovChain
 from ppl_models.models.mixture import BernoulliMixture, GaussianMixture
 from ppl_models.models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes
-from ppl_models.models.parts.networks import mlp
-from ppl_models.models.parts.warps import RandomWarp, Warp
 from ppl_models.models.regression import LogisticRegression, NeuralClassifier
 from ppl_models.models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet
 from ppl_models.models.vae import VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
 from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
+from ppl_models.zoo.arguments import chain, conditional_gan, cyclegan, gan, infogan, sized
 from ppl_models.zoo.entry import Entry, labelled
 from ppl_models.zoo.methods import (
     adversarial,
@@ -47,52 +42,9 @@ from ppl_models.zoo.methods import (
     unpredictable,
 )
 
-Size = TypeVar("Size")
-
-
-def sized(dataset: Dataset, small: Size, large: Size) -> Size:
-    """The first for few features, as of 8 x 8 digits; for images of 784 pixels the second, that of publications."""
-    return small if len(dataset.features) < 784 else large
-
 
 def _moments(pair: Any, data: Any) -> Moments:
     return pair.moments(**data)
-
-
-def _generator(dataset: Dataset, inputs: int) -> nn.Module:
-    """Dense layers from noise to pixels in (0, 1)."""
-    return nn.Sequential(mlp(inputs, 256, 256, len(dataset.features), activation=nn.ReLU), nn.Sigmoid())
-
-
-def _gan(dataset: Dataset, noise: int = 16) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"features": dataset.features, "noise": noise, "hidden": (256, 256)}
-    return {**sizes, "generator": _generator(dataset, noise)}
-
-
-def _conditional_gan(dataset: Dataset) -> dict[str, Any]:
-    return {**_gan(dataset, 20), **labelled(dataset), "generator": _generator(dataset, 20 + len(dataset.classes))}
-
-
-def _infogan(dataset: Dataset) -> dict[str, Any]:
-    pixels, shape = len(dataset.features), dataset.shape or (1, len(dataset.features))
-    # Codes that ignore small shifts and turns of an image are nearer to classes.
-    trunk = nn.Sequential(RandomWarp(shape), mlp(pixels, 256, 256, activation=Leaky), Leaky())
-    return {**_gan(dataset, 8), "codes": 10, "generator": _generator(dataset, 8 + 10), "trunk": trunk}
-
-
-def _cyclegan(dataset: Dataset) -> dict[str, Any]:
-    pixels, shape = len(dataset.features), dataset.shape or (1, len(dataset.features))
-    # Of all maps between two domains of images an affine one is learnt; a dense one has countless solutions.
-    maps = {f"{name}_map": Warp(shape, angle=sign * math.pi / 2) for name, sign in (("forward", 1), ("backward", -1))}
-    return {"features": (pixels, pixels), "scale": 8.0, "hidden": (128, 128), **maps}
-
-
-def _chain(dataset: Dataset, steps: int = 100) -> dict[str, Any]:
-    """A chain over pixels of as many levels as the data have, with a small U-Net."""
-    channels = sized(dataset, (32, 64), (16, 32, 32))
-    network = UNet(dataset.shape or (1, len(dataset.features)), steps, channels=channels, learned_variance=True)
-    pixels: dict[str, Any] = {"variance": "learned", "likelihood": "pixels", "levels": dataset.levels}
-    return {"features": dataset.features, "network": network, "steps": steps, **pixels}
 
 
 def bits(pair: DiffusionChain, data: Mapping[str, Any]) -> pd.DataFrame:
@@ -408,7 +360,7 @@ ENTRIES = (
         name="gan",
         title="GAN, dense networks",
         make=GAN,
-        arguments=_gan,
+        arguments=gan,
         methods={
             "R1": adversarial(r1=1.0),
             "GAN": adversarial(),
@@ -421,7 +373,7 @@ ENTRIES = (
         name="conditional_gan",
         title="GAN of images given their label",
         make=ConditionalGAN,
-        arguments=_conditional_gan,
+        arguments=conditional_gan,
         **_LABELLED,
         source="two-sample metrics; digits as asked in the tests",
     ),
@@ -430,7 +382,7 @@ ENTRIES = (
         name="infogan",
         title="InfoGAN: a GAN with a code of ten states that is read from the rows",
         make=InfoGAN,
-        arguments=_infogan,
+        arguments=infogan,
         methods={"InfoGAN": _INFO},
         source="two-sample metrics; codes and digits in the ledger",
         small={"hidden": (8,), "generator": None, "trunk": None},
@@ -440,7 +392,7 @@ ENTRIES = (
         name="bigan",
         title="GAN with an encoder (BiGAN)",
         make=BiGAN,
-        arguments=_gan,
+        arguments=gan,
         source="two-sample metrics; the encoder inverts the generator in the tests",
     ),
     _of(
@@ -466,7 +418,7 @@ ENTRIES = (
         name="cyclegan",
         title="CycleGAN between two domains without pairs",
         make=CycleGAN,
-        arguments=_cyclegan,
+        arguments=cyclegan,
         data="turned_digits",
         also=(),
         prepare={"unit": True},
@@ -479,7 +431,7 @@ ENTRIES = (
         name="diffusion",
         title="Diffusion chain of 100 steps, a small U-Net",
         make=DiffusionChain,
-        arguments=_chain,
+        arguments=chain,
         report=bits,
         also=("mnist", "fashion_mnist", "binarized_mnist", "omniglot"),
         prepare={"unit": True},
