@@ -22,10 +22,11 @@ from inference.comparison.table import _quantity as quantity_of
 from inference.core import source
 from inference.core.bound import bind
 from inference.kernels import NUTS, ChEES
-from inference.report import chapters, plots, story
+from inference.report import plots, story
 from inference.report.blocks import Table, section
 from inference.report.checks import checks, compared
 from inference.report.graph import graph, relations
+from inference.report.loo import loo
 from ppl_models import GAN, ZOO
 
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -233,7 +234,7 @@ def test_replicated_counts_are_shown_by_their_states() -> None:
 
 
 def test_leave_one_out_says_of_guides_alone_that_their_draws_are_no_posterior(lines: Comparison) -> None:
-    said = [b.html for b in chapters.loo(lines.results) if not isinstance(b, Table) and b.kind == "text"]
+    said = [b.html for b in loo(lines.results) if not isinstance(b, Table) and b.kind == "text"]
     assert [s.partition(":")[0] for s in said if "inference.loo(result) corrects" in s] == ["SVI"]
 
 
@@ -407,7 +408,7 @@ def test_leave_one_out_compares_methods_on_the_same_observations() -> None:
         name: fit((model, AutoNormal(model, init_scale=scale)), data, steps=0, draws=100, progress=False)
         for name, scale in (("narrow", 0.1), ("wide", 0.4))
     }
-    table = next(b for b in chapters.loo(results) if isinstance(b, Table))
+    table = next(b for b in loo(results) if isinstance(b, Table))
     shown = {row[0].text: [float(c.text.replace("−", "-")) for c in row[1:4]] for row in table.rows}
     for site in ("x", "y"):
         (first, _, gap), (second, _, other) = (shown[f"{name}, {site}"] for name in results)

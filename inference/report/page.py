@@ -19,7 +19,9 @@ from inference.report import chapters
 from inference.report.asked import Reported, about_of, is_chains
 from inference.report.blocks import Figure, Figures, Section, number, section
 from inference.report.checks import checks, pictures
+from inference.report.diagnosis import diagnosis
 from inference.report.drawing import COLOURS
+from inference.report.loo import loo
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def page_of_result(
         section("model", "The model", partial(chapters.model, result.bound)),
         section("data", "The data", partial(chapters.data, result.bound)),
         *_parts(result, shape),
-        section("loo", "Leave one out", partial(chapters.loo, {name: result})) if _scored(result) else None,
+        section("loo", "Leave one out", partial(loo, {name: result})) if _scored(result) else None,
         section("origin", "How to repeat it", partial(chapters.origin, result, known, versions, commit())),
     ]
     if len(result.losses) > 1:
@@ -125,7 +127,7 @@ def page_of_comparison(
         section("measures", "The methods compared", lambda: tables),
         section("posteriors", "Posteriors over one another", partial(_over, results, posteriors, colours, truth)),
         section("learning", "Learning curves", partial(chapters.learning, curves, colours)) if curves else None,
-        section("loo", "Leave one out", partial(chapters.loo, scored)) if scored else None,
+        section("loo", "Leave one out", partial(loo, scored)) if scored else None,
         *(s for k, (n, r) in enumerate(results.items(), 1) for s in _parts(r, shape, n, f"m{k}-")),
         section("origin", "How to repeat it", partial(chapters.origin, first, known, versions, commit())),
     ]
@@ -151,7 +153,7 @@ def method_colours(names: Any) -> dict[str, str]:
 def _parts(result: Reported, shape: Any, name: str = "", prefix: str = "") -> list[Section]:
     """Diagnosis, posterior, chains, predictive checks and pictures of one Result."""
     before = f"{name}: " if name else ""
-    found = [section(f"{prefix}diagnosis", f"{before}diagnosis", partial(chapters.diagnosis, result))]
+    found = [section(f"{prefix}diagnosis", f"{before}diagnosis", partial(diagnosis, result))]
     if not result.diagnosis.table.empty:
         found.append(
             section(f"{prefix}posterior", f"{before}posterior", partial(chapters.posterior, result, brief=bool(name)))
