@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import inference
 import ppl_models
-from inference import Saved, fit
+from inference import COLUMNS, Saved, fit
 from ppl_models.cli import app
 from ppl_models.commands.listing import entries
 from ppl_models.zoo.entries import ZOO, listed, table
@@ -59,6 +59,9 @@ def test_compare_prints_a_table_and_writes_its_files(run, tmp_path, monkeypatch)
     assert answer.exit_code == 0, answer.output
     assert "error_max" in answer.stdout
     assert "…" not in answer.stdout, "a number is cut short"
+    block = README.read_text().split("```text\n")[1].split("```")[0]
+    measures = [line.split()[0] for line in answer.stdout.split("measure")[1].splitlines()[1:] if line.strip()]
+    assert set(measures) & set(COLUMNS) <= {line.split()[0] for line in block.splitlines()}, "the README's table is old"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"table.csv", "posteriors.png", "exact", "svi"}
     saved = pd.read_csv(tmp_path / "out" / "table.csv", index_col="method")
     assert saved.loc["exact", "pareto_k"] == -float("inf")
