@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from inference.core.lazy import pd, xr
+from inference.diagnostics.chains import ESS_CHAINS, ESS_PER_CHAIN
 from inference.diagnostics.convergence import Diagnosis
+from inference.diagnostics.guides import PARETO_K
 from inference.report import plots
 from inference.report.asked import Reported, is_chains
 from inference.report.blocks import Block, Cell, Table, cell, frame, note
@@ -51,7 +53,7 @@ def _agreement(found: Diagnosis, group: xr.Dataset) -> Iterator[list[Cell]]:
         yield _row(
             "R-hat",
             found.worst_r_hat,
-            "about 1.01" if group.sizes["chain"] <= 4 else "about 1.01, more for many short chains",
+            "about 1.01" if group.sizes["chain"] <= ESS_CHAINS else "about 1.01, more for many short chains",
             found.converged,
             "Spread of all draws over the spread within chains, of the worst quantity: whether the chains agree.",
             "A longer warmup and more draws; look for several modes.",
@@ -59,7 +61,10 @@ def _agreement(found: Diagnosis, group: xr.Dataset) -> Iterator[list[Cell]]:
 
 
 def _sizes(table: pd.DataFrame, group: xr.Dataset) -> Iterator[list[Cell]]:
-    wanted, remedy = 100 * min(group.sizes["chain"], 4), "More draws; reparameterise correlated sites."
+    wanted, remedy = (
+        ESS_PER_CHAIN * min(group.sizes["chain"], ESS_CHAINS),
+        "More draws; reparameterise correlated sites.",
+    )
     of_centre = "Independent draws that would tell the centre of the worst quantity as well."
     of_tails = "The same for its 5 % and 95 % quantiles."
     for name, title, means in (
@@ -100,7 +105,7 @@ def _guide_rows(result: Reported) -> list[list[Cell]]:
                 "Pareto k",
                 found.pareto_k,
                 "0.7 or less",
-                found.pareto_k <= 0.7,
+                found.pareto_k <= PARETO_K[1],
                 "Tail of the importance weights of the guide's draws: how far the guide is from the posterior.",
                 "A richer guide (AutoMultivariateNormal, a flow), or sample().",
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inference.core.lazy import azs
+from inference.diagnostics.guides import PARETO_K
 from inference.report import plots
 from inference.report.asked import Reported, is_chains
 from inference.report.blocks import Block, Cell, Figure, Figures, Table, cell, note
@@ -50,7 +51,7 @@ class Score:
     @property
     def bad(self) -> int:
         """Number of observations whose estimate is not reliable."""
-        return int((self.k > 0.7).sum())
+        return int((self.k > PARETO_K[1]).sum())
 
 
 def loo(results: Mapping[str, Reported]) -> Iterator[Block]:

@@ -297,22 +297,21 @@ def check_evidence(entry: Entry, dataset: Dataset, seed: int) -> tuple[bool, str
         summed = brute_force(pair, data)
         if any(_is_point(s["fn"]) for s in _latent(poutine.trace(pair.guide).get_trace(**data)).values()):
             raise _Inapplicable("the guide is a point, which has no weights")
-    own = _of_pair(pair, data, summed)
+    passed, own = _own_evidence(pair, data, summed)
     found = log_evidence(pair, data, k=4000, seed=seed, progress=False)
     gap = float((found.values - summed).mean())
     # The logarithm of a mean of weights lies below, by half its squared error.
     allowed = LIMIT * found.monte_carlo_error + float(found.errors.square().mean()) + 1e-5 * float(summed.abs().mean())
     said = f"importance {found.mean:.4f}, sum over latents {float(summed.mean()):.4f} (difference {gap:.2g}, "
-    passed, off = (True, "") if own is None else own
     if passed and allowed > TELLING:
         raise _Inapplicable(f"{said}± {allowed:.2g}, of {TELLING} at most): the guide is too far from the posterior")
-    return passed and abs(gap) < allowed, f"{said}{off}< {allowed:.2g})"
+    return passed and abs(gap) < allowed, f"{said}{own}< {allowed:.2g})"
 
 
-def _of_pair(pair: Pair, data: Mapping[str, Tensor], summed: Tensor) -> tuple[bool, str] | None:
-    """Whether the pair's own log p(x) is the sum over latents, and how far it is off; None where it has none."""
+def _own_evidence(pair: Pair, data: Mapping[str, Tensor], summed: Tensor) -> tuple[bool, str]:
+    """Whether the pair's own log p(x), if it has one, is the sum over latents, and how far it is off."""
     if not callable(getattr(pair, "log_evidence", None)):
-        return None
+        return True, ""
     own: Tensor = pair.log_evidence(**data).double()
     off = float((own - summed).abs().max())
     return off < 1e-4 * float(summed.abs().max()), f"its own {off:.1g}, "
