@@ -37,9 +37,10 @@ from inference.core.handlers import (
     set_random_state,
 )
 from inference.draws import scoring
+from inference.further import GuideDraws
 from inference.idata import STORED
 from inference.objectives.shared import Shared, over_processes
-from inference.result import GuideDraws, Posterior, Result, conclude
+from inference.result import Posterior, Result, conclude
 from inference.runners.asked import asked_of, named
 from inference.runners.descent import Descent, Minibatches
 from inference.runners.steps import CompiledSteps, EagerSteps, by_adam

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from inference.core.bound import BoundPair
 from inference.core.handlers import DrawMissing
-from inference.result import FurtherDraws
+from inference.further import FurtherDraws
 
 LENGTHS = (1000, 1000, 4)
 """Default draws, warmup and chains of a kernel that runs a single chain."""

@@ -19,8 +19,8 @@ from inference.core.bound import BoundPair
 from inference.core.handlers import called_by_exclusive, preserved_rng, random_state, set_random_state
 from inference.core.packing import pack, unpack
 from inference.core.private import tree_map
+from inference.further import RESTORED, Continuation, FurtherDraws
 from inference.kernels import NUTS, ChEES, Gibbs
-from inference.result import RESTORED, Continuation, FurtherDraws
 from inference.runners.asked import named
 from inference.runners.base import (
     Bars,

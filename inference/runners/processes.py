@@ -32,7 +32,7 @@ from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
 from inference.core.handlers import first_valid
-from inference.result import FurtherDraws
+from inference.further import FurtherDraws
 from inference.runners.base import (
     LENGTHS,
     Bars,
