@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from inference import Comparison, Result, compare, fit, sample
-from inference.comparison.table import _quantity as quantity_of
+from inference.comparison.posteriors import quantity as quantity_of
 from inference.core import source
 from inference.core.bound import bind
 from inference.kernels import NUTS, ChEES
