@@ -234,24 +234,23 @@ def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict
         return scores, {}
     kept, flat = {}, {}
     for name, score in scores.items():
-        mask = seen[name] if name in seen else _of_rows(bound, seen, score)
+        mask = seen[name] if name in seen else rows_seen(bound, seen)
         kept[name] = score if mask.all() else score[:, mask.to(score.device)]
         if not mask.all():
             flat[name] = [f"{name}_observed"]
     return {n: v for n, v in kept.items() if v[0].numel()}, flat
 
 
-def _of_rows(bound: BoundPair, seen: Mapping[str, Tensor], score: Tensor) -> Tensor:
+def rows_seen(bound: BoundPair, seen: Mapping[str, Tensor]) -> Tensor:
     """Whether any site is seen in each element of the plates that all observed sites share."""
     shared = [
         p for p in next(iter(bound.select("observed").values())).plates if all(p in bound.sites[n].plates for n in seen)
     ]
-    any_seen = torch.zeros(score.shape[1:], dtype=torch.bool)
+    found = []
     for name, mask in seen.items():
-        plates = bound.sites[name].plates
-        rest = [k for k, p in enumerate(plates) if p not in shared]
-        any_seen |= mask.any(rest) if rest else mask
-    return any_seen
+        rest = [k for k, p in enumerate(bound.sites[name].plates) if p not in shared]
+        found.append(mask.any(rest) if rest else mask)
+    return torch.stack(found).any(0)
 
 
 def seen_of(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -164,3 +164,32 @@ def test_sensitivity_is_large_where_prior_and_data_disagree() -> None:
         lines[scale] = sensitivity(chains).loc["mu"]
     assert lines[0.1]["prior"] > 0.1 > 0.02 > lines[10.0]["prior"]
     assert "prior-data conflict" in lines[0.1]["diagnosis"] and lines[10.0]["likelihood"] > 0.05
+
+
+@pytest.mark.parametrize("by_chains", [False, True])
+def test_leave_one_out_of_masked_rows_is_that_of_the_rows_that_are_seen(by_chains: bool) -> None:
+    """The conjugate leave-one-out density of the eight rows that are seen, and ArviZ's standard error over them."""
+    y = normal(7, 12).double()
+    hidden = torch.arange(12) % 3 == 0
+
+    def masked(y: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).double(), 2.0))
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=~hidden):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    seen = y[~hidden].numpy()
+    precision = 0.25 + len(seen)
+
+    def exact(y: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(torch.tensor(seen.sum() / precision).double(), precision**-0.5))
+
+    others = seen.sum() - seen
+    spread = 1 / (precision - 1)
+    each = scipy.stats.norm(spread * others, np.sqrt(1 + spread)).logpdf(seen)
+    if by_chains:
+        found = loo(sample(masked, y, NUTS, draws=1000, warmup=300, chains=4, progress=False))
+    else:
+        found = loo(fit((masked, exact), y, steps=0, draws=100, progress=False), draws=4000)
+    assert found.n_data_points == len(seen)
+    assert found.elpd == pytest.approx(each.sum(), abs=0.25)
+    assert found.se == pytest.approx(np.sqrt(len(seen)) * each.std(), rel=0.1)

@@ -3,18 +3,21 @@ r"""Judgement of a posterior without a truth: Stein discrepancy, leave-one-out, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from inference.core.bound import BoundPair
 from inference.core.checks import check_count
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import azb, azs, pd, xr
 from inference.core.spacing import spaced
 from inference.diagnostics.stein import Stein, stein
 from inference.draws.scoring import log_joint, rowwise, sample_guide
+from inference.idata import rows_seen, seen_of
 from inference.result import Result
 
 
@@ -87,13 +90,18 @@ def loo(result: Result, draws: int = 2000, *, seed: int = 1) -> Any:
             f"result: expected latent sites outside of the plate of rows, got {', '.join(local)}; leaving a row out "
             "leaves out its latent; use log_evidence on held-out rows"
         )
-    if "sample_stats" in result.idata.children:
-        with isolated(seed), result.state():
-            return azs.loo(_tree(result, rowwise(bound, result.draws)))
     with isolated(seed), result.state():
+        if "sample_stats" in result.idata.children:
+            return azs.loo(_tree(result, _of_seen_rows(bound, result.draws)))
         values, density = sample_guide(bound, draws)
-        tree = azb.from_dict({"log_likelihood": {"data": _numpy(rowwise(bound, values))[None]}})
+        tree = azb.from_dict({"log_likelihood": {"data": _numpy(_of_seen_rows(bound, values))[None]}})
         return azs.loo_approximate_posterior(tree, _numpy(log_joint(bound, values)), _numpy(density))
+
+
+def _of_seen_rows(bound: BoundPair, draws: Mapping[str, Tensor]) -> Tensor:
+    """Log likelihood (S, rows) of the rows that a mask does not hide: there is nothing to leave out of the others."""
+    seen, density = rows_seen(bound, seen_of(bound, draws)), rowwise(bound, draws)
+    return density[:, seen.reshape(density.shape[1], -1).any(1).to(density.device)]
 
 
 @exclusive

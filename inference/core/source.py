@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from inference.core.spacing import spaced
+
 SAMPLE = 1000
 """Rows in memory that stand for all where single ones are shown."""
 
@@ -57,8 +59,7 @@ class Source:
 
     def sample(self) -> Tensor:
         """Indices of evenly spaced rows."""
-        count = len(self)
-        return torch.linspace(0, count - 1, min(SAMPLE, count), dtype=torch.float64).long()
+        return spaced(len(self), SAMPLE)
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """All rows of the arrays, some at a time, as they are stored."""
