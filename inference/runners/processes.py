@@ -1,13 +1,12 @@
 r"""Run a kernel of one chain several times: side by side in worker processes, or one after another in this one.
 
-Each chain has its own seed, threads are counted out in the same way, and all chains start from the same parameters: draws
-do not depend on how many chains run at once, nor on where.
+Each chain has its own seed, as many threads, and the same parameters to start with: draws do not depend on how many
+chains run at once, nor on where.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from time import time
 from typing import Any
 

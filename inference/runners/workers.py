@@ -9,6 +9,7 @@ change that this process has made in one of them after its import does not reach
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -140,11 +141,9 @@ def _value(future: Any, name: str, running: str) -> Any:
     try:
         outcome = future.result()
     except BrokenProcessPool as error:
-        codes = str(error).rpartition("are {")[2].rstrip("}\n") or "no exit code"
-        raise Failed(
-            f"{running} ended without an answer (exit code {codes}); the system kills, by SIGKILL, what takes too much "
-            "memory"
-        ) from None
+        codes = " or ".join(sorted(set(re.findall(r"\w+\(-?\d+\)", str(error))))) or "unknown"
+        line = f"{running} ended without an answer (exit code: {codes}); the system kills what takes too much memory"
+        raise Failed(line) from None
     for kind, text in outcome.warned:
         warnings.warn(f"{name}: {text}", kind, stacklevel=7)
     if outcome.uncarried:
@@ -281,13 +280,13 @@ def _work(folder: str, k: int, task: Any) -> _Outcome:
         except Exception as error:
             return _Outcome(uncarried=_said(error))
         _Held.folder = folder
-    progress, last, work = _progress(folder, "r+"), 0.0, _Held.work
+    progress, work, last, said = _progress(folder, "r+"), _Held.work, 0.0, (0, "")
 
     def say(step: int, text: str) -> None:
-        nonlocal last
+        nonlocal last, said
+        said = step, text
         if time.perf_counter() - last > PAUSE:
-            last = time.perf_counter()
-            progress[k] = (step, text.encode())
+            last, progress[k] = time.perf_counter(), (step, text.encode())
 
     progress["step"][k] = 0
     with work.surroundings() as caught:
@@ -295,4 +294,5 @@ def _work(folder: str, k: int, task: Any) -> _Outcome:
             value, failed = work.run(task, say), ""
         except Exception as error:
             value, failed = None, _said(error)
+    progress[k] = (said[0], said[1].encode())
     return _Outcome(value, failed, warned=tuple((w.category, str(w.message)) for w in caught))
