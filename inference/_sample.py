@@ -1,7 +1,7 @@
 r"""``sample``: Markov chains by any kernel.
 
 A kernel is a subclass of ``pyro.infer.mcmc.mcmc_kernel.MCMCKernel``. A batched kernel (``ChEES``, ``Gibbs``) holds all
-chains in one tensor. Chains of another kernel run side by side in processes.
+chains in one tensor. Chains of another kernel run side by side in worker processes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def sample(
         warmup: Draws per chain that adapt the kernel and are dropped. Default: 300 for ChEES and Gibbs, 1000 for
             others.
         chains: Number of chains. Default: 64 for ChEES and Gibbs, 4 for others. ``ChEES``, ``Gibbs`` and ``NUTS`` hold
-            them in one tensor; of other kernels, as many run at once as there are cores.
+            them in one tensor. Of other kernels as many run at once as there are cores, in worker processes (new
+            interpreters, not forks; they stay for a minute), if there is work for more than seconds. On cuda, and of a
+            model that cannot be pickled by cloudpickle (a warning says why), they run one after another. Draws are the
+            same either way.
         seed: Seed of all randomness. The global random state is left as it was.
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES and NUTS, as one
             compiled program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does

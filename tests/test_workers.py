@@ -133,6 +133,14 @@ def test_a_worker_has_the_settings_of_its_parent_and_no_workers_of_its_own(alone
     assert workers.run_jobs(task, [0, 1], 2, "run")[0][:2] == (before, pyro.settings.get("validate_infer"))
 
 
+def test_workers_that_were_killed_while_idle_are_replaced() -> None:
+    where = partial(workers.side_by_side, lambda task, say: os.getpid(), [0, 1], 2)
+    for pid in set(where()):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    assert os.getpid() not in where()
+
+
 def test_workers_are_new_where_a_source_has_changed_since(tmp_path, monkeypatch) -> None:
     (tmp_path / "some_source.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -223,7 +231,7 @@ sample(model, None, Endless, draws=1_000_000, warmup=0, chains=2, compile=False,
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as of a terminal")
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_chains_of_a_script_end_with_their_parent(end: signal.Signals) -> None:
     """Ctrl-C reaches all processes of a terminal, and a kill the parent alone."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -116,10 +116,10 @@ def _in_processes(
 ) -> list[Any]:
     with TemporaryDirectory(prefix="inference-", ignore_cleanup_errors=True) as folder:
         _write(Path(folder), _Work(run, threads), len(tasks))
-        progress, pool = _progress(folder, "r"), _pool(workers)
-        futures = [pool.submit(_work, folder, k, task) for k, task in enumerate(tasks)]
-        left, results = {f: k for k, f in enumerate(futures)}, dict[int, Any]()
+        progress, results = _progress(folder, "r"), dict[int, Any]()
         try:
+            pool = _pool(workers)
+            left = {pool.submit(_work, folder, k, task): k for k, task in enumerate(tasks)}
             while left:
                 done, _ = wait(left, timeout=PAUSE, return_when=FIRST_COMPLETED)
                 for k, (step, text) in enumerate(progress):
@@ -129,10 +129,10 @@ def _in_processes(
                     running = [k for k in left.values() if progress["step"][k] >= 0]
                     k = left.pop(future)
                     results[k] = _value(future, f"{name} {k}", f"{name} {' or '.join(map(str, running or [k]))}")
-        finally:
-            if left:
-                # An error, or Ctrl-C.
-                pool.shutdown(wait=True, kill_workers=True)
+        except BaseException:
+            # Ctrl-C, too.
+            _end_pool()
+            raise
     return [results[k] for k in range(len(tasks))]
 
 
@@ -178,7 +178,8 @@ class _Held:
         inside: Whether the process is a worker.
         folder: Where the work was read from.
         work: The work, read once for all tasks of a call.
-        pool: The workers.
+        pool: Its workers.
+        workers: How many they are.
         since: When they were started.
     """
 
@@ -186,27 +187,64 @@ class _Held:
     folder = ""
     work: Any = None
     pool: Any = None
+    workers = 0
     since = 0.0
 
 
 def _pool(workers: int) -> Any:
-    """So many workers; new ones where the source of a module has changed since they were started."""
-    # A second to import.
-    from joblib.externals.loky import get_reusable_executor
+    """So many workers: those of the last call, or new ones where a module's source has changed since they started."""
+    if _Held.pool is None or _Held.workers != workers or _changed(_Held.since):
+        _new_pool(workers)
+    with _interrupts_held():
+        # Workers start, again if they were idle for long, with the first task.
+        try:
+            _Held.pool.submit(os.getpid)
+        except BrokenProcessPool:
+            # One was killed while it was idle.
+            _new_pool(workers)
+            _Held.pool.submit(os.getpid)
+    return _Held.pool
 
-    settings = {"timeout": IDLE, "env": ENVIRONMENT, "initializer": _begin, "initargs": (os.getpid(),)}
-    if _Held.pool is not None and _changed(_Held.since):
-        _Held.pool.shutdown(wait=True)
-    pool = get_reusable_executor(max_workers=workers, **settings)
-    if pool is not _Held.pool:
-        _Held.pool, _Held.since = pool, time.time()
-    return pool
+
+def _new_pool(workers: int) -> None:
+    # A second to import. joblib's own pool would take ours for its own where both use the one that loky keeps.
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    _end_pool()
+    _Held.workers, _Held.since = workers, time.time()
+    settings: dict[str, Any] = {"timeout": IDLE, "env": ENVIRONMENT}
+    _Held.pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(),), **settings)
+
+
+def _end_pool() -> None:
+    """End the workers, whatever they do."""
+    pool, _Held.pool = _Held.pool, None
+    if pool is not None:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+if hasattr(os, "register_at_fork"):
+    # The workers are those of the parent.
+    os.register_at_fork(after_in_child=lambda: setattr(_Held, "pool", None))
 
 
 def start_workers(count: int) -> None:
     """Let so many workers start, which are wanted soon, while this process goes on."""
     if count > 1 and not _Held.inside:
-        _pool(count).submit(os.getpid)
+        _pool(count)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait; processes that start meanwhile never see it, not even before they can say so."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _changed(since: float) -> bool:
