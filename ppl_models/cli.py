@@ -223,6 +223,7 @@ def reproduce(
     only: Annotated[int | None, typer.Option("--seed", min=0, help="Run this seed alone.")] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Seeds recorded by other commits count as well.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side, in processes.")] = 1,
+    device: Device = "cpu",
     out_dir: Annotated[str, typer.Option("--out", help="Directory of the records.")] = "results/ledger",
 ) -> None:
     """Reproduce a published figure and append the result to a ledger.
