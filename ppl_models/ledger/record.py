@@ -94,7 +94,7 @@ def reproduce(
     only: int | None = None,
     missing: bool = False,
     jobs: int = 1,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> dict[str, Any] | None:
     """Run a recipe once per seed and append its record to ``NAME.jsonl`` in a directory.
 
@@ -110,7 +110,7 @@ def reproduce(
         only: Run this seed alone; None: all of them.
         missing: Whether lines of other commits count as well. Default: only those of this commit do.
         jobs: Number of seeds that run side by side, in processes.
-        device: Where pairs and data are, such as "cuda".
+        device: Where pairs and data are, such as "cuda". Default: the CPU.
 
     Returns:
         The record; None where lines of other seeds are still missing.
@@ -120,7 +120,8 @@ def reproduce(
         ArithmeticError: A figure is not finite; nothing is recorded.
         KeyboardInterrupt: It was interrupted; seeds that have ended are recorded.
     """
-    place, count = usable(device), seeds or (1 if quick else recipe.seeds)
+    place = None if device is None else usable(device)
+    count = seeds or (1 if quick else recipe.seeds)
     commit = None if missing else _commit()
     there = _lines(directory, recipe, quick, commit)
     wanted = [seed for seed in (range(count) if only is None else (only,)) if seed not in there]
@@ -144,7 +145,7 @@ def reproduce(
 
 
 @exclusive
-def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: torch.device) -> None:
+def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: torch.device | None) -> None:
     """Run one seed and append its line."""
     started = perf_counter()
     commit = _commit()

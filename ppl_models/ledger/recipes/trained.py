@@ -38,8 +38,8 @@ def checkpoints_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def running_on(device: torch.device) -> Iterator[None]:
-    """Let recipes in the block run on a device."""
+def running_on(device: torch.device | None) -> Iterator[None]:
+    """Let recipes in the block run on a device; None: where data and pairs are."""
     token = _PLACE.set(device)
     try:
         yield
@@ -49,7 +49,8 @@ def running_on(device: torch.device) -> Iterator[None]:
 
 def placed(what: T) -> T:
     """Data or a module where the recipe runs."""
-    moved: Any = what.to(_PLACE.get() or "cpu")
+    place = _PLACE.get()
+    moved: Any = what if place is None else what.to(place)
     return moved  # type: ignore[no-any-return]
 
 
