@@ -193,9 +193,10 @@ def test_the_program_of_a_users_own_transitions_is_for_this_process_alone(
     class Own(kernel):
         transitions = staticmethod(lambda *given: kernel.transitions(*given))
 
-    with isolated(0), pytest.warns(UserWarning, match="not fused: TypeError"):
+    with isolated(0):
         own = Own(partial(model, Y), num_chains=4)
-        own.setup(10)
+        with pytest.warns(UserWarning, match="not fused: TypeError"):
+            own.setup(10)
     assert len(written) == 1
     assert not own.compiled
     assert not folder.exists()
