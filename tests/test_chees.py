@@ -604,7 +604,7 @@ def test_fused_chains_of_a_model_that_writes_by_a_mask_have_the_conjugate_poster
 
 @pytest.mark.parametrize("name", ["position", "energy", "acceptance"])
 def test_a_fused_program_with_other_transitions_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def looped(function, key):
+    def looped(function, *_, **__):
         def wrong(*inputs):
             chains, tuning, moves = function(*inputs)
             inputs[1].position.fill_(7.0)

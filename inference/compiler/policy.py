@@ -115,6 +115,10 @@ PACKED_NUMBERS = 1024
 """Numbers up to which a constant of a potential is packed with others: a loop pays for every input in every round."""
 
 
+STORED_BYTES = 500_000_000
+"""Bytes of compiled programs that are kept on the disk, at 2 MB each."""
+
+
 DRAW_NUMBERS = 10_000_000
 """Numbers of data that one pass over draws may hold; more draws are run in chunks."""
 

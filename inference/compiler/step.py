@@ -257,7 +257,7 @@ class TracedStep:
         self.compared = count + 1
 
     def _mixed(self) -> bool:
-        """Whether a part of the graph is in bfloat16, where numbers that differ in a last digit may be rounded apart."""
+        """Whether part of the graph is in bfloat16, where numbers that differ in a last digit may be rounded apart."""
         values = (n.meta.get("val") for n in self.graph.graph.nodes)
         return any(getattr(v, "dtype", None) == torch.bfloat16 for v in values)
 

@@ -178,6 +178,11 @@ class Gibbs(BatchedKernel):
             self._rest.state = state["rest"]
             self.gradients = self._rest.gradients
 
+    @property
+    def compiled(self) -> bool:  # type: ignore[override]
+        """Whether the moves of the continuous sites were compiled before."""
+        return self._rest is not None and self._rest.compiled
+
     def fuse(self) -> None:
         """Compile the moves of the continuous sites."""
         if self._rest is not None:
