@@ -1,6 +1,7 @@
 """Worker processes: chains and other tasks side by side, what reaches a worker and what comes back."""
 
 import importlib
+import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -139,6 +140,17 @@ def test_workers_that_were_killed_while_idle_are_replaced() -> None:
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.5)
     assert os.getpid() not in where()
+
+
+def test_tasks_that_wait_do_not_outlive_one_that_fails() -> None:
+    """More than the queue of workers holds: their keeper, a thread, ended by a KeyError of its own."""
+
+    def task(k: int, say: workers.Say) -> None:
+        raise ZeroDivisionError(k)
+
+    with pytest.raises(workers.Failed, match=r"^run \d+: ZeroDivisionError"):
+        workers.side_by_side(task, list(range(20)), 2, name="run")
+    assert mp.active_children() == []
 
 
 def test_workers_are_new_where_a_source_has_changed_since(tmp_path, monkeypatch) -> None:

@@ -219,8 +219,12 @@ def _new_pool(workers: int) -> None:
 def _end_pool() -> None:
     """End the workers, whatever they do."""
     pool, _Held.pool = _Held.pool, None
-    if pool is not None:
-        pool.shutdown(wait=True, kill_workers=True)
+    if pool is None:
+        return
+    # loky's own way to kill them loses its thread where tasks wait in its queue (a KeyError).
+    for process in list(pool._processes.values()):
+        process.terminate()
+    pool.shutdown(wait=True)
 
 
 if hasattr(os, "register_at_fork"):
