@@ -147,12 +147,23 @@ def centred(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
 
 
-def test_a_funnel_is_told() -> None:
-    result = run(centred, EFFECTS, draws=100, warmup=150)
+def test_divergences_are_told() -> None:
+    """Whatever the step size, a trajectory that ends beyond a cliff diverges; of a funnel's chains some never do."""
+
+    def cliff() -> None:
+        x = pyro.sample("x", dist.Normal(double(0, 0), 1.0).to_event(1))
+        pyro.factor("cliff", -1e6 * (x.abs() > 1).double().sum())
+
+    result = run(cliff, {}, draws=100, warmup=150)
     assert result.diagnosis.divergences
     told = [line for line in result.diagnosis.advice if "transitions diverged" in line]
     assert len(told) == 1 and "partial(ChEES, target_accept_prob" in told[0]
+
+
+def test_a_funnel_is_told() -> None:
+    result = run(centred, EFFECTS, draws=100, warmup=150)
     assert result.diagnosis.worst_r_hat > 1.01
+    assert any("R-hat" in line or "Effective sample size" in line for line in result.diagnosis.advice)
 
 
 def test_two_modes_are_told() -> None:

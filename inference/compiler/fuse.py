@@ -99,6 +99,11 @@ def is_compiled(key: Any) -> bool:
     return _threaded(key) in _PROGRAMS or store.holds(_threaded(key))
 
 
+def keeps_programs() -> bool:
+    """Whether programs are kept for other processes."""
+    return store.folder() is not None
+
+
 def _threaded(key: Any) -> Any:
     """A key with the number of threads, for which a program is compiled."""
     return key, torch.get_num_threads()

@@ -266,6 +266,7 @@ class BatchedKernel(Kernel):
             counts it.
         nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
         compiled: Whether what ``fuse`` compiles was compiled before, so that it costs nothing.
+        kept: Whether what ``fuse`` compiles is kept for later processes.
         state: Position and adaptation of the chains, from which they can go on.
     """
 
@@ -281,6 +282,7 @@ class BatchedKernel(Kernel):
     operations: int = 0
     nodes: int = 0
     compiled: bool = False
+    kept: bool = False
     state: Any = None
 
     _initial: dict[str, Tensor] | None = None

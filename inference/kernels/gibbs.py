@@ -183,6 +183,11 @@ class Gibbs(BatchedKernel):
         """Whether the moves of the continuous sites were compiled before."""
         return self._rest is not None and self._rest.compiled
 
+    @property
+    def kept(self) -> bool:  # type: ignore[override]
+        """Whether the program of these moves is kept for later processes."""
+        return self._rest is not None and self._rest.kept
+
     def fuse(self) -> None:
         """Compile the moves of the continuous sites."""
         if self._rest is not None:

@@ -15,7 +15,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from inference.compiler.capture import Untraceable
-from inference.compiler.fuse import has_compiler, is_compiled, looped, quietly
+from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.checks import check_chance, check_count, check_positive
@@ -185,8 +185,12 @@ class Hamiltonian(BatchedKernel):
     @property
     def compiled(self) -> bool:  # type: ignore[override]
         """Whether the program of a block was compiled before, here or in another process of this machine."""
-        possible = self.execution == "traced" and self._density.pieces is None and self._lasts
-        return possible and self._density.like.device.type == "cpu" and is_compiled(self._key())
+        return self._whole and self._lasts and is_compiled(self._key())
+
+    @property
+    def kept(self) -> bool:  # type: ignore[override]
+        """Whether the program of a block is kept for later processes."""
+        return self._whole and self._lasts and keeps_programs()
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""
@@ -364,6 +368,11 @@ class Hamiltonian(BatchedKernel):
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         return kind, self._density.code, self.block, self._sizes(), shapes
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a block is one program."""
+        return self.execution != "eager" and self._density.pieces is None and self._density.like.device.type == "cpu"
 
     @property
     def _lasts(self) -> bool:
