@@ -2,13 +2,13 @@ r"""The folder from which a run that was killed goes on: what a fit, or chains, 
 
 ``checkpoint.safetensors`` is replaced as a whole every so many seconds. It holds tensors and JSON, and no code: what
 the run was asked for, parameters and buffers, the state of optimizer or kernel, the random state, losses. Draws that
-chains have made stand in files of their own, each of which is written once.
+chains have made stand in files of their own, each of which is written once (:mod:`inference.stored`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,11 +20,11 @@ from inference.core.checks import check_positive, reason_of
 from inference.core.files import stem_of
 from inference.core.packing import read_packed, write_packed
 
-FILE, BLOCKS = "checkpoint.safetensors", "draws-{:05d}.safetensors"
-"""Names of the files."""
+FILE = "checkpoint.safetensors"
+"""Name of the file."""
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format, which a reader has to know."""
 
 
@@ -126,8 +126,8 @@ class Checkpoint:
         """Whether it is time to write."""
         return perf_counter() - self._written >= max(self.every, SHARE * self._took)
 
-    def write(self, state: Any, draws: tuple[int, Any] | None = None) -> bool:
-        """Replace the checkpoint, and before that write new draws to the file of a number.
+    def write(self, state: Any, draws: Callable[[], Any] | None = None) -> bool:
+        """Replace the checkpoint, and before that write new draws by a function.
 
         Where it cannot be written, as on a full disk, a warning says so: the last one stands, and the run goes on.
 
@@ -141,7 +141,7 @@ class Checkpoint:
         content = {"format": FORMAT, "asked": self._asked, "torch": torch.__version__, "state": state}
         try:
             if draws is not None:
-                write_packed(self.folder / BLOCKS.format(draws[0]), draws[1])
+                draws()
             write_packed(self.folder / FILE, content)
         except TypeError as error:
             raise TypeError(f"checkpoint: {error}") from None
@@ -153,10 +153,6 @@ class Checkpoint:
             self._written = perf_counter()
             self._took = self._written - started
         return True
-
-    def blocks(self, number: int) -> Any:
-        """The draws of a file."""
-        return _read(self.folder / BLOCKS.format(number))
 
 
 def _read(path: Path) -> Any:
