@@ -169,8 +169,6 @@ def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
 def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
     """Groups whose size memory allows; the others are left out with a warning."""
     observed = bound.select("observed")
-    if not observed:
-        return {"functions", "posterior_predictive", "log_likelihood"}
     functions = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
     replicated, scored, derived = (
         size * sum(torch.Size(s.shape[:end] if end else s.shape).numel() for s, end in sites)
@@ -216,8 +214,8 @@ def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, lis
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = scoring.draw_sites(bound.generator(), posterior, size)
-    return {n: v for n, v in sites.items() if n in bound.select("observed")}
+    observed = bound.select("observed")
+    return scoring.draw_sites(bound.generator(), posterior, size, observed) if observed else {}
 
 
 def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:

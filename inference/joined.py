@@ -63,7 +63,7 @@ def joined(paths: list[Path], counts: list[int]) -> xr.DataTree:
 
 
 def _joined_group(paths: list[Path], counts: list[int], group: str, first: xr.Dataset) -> xr.Dataset:
-    variables = {}
+    variables: dict[Any, xr.Variable] = {}
     for name, variable in first.variables.items():
         if name == "draw":
             variables[name] = xr.Variable("draw", np.arange(sum(counts)), variable.attrs)

@@ -22,11 +22,11 @@ GROUP = 25
 """Transitions, at least, whose draws are constrained at once. It is fixed, as the last digits may depend on it."""
 
 
-HELD = 2**26
+HELD = 2**24
 """Bytes of draws that wait for a checkpoint, at most: then there is one."""
 
 
-IN_MEMORY = 2**28
+IN_MEMORY = 2**26
 """Bytes of draws up to which a Result of chains with a checkpoint has them in memory."""
 
 
