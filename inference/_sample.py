@@ -7,6 +7,7 @@ chains in one tensor. Chains of another kernel run side by side in processes.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -114,7 +115,7 @@ def sample(
         asked = asked_of(bound, method="sample", **lengths, seed=seed, compile=compile)
         asked["networks"] = networks_of(bound)
     further: dict[str, Any] = {**lengths, "mode": compile, "progress": progress, "checkpoint": kept, "asked": asked}
-    with isolated(seed), evaluating(bound.modules):
+    with isolated(seed), evaluating(bound.modules), kept or nullcontext():
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:

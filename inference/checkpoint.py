@@ -7,7 +7,9 @@ chains have made stand in files of their own, each of which is written once (:mo
 
 from __future__ import annotations
 
+import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -17,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from inference.core.checks import check_positive, reason_of
-from inference.core.files import stem_of
+from inference.core.files import lock, stem_of
 from inference.core.packing import read_packed, write_packed
 
-FILE = "checkpoint.safetensors"
-"""Name of the file."""
+FILE, LOCK = "checkpoint.safetensors", ".lock"
+"""Names of the file, and of that of the run that has the folder."""
 
 
 FORMAT = 2
@@ -48,7 +50,8 @@ class Checkpoint:
     r"""A folder from which a run goes on when it is started again with the same arguments.
 
     Losses and draws are those of a run that was not interrupted, to the last bit on the same machine. A run that was
-    finished is not repeated. Nothing is lost but the seconds since the last checkpoint.
+    finished is not repeated. Nothing is lost but the seconds since the last checkpoint. While it runs the folder is
+    locked: another run, of another process or thread, is refused, and one that was killed leaves no lock.
 
     Args:
         folder: Where it is kept; made if it is missing. One folder serves one run.
@@ -57,7 +60,7 @@ class Checkpoint:
 
     Raises:
         ValueError: ``folder`` is no path, or ``every`` no positive number.
-        CheckpointError: In a run: the folder is of another one, or its file is damaged or foreign.
+        CheckpointError: In a run: the folder is of another one, or in use, or its file is damaged or foreign.
 
     Example:
         >>> kept = Checkpoint("runs/eight_schools", every=10)  # then fit(pair, data, checkpoint=kept)
@@ -70,6 +73,16 @@ class Checkpoint:
         self.folder, self.every = Path(folder), float(every)
         self._asked: dict[str, Any] = {}
         self._written, self._took = perf_counter(), 0.0
+        self._unlock: Callable[[], Any] | None = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other runs have the folder."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
     @staticmethod
     def of(where: str | Path | Checkpoint | None) -> Checkpoint | None:
@@ -87,18 +100,20 @@ class Checkpoint:
         return Checkpoint(self.folder / (stem_of(name) or "_"), self.every)
 
     def begin(self, asked: Mapping[str, Any]) -> Any:
-        """Where the run is, or None if it has not begun.
+        """Where the run is, or None if it has not begun; from now on other runs are refused, until a ``with`` ends.
 
         Args:
             asked: What the run is asked for, which has to be the same when it goes on.
 
         Raises:
-            CheckpointError: The folder is of another run, or its file is damaged, foreign, or of a later format.
+            CheckpointError: The folder is of another run, or in use by one, or its file is damaged, foreign, or of
+                another format.
             OSError: The folder cannot be made.
         """
         self._asked = dict(asked)
         self._written = perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         path = self.folder / FILE
         if not path.exists():
             return None
@@ -120,6 +135,19 @@ class Checkpoint:
                 stacklevel=4,
             )
         return held["state"]
+
+    def _take(self) -> None:
+        """Lock the folder."""
+        if self._unlock is not None:
+            return
+        try:
+            # Where there is no with block, the lock goes with this object.
+            self._unlock = weakref.finalize(self, os.close, lock(self.folder / LOCK))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"checkpoint: {self.folder}: expected a folder that no other run has, got one in use by {error}; wait "
+                "for it to end, or use another folder"
+            ) from None
 
     @property
     def due(self) -> bool:
