@@ -80,7 +80,9 @@ def sample(
         checkpoint: A folder that holds where the chains are and what they have drawn, renewed every half minute
             (``Checkpoint(folder, every=...)``: as often as you say). Called again with the same arguments, ``sample``
             goes on from there, and returns what it would have returned; chains that have ended are not run again.
-            For ``ChEES``, ``Gibbs`` and ``NUTS``. Default: none.
+            Draws go to NetCDF files in it, which ``open_draws`` reads at any time; memory does not grow with them, and
+            where they are many the Result maps them from the disk. For ``ChEES``, ``Gibbs`` and ``NUTS``. Default:
+            none.
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
