@@ -1,4 +1,4 @@
-"""The pages that are written by the build: zoo, gallery, benchmarks, ledger and API, from the code and its records."""
+"""The pages that are written by the build: zoo, gallery, ledger and API, from the code and its records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from ppl_models.ledger import RECIPES, table
 from ppl_models.ledger.entries import records
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf8")
 SECTION = re.compile(r"^(Args|Data|Sites|Attributes|Example|Raises|Returns|Arguments|The other arguments)\b", re.M)
 DATA = {
     "COLUMNS": "What each column of the table of a comparison means, by name.",
@@ -39,7 +38,7 @@ PAPER = re.compile(r"^References?: ")
 def write(folder: Path) -> None:
     """Write all pages into a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
-    pages = {"zoo/index.md": zoo_index(), "gallery/index.md": gallery_index(), "benchmarks.md": benchmarks()}
+    pages = {"zoo/index.md": zoo_index(), "gallery/index.md": gallery_index()}
     pages |= {"ledger.md": ledger(), "api/index.md": api_index()}
     pages |= {f"zoo/{e.name}.md": card(e) for e in ZOO.values()}
     pages |= {f"gallery/{p.stem}.md": example(p) for p in examples()}
@@ -255,28 +254,6 @@ def gallery_index() -> str:
 
 
 # ---- Figures
-
-
-def section(title: str) -> str:
-    """A section of the README, without its title, to the next one of any level."""
-    lines = README.split("\n")
-    start = next(k for k, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(title)}", line))
-    code, end = False, start + 1
-    while end < len(lines) and (code or not lines[end].startswith("#")):
-        code ^= lines[end].startswith("```")
-        end += 1
-    return "\n".join(lines[start + 1 : end]).strip()
-
-
-def benchmarks() -> str:
-    """Speed beside other libraries, as the README says it."""
-    return f"""# Benchmarks
-
-Speed beside other libraries, measured on two cores of one machine. `python -m tests.benchmarks` measures all of it
-again.
-
-{section("Compared with peers")}
-"""
 
 
 def ledger() -> str:

@@ -1,5 +1,8 @@
 """Fit, sample and compare any Pyro pair: one ``Result`` that ArviZ reads."""
 
+from importlib.metadata import version
+from typing import Any
+
 from inference import kernels, objectives
 from inference._fit import fit
 from inference._sample import sample
@@ -71,3 +74,9 @@ __all__ = [
     "two_sample",
     "write_whole",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("ppl-models")
+    raise AttributeError(f"module 'inference' has no attribute {name!r}")

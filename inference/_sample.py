@@ -73,8 +73,9 @@ def sample(
             them in one tensor; of other kernels, as many run at once as there are cores.
         seed: Seed of all randomness. The global random state is left as it was.
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES and NUTS, as one
-            compiled program. "auto": do so where the work ahead is worth the cost of compiling. False: run as Pyro does
-            (ChEES and NUTS run the traced graph).
+            compiled program. "auto": do so where the work ahead is worth the cost of compiling, or where the program
+            was compiled before, here or in another process of this machine. False: run as Pyro does (ChEES and NUTS run
+            the traced graph).
         device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
             the draws of the Result are on the CPU. Default: where pair and data are.
         checkpoint: A folder that holds where the chains are and what they have drawn, renewed every half minute

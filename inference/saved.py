@@ -33,6 +33,7 @@ from inference.core.checks import reason_of
 from inference.core.files import write_folder
 from inference.core.handlers import evaluating, first_valid
 from inference.core.lazy import pd, xr
+from inference.core.memory import aligned
 from inference.diagnostics.convergence import Diagnosis
 from inference.idata import write_netcdf
 
@@ -104,7 +105,7 @@ class Saved:
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             got = about.get("format", "none") if isinstance(about, dict) else "none"
             raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {got}; another version may read it")
-        tensors = _or_refuse(folder / TENSORS, load_file)
+        tensors = {n: aligned(t) for n, t in _or_refuse(folder / TENSORS, load_file).items()}
         attrs = about["attrs"]
         idata = xr.DataTree(xr.Dataset(attrs=attrs))
         if (folder / IDATA).exists():

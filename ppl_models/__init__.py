@@ -9,6 +9,7 @@ The names of this package, which are read when they are first asked for:
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ __all__ = sorted({*_HOME, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("ppl-models")
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name not in _HOME:

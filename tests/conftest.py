@@ -12,6 +12,8 @@ import torch
 from inference.core.handlers import isolated
 
 pytest.register_assert_rewrite("laws")
+# What one test has compiled must not decide how another runs.
+os.environ["PPL_MODELS_PROGRAMS"] = ""
 if seeds.SHIFT:
     seeds.install()
 

@@ -147,12 +147,23 @@ def centred(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
 
 
-def test_a_funnel_is_told() -> None:
-    result = run(centred, EFFECTS, draws=100, warmup=150)
+def test_divergences_are_told() -> None:
+    """Whatever the step size, a trajectory that ends beyond a cliff diverges; of a funnel's chains some never do."""
+
+    def cliff() -> None:
+        x = pyro.sample("x", dist.Normal(double(0, 0), 1.0).to_event(1))
+        pyro.factor("cliff", -1e6 * (x.abs() > 1).double().sum())
+
+    result = run(cliff, {}, draws=100, warmup=150)
     assert result.diagnosis.divergences
     told = [line for line in result.diagnosis.advice if "transitions diverged" in line]
     assert len(told) == 1 and "partial(ChEES, target_accept_prob" in told[0]
+
+
+def test_a_funnel_is_told() -> None:
+    result = run(centred, EFFECTS, draws=100, warmup=150)
     assert result.diagnosis.worst_r_hat > 1.01
+    assert any("R-hat" in line or "Effective sample size" in line for line in result.diagnosis.advice)
 
 
 def test_two_modes_are_told() -> None:
@@ -604,7 +615,7 @@ def test_fused_chains_of_a_model_that_writes_by_a_mask_have_the_conjugate_poster
 
 @pytest.mark.parametrize("name", ["position", "energy", "acceptance"])
 def test_a_fused_program_with_other_transitions_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def looped(function, key):
+    def looped(function, *_, **__):
         def wrong(*inputs):
             chains, tuning, moves = function(*inputs)
             inputs[1].position.fill_(7.0)

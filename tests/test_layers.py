@@ -1,6 +1,6 @@
 """The floors of the two packages: a file imports from floors below its own and from its own folder.
 
-``python tests/test_layers.py`` prints the tree of the README.
+``python tests/test_layers.py`` prints the tree of CONTRIBUTING.md.
 """
 
 import ast
@@ -192,8 +192,8 @@ def tree() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_tree_as_it_is() -> None:
-    assert f"```text\n{tree()}\n```" in README
+def test_the_notes_for_contributors_have_the_tree_as_it_is() -> None:
+    assert f"```text\n{tree()}\n```" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_what_a_result_needs_is_imported_with_the_first_result() -> None:

@@ -1,4 +1,4 @@
-"""The README's Python blocks run in order and print what it says they print."""
+"""Python blocks of pages run in order and print what stands below them."""
 
 import contextlib
 import io
@@ -7,18 +7,24 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/howto/own_loop.md"]
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def test_the_blocks_run_and_print_what_stands_below_them() -> None:
-    assert len(BLOCKS) >= 3
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_run_and_print_what_stands_below_them(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / page).read_text())
+    assert len(blocks) >= 2
     namespace: dict = {}
-    for code, expected in BLOCKS:
+    for code, expected in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), namespace)
+            exec(compile(code, page, "exec"), namespace)
         got = printed.getvalue()
         assert NUMBER.sub("#", got).split() == NUMBER.sub("#", expected).split()
         numbers = zip(NUMBER.findall(got), NUMBER.findall(expected), strict=True)

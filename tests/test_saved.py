@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from inference import Result, fit, posterior_predictive, sample, saved
 from inference.core import files
+from inference.core.bound import bind
+from inference.core.packing import read_packed, write_packed
 from inference.kernels import HMC, NUTS, ChEES, Gibbs
 from inference.saved import ABOUT, IDATA, TENSORS
 
@@ -350,3 +352,15 @@ def test_a_fit_has_no_chains_to_extend() -> None:
     result = fit((model, AutoNormal(model)), torch.tensor(0.3), steps=2, progress=False)
     with pytest.raises(ValueError, match="extend: expected chains of ChEES, Gibbs or NUTS, got none"):
         result.extend()
+
+
+def test_tensors_from_files_and_arrays_begin_where_those_of_torch_do(tmp_path: Path) -> None:
+    """The last digits of a matrix product hang on it (MKL on AMD): rows of 8 numbers of 4 bytes end anywhere."""
+    loaded = load(fitted().save(tmp_path / "run"))
+    values = {str(n): torch.ones(n, dtype=torch.float32) for n in (1, 3, 5, 7)}
+    buffer = np.zeros(40, dtype=np.float32)
+    offset = (-buffer.ctypes.data % 64) // 4 + 1
+    given = bind((lambda y: None, lambda y: None), {"y": buffer[offset : offset + 7]}).data["y"]
+    read = read_packed(write_packed(tmp_path / "file.safetensors", values))
+    assert given.numel() == 7
+    assert all(t.data_ptr() % 64 == 0 for t in (given, *read.values(), *loaded.draws.values(), *loaded.params.values()))

@@ -51,8 +51,6 @@ class Block:
         with preserved_rng():
             self._noise = [v.new_empty((policy.BLOCK_STEPS, *v.shape)) for v in program.noise()]
         self._rows = [part for rows in zip(*self._noise, strict=True) for part in zip(program.draws, rows, strict=True)]
-        shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
-        self._run = looped(self._loop(), ("block", self._graph.code, shapes))
         self._compare_with_single_steps()
 
     def __call__(self) -> list[float]:
@@ -62,12 +60,22 @@ class Block:
         with torch.no_grad():
             for draw, row in self._rows:
                 draw.into(row)
-            fixed = tuple(self._inputs[k].detach() for k in self._fixed)
-            carried, losses = self._run(tuple(map(self._pack, self._packs)), fixed, tuple(self._noise))
+            carried, losses = self._run(*self._arguments())
             for places, vector in zip(self._packs, carried, strict=True):
                 copy_all([self._inputs[k] for k in places], self._unpack(places, vector))
         self._program.calls += policy.BLOCK_STEPS
         return losses.tolist()
+
+    def _arguments(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Arguments of the loop: what it carries, constants, noise of all steps."""
+        fixed = tuple(self._inputs[k].detach() for k in self._fixed)
+        return tuple(map(self._pack, self._packs)), fixed, tuple(self._noise)
+
+    def _compiled(self) -> Callable[..., Any]:
+        shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in self._inputs)
+        packs = len(self._packs)
+        key = "block", policy.BLOCK_STEPS, self._graph.code, shapes
+        return looped(self._loop(), key, self._arguments(), lambda tensors: (tensors[:packs], tensors[packs]))
 
     def _pack(self, places: list[int]) -> Tensor:
         return torch.cat([self._inputs[k].detach().flatten() for k in places])
@@ -120,6 +128,7 @@ class Block:
         calls = self._program.calls
         with preserved_rng(), self._program.untouched():
             try:
+                self._run = self._compiled()
                 with quietly():
                     got = torch.tensor(self(), dtype=expected.dtype)
             except Exception as error:  # whatever a compiler may raise

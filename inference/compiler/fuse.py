@@ -9,15 +9,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from types import FunctionType
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from inference.compiler import policy
+from inference.compiler import policy, store
+from inference.compiler.package import SUFFIX, Package, write_package
 from inference.core.checks import reason_of
 from inference.core.private import compile_graph
 
@@ -35,14 +36,9 @@ OPTIONS: dict[str, Any] = {
 that the processor names, without compiling a test of each: the first program of a machine takes 7 s in place of 17."""
 
 
-LOOP_OPTIONS: dict[str, Any] = {**OPTIONS, "cpp_wrapper": True, "use_joint_graph_passes": False}
-"""Options for loops. A round costs no Python, as the wrapper is C++. The passes over joint graphs are left out: they
-remove copies from the body of a loop, after which inductor (torch 2.13) writes into the values that the loop carries
-where ``clone().mT`` is written to by indices."""
-
-
-LOOPS = ("scan", "while_loop")
-"""Loops that torch's cache on the disk leaves out unless it is told (:func:`_loop_options`)."""
+LOOP_OPTIONS: dict[str, Any] = {**OPTIONS, "use_joint_graph_passes": False}
+"""Options for loops. The passes over joint graphs are left out: they remove copies from the body of a loop, after which
+inductor (torch 2.13) writes into the values that the loop carries where ``clone().mT`` is written to by indices."""
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -65,41 +61,57 @@ def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         return graph
 
 
-def looped(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
-    """Compile a function of tensors, its loops included; programs are kept by ``key``."""
+def looped(
+    function: Callable[..., Any], key: Any, example: Any, result: Callable[[list[Tensor]], Any], *, lasting: bool = True
+) -> Callable[..., Any]:
+    """Compile a function of nested tensors, its loops included.
+
+    Args:
+        function: The function.
+        key: What decides the program, of texts, numbers, shapes and types; programs are kept by it.
+        example: Its arguments, of the shapes, strides and types of all calls.
+        result: Its results from a list of their tensors.
+        lasting: Whether the program is kept on the disk too, for other processes (:mod:`store`).
+    """
 
     def build() -> Callable[..., Any]:
-        # A code object of its own: Dynamo keeps programs by code object, and gives up at the eighth.
-        code = function.__code__.replace()
-        copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-        made: list[Callable[..., Any]] = []
+        path = store.place(_threaded(key)) if lasting else None
+        program = None if path is None else store.load(path, lambda file: Package(file, example, result))
+        if program is not None:
+            return program  # type: ignore[no-any-return]
 
-        def run(*inputs: Any) -> Any:
-            # Made at the first call, so that whatever a compiler may raise is raised where the call is made.
-            if not made:
-                made.append(torch.compile(copy, dynamic=False, fullgraph=True, options=_loop_options()))
-            return made[0](*inputs)
+        def write(file: Path) -> None:
+            with quietly():
+                write_package(function, example, file, LOOP_OPTIONS)
 
-        return run
+        with TemporaryDirectory() as folder:
+            if path is None:
+                write(path := Path(folder) / f"program{SUFFIX}")
+            else:
+                store.save(path, write)
+            return Package(path, example, result)
 
     return _kept(key, build)
 
 
-def _loop_options() -> dict[str, Any]:
-    """``LOOP_OPTIONS``, with which another process takes a program from torch's cache on the disk.
+def is_compiled(key: Any) -> bool:
+    """Whether the program of a key that :func:`looped` takes is there, in this process or on the disk."""
+    return _threaded(key) in _PROGRAMS or store.holds(_threaded(key))
 
-    Its key holds the code of a loop's body, as a test shows, and programs are compared with what they were made from
-    before they are used.
-    """
-    cacheable = "unsafe_marked_cacheable_functions"
-    if not hasattr(import_module("torch._inductor.config"), cacheable):
-        return LOOP_OPTIONS
-    return {**LOOP_OPTIONS, cacheable: {f"torch.ops.higher_order.{n}": torch.__version__ for n in LOOPS}}
+
+def keeps_programs() -> bool:
+    """Whether programs are kept for other processes."""
+    return store.folder() is not None
+
+
+def _threaded(key: Any) -> Any:
+    """A key with the number of threads, for which a program is compiled."""
+    return key, torch.get_num_threads()
 
 
 def _kept(key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """The program of a key for the current number of threads, built if it is not there."""
-    key = key, torch.get_num_threads()
+    key = _threaded(key)
     if key not in _PROGRAMS:
         _PROGRAMS[key] = build()
     _PROGRAMS.move_to_end(key)

@@ -263,6 +263,8 @@ class BatchedKernel(Kernel):
         operations: Cost of one gradient of all chains before it is fused, as ``compiler.potential.count_operations``
             counts it.
         nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
+        compiled: Whether what ``fuse`` compiles was compiled before, so that it costs nothing.
+        kept: Whether what ``fuse`` compiles is kept for later processes.
         state: Position and adaptation of the chains, from which they can go on.
     """
 
@@ -277,6 +279,8 @@ class BatchedKernel(Kernel):
     gradients: int = 0
     operations: int = 0
     nodes: int = 0
+    compiled: bool = False
+    kept: bool = False
     state: Any = None
 
     _initial: dict[str, Tensor] | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from inference.core.memory import aligned
 from inference.core.minibatch import lengths
 
 ROUNDED = 1e-3
@@ -112,7 +113,7 @@ def to_tensor(value: Any, name: str) -> Any:
     if isinstance(value, np.ndarray) and not value.flags.writeable:
         value = value.copy()
     try:
-        return torch.as_tensor(value)
+        return aligned(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected numbers, got {type(value).__name__} ({error})") from None
 

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from inference.core.files import write_whole
+from inference.core.memory import aligned
 
 VALUE = "value"
 """Key of the metadata of a file under which the JSON stands."""
@@ -81,7 +82,7 @@ def read_packed(path: str | Path) -> Any:
     """
     with safe_open(path, "pt") as file:
         packed = json.loads(file.metadata()[VALUE])
-        return unpack(packed, [file.get_tensor(str(k)) for k in range(len(file.keys()))])
+        return unpack(packed, [aligned(file.get_tensor(str(k))) for k in range(len(file.keys()))])
 
 
 def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ tracing_state = _take("torch._C", "_get_tracing_state")
 scan = _take("torch._higher_order_ops.scan", "scan")
 while_loop = _take("torch._higher_order_ops.while_loop", "while_loop")
 sample_dirichlet = _take("torch", "_sample_dirichlet")
+PackageLoader = _take("torch._C._aoti", "AOTIModelPackageLoader")
 copy_all = _take("torch", "_foreach_copy_", _copy_each)
 norms = _take("torch", "_foreach_norm", lambda tensors: [t.norm() for t in tensors])
 

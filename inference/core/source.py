@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from inference.core.memory import aligned
 from inference.core.spacing import spaced
 
 SAMPLE = 1000
@@ -162,4 +163,4 @@ def _bytes(value: Tensor) -> Any:
 
 def _as_tensor(value: Any) -> Tensor:
     """Rows as a tensor of their own memory: those of a file may not be written to."""
-    return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    return value if isinstance(value, Tensor) else aligned(np.array(value))

@@ -178,6 +178,16 @@ class Gibbs(BatchedKernel):
             self._rest.state = state["rest"]
             self.gradients = self._rest.gradients
 
+    @property
+    def compiled(self) -> bool:  # type: ignore[override]
+        """Whether the moves of the continuous sites were compiled before."""
+        return self._rest is not None and self._rest.compiled
+
+    @property
+    def kept(self) -> bool:  # type: ignore[override]
+        """Whether the program of these moves is kept for later processes."""
+        return self._rest is not None and self._rest.kept
+
     def fuse(self) -> None:
         """Compile the moves of the continuous sites."""
         if self._rest is not None:

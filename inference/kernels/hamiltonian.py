@@ -15,7 +15,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from inference.compiler.capture import Untraceable
-from inference.compiler.fuse import has_compiler, looped, quietly
+from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.supports import MovingSupports, follow_supports
 from inference.core.checks import check_chance, check_count, check_positive
@@ -167,10 +167,7 @@ class Hamiltonian(BatchedKernel):
                 if density.pieces is not None:
                     density.pieces.fuse(self._chains.position.mT, *density.held)
                 elif density.like.device.type == "cpu":
-                    shapes = tuple(
-                        (t.shape, t.stride(), t.dtype) for t in (self._chains.position, *self._metric, *density.held)
-                    )
-                    self._run = looped(plain, (type(self), density.code, self._sizes(), shapes))
+                    self._run = looped(plain, self._key(), (*rest, noise), self._result, lasting=self._lasts)
                 else:
                     # A loop inside the program would wait for the device at every leapfrog step.
                     density.forward = torch.compile(density.forward, dynamic=False)
@@ -185,6 +182,16 @@ class Hamiltonian(BatchedKernel):
         finally:
             self._chains = chains
             set_random_state(state)
+
+    @property
+    def compiled(self) -> bool:  # type: ignore[override]
+        """Whether the program of a block was compiled before, here or in another process of this machine."""
+        return self._whole and self._lasts and is_compiled(self._key())
+
+    @property
+    def kept(self) -> bool:  # type: ignore[override]
+        """Whether the program of a block is kept for later processes."""
+        return self._whole and self._lasts and keeps_programs()
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""
@@ -356,6 +363,27 @@ class Hamiltonian(BatchedKernel):
         # Other strides would compile another program.
         chains = Chains(*(v.contiguous() for v in self._chains))
         return self._density.held, chains, self._tuning, self._metric, self._rules(learning), self._noise()
+
+    def _key(self) -> tuple[Any, ...]:
+        """What decides the program of a block."""
+        tensors = self._chains.position, *self._metric, *self._density.held
+        shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return kind, self._density.code, self.block, self._sizes(), shapes
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a block is one program."""
+        return self.execution != "eager" and self._density.pieces is None and self._density.like.device.type == "cpu"
+
+    @property
+    def _lasts(self) -> bool:
+        """Whether other processes may use the program of a block: the key does not hold code from elsewhere."""
+        return type(self).transitions.__module__.split(".")[0] == __name__.split(".")[0]
+
+    def _result(self, tensors: list[Tensor]) -> Any:
+        """What a block returns, from a list of its tensors."""
+        return Chains(*tensors[:3]), tensors[3], self.moves(*tensors[4:])
 
     def _plain(self) -> Callable[..., Any]:
         """A block of transitions as a function of tensors alone."""

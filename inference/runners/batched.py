@@ -256,6 +256,9 @@ class _Run:
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
         kernel = self.kernel
-        if not self.fused and policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes):
+        if not self.fused and (
+            policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes, kernel.kept)
+            or (self.mode == "auto" and self.done == 0 and kernel.compiled)
+        ):
             self.fused = True
             kernel.fuse()

@@ -1,4 +1,6 @@
-"""``python -m tests.benchmarks [SUITE ...]`` (svi, chains, growth, start, series): measure, write tables and a plot.
+"""``python -m tests.benchmarks [SUITE ...]``: measure, write tables and a plot.
+
+Suites are svi, chains, growth, start, series and calls.
 
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
@@ -81,7 +83,7 @@ def _in_turn(suite: str, case: str, options: argparse.Namespace, book: Path, say
     mode = ["quick"] if options.quick else []
     workers: dict[str, Worker] = {}
     # Of chains, the first run of a process is the cold one.
-    rounds = options.rounds + (suite == "chains")
+    rounds = options.rounds + (suite in ("chains", "calls"))
     try:
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -52,6 +52,7 @@ def fresh() -> dict[str, str]:
     root = Path(mkdtemp(prefix="benchmark-"))
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+        "PPL_MODELS_PROGRAMS": str(root / "programs"),
         "TRITON_CACHE_DIR": str(root / "triton"),
         "NUMBA_CACHE_DIR": str(root / "numba"),
         "PYTENSOR_FLAGS": f"base_compiledir={root / 'pytensor'}",
