@@ -33,6 +33,7 @@ from inference.predict import (
 )
 from inference.result import Result
 from inference.saved import Saved
+from inference.stored import open_draws
 
 __all__ = [
     "COLUMNS",
@@ -62,6 +63,7 @@ __all__ = [
     "log_weights",
     "loo",
     "objectives",
+    "open_draws",
     "pareto_k",
     "pointwise_log_likelihood",
     "posterior_predictive",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -163,13 +163,14 @@ def fit(
     _check_group(bound, asked, batch, steps=steps, seed=seed, learning_rate=learning_rate, patience=patience)
     started = perf_counter()
     # A caller's no_grad would leave every parameter where it is.
-    with isolated(seed), torch.enable_grad():
+    kept = Checkpoint.of(checkpoint)
+    with isolated(seed), torch.enable_grad(), kept or nullcontext():
         chosen = _objective(bound, made)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         run = Descent(plan, Minibatches(bound, batch), f"fit of {bound.name}", started)
         part_ways()
         with subnormals_flushed():
-            if (kept := Checkpoint.of(checkpoint)) is not None:
+            if kept is not None:
                 kind = {"method": "fit", "objective": named(chosen), "optimizer": optimizer and named(optimizer)}
                 lengths: dict[str, Any] = {
                     "steps": steps,

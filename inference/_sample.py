@@ -7,6 +7,7 @@ chains in one tensor. Chains of another kernel run side by side in worker proces
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -83,7 +84,9 @@ def sample(
         checkpoint: A folder that holds where the chains are and what they have drawn, renewed every half minute
             (``Checkpoint(folder, every=...)``: as often as you say). Called again with the same arguments, ``sample``
             goes on from there, and returns what it would have returned; chains that have ended are not run again.
-            For ``ChEES``, ``Gibbs`` and ``NUTS``. Default: none.
+            Draws go to NetCDF files in it, which ``open_draws`` reads at any time; memory does not grow with them, and
+            where they are many the Result maps them from the disk. For ``ChEES``, ``Gibbs`` and ``NUTS``. Default:
+            none.
         progress: Show a progress bar per chain, or one for a batched kernel, on a terminal.
 
     Returns:
@@ -118,7 +121,7 @@ def sample(
         asked = asked_of(bound, method="sample", **lengths, seed=seed, compile=compile)
         asked["networks"] = networks_of(bound)
     further: dict[str, Any] = {**lengths, "mode": compile, "progress": progress, "checkpoint": kept, "asked": asked}
-    with isolated(seed), evaluating(bound.modules):
+    with isolated(seed), evaluating(bound.modules), kept or nullcontext():
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:

@@ -2,13 +2,15 @@ r"""The folder from which a run that was killed goes on: what a fit, or chains, 
 
 ``checkpoint.safetensors`` is replaced as a whole every so many seconds. It holds tensors and JSON, and no code: what
 the run was asked for, parameters and buffers, the state of optimizer or kernel, the random state, losses. Draws that
-chains have made stand in files of their own, each of which is written once.
+chains have made stand in files of their own, each of which is written once (:mod:`inference.stored`).
 """
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,14 +19,14 @@ import torch
 from safetensors import SafetensorError
 
 from inference.core.checks import check_positive, reason_of
-from inference.core.files import stem_of
+from inference.core.files import lock, stem_of
 from inference.core.packing import read_packed, write_packed
 
-FILE, BLOCKS = "checkpoint.safetensors", "draws-{:05d}.safetensors"
-"""Names of the files."""
+FILE, LOCK = "checkpoint.safetensors", ".lock"
+"""Names of the file, and of that of the run that has the folder."""
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format, which a reader has to know."""
 
 
@@ -48,7 +50,8 @@ class Checkpoint:
     r"""A folder from which a run goes on when it is started again with the same arguments.
 
     Losses and draws are those of a run that was not interrupted, to the last bit on the same machine. A run that was
-    finished is not repeated. Nothing is lost but the seconds since the last checkpoint.
+    finished is not repeated. Nothing is lost but the seconds since the last checkpoint. While it runs the folder is
+    locked: another run, of another process or thread, is refused, and one that was killed leaves no lock.
 
     Args:
         folder: Where it is kept; made if it is missing. One folder serves one run.
@@ -57,7 +60,7 @@ class Checkpoint:
 
     Raises:
         ValueError: ``folder`` is no path, or ``every`` no positive number.
-        CheckpointError: In a run: the folder is of another one, or its file is damaged or foreign.
+        CheckpointError: In a run: the folder is of another one, or in use, or its file is damaged or foreign.
 
     Example:
         >>> kept = Checkpoint("runs/eight_schools", every=10)  # then fit(pair, data, checkpoint=kept)
@@ -70,6 +73,16 @@ class Checkpoint:
         self.folder, self.every = Path(folder), float(every)
         self._asked: dict[str, Any] = {}
         self._written, self._took = perf_counter(), 0.0
+        self._unlock: Callable[[], Any] | None = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other runs have the folder."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
     @staticmethod
     def of(where: str | Path | Checkpoint | None) -> Checkpoint | None:
@@ -87,18 +100,20 @@ class Checkpoint:
         return Checkpoint(self.folder / (stem_of(name) or "_"), self.every)
 
     def begin(self, asked: Mapping[str, Any]) -> Any:
-        """Where the run is, or None if it has not begun.
+        """Where the run is, or None if it has not begun; from now on other runs are refused, until a ``with`` ends.
 
         Args:
             asked: What the run is asked for, which has to be the same when it goes on.
 
         Raises:
-            CheckpointError: The folder is of another run, or its file is damaged, foreign, or of a later format.
+            CheckpointError: The folder is of another run, or in use by one, or its file is damaged, foreign, or of
+                another format.
             OSError: The folder cannot be made.
         """
         self._asked = dict(asked)
         self._written = perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         path = self.folder / FILE
         if not path.exists():
             return None
@@ -121,13 +136,26 @@ class Checkpoint:
             )
         return held["state"]
 
+    def _take(self) -> None:
+        """Lock the folder."""
+        if self._unlock is not None:
+            return
+        try:
+            # Where there is no with block, the lock goes with this object.
+            self._unlock = weakref.finalize(self, os.close, lock(self.folder / LOCK))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"checkpoint: {self.folder}: expected a folder that no other run has, got one in use by {error}; wait "
+                "for it to end, or use another folder"
+            ) from None
+
     @property
     def due(self) -> bool:
         """Whether it is time to write."""
         return perf_counter() - self._written >= max(self.every, SHARE * self._took)
 
-    def write(self, state: Any, draws: tuple[int, Any] | None = None) -> bool:
-        """Replace the checkpoint, and before that write new draws to the file of a number.
+    def write(self, state: Any, draws: Callable[[], Any] | None = None) -> bool:
+        """Replace the checkpoint, and before that write new draws by a function.
 
         Where it cannot be written, as on a full disk, a warning says so: the last one stands, and the run goes on.
 
@@ -141,7 +169,7 @@ class Checkpoint:
         content = {"format": FORMAT, "asked": self._asked, "torch": torch.__version__, "state": state}
         try:
             if draws is not None:
-                write_packed(self.folder / BLOCKS.format(draws[0]), draws[1])
+                draws()
             write_packed(self.folder / FILE, content)
         except TypeError as error:
             raise TypeError(f"checkpoint: {error}") from None
@@ -153,10 +181,6 @@ class Checkpoint:
             self._written = perf_counter()
             self._took = self._written - started
         return True
-
-    def blocks(self, number: int) -> Any:
-        """The draws of a file."""
-        return _read(self.folder / BLOCKS.format(number))
 
 
 def _read(path: Path) -> Any:

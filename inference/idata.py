@@ -26,6 +26,10 @@ from inference.draws import engine, scoring
 STORED, SCORED = 20_000_000, 500_000_000
 """Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
 
+FILTERS = ("zlib", "shuffle")
+"""By which numbers in a NetCDF file are compressed."""
+
+
 T = TypeVar("T")
 
 
@@ -92,7 +96,7 @@ def to_idata(
     """
     left_out = left_out or LeftOut(bound.name)
     size = len(next(iter(posterior.values()))) if posterior else 1
-    groups, dims = {"posterior": posterior}, {n: _dims(bound, n) for n in bound.sites}
+    groups, dims = {"posterior": posterior}, {n: dims_of(bound, n) for n in bound.sites}
     plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
     asked = _affordable(bound, size, left_out)
     notes = dict(attrs or {})
@@ -118,7 +122,7 @@ def to_idata(
     for group, sites in groups.items():
         used = plates if group == "log_likelihood" else dims
         if sites:
-            datasets[group] = left_out.unless(group, partial(_dataset, bound, sites, used, chains), None)
+            datasets[group] = left_out.unless(group, partial(dataset_of, bound, sites, used, chains), None)
     if sample_stats:
         datasets["sample_stats"] = _to_dataset(dict(sample_stats))
     data = {n: v.detach().cpu().numpy() for n, v in bound.observations.items()}
@@ -128,7 +132,7 @@ def to_idata(
     if "posterior" in kept:
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior, and so no such group.
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **_renamed(kept)})
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **renamed(kept)})
 
 
 def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
@@ -136,26 +140,26 @@ def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
     observed = set(bound.select("observed"))
     arguments = {*bound.data, *parameters_of(bound.model)}
     predicted = {n for n in draws if n in observed or n in arguments}
-    dims = {n: _dims(bound, n) for n in draws}
+    dims = {n: dims_of(bound, n) for n in draws}
     parts = {
         "prior": {n: v for n, v in draws.items() if n not in predicted},
         "prior_predictive": {n: v for n, v in draws.items() if n in predicted},
     }
-    datasets = {group: _dataset(bound, sites, dims, 1) for group, sites in parts.items() if sites}
+    datasets = {group: dataset_of(bound, sites, dims, 1) for group, sites in parts.items() if sites}
     if observed:
         data = {n: bound.observations[n].detach().cpu().numpy() for n in observed}
         datasets["observed_data"] = _observed(bound, data, dims)
-    return xr.DataTree.from_dict(_renamed(datasets))
+    return xr.DataTree.from_dict(renamed(datasets))
 
 
-def write_netcdf(idata: xr.DataTree, path: Path) -> None:
-    """Write a DataTree to a NetCDF file that ``xarray.open_datatree`` reads, with its numbers compressed.
+def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
+    """Write a DataTree to a NetCDF file that ``xarray.open_datatree`` reads.
 
     Raises:
         OSError: The file cannot be written.
     """
     encoding = {
-        g: {n: {"zlib": True, "shuffle": True} for n, v in idata[g].variables.items() if v.dtype.kind in "biuf"}
+        g: {n: dict.fromkeys(FILTERS, compress) for n, v in idata[g].variables.items() if v.dtype.kind in "biuf"}
         for g in idata.groups
     }
     with Lenient(path) as file:
@@ -165,8 +169,6 @@ def write_netcdf(idata: xr.DataTree, path: Path) -> None:
 def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
     """Groups whose size memory allows; the others are left out with a warning."""
     observed = bound.select("observed")
-    if not observed:
-        return {"functions", "posterior_predictive", "log_likelihood"}
     functions = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
     replicated, scored, derived = (
         size * sum(torch.Size(s.shape[:end] if end else s.shape).numel() for s, end in sites)
@@ -195,7 +197,8 @@ def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
     return asked
 
 
-def _dataset(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, list[str]], chains: int) -> xr.Dataset:
+def dataset_of(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, list[str]], chains: int) -> xr.Dataset:
+    r"""Values by site (chains * draws, \*shape), chains one after another, with the pair's names along dimensions."""
     arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
     used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
     return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
@@ -211,8 +214,8 @@ def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, lis
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    sites = scoring.draw_sites(bound.generator(), posterior, size)
-    return {n: v for n, v in sites.items() if n in bound.select("observed")}
+    observed = bound.select("observed")
+    return scoring.draw_sites(bound.generator(), posterior, size, observed) if observed else {}
 
 
 def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
@@ -301,7 +304,8 @@ def _mask(node: Any, site: Site) -> Tensor:
     return seen
 
 
-def _dims(bound: BoundPair, name: str) -> list[str]:
+def dims_of(bound: BoundPair, name: str) -> list[str]:
+    """Dimensions of a site: its plates, then what the pair calls the rest."""
     site = bound.sites[name]
     named = list(bound.asked.dims.get(name, ()))
     if site.role == "deterministic" and len(named) == len(site.shape):
@@ -330,7 +334,7 @@ def coordinates(bound: BoundPair) -> dict[str, Any]:
         found[declared[-1] if declared else f"{name}_columns"] = columns
     plates = {p: n for s in bound.select("observed").values() for p, n in zip(s.plates, s.shape, strict=False) if p}
     found |= {p: names.rows for p, n in plates.items() if names.rows and n == len(names.rows)}
-    sizes = {d: n for name, s in bound.sites.items() for d, n in zip(_dims(bound, name), s.shape, strict=True)}
+    sizes = {d: n for name, s in bound.sites.items() for d, n in zip(dims_of(bound, name), s.shape, strict=True)}
     fitting = {d: labels for d, labels in found.items() if sizes.get(d, len(labels)) == len(labels)}
     return {**fitting, **bound.asked.coords}
 
@@ -352,7 +356,7 @@ def allowed_names(names: Iterable[str]) -> dict[str, str]:
     return {n: found[n] for n in listed}
 
 
-def _renamed(datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+def renamed(datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     """Datasets with names that NetCDF takes, the same in all of them; the attribute ``site`` has a site's own."""
     names = allowed_names(str(n) for d in datasets.values() for n in (*d.variables, *d.dims))
     changed = {n: new for n, new in names.items() if n != new}

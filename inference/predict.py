@@ -95,9 +95,8 @@ def posterior_predictive(
     bound = result.bound if data is None else result.bound.with_data(data)
     with isolated(seed), result.state():
         draws = result.draws if data is None else _draws_at(result, data)
-        sites = draw_sites(bound.generator(size), draws, result.size)
-    observed = set(result.bound.select("observed"))
-    return {k: v.cpu() for k, v in sites.items() if k in observed}
+        sites = draw_sites(bound.generator(size), draws, result.size, result.bound.select("observed"))
+    return {k: v.cpu() for k, v in sites.items()}
 
 
 def _draws_at(result: Result, data: Any) -> Draws:

@@ -5,6 +5,7 @@ The process of a rank writes what it has at its end to ``FOLDER``; an error is o
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def program(share: tuple[int, int] = (0, 1), seed: int = 0) -> dict[str, Any]:
 SEEN: list[float] = []
 
 
-FAILS = threading.Event()
+FAILS, HANGS = threading.Event(), threading.Event()
 
 
 def noisy(fails: bool = False, **more: Any) -> dict[str, Any]:
@@ -121,6 +122,8 @@ def noisy(fails: bool = False, **more: Any) -> dict[str, Any]:
             SEEN.append(mu.item())
             if FAILS.is_set() and len(SEEN) == 12:
                 raise ArithmeticError("the model of one process has failed")
+            if HANGS.is_set() and len(SEEN) == 12:
+                signal.raise_signal(signal.SIGSTOP)
         with pyro.plate("rows", size or len(y), subsample=rows):
             z = pyro.sample("z", dist.Bernoulli(0.3))
             pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
@@ -197,6 +200,18 @@ def dying(folder: Path, rank: int) -> dict[str, Any]:
     return mixture(compile=False)
 
 
+def hanging(folder: Path, rank: int) -> dict[str, Any]:
+    """One process stands still in the middle of a fit; without that it would go on from the checkpoint."""
+    if rank == 1 and not (folder / "kept").exists():
+        HANGS.set()
+    with patch.object(checkpoint, "SHARE", 0), patch.object(group, "AGREE_STEPS", 1):
+        return noisy(checkpoint=Checkpoint(folder / "kept", every=1e-6))
+
+
+SECONDS = {"hanging": 8}
+"""After which the processes of a case no longer wait for each other; those of others wait for a minute."""
+
+
 CASES: dict[str, Callable[[Path, int, int], Any]] = {
     "alike": lambda folder, rank, count: {
         **alike(),
@@ -206,6 +221,7 @@ CASES: dict[str, Callable[[Path, int, int], Any]] = {
         "refusals": refusals(),
     },
     "fused": lambda folder, rank, count: fused(),
+    "hanging": lambda folder, rank, count: hanging(folder, rank),
     "dying": lambda folder, rank, count: dying(folder, rank),
 }
 
@@ -214,7 +230,7 @@ if __name__ == "__main__":
     case, rank, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     store = f"file://{folder / case}.store"
-    further = {"rank": rank, "world_size": count, "timeout": timedelta(seconds=60)}
+    further = {"rank": rank, "world_size": count, "timeout": timedelta(seconds=SECONDS.get(case, 60))}
     distributed.init_process_group("gloo", init_method=store, **further)
     try:
         made = CASES[case](folder, rank, count)

@@ -1,8 +1,13 @@
 """Runs that were killed go on: losses, parameters and draws are those of a run that was not, to the last bit."""
 
+import errno
+import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -664,3 +669,52 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     # What stands goes on.
     same(run(checkpoint=tmp_path), whole)
+
+
+HELD = """
+import sys, time
+from inference import Checkpoint
+with Checkpoint(sys.argv[1]) as kept:
+    kept.begin({})
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_in_use_is_refused_by_who_has_it_and_free_after_a_kill(tmp_path: Path) -> None:
+    def run(**more: Any) -> Result:
+        return fit(plain(), Y, steps=3, draws=5, progress=False, **more)
+
+    chains = partial(sample, model, Y, ChEES, draws=5, warmup=5, chains=4, compile=False, progress=False)
+    methods = {"SVI": partial(fit, steps=3, draws=5, progress=False)}
+    verbs = (run, chains, partial(compare, plain, Y, methods))
+    with subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for verb in verbs:
+            with pytest.raises(CheckpointError, match=rf"^checkpoint: .* in use by process {other.pid} on .*folder$"):
+                verb(checkpoint=tmp_path)
+        assert not (tmp_path / FILE).exists()
+        other.kill()
+    whole = run()
+    same(run(checkpoint=tmp_path), whole)
+    # It is free again after an end, an error and an interrupt.
+    with pytest.raises(CheckpointError, match="is of a run with"):
+        run(checkpoint=tmp_path, seed=1)
+    same(run(checkpoint=tmp_path), whole)
+
+
+def test_another_thread_is_refused_a_folder_in_use(tmp_path: Path) -> None:
+    with Checkpoint(tmp_path) as kept, ThreadPoolExecutor(1) as thread:
+        kept.begin({})
+        with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on"):
+            thread.submit(Checkpoint(tmp_path).begin, {}).result()
+    Checkpoint(tmp_path).begin({})
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("inference.core.files.fcntl.flock", none)
+    assert fit(plain(), Y, steps=3, draws=5, progress=False, checkpoint=tmp_path).size == 5

@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import seeds
 from killed_work import CASES
 
+from inference import open_draws
 from inference.checkpoint import FILE
 from inference.core.packing import read_packed
 
@@ -50,6 +52,13 @@ def progress(folder: Path) -> dict[Path, int]:
     return found
 
 
+def drawn(folder: Path) -> dict[str, np.ndarray]:
+    """The draws that chains have written; none before the first."""
+    if not list(folder.glob("draws-*.nc")):
+        return {}
+    return {str(n): v.values for n, v in open_draws(folder)["posterior"].items()}
+
+
 def killed(case: str, folder: Path, kills: int) -> int:
     """Kill a run so many times, let it end, and compare it with a whole one; return how often it was killed."""
     draw = random.Random(seeds.SHIFT)
@@ -57,6 +66,7 @@ def killed(case: str, folder: Path, kills: int) -> int:
     begun = time.perf_counter()
     whole = ends(process)
     took, at, count = time.perf_counter() - begun, dict[Path, int](), 0
+    parts = []
     for _ in range(kills):
         process = started(case, str(folder))
         try:
@@ -69,7 +79,12 @@ def killed(case: str, folder: Path, kills: int) -> int:
         # Nothing that was on disk is lost. A recipe takes the folder of a seed away when it has ended.
         assert case == "reproduce" or all(now[path] >= steps for path, steps in at.items())
         at = now
+        parts.append(drawn(folder))
     assert ends(started(case, str(folder))) == whole
+    # What could be read after each kill are the first of all draws.
+    last = drawn(folder)
+    for part in parts:
+        assert [n for n, v in part.items() if not np.array_equal(v, last[n][:, : v.shape[1]])] == []
     # Over, it is not run again.
     assert ends(started(case, str(folder))) == whole
     return count

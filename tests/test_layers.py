@@ -32,6 +32,8 @@ FLOORS = (
         "inference/result.py",
         "inference/saved.py",
         "inference/checkpoint.py",
+        "inference/stored.py",
+        "inference/joined.py",
     ),
     ("inference/runners", "inference/predict.py"),
     ("inference/evidence",),

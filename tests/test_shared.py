@@ -11,6 +11,8 @@ import pytest
 import shared_work
 from torch import distributed
 
+from inference.checkpoint import FILE
+from inference.core.packing import read_packed
 from inference.objectives import Compiled, Shared
 
 WORK = Path(shared_work.__file__)
@@ -83,6 +85,30 @@ def test_a_process_that_dies_ends_the_group(tmp_path: Path) -> None:
     (first, said), (second, _) = ends(together("dying", tmp_path))
     assert (first, second) == (1, 3)
     assert said.startswith("RuntimeError: rank 0: another process of the group has ended or does not answer")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stops a process by a signal")
+def test_a_process_that_hangs_ends_the_group_and_the_checkpoint_stands(tmp_path: Path) -> None:
+    first, second = together("hanging", tmp_path)
+    try:
+        said = first.communicate(timeout=120)[1].strip()
+        # It stands still: nothing but the time-out of the other has ended.
+        assert second.poll() is None
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1
+    assert said.startswith("RuntimeError: rank 0: another process of the group has ended or does not answer")
+    assert len(said.splitlines()) == 1
+    taken = len(read_packed(tmp_path / "kept" / FILE)["state"]["losses"])
+    assert 0 < taken < 20
+    (tmp_path / "hanging.store").unlink()
+    assert ends(together("hanging", tmp_path)) == [(0, "")] * 2
+    one, other = results("hanging", tmp_path)
+    # It went on from there, to the end of a fit in which no process stood still.
+    assert len(one["seen"]) < 20
+    assert one["losses"] == other["losses"]
+    assert len(one["losses"]) == 20
 
 
 def test_shared_says_what_it_needs() -> None:

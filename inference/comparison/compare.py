@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from inference.comparison.scores import (
 from inference.comparison.table import COLUMNS, Comparison
 from inference.core.bound import bind
 from inference.core.checks import check_count, check_device
+from inference.core.group import from_first, ranks
 from inference.core.halves import move
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import pd
@@ -94,36 +96,37 @@ def compare(
     """
     check_methods(make_pair, methods, truth)
     check_count("seeds", seeds)
-    place, kept = check_device(device), _checkpoint(checkpoint, methods, seed)
+    place = check_device(device)
+    with _checkpoint(checkpoint, methods, seed) or nullcontext() as kept:
 
-    def build() -> Any:
-        with isolated(seed):
-            pair = make_pair()
-        if place is not None:
-            move(pair, place)
-        return pair
+        def build() -> Any:
+            with isolated(seed):
+                pair = make_pair()
+            if place is not None:
+                move(pair, place)
+            return pair
 
-    if device is not None:
-        data = bind(build(), data, device).data
-    moments, truth_error = _moments(truth, build, data)
-    true = {n: torch.as_tensor(v) for n, v in (drawn or {}).items()}
-    if moments or true or label is not None:
-        with isolated(0):
-            check_names(bind(build(), data).sites, moments, true, heldout, label)
-    starts = {name: _seeds(name, method, seeds) for name, method in methods.items()}
-    run = _Run(build, data, moments, true, heldout, label, stein, kept)
-    results, runs, failed = _first(run, methods, starts)
-    for name, further in _further(run, methods, {n: starts[n][1:] for n in results}, jobs):
-        if isinstance(further, str):
-            warnings.warn(f"{name} failed at a further seed: {further}", stacklevel=3)
-        else:
-            runs[name].append(further)
-    for k in range(seeds):
-        _pair_up({n: scored[k] for n, scored in runs.items() if len(scored) > k})
-    table, errors = (_table(methods, runs, of) for of in (np.mean, _standard_error))
-    if truth_error is not None:
-        table.loc[list(results), "truth_error"] = truth_error
-    return Comparison(table, results, dict(moments), errors if seeds > 1 else None, failed)
+        if device is not None:
+            data = bind(build(), data, device).data
+        moments, truth_error = _moments(truth, build, data)
+        true = {n: torch.as_tensor(v) for n, v in (drawn or {}).items()}
+        if moments or true or label is not None:
+            with isolated(0):
+                check_names(bind(build(), data).sites, moments, true, heldout, label)
+        starts = {name: _seeds(name, method, seeds) for name, method in methods.items()}
+        run = _Run(build, data, moments, true, heldout, label, stein, kept)
+        results, runs, failed = _first(run, methods, starts)
+        for name, further in _further(run, methods, {n: starts[n][1:] for n in results}, jobs):
+            if isinstance(further, str):
+                warnings.warn(f"{name} failed at a further seed: {further}", stacklevel=3)
+            else:
+                runs[name].append(further)
+        for k in range(seeds):
+            _pair_up({n: scored[k] for n, scored in runs.items() if len(scored) > k})
+        table, errors = (_table(methods, runs, of) for of in (np.mean, _standard_error))
+        if truth_error is not None:
+            table.loc[list(results), "truth_error"] = truth_error
+        return Comparison(table, results, dict(moments), errors if seeds > 1 else None, failed)
 
 
 def _checkpoint(asked: str | Path | Checkpoint | None, methods: Mapping[str, Method], seed: int) -> Checkpoint | None:
@@ -133,7 +136,8 @@ def _checkpoint(asked: str | Path | Checkpoint | None, methods: Mapping[str, Met
         return None
     check_parts(methods, kept)
     # Pairs are built from the seed, which fits do not see.
-    if kept.begin({"method": "compare", "seed": seed}) is None:
+    begun = from_first(lambda: kept.begin({"method": "compare", "seed": seed}))
+    if begun is None and ranks()[0] == 0:
         kept.write({})
     return kept
 

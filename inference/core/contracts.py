@@ -251,7 +251,8 @@ class BatchedKernel(Kernel):
 
     In plain ``pyro.infer.MCMC`` a draw of a site is (chains, \*shape): chains are the second dimension of the draws.
     ``sample`` reads them as chains. It calls ``setup``, which starts the chains and sets ``initial_params``, then
-    ``advance`` block by block, through the warmup to the last draw, then ``collect`` once.
+    ``advance`` block by block, through the warmup to the last draw, ``collect`` for some of the blocks at a time, and
+    ``check`` at the end.
 
     Attributes:
         num_chains: Number of chains C, set before ``setup``.
@@ -315,6 +316,9 @@ class BatchedKernel(Kernel):
 
         Statistics are named as ArviZ names them: ``diverging``, ``acceptance_rate``, ``lp``, ``n_steps``.
         """
+
+    def check(self) -> None:
+        """Raise Untraceable where the chains are where the traced program is none of the model."""
 
     def fuse(self) -> None:
         """Compile what is worth it, and run it once, so that the cost is paid here."""

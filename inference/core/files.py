@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    # Windows.
+    fcntl = None  # type: ignore[assignment]
 
 
 def stem_of(name: str) -> str:
@@ -118,6 +126,45 @@ def write_folder(path: str | Path, writer: Callable[[Path], Any], mark: str) -> 
     if os.name == "posix":
         _flush(place.parent)
     return Path(path)
+
+
+def lock(path: str | Path) -> int:
+    """Take a lock that one process, and one thread of it, can have at a time.
+
+    The system frees it when the process ends, however that is. Where there are no such locks (Windows, some network
+    file systems), it is always free.
+
+    Args:
+        path: A file, made if it is missing, which says who has the lock. It is not removed.
+
+    Returns:
+        An open file: ``os.close`` frees the lock.
+
+    Raises:
+        BlockingIOError: Another one has it; the message says who.
+        OSError: The file cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> os.close(lock(Path(folder.name) / "lock"))
+        >>> folder.cleanup()
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        raise BlockingIOError(who or "another process") from None
+    except OSError:
+        return handle
+    # On a full disk it says less.
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+    return handle
 
 
 class Lenient(io.FileIO):

@@ -22,7 +22,7 @@ from inference.diagnostics.advice import advise_guide, advise_latents
 from inference.diagnostics.chains import advise_chains, disagreeing
 from inference.diagnostics.guides import PARETO_K, GuideCheck
 from inference.diagnostics.losses import still_falling
-from inference.diagnostics.quantities import names_of, quantities_of
+from inference.diagnostics.quantities import names_of, parts_of, quantities_of
 from inference.diagnostics.weights import weigh
 
 TAILS = (0.05, 0.95)
@@ -183,24 +183,27 @@ def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
     real = [str(n) for n in posterior.data_vars]
     if not real:
         return pd.DataFrame(columns=["mean", "sd"], index=pd.Index([], name="quantity"))
-    draws, over = posterior[real], ("chain", "draw")
+    names = [name for n in real for name in names_of(posterior[n])]
     with warnings.catch_warnings():
         # Draws that are not finite, or constant, give nan; the advice reports it.
         warnings.simplefilter("ignore", RuntimeWarning)
-        # A constant quantity has a standard deviation of about 1e-17 by rounding.
-        columns = {
-            "mean": draws.mean(over),
-            "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0),
+        parts = [_columns(part, chains) for part in parts_of(posterior)]
+    return pd.concat(parts).set_axis(pd.Index(names, name="quantity"))
+
+
+def _columns(draws: xr.Dataset, chains: bool) -> pd.DataFrame:
+    """The table of some quantities."""
+    over = ("chain", "draw")
+    # A constant quantity has a standard deviation of about 1e-17 by rounding.
+    columns = {"mean": draws.mean(over), "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0)}
+    if chains:
+        columns |= {
+            "mcse_mean": azs.mcse(draws, method="mean"),
+            "ess_bulk": azs.ess(draws, method="bulk"),
+            "ess_tail": azs.ess(draws, method="tail", prob=TAILS),
+            "r_hat": azs.rhat(draws),
         }
-        if chains:
-            columns |= {
-                "mcse_mean": azs.mcse(draws, method="mean"),
-                "ess_bulk": azs.ess(draws, method="bulk"),
-                "ess_tail": azs.ess(draws, method="tail", prob=TAILS),
-                "r_hat": azs.rhat(draws),
-            }
-    names = [name for n in real for name in names_of(posterior[n])]
-    return pd.DataFrame({k: _flat(v, real) for k, v in columns.items()}, index=pd.Index(names, name="quantity"))
+    return pd.DataFrame({k: _flat(v, [str(n) for n in draws.data_vars]) for k, v in columns.items()})
 
 
 def with_intervals(table: pd.DataFrame, idata: xr.DataTree, prob: float) -> pd.DataFrame:

@@ -9,6 +9,9 @@ import numpy as np
 
 from inference.core.lazy import xr
 
+PART = 2**22
+"""Numbers of draws that are diagnosed at once."""
+
 
 def quantities_of(idata: xr.DataTree) -> xr.Dataset:
     """Quantities to diagnose: the continuous ones, or the log density of chains that have none."""
@@ -16,6 +19,21 @@ def quantities_of(idata: xr.DataTree) -> xr.Dataset:
     posterior, stats = groups.get("posterior", xr.Dataset()), groups.get("sample_stats", xr.Dataset())
     real = posterior[[n for n in posterior.data_vars if np.issubdtype(posterior[n].dtype, np.floating)]]
     return stats[["lp"]] if not real and "lp" in stats else real
+
+
+def parts_of(posterior: xr.Dataset) -> Iterator[xr.Dataset]:
+    """A posterior in parts of at most ``PART`` numbers, or of one quantity, one after another.
+
+    What is computed of all quantities takes several times the memory of their draws, which may be on the disk.
+    """
+    if sum(v.size for v in posterior.data_vars.values()) <= PART:
+        yield posterior
+        return
+    for name, array in posterior.data_vars.items():
+        over, flat = array.shape[0] * array.shape[1], array.values.reshape(*array.shape[:2], -1)
+        for some in np.split(np.arange(flat.shape[2]), range(width := max(1, PART // over), flat.shape[2], width)):
+            values = np.ascontiguousarray(flat[..., some[0] : some[-1] + 1])
+            yield xr.Dataset({name: (("chain", "draw", "quantity"), values)})
 
 
 def names_of(array: xr.DataArray) -> list[str]:

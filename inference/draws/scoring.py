@@ -7,7 +7,7 @@ Finite sites without draws are summed out exactly,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro
@@ -121,10 +121,15 @@ def sample_guide(bound: BoundPair, size: int) -> tuple[dict[str, Tensor], Tensor
 
 
 @torch.no_grad()
-def draw_sites(bound: BoundPair, draws: Draws, count: int) -> dict[str, Tensor]:
-    """Draw the sites of a :meth:`BoundPair.generator` that have no draws, given those that have."""
+def draw_sites(bound: BoundPair, draws: Draws, count: int, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Draw the sites of a :meth:`BoundPair.generator` that have no draws, given those that have.
+
+    Returns:
+        Values of all sites, or of those that are wanted: the others take no memory.
+    """
     known = {n: v for n, v in draws.items() if n in bound.sites}
-    return run(bound, bound.model, known, count, lambda trace: values_of(trace, bound.sites))
+    sites = {n: s for n, s in bound.sites.items() if wanted is None or n in wanted}
+    return run(bound, bound.model, known, count, lambda trace: values_of(trace, sites))
 
 
 def values_of(trace: Any, sites: Mapping[str, Site]) -> dict[str, Tensor]:

@@ -224,6 +224,11 @@ class Gibbs(BatchedKernel):
         rest, stats = self._rest.collect(moves)
         return {**values, **rest}, stats
 
+    def check(self) -> None:
+        """Compare the traced program of the continuous sites with the model where the chains are."""
+        if self._rest is not None:
+            self._rest.check()
+
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""Run one transition of all chains; return values by site, (chains, \*shape)."""
         for name in self._units:

@@ -146,7 +146,8 @@ class Hamiltonian(BatchedKernel):
         self._window: list[Tensor] = []
         self._moved = torch.zeros(self.num_chains, dtype=torch.bool, device=like.device)
         self._last = self._initial
-        self._diverging: list[Tensor] = []
+        self._diverging: dict[int, list[int]] = {}
+        self._drawn = 0
         self._plan()
         if self.jit_compile:
             self.fuse()
@@ -217,7 +218,9 @@ class Hamiltonian(BatchedKernel):
         self._taken += self.block
         self.gradients += int(moves.leapfrogs.sum(0).max())
         if not learning:
-            self._diverging.append(self._latest.diverging)
+            for draw, chain in self._latest.diverging.nonzero().tolist():
+                self._diverging.setdefault(chain, []).append(self._drawn + draw)
+            self._drawn += self.block
             return self._latest
         self._window.append(self._latest.position)
         self._adapt()
@@ -260,8 +263,11 @@ class Hamiltonian(BatchedKernel):
     def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         r"""Join blocks into values by site, (draws, chains, \*shape), and sample statistics, (draws, chains)."""
         moves = type(self).moves(*(torch.cat(v) for v in zip(*blocks, strict=True)))
-        self._density.check(self._chains.position.mT)
         return self.constrain(moves.position), self._statistics(moves)
+
+    def check(self) -> None:
+        """Compare the traced program with the model where the chains are."""
+        self._density.check(self._chains.position.mT)
 
     def constrained(self) -> dict[str, Tensor]:
         r"""Current constrained values by site, (chains, \*shape)."""
@@ -298,11 +304,7 @@ class Hamiltonian(BatchedKernel):
 
     def diagnostics(self) -> dict[str, Any]:
         """Indices of the divergent draws after the warmup, by chain."""
-        if not self._diverging:
-            return {"divergences": {}}
-        diverging = torch.cat(self._diverging).cpu()
-        chains = diverging.any(0).nonzero().flatten().tolist()
-        return {"divergences": {f"chain {c}": diverging[:, c].nonzero().flatten().tolist() for c in chains}}
+        return {"divergences": {f"chain {c}": draws for c, draws in sorted(self._diverging.items())}}
 
     def _statistics(self, moves: Any) -> dict[str, Tensor]:
         """Statistics of transitions (draws, chains), by ArviZ's names."""

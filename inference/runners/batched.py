@@ -16,9 +16,8 @@ from torch import Tensor
 from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import called_by_exclusive, preserved_rng, random_state, set_random_state
+from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state
 from inference.core.packing import pack, unpack
-from inference.core.private import tree_map
 from inference.further import RESTORED, Continuation, FurtherDraws
 from inference.kernels import NUTS, ChEES, Gibbs
 from inference.runners.asked import named
@@ -33,6 +32,7 @@ from inference.runners.base import (
     most_threads,
     threads_set,
 )
+from inference.runners.drawn import Drawn, KeptDrawn
 
 
 def run_batched(
@@ -57,53 +57,21 @@ def run_batched(
     draws, warmup, chains = lengths(kernel.lengths, draws, warmup, chains or kernel.num_chains)
     kernel.num_chains, kernel.jit_compile = chains, False
     run = _Run(kernel, mode, warmup, policy.threads_for(bound.numel, chains, most_threads()))
-    kept = None if checkpoint is None else _Kept(checkpoint, bound)
-    held = None if kept is None else kept.begin({**(asked or {}), "kernel": named(factory)})
+    drawn, held = Drawn(kernel, draws), None
+    if checkpoint is not None:
+        drawn = KeptDrawn(kernel, draws, checkpoint, bound, method_of(factory))
+        held = drawn.begin({**(asked or {}), "kernel": named(factory)})
     run.setup(draws, held)
     setup = perf_counter() - started if held is None else held["setup"]
     before = 0.0 if held is None else held["seconds"]
     with Bars(bound, 1, warmup + draws, progress) as show:
-        values, stats = run.draw(draws, show, kept, setup, before - started)
+        values, stats = run.draw(drawn, show, setup, before - started)
+    values = {n: v.to(bound.device) for n, v in values.items()}
     more = ChainDraws(run, kernel.state, factory)
-    count = len(next(iter(values.values()))) // chains
+    count = drawn.count
     ended = "" if count == draws else f"interrupted at draw {count} of {draws}"
     how = kernel.execution
     return ChainRun(values, stats, chains, setup, how, method_of(factory), more, kernel.restarted, before, ended)
-
-
-class _Kept:
-    """The checkpoint of chains: where they are, and their draws in files that are written once."""
-
-    def __init__(self, checkpoint: Checkpoint, bound: BoundPair) -> None:
-        self._checkpoint, self._device = checkpoint, bound.device
-        self._written = self._files = 0
-
-    def begin(self, asked: Mapping[str, Any]) -> Any:
-        """Where the chains are; None if they have not begun."""
-        held = self._checkpoint.begin(asked)
-        if held is None:
-            return None
-        self._files = held["files"]
-        blocks = [block for k in range(self._files) for block in self._checkpoint.blocks(k)]
-        self._written = len(blocks)
-        # Random states are on the CPU, whatever the device.
-        return {**self._here({**held, "random": None, "blocks": blocks}), "random": held["random"]}
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to write."""
-        return self._checkpoint.due
-
-    def write(self, blocks: list[Any], state: Mapping[str, Any]) -> None:
-        """Write the blocks of draws that are new, and then the checkpoint."""
-        fresh = blocks[self._written :]
-        files = self._files + bool(fresh)
-        held = {**state, "files": files, "random": random_state()}
-        if self._checkpoint.write(held, (self._files, fresh) if fresh else None):
-            self._files, self._written = files, len(blocks)
-
-    def _here(self, value: Any) -> Any:
-        return tree_map(lambda v: v.to(self._device) if isinstance(v, Tensor) else v, value)
 
 
 LEAST_DRAWS = 4
@@ -213,7 +181,6 @@ class _Run:
     def __init__(self, kernel: Any, mode: bool | str, warmup: int, threads: int) -> None:
         self.kernel, self.mode, self.warmup, self.threads = kernel, mode, warmup, threads
         self.fused = False
-        self.blocks: list[Any] = []
         self.done = self.before = 0
 
     def setup(self, draws: int, held: Mapping[str, Any] | None = None) -> None:
@@ -227,62 +194,53 @@ class _Run:
             kernel.state, self.fused = held["kernel"], held["fused"]
             if held["execution"] == "fused":
                 kernel.fuse()
-            self.blocks, self.done, self.before = held["blocks"], held["done"], held["before"]
+            self.done, self.before = held["done"], held["before"]
             set_random_state(held["random"])
 
     def draw(
-        self,
-        draws: int,
-        show: Callable[[int, int, str], None],
-        kept: _Kept | None = None,
-        setup: float = 0.0,
-        clock: float = 0.0,
+        self, drawn: Drawn, show: Callable[[int, int, str], None], setup: float = 0.0, clock: float = 0.0
     ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         r"""Finish the warmup and make draws: values (chains * draws, \*shape), statistics (chains, draws).
 
         Args:
-            draws: Draws per chain.
+            drawn: Takes the draws, and keeps them where there is a checkpoint.
             show: Shows progress.
-            kept: Checkpoint; None: there is none.
             setup: Seconds that the setup took, for the checkpoint.
             clock: What makes ``perf_counter`` the seconds of the run.
         """
-        kernel, blocks = self.kernel, self.blocks
+        kernel = self.kernel
 
         def keep() -> None:
-            if kept is not None:
-                at = {"kernel": kernel.state, "done": self.done, "before": self.before}
-                how = {"fused": self.fused, "execution": kernel.execution}
-                kept.write(blocks, {**at, **how, "setup": setup, "seconds": clock + perf_counter()})
+            at = {"kernel": kernel.state, "done": self.done, "before": self.before}
+            how = {"fused": self.fused, "execution": kernel.execution}
+            drawn.keep({**at, **how, "setup": setup, "seconds": clock + perf_counter()})
 
         validated, threads = pyro.validation_enabled(False), threads_set(self.threads)
         with validated, threads, interrupts_deferred() as interrupts:
             try:
-                while len(blocks) * kernel.block < draws:
-                    self._advance(draws, show)
-                    if len(blocks) * kernel.block >= draws or (kept is not None and kept.due):
+                while drawn.made < drawn.draws:
+                    self._advance(drawn, show)
+                    if drawn.made >= drawn.draws or drawn.due:
                         keep()
                     interrupts()
             except KeyboardInterrupt:
                 if interrupts.pressed == 1:
                     keep()
-                if called_by_exclusive() or interrupts.pressed != 1 or len(blocks) * kernel.block < LEAST_DRAWS:
+                if called_by_exclusive() or interrupts.pressed != 1 or drawn.made < LEAST_DRAWS:
                     raise
-            values, stats = kernel.collect(blocks)
-        # The last block may have made too many draws.
-        flat = {n: v[:draws].transpose(0, 1).flatten(0, 1) for n, v in values.items()}
-        return flat, {n: v[:draws].T.cpu().numpy() for n, v in stats.items()}
+            kernel.check()
+            return drawn.joined()
 
-    def _advance(self, draws: int, show: Callable[[int, int, str], None]) -> None:
+    def _advance(self, drawn: Drawn, show: Callable[[int, int, str], None]) -> None:
         """Run one block of transitions."""
-        kernel, blocks = self.kernel, self.blocks
+        kernel = self.kernel
         warming = kernel.warming
         block = kernel.advance()
         self.done += kernel.block
         show(0, self.done, ", ".join(f"{k} {v}" for k, v in kernel.logging().items()))
         if not warming:
-            blocks.append(block)
-        ahead = draws - len(blocks) * kernel.block + (self.warmup - self.done if kernel.warming else 0)
+            drawn.add(block)
+        ahead = drawn.draws - drawn.made + (self.warmup - self.done if kernel.warming else 0)
         # The first trajectories may be longer than later ones: expect at most as much again as was needed.
         gradients = kernel.gradients - self.before
         self._fuse_if_worth_it(min(2 * gradients, ahead * gradients / self.done))
@@ -290,8 +248,8 @@ class _Run:
     def go_on(self, state: Any, draws: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         """Further draws per chain from a state of the kernel, as :meth:`draw` returns them."""
         self.kernel.state = state
-        self.blocks, self.done, self.before = [], 0, self.kernel.gradients
-        values, stats = self.draw(draws, lambda *_: None)
+        self.done, self.before = 0, self.kernel.gradients
+        values, stats = self.draw(Drawn(self.kernel, draws), lambda *_: None)
         if next(iter(stats.values())).shape[1] < draws:
             raise KeyboardInterrupt
         return values, stats

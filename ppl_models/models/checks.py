@@ -14,6 +14,10 @@ MAX_TABLE = 2**26
 """Largest table, in numbers, that an exact answer may build."""
 
 
+BLOCK_ROWS = 65_536
+"""Rows whose entries are checked at once."""
+
+
 def count_of(name: str, given: Any, least: int = 1) -> int:
     """Size of a dimension that is given as a number or as different names; raise unless it is at least ``least``."""
     if isinstance(given, str | bytes) or not (isinstance(given, Integral) or _listed(given)) or given is True:
@@ -96,8 +100,9 @@ def check_matrix(name: str, value: Any, width: int) -> None:
         raise ValueError(f"{name}: expected at least one row, got (0, {width})")
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected floating point numbers, got {str(value.dtype).removeprefix('torch.')}")
-    bad = ~value.isfinite()
-    if bad.any():
+    # Unlike a mask of all entries, the ends take no memory; a nan is both of them.
+    if not all(end.isfinite() for end in value.aminmax()):
+        bad = ~value.isfinite()
         row, column = bad.nonzero()[0].tolist()
         got = f"{value[row, column].item()} at row {row}, column {column} ({int(bad.sum())} in all)"
         raise ValueError(f"{name}: expected finite numbers, got {got}")
@@ -110,8 +115,8 @@ def known_or_zero(value: Any) -> Any:
 
 def check_binary(name: str, value: Tensor | None) -> None:
     """Raise unless the value is None or all zeros and ones."""
-    if value is not None:
-        check_entries(name, value, (value != 0) & (value != 1), "zeros and ones")
+    for rows in () if value is None else value.split(BLOCK_ROWS):
+        check_entries(name, rows, (rows != 0) & (rows != 1), "zeros and ones")
 
 
 def check_entries(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
