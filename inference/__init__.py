@@ -23,6 +23,7 @@ from inference.diagnostics.stein import Stein
 from inference.diagnostics.weights import pareto_k
 from inference.evidence.estimate import Evidence, log_evidence
 from inference.optim import Joint
+from inference.outliers import OutlierScores, outlier_score
 from inference.predict import (
     classify,
     latent_kl,
@@ -45,6 +46,7 @@ __all__ = [
     "Joint",
     "Method",
     "Moments",
+    "OutlierScores",
     "Result",
     "Saved",
     "Stein",
@@ -64,6 +66,7 @@ __all__ = [
     "loo",
     "objectives",
     "open_draws",
+    "outlier_score",
     "pareto_k",
     "pointwise_log_likelihood",
     "posterior_predictive",

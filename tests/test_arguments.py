@@ -185,6 +185,10 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "posterior_predictive": (of_result("posterior_predictive"), {"size": OPTIONAL, "seed": SEED}),
     "pointwise_log_likelihood": (of_result("pointwise_log_likelihood"), {"data": ({"x": FEW}, FEW[:0])}),
     "classify": (of_result("classify", data=FEW), {"label": ("z", "mu", None)}),
+    "outlier_score": (
+        of_result("outlier_score", data=FEW, rate=0.5),
+        {"data": ({"x": FEW}, FEW[:0]), "rate": (*CHANCE, 0.0, 0.1), "k": COUNT, "seed": SEED},
+    ),
     "draw": (of_result("draw"), {"size": COUNT, "seed": SEED}),
     "extend": (of_result("extend"), {"draws": COUNT}),
     "prior_predictive": (

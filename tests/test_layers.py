@@ -37,6 +37,7 @@ FLOORS = (
     ),
     ("inference/runners", "inference/predict.py"),
     ("inference/evidence",),
+    ("inference/outliers.py", "inference/imputation.py"),
     ("inference/comparison", "inference/_fit.py", "inference/_sample.py"),
     ("inference/__init__.py",),
 )
