@@ -77,6 +77,10 @@ class Pair:
         conditional: The exact conditionals of a site's units, as :class:`inference.kernels.Gibbs` describes them; None:
             the model's own density is used.
         log_evidence: From the data to the exact log p(x) of each row, in nats, (rows,); None: not known.
+        impute: From the data by name (nan is a missing entry of the first), the number of ``draws`` and posterior draws
+            of the global latent sites by name as ``latents``, to completed rows (draws, rows, columns): the missing
+            entries given the known ones of their row and the data of the fit; None: not known, and model and guide
+            alternate where they can.
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
         pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
@@ -92,6 +96,7 @@ class Pair:
     rowwise: bool = False
     conditional: Callable[..., Any] | None = None
     log_evidence: Callable[..., Tensor] | None = None
+    impute: Callable[..., Tensor] | None = None
     generate_like: Callable[..., Mapping[str, Tensor]] | None = None
     pictures: Callable[..., Mapping[str, tuple[Tensor, str]]] | None = None
     steps: int | None = None

@@ -120,7 +120,7 @@ class Autoregressive(Visible):
         return Conditionals(self.conditionals(), self.order, self.origin)
 
     @torch.no_grad()
-    def impute(self, x: Tensor, draws: int = 1, *, particles: int = 100) -> Tensor:
+    def impute(self, x: Tensor, draws: int = 1, *, particles: int = 100, **_: Any) -> Tensor:
         """Draw the missing features (nan) of rows (N, D) given any known ones, by sampling importance resampling.
 
         The draws are exact if all missing features come after the known ones, else in the limit of many particles.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -46,6 +47,9 @@ from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continu
 from ppl_models.models.parts.bif import read_bif
 from ppl_models.models.parts.information import pairwise_information
 from ppl_models.models.parts.labels import one_hot, rows_by_label
+
+MAX_JOINT = 2**12
+"""Largest number of joint states of missing variables that are drawn together."""
 
 MAX_STATES = 2**16
 """Largest number of states of a variable: each has a name."""
@@ -257,6 +261,46 @@ class BayesianNetwork(Pair):
         kinds, which = x.double().nan_to_num(-1).unique(dim=0, return_inverse=True)
         known = ({n: int(v) for n, v in zip(self.names, kind, strict=True) if v >= 0} for kind in kinds.tolist())
         return torch.stack([self._eliminate([], states) for states in known])[which]
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, draws: int = 1, *, latents: Mapping[str, Tensor] | None = None, **_: Any) -> Tensor:
+        r"""Draw the missing states (nan) of rows (N, V) given the known ones, by variable elimination: (draws, N, V).
+
+        Tables that are learnt are replaced by their posterior means. As each enters the probability of a row linearly,
+        this is the posterior predictive distribution where the tables are independent: exact if no state was missing.
+
+        Args:
+            x: Rows.
+            draws: Number of draws per row.
+            latents: Posterior draws of the tables by site, where they are learnt.
+        """
+        check_count("draws", draws)
+        self._check_states(x, missing=True)
+        if not self.given:
+            means = {n: (latents or {})[f"{n}_table"].mean(0) for n in self.names}
+            return self.with_tables(means).impute(x, draws)
+        rows = x.expand(draws, *x.shape).clone()
+        for n in x.isnan().any(-1).nonzero().flatten().tolist():
+            self._fill(rows[:, n])
+        return rows
+
+    def _fill(self, rows: Tensor) -> None:
+        """Draw the missing states of rows that are missing the same and know the same, in place."""
+        missing = [n for n, k in self.columns.items() if rows[0, k].isnan()]
+        if not missing:
+            return
+        sizes = list(itertools.accumulate((len(self.states[n]) for n in missing), operator.mul))
+        block = missing[: max(1, sum(size <= MAX_JOINT for size in sizes))]
+        known = {n: int(rows[0, k]) for n, k in self.columns.items() if n not in missing}
+        joint = self.query(block, known)
+        drawn = dist.Categorical(joint.flatten()).sample((len(rows),))
+        columns = [self.columns[n] for n in block]
+        for cell in drawn.unique():
+            alike = (drawn == cell).nonzero()[:, 0]
+            part = rows[alike]
+            part[:, columns] = torch.stack(torch.unravel_index(cell, joint.shape)).to(rows)
+            self._fill(part)
+            rows[alike] = part
 
     def separated(self, one: str, other: str, given: Sequence[str] = ()) -> bool:
         """Whether the graph makes two variables independent given others (d-separation).

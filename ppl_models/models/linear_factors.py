@@ -24,9 +24,10 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_matrix
+from ppl_models.models.checks import check_count, check_matrix, known_or_zero
 from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
+from ppl_models.models.parts.completion import Correlated, complete
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
 
@@ -129,6 +130,17 @@ class FactorAnalysis(FactorModel):
         posterior = self.posterior(x)
         z = posterior.mean
         return self.likelihood(z).log_prob(x) + self.prior().log_prob(z) - posterior.log_prob(z)
+
+    def impute(self, x: Tensor, draws: int = 1, **_: Any) -> Tensor:
+        r"""Draw the missing entries (nan) of rows (N, D) given the known ones, exactly: (draws, N, D).
+
+        Those are the conditionals of :math:`\mathrm{N}(\mu, W W^\top + \Psi)`.
+        """
+        check_count("draws", draws)
+        self.check(known_or_zero(x))
+        covariance = self.loadings @ self.loadings.mT + self.noise.expand(self.features).diag()
+        gaussian = Correlated(self.mean[None, None], covariance[None, None])
+        return complete(x, draws, torch.zeros(1, 1, dtype=x.dtype, device=x.device), gaussian)
 
 
 class PPCA(FactorAnalysis):

@@ -140,7 +140,7 @@ class MarkovChain(Visible):
         pairs = (codes[:, :-1] * self.symbols + codes[:, 1:]).flatten().bincount(minlength=self.symbols**2)
         return first.double(), pairs.double().reshape(self.symbols, self.symbols)
 
-    def impute(self, x: Tensor, draws: int = 1) -> Tensor:
+    def impute(self, x: Tensor, draws: int = 1, **_: Any) -> Tensor:
         """Draw the missing symbols (nan) of rows (N, T) given all known ones, exactly: (draws, N, T)."""
         check_count("draws", draws)
         self.check(known_or_zero(x))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,9 +37,11 @@ from ppl_models.models.checks import (
     check_number,
     check_one_of,
     check_positive,
+    known_or_zero,
     random_source,
 )
 from ppl_models.models.pair import GuideFactory, Pair, checked, continuous
+from ppl_models.models.parts.completion import Components, Correlated, Independent, complete
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -102,6 +104,25 @@ class Mixture(Pair):
     @abstractmethod
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
         """The M-step of the component parameters, by site, from responsibilities (N, K) and their sums (K,)."""
+
+    @abstractmethod
+    def distributions(self, latents: Mapping[str, Tensor]) -> Components:
+        """The rows of each component given posterior draws of the parameters by site."""
+
+    def impute(
+        self, x: Tensor, z: Tensor | None = None, *, latents: Mapping[str, Tensor], draws: int = 1, **_: Any
+    ) -> Tensor:
+        """Draw the missing entries (nan) of rows (N, D) given the known ones, exactly: (draws, N, D).
+
+        Args:
+            x: Rows.
+            z: Components (N,), if they are known; else they are summed out.
+            latents: Posterior draws of the parameters by site.
+            draws: Number of draws per row.
+        """
+        check_count("draws", draws)
+        self.check(known_or_zero(x), z)
+        return complete(x, draws, latents["weights"].log(), self.distributions(latents), z)
 
     def model(self, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""
@@ -252,6 +273,16 @@ class GaussianMixture(Mixture):
         means, inverse, level = parameters
         return Gaussians(means, inverse, level.squeeze(-1))
 
+    def distributions(self, latents: Mapping[str, Tensor]) -> Components:
+        means = latents["means"]
+        # Draws of a site outside of plates, those of one table for all components too, may lack dimensions.
+        scales = latents["scales"].reshape(len(means), -1, latents["scales"].shape[-1]).expand_as(means)
+        if not self.correlated:
+            return Independent(dist.Normal, means, scales)
+        factors = latents["correlations"].reshape(len(means), -1, self.features, self.features)
+        roots = scales[..., None] * factors
+        return Correlated(means, roots @ roots.mT)
+
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
         if self.prior:
             raise ValueError("prior: expected False for EM (the M-step maximises the likelihood alone), got True")
@@ -326,6 +357,9 @@ class BernoulliMixture(Mixture):
     def likelihood(self, *parameters: Tensor) -> dist.TorchDistribution:
         logits, absent = parameters
         return Occurrences(logits, absent[..., 0])
+
+    def distributions(self, latents: Mapping[str, Tensor]) -> Components:
+        return Independent(dist.Bernoulli, latents["probs"])
 
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
         alpha = self.alpha.to(x) if self.prior else torch.zeros_like(x[0])

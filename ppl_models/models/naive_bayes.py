@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -34,8 +34,10 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_positive,
+    known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
+from ppl_models.models.parts.completion import Components, Independent, complete
 from ppl_models.models.parts.distributions import (
     Counts,
     LabelledGaussians,
@@ -130,6 +132,25 @@ class NaiveBayes(Pair):
         posterior = dist.Dirichlet(self.concentration + counts[0])
         return {"weights": (posterior.mean, posterior.stddev), **self.parameter_moments(*counts)}
 
+    def components(self, latents: Mapping[str, Tensor]) -> Components:
+        """The features of each class given posterior draws of the parameters by site."""
+        raise ValueError(f"result: expected independent features to impute, got those of {type(self).__name__}")
+
+    def impute(
+        self, x: Tensor, y: Tensor | None = None, *, latents: Mapping[str, Tensor], draws: int = 1, **_: Any
+    ) -> Tensor:
+        """Draw the missing features (nan) of rows (N, D) given the known ones, exactly: (draws, N, D).
+
+        Args:
+            x: Rows.
+            y: Labels (N,); missing ones are summed out.
+            latents: Posterior draws of the parameters by site.
+            draws: Number of draws per row.
+        """
+        check_count("draws", draws)
+        self.check(known_or_zero(x), y)
+        return complete(x, draws, latents["weights"].log(), self.components(latents), y)
+
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite matrix (rows, D) and y has labels for its rows."""
         if x is not None:
@@ -185,6 +206,9 @@ class GaussianNaiveBayes(NaiveBayes):
     def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
         means, inverse_scale, level = parameters
         return LabelledGaussians(means, inverse_scale, level, labels)
+
+    def components(self, latents: Mapping[str, Tensor]) -> Components:
+        return Independent(dist.Normal, latents["means"], latents["variances"].sqrt())
 
     def _posterior(self, rows: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = rows[:, None]
@@ -249,6 +273,9 @@ class BernoulliNaiveBayes(NaiveBayes):
     def likelihood(self, *parameters: Tensor, labels: Tensor, x: Tensor | None) -> dist.TorchDistribution:
         logits, absent = (rows_by_label(p, labels) for p in parameters)
         return Occurrences(logits, absent[..., 0])
+
+    def components(self, latents: Mapping[str, Tensor]) -> Components:
+        return Independent(dist.Bernoulli, latents["probs"])
 
     def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
         return dist.Beta(self.alpha + 1 + total, self.alpha + 1 + rows[:, None] - total)
