@@ -22,6 +22,7 @@ from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.stein import Stein
 from inference.diagnostics.weights import pareto_k
 from inference.evidence.estimate import Evidence, log_evidence
+from inference.imputation import Imputation, impute
 from inference.optim import Joint
 from inference.outliers import OutlierScores, outlier_score
 from inference.predict import (
@@ -43,6 +44,7 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "Evidence",
+    "Imputation",
     "Joint",
     "Method",
     "Moments",
@@ -56,6 +58,7 @@ __all__ = [
     "diagnose",
     "exclusive",
     "fit",
+    "impute",
     "isolated",
     "kernels",
     "ksd",

@@ -178,7 +178,7 @@ def _errors(density: Tensor, chains: int) -> Tensor:
     sd = torch.where((density != density[0]).any(0), relative.std(0), 0.0)
     size = torch.full_like(sd, len(density))
     if chains > 1:
-        size = torch.as_tensor(azs.ess(relative.mT.reshape(len(sd), chains, -1).numpy())).to(sd)
+        size = torch.as_tensor(azs.ess(relative.reshape(chains, -1, len(sd)).numpy())).to(sd)
         # Equal draws have no effective number, and no error either.
         size = torch.where(size.isfinite() & (sd > 0), size, torch.full_like(sd, len(density) / chains))
     return sd / size.sqrt()

@@ -55,6 +55,15 @@ def fit(**arguments: Any) -> Any:
     return inference.fit(**{"pair": (model, AutoNormal(model)), "data": FEW, "steps": 2, "progress": False} | arguments)
 
 
+GAPS = torch.tensor([[0.5, NAN], [-0.3, 1.0]])
+
+
+def local() -> Any:
+    """A Result with a latent site per row."""
+    pair = ppl_models.VAE(2, 1, hidden=(3,), likelihood="gaussian")
+    return inference.fit(pair, torch.nan_to_num(GAPS), steps=2, draws=10, progress=False)
+
+
 def sample(**arguments: Any) -> Any:
     return inference.sample(**{"pair": model, "data": FEW, "draws": 4, "warmup": 2, "progress": False} | arguments)
 
@@ -185,6 +194,17 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "posterior_predictive": (of_result("posterior_predictive"), {"size": OPTIONAL, "seed": SEED}),
     "pointwise_log_likelihood": (of_result("pointwise_log_likelihood"), {"data": ({"x": FEW}, FEW[:0])}),
     "classify": (of_result("classify", data=FEW), {"label": ("z", "mu", None)}),
+    "impute": (
+        lambda **arguments: inference.impute(**{"result": local(), "data": GAPS} | arguments),
+        {
+            "data": ({"y": FEW}, FEW[:0]),
+            "draws": COUNT,
+            "steps": (1, *COUNT),
+            "name": ("z", 3),
+            "seed": SEED,
+            "result": (fit(),),
+        },
+    ),
     "outlier_score": (
         of_result("outlier_score", data=FEW, rate=0.5),
         {"data": ({"x": FEW}, FEW[:0]), "rate": (*CHANCE, 0.0, 0.1), "k": COUNT, "seed": SEED},
