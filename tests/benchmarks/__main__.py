@@ -4,7 +4,8 @@ Suites are svi, chains, growth, start, series and calls.
 
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
-``ranks`` (a fit in two processes against one) and ``memory`` (its peak by the number of rows) stand for themselves.
+``ranks`` (a fit in two processes against one), ``memory`` (its peak by the number of rows), ``outliers`` and
+``imputation`` (beside scikit-learn) stand for themselves.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .table import SUITES, render
 from .worker import Worker
 
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz-stats")
+ALONE = ("ranks", "memory", "outliers", "imputation")
 Say = Callable[..., None]
 
 
@@ -178,7 +180,7 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["ranks"], ["memory"]):
+    if sys.argv[1:2] and sys.argv[1] in ALONE:
         import_module(f"tests.benchmarks.{sys.argv[1]}").main()
     else:
         main()
