@@ -123,9 +123,7 @@ def impute(
     check_count("draws", draws)
     check_count("steps", steps, 2)
     if not result.bound.observes:
-        raise ValueError(
-            f"result: expected a model with a likelihood, got {result.bound.name}, which observes nothing"
-        )
+        raise ValueError(f"result: expected a model with a likelihood, got {result.bound.name}, which observes nothing")
     bound, x, name = _bind(result.bound, data, name)
     with isolated(seed), result.state():
         own = bound.asked.impute

@@ -61,8 +61,8 @@ class OutlierScores:
     def __str__(self) -> str:
         kind = "held-out rows" if self.held_out else "rows of the fit, so that the rate is a lower bound"
         return (
-            f"{int(self.flagged.sum())} of {len(self.scores)} rows above {self.threshold:.2f} nats, at a false-alarm rate "
-            f"of {self.rate:g} by {len(self.calibration)} {kind}"
+            f"{int(self.flagged.sum())} of {len(self.scores)} rows above {self.threshold:.2f} nats, at a false-alarm "
+            f"rate of {self.rate:g} by {len(self.calibration)} {kind}"
         )
 
 
@@ -103,7 +103,7 @@ def outlier_score(
         >>> result = fit((model, lambda x: None), rows, steps=100, progress=False)
         >>> found = outlier_score(result, torch.tensor([0.5, 4.0]), calibration=rows)
         >>> found.p_values, found.flagged
-        (tensor([0.7600, 0.0100], dtype=torch.float64), tensor([False,  True]))
+        (tensor([0.7500, 0.0100], dtype=torch.float64), tensor([False,  True]))
     """
     check_chance("rate", rate)
     check_count("k", k)

@@ -76,9 +76,7 @@ class Correlated(Components):
 
 
 @torch.no_grad()
-def complete(
-    x: Tensor, draws: int, weights: Tensor, components: Components, labels: Tensor | None = None
-) -> Tensor:
+def complete(x: Tensor, draws: int, weights: Tensor, components: Components, labels: Tensor | None = None) -> Tensor:
     """Rows with their missing entries (nan) drawn given the known ones.
 
     Args:
