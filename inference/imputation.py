@@ -137,13 +137,16 @@ def impute(
 def _bind(fitted: BoundPair, data: Any, name: str | None) -> tuple[BoundPair, Tensor, str]:
     """The pair bound to the rows with zeros for what is missing, the rows with nan, and their name."""
     accepted, _ = accepted_by(halves_of(fitted.pair)[0])
-    name = next(iter(accepted), "x") if name is None else name
+    first = next(iter(accepted), "x")
     given = by_name(data, accepted)
     names_in(given).check(fitted.names)
     named = {n: to_tensor(v, n) for n, v in given.items()}
-    x = named.get(name)
+    x, got = named.get(first if name is None else name), ", ".join(named) or "none"
     if not isinstance(x, Tensor):
-        raise ValueError(f"name: expected data with missing entries ({', '.join(named) or 'none'}), got {name!r}")
+        if name is None:
+            raise ValueError(f"data: expected {first}, in which nan marks what is missing, got {got}")
+        raise ValueError(f"name: expected the data in which nan marks what is missing ({got}), got {name!r}")
+    name = first if name is None else name
     missing = x.isnan()
     bound = fitted.rebound({**named, name: x.masked_fill(missing, 0)})
     filled = bound.data[name]
@@ -156,7 +159,7 @@ def _alternate(bound: BoundPair, x: Tensor, name: str, draws: int, steps: int) -
     _check_alternates(bound, name)
     parts = [_chains(bound, x, name, min(together, draws - k), steps) for k in range(0, draws, together)]
     rows = torch.cat([p.draws for p in parts])
-    acceptance = torch.stack([p.acceptance for p in parts]).mean(0)  # type: ignore[arg-type]
+    acceptance = torch.stack([p.acceptance for p in parts if p.acceptance is not None]).mean(0)
     return replace(parts[0], draws=rows, acceptance=acceptance, r_hat=max(p.r_hat for p in parts))
 
 

@@ -197,7 +197,7 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "impute": (
         lambda **arguments: inference.impute(**{"result": local(), "data": GAPS} | arguments),
         {
-            "data": ({"y": FEW}, FEW[:0]),
+            "data": ({"y": FEW}, {}, "rows"),
             "draws": COUNT,
             "steps": (1, *COUNT),
             "name": ("z", 3),

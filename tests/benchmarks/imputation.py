@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,8 +19,9 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer, SimpleImputer
 from torch import Tensor
 
-from inference import Result, fit, impute, objectives
+from inference import Result, fit, impute
 from ppl_models import PPCA, VAE, GaussianMixture, GaussianNaiveBayes, load
+from ppl_models.zoo import methods
 
 from .outliers import summary
 
@@ -31,24 +33,23 @@ def results(data: dict[str, Tensor]) -> dict[str, Result]:
     torch.manual_seed(0)
     x = data["x"]
     mixture = GaussianMixture(13, components=3, covariance="tied", prior=False, floor=0.1)
-    bayes = GaussianNaiveBayes(13, 3)
-    quiet = {"progress": False, "draws": 200}
+    quiet: dict[str, Any] = {"progress": False, "draws": 200}
     return {
-        "PPCA, 4 factors": fit(PPCA(13, 4).closed_form(x), x, steps=0, **quiet),
-        "Gaussian mixture, 3, tied": fit(mixture, x, steps=50, objective=objectives.EM(), **quiet),
-        "naive Bayes, labels of the fit": fit((bayes.model, bayes.exact), data, steps=0, **quiet),
+        "PPCA, 4 factors": methods.closed_form(PPCA(13, 4), {"x": x}, **quiet),
+        "Gaussian mixture, 3, tied": methods.em(mixture, {"x": x}, **quiet),
+        "naive Bayes, labels of the fit": methods.exact(GaussianNaiveBayes(13, 3), data, **quiet),
         "VAE, 4 factors": fit(VAE(13, 4, hidden=(30,), likelihood="gaussian"), x, steps=1500, **quiet),
     }
 
 
-def sklearn(make: Callable[[int], object], train: Tensor, seed: int, gaps: Tensor) -> Tensor:
+def sklearn(make: Callable[[int], Any], train: Tensor, seed: int, gaps: Tensor) -> Tensor:
     """Completed rows (draws, rows, columns) of an imputer of scikit-learn."""
-    imputer = make(seed).fit(train.numpy())  # type: ignore[attr-defined]
+    imputer = make(seed).fit(train.numpy())
     count = DRAWS // 10 if getattr(imputer, "sample_posterior", False) else 1
     return torch.stack([torch.as_tensor(imputer.transform(gaps.numpy())) for _ in range(count)])
 
 
-PEERS: dict[str, Callable[[int], object]] = {
+PEERS: dict[str, Callable[[int], Any]] = {
     "IterativeImputer": lambda seed: IterativeImputer(random_state=seed),
     "IterativeImputer, sample_posterior": lambda seed: IterativeImputer(random_state=seed, sample_posterior=True),
     "mean": lambda seed: SimpleImputer(),

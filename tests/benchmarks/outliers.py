@@ -18,9 +18,10 @@ from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from inference import fit, objectives, outlier_score
+from inference import Result, outlier_score
 from inference.outliers import conformal
 from ppl_models import PPCA, GaussianMixture, load
+from ppl_models.zoo import methods
 
 from .table import markdown
 
@@ -32,16 +33,15 @@ Scored = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def ppca(train: Tensor, known: Tensor, new: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    return _pair(PPCA(train.shape[1], 5).closed_form(train), train, known, new, steps=0)
+    return _score(methods.closed_form(PPCA(train.shape[1], 5), {"x": train}, draws=1, progress=False), known, new)
 
 
 def mixture(train: Tensor, known: Tensor, new: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     pair = GaussianMixture(train.shape[1], components=2, covariance="tied", prior=False, floor=0.1)
-    return _pair(pair, train, known, new, objective=objectives.EM(), steps=50, draws=1, seed=seed)
+    return _score(methods.em(pair, {"x": train}, draws=1, seed=seed, progress=False), known, new)
 
 
-def _pair(pair: object, train: Tensor, known: Tensor, new: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
-    result = fit(pair, train, progress=False, **settings)  # type: ignore[arg-type]
+def _score(result: Result, known: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     found = outlier_score(result, new, calibration=known, rate=RATE)
     return found.scores, found.p_values
 
