@@ -107,6 +107,14 @@ def test_the_evidence_keeps_single_precision_where_the_noise_is_small() -> None:
     np.testing.assert_allclose(numpy(pair.float().log_evidence(x.float())), exact, rtol=1e-3, atol=0.02)
 
 
+def test_the_guide_is_a_distribution_in_single_precision() -> None:
+    """Orthogonal loadings: where their products are rounded, the precision is not symmetric by itself."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = torch.randn(100, 30, generator=generator) * torch.linspace(0.2, 3.0, 30)
+        assert PPCA(30, 5).closed_form(x).posterior(x).mean.isfinite().all()
+
+
 def test_the_evidence_builds_no_matrix_of_all_pairs_of_features() -> None:
     largest = 0
 

@@ -117,6 +117,8 @@ class FactorAnalysis(FactorModel):
         """
         weighted = self.loadings.mT / self.noise
         precision = torch.eye(self.factors, dtype=weighted.dtype, device=weighted.device) + weighted @ self.loadings
+        # Products of single precision are not symmetric to the last digit, and MultivariateNormal asks for that.
+        precision = (precision + precision.mT) / 2
         gain = torch.cholesky_solve(weighted, torch.linalg.cholesky(precision))
         return dist.MultivariateNormal((x - self.mean) @ gain.mT, precision_matrix=precision)
 
