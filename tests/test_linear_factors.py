@@ -111,7 +111,8 @@ def test_the_guide_is_a_distribution_in_single_precision() -> None:
     """Orthogonal loadings: where their products are rounded, the precision is not symmetric by itself."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        x = torch.randn(100, 30, generator=generator) * torch.linspace(0.2, 3.0, 30)
+        factors = torch.randn(100, 5, generator=generator) @ torch.randn(5, 30, generator=generator)
+        x = factors + 0.1 * torch.randn(100, 30, generator=generator)
         assert PPCA(30, 5).closed_form(x).posterior(x).mean.isfinite().all()
 
 

@@ -25,14 +25,14 @@ from ppl_models.zoo import methods
 
 from .outliers import summary
 
-MISSING, DRAWS = 0.3, 200
+MISSING, DRAWS = 0.3, 100
 
 
 def results(data: dict[str, Tensor]) -> dict[str, Result]:
     """A Result of each pair, fitted to whole rows."""
     torch.manual_seed(0)
     x = data["x"]
-    mixture = GaussianMixture(13, components=3, covariance="tied", prior=False, floor=0.1)
+    mixture = GaussianMixture(13, components=3, covariance="tied", prior=False, floor=0.01)
     quiet: dict[str, Any] = {"progress": False, "draws": 200}
     return {
         "PPCA, 4 factors": methods.closed_form(PPCA(13, 4), {"x": x}, **quiet),
@@ -45,7 +45,7 @@ def results(data: dict[str, Tensor]) -> dict[str, Result]:
 def sklearn(make: Callable[[int], Any], train: Tensor, seed: int, gaps: Tensor) -> Tensor:
     """Completed rows (draws, rows, columns) of an imputer of scikit-learn."""
     imputer = make(seed).fit(train.numpy())
-    count = DRAWS // 10 if getattr(imputer, "sample_posterior", False) else 1
+    count = DRAWS if getattr(imputer, "sample_posterior", False) else 1
     return torch.stack([torch.as_tensor(imputer.transform(gaps.numpy())) for _ in range(count)])
 
 

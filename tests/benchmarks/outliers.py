@@ -37,7 +37,7 @@ def ppca(train: Tensor, known: Tensor, new: Tensor, seed: int) -> tuple[Tensor, 
 
 
 def mixture(train: Tensor, known: Tensor, new: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    pair = GaussianMixture(train.shape[1], components=2, covariance="tied", prior=False, floor=0.1)
+    pair = GaussianMixture(train.shape[1], components=2, covariance="tied", prior=False, floor=0.01)
     return _score(methods.em(pair, {"x": train}, draws=1, seed=seed, progress=False), known, new)
 
 
