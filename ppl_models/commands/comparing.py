@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
+import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +25,8 @@ def compare(
     settings: list[str] | None,
     methods: str | None,
     seed: int,
+    seeds: int,
+    jobs: int,
     device: str,
     checkpoint: str | None,
     out_dir: str | None,
@@ -34,7 +38,7 @@ def compare(
     names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
     dataset, folder = prepare(entry, data_name, out_dir, device, label)
     seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
-    comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
+    comparison = entry.compare(dataset, seeded, seed=seed, seeds=seeds, jobs=jobs, checkpoint=checkpoint)
     show(comparison, entry, dataset)
     for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
         out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
@@ -50,7 +54,7 @@ def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     rows = len(next(iter(dataset.train.values())))
     out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
     # One column per method: there are too many measures for the width of a terminal.
-    print_whole(frame(table.T.rename_axis("measure").reset_index()))
+    print_whole(frame(_with_errors(table, comparison.errors).T.rename_axis("measure").reset_index()))
     legend = Table.grid(padding=(0, 2))
     meanings = {column: COLUMNS[column] for column in table.columns}
     for column, meaning in (meanings | ({"truth": entry.source} if comparison.truth else {})).items():
@@ -59,3 +63,13 @@ def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     for name, result in comparison.results.items():
         for sentence in result.diagnosis.advice:
             out.print(escape(f"{name}: {sentence}"), highlight=False)
+
+
+def _with_errors(table: pd.DataFrame, errors: pd.DataFrame | None) -> pd.DataFrame:
+    """A table whose figures have their standard errors over seeds beside them, where there are several."""
+    if errors is None:
+        return table
+    # Equal figures differ by rounding.
+    spread = errors[list(table)].where(errors[list(table)] > 1e-9 * table.abs(), 0.0 * errors[list(table)])
+    spread = spread.map(lambda e: "" if math.isnan(e) else f" ± {e:.2g}")
+    return table.map(lambda v: "-" if math.isnan(v) else f"{v:.4g}") + spread
