@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
-import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
@@ -54,7 +52,8 @@ def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     rows = len(next(iter(dataset.train.values())))
     out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
     # One column per method: there are too many measures for the width of a terminal.
-    print_whole(frame(_with_errors(table, comparison.errors).T.rename_axis("measure").reset_index()))
+    shown = table if comparison.errors is None else comparison.shown()
+    print_whole(frame(shown.T.rename_axis("measure").reset_index()))
     legend = Table.grid(padding=(0, 2))
     meanings = {column: COLUMNS[column] for column in table.columns}
     for column, meaning in (meanings | ({"truth": entry.source} if comparison.truth else {})).items():
@@ -63,13 +62,3 @@ def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     for name, result in comparison.results.items():
         for sentence in result.diagnosis.advice:
             out.print(escape(f"{name}: {sentence}"), highlight=False)
-
-
-def _with_errors(table: pd.DataFrame, errors: pd.DataFrame | None) -> pd.DataFrame:
-    """A table whose figures have their standard errors over seeds beside them, where there are several."""
-    if errors is None:
-        return table
-    # Equal figures differ by rounding.
-    spread = errors[list(table)].where(errors[list(table)] > 1e-9 * table.abs(), 0.0 * errors[list(table)])
-    spread = spread.map(lambda e: "" if math.isnan(e) else f" ± {e:.2g}")
-    return table.map(lambda v: "-" if math.isnan(v) else f"{v:.4g}") + spread
