@@ -36,6 +36,7 @@ from inference.core.handlers import (
     random_state,
     set_random_state,
 )
+from inference.core.precision import PRECISIONS, with_precision
 from inference.draws import scoring
 from inference.further import GuideDraws
 from inference.idata import STORED
@@ -65,6 +66,7 @@ def fit(
     seed: int = 0,
     compile: bool | str = "auto",
     device: str | torch.device | None = None,
+    precision: str | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> Result:
@@ -100,6 +102,10 @@ def fit(
         device: Where to run, such as "cuda". The modules of the pair are moved there, in place, and so are the data;
             tensors that a plain function makes itself are its own affair. Draws and parameters of the Result are on
             the CPU. Default: where pair and data are.
+        precision: "bfloat16": mixed precision. Linear and convolutional layers multiply in bfloat16, in model and
+            guide, while the steps are taken; their outputs are float32 again, and so are parameters, log densities,
+            sums and the optimizer. Draws, and all that is computed from the Result, are in float32. Default: the
+            precision of the parameters.
         checkpoint: A folder that holds where the fit is, renewed every half minute (``Checkpoint(folder, every=...)``:
             as often as you say). Called again with the same arguments, ``fit`` goes on from there, and returns what it
             would have returned; a fit that was finished is not repeated. Default: none.
@@ -146,6 +152,8 @@ def fit(
         learning_rate=learning_rate,
         compile=compile,
     )
+    check_one_of("precision", precision, PRECISIONS)
+    bound = with_precision(bound, precision)
     asked = Objective.of(Trace_ELBO() if made is None else made)
     asked.check(bound)
     if batch is not None and asked.all_rows:
@@ -164,7 +172,14 @@ def fit(
         with subnormals_flushed():
             if kept is not None:
                 kind = {"method": "fit", "objective": named(chosen), "optimizer": optimizer and named(optimizer)}
-                lengths = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "patience": patience}
+                lengths: dict[str, Any] = {
+                    "steps": steps,
+                    "batch": batch,
+                    "learning_rate": learning_rate,
+                    "patience": patience,
+                }
+                if precision is not None:
+                    lengths["precision"] = precision
                 if ranks()[1] > 1:
                     lengths["processes"] = ranks()[1]
                 run.resume(kept, asked_of(bound, **kind, **lengths, seed=seed, compile=compile))

@@ -166,6 +166,8 @@ def compare(
     settings: Settings = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, from --seed on: means and errors.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs that go side by side, in processes.")] = 1,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,
@@ -223,6 +225,7 @@ def reproduce(
     only: Annotated[int | None, typer.Option("--seed", min=0, help="Run this seed alone.")] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Seeds recorded by other commits count as well.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side, in processes.")] = 1,
+    device: Device = "cpu",
     out_dir: Annotated[str, typer.Option("--out", help="Directory of the records.")] = "results/ledger",
 ) -> None:
     """Reproduce a published figure and append the result to a ledger.

@@ -18,7 +18,8 @@ if seeds.SHIFT:
     seeds.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers side by side: two threads each would wait for each other at every operation.
+    # Workers side by side: two threads each would wait for each other at every operation, and so would processes.
+    os.environ["LOKY_MAX_CPU_COUNT"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 

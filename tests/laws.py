@@ -30,6 +30,7 @@ from inference import (
     prior_predictive,
     sample,
 )
+from inference.compiler import policy
 from inference.core.bound import BoundPair, bind, enumerate_finite
 from inference.core.handlers import isolated
 from inference.core.sites import sites_of
@@ -112,10 +113,15 @@ class Case:
         return sample(pair, self.data, kernel, draws=6, warmup=12, chains=2, seed=3, progress=False)
 
     @property
-    def training(self) -> Method:
-        """The first method of the entry that trains the pair's own guide by steps."""
+    def trainings(self) -> list[Method]:
+        """The methods of the entry that train the pair's own guide by steps."""
         others = (point, em, exact, closed_form, counted)
-        return next(m for m in self.entry.fits.values() if getattr(m, "func", m) not in others)
+        return [m for m in self.entry.fits.values() if getattr(m, "func", m) not in others]
+
+    @property
+    def training(self) -> Method:
+        """The first of them."""
+        return self.trainings[0]
 
     @cached_property
     def fitted(self) -> Result:
@@ -231,6 +237,18 @@ def test_the_fit_of_the_entry_moves_every_parameter(case: Case) -> None:
     result = partial(case.training, batch=ROWS)(pair, case.data, steps=1, draws=1, progress=False)
     assert np.isfinite(result.losses).all()
     assert [n for n, p in pair.named_parameters() if torch.equal(p, before[n])] == []
+
+
+@pytest.mark.parametrize("execution", ["traced", pytest.param("fused", marks=pytest.mark.slow)])
+def test_no_fit_of_the_entry_falls_back_from_its_program(case: Case, execution: str, monkeypatch) -> None:
+    """Programs are compared with the eager run at calls 1, 2, 4 and 8; one that differs gives way to its graph, or
+    that to the eager run.
+    """
+    monkeypatch.setattr(policy, "TRACE_FIT_STEPS", 1)
+    mode = {"traced": "auto", "fused": True}[execution]
+    for method in case.trainings:
+        run = partial(method, batch=ROWS, steps=9, draws=1, compile=mode, progress=False)
+        assert run(case.pair(), case.data).idata.attrs["execution"] == execution
 
 
 def test_a_gradient_of_the_bound_reaches_every_parameter_that_the_pair_runs(likely: Case) -> None:

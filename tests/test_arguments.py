@@ -465,7 +465,13 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "reproduce": (
         ("reproduce", "gan_ring"),
-        {"--seeds": NO_COUNT, "--seed": NO_SEED[:-1], "--jobs": NO_COUNT, "--out": ("", "/proc/1/results")},
+        {
+            "--seeds": NO_COUNT,
+            "--seed": NO_SEED[:-1],
+            "--jobs": NO_COUNT,
+            "--device": ("gpu",),
+            "--out": ("", "/proc/1/results"),
+        },
     ),
     "predict": (("predict", "."), {"--data": ("", "nowhere.csv", "/proc/1/mem")}),
 }

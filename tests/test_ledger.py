@@ -21,7 +21,7 @@ from ppl_models import data, ledger
 from ppl_models.cli import app
 from ppl_models.ledger import record
 from ppl_models.ledger.entries import RECIPES
-from ppl_models.ledger.recipes.trained import trained
+from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.ledger.record import GRADES, Recipe
 
 README = Path(__file__).parent.parent / "README.md"
@@ -85,6 +85,21 @@ def test_seeds_run_side_by_side_and_give_one_record(tmp_path) -> None:
 
 def _drawn(quick: bool, seed: int) -> dict[str, float]:
     return {"figure": seed**0.5}
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_recipe_runs_on_the_device_that_is_asked_for(tmp_path, jobs: int) -> None:
+    run = {"seeds": 2, "jobs": jobs}
+    assert ledger.reproduce(recipe(run=_placed), tmp_path / "cpu", **run)["figure"] == 0
+    assert ledger.reproduce(recipe(run=_placed), tmp_path / "meta", **run, device="meta")["figure"] == 1
+    with pytest.raises(ValueError, match="^device: expected a device that torch can use here"):
+        ledger.reproduce(recipe(run=_placed), tmp_path / "none", device="cuda:99")
+    assert not (tmp_path / "none").exists()
+
+
+def _placed(quick: bool, seed: int) -> dict[str, float]:
+    pair, x = placed(torch.nn.Linear(1, 1)), placed(torch.zeros(1))
+    return {"figure": float(pair.weight.device.type == x.device.type == "meta")}
 
 
 def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> None:

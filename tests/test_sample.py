@@ -1,15 +1,6 @@
-"""sample: chains in processes, transforms, discrete sites, statistics, and what it refuses."""
+"""sample: transforms, discrete sites, statistics, and what it refuses."""
 
-import importlib
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +16,6 @@ from inference import sample
 from inference.core.bound import bind
 from inference.kernels import HMC, NUTS, ChEES
 
-sampling = importlib.import_module("inference.runners.processes")
 quiet = partial(sample, progress=False)
 Y = torch.tensor([0.3, 1.9, 0.8, 1.4, 1.1, 0.5], dtype=torch.float64)
 
@@ -112,39 +102,6 @@ def test_finite_sites_are_summed_out_and_drawn_afterwards() -> None:
     assert list(result.idata.log_likelihood.data_vars) == ["y"]
 
 
-def test_draws_do_not_depend_on_the_number_of_processes(monkeypatch) -> None:
-    run = partial(quiet, gamma_poisson, COUNTS, draws=20, warmup=20, chains=3, seed=5)
-    torch.set_num_threads(1)
-    two = run()
-    monkeypatch.setattr(sampling, "cores", lambda: 1)
-    one = run()
-    assert torch.equal(one.draws["rate"], two.draws["rate"])
-
-
-def test_two_chains_run_side_by_side(monkeypatch) -> None:
-    class Slow(MCMCKernel):
-        """Waits: two waits at once take as long as one."""
-
-        def __init__(self, model) -> None:
-            self.transforms: dict = {}
-            self._initial_params = {"rate": torch.tensor(float(os.getpid()))}
-
-        initial_params = property(lambda self: self._initial_params)
-
-        def sample(self, params):
-            time.sleep(0.02)
-            return params
-
-    monkeypatch.setattr(sampling, "cores", lambda: 2)
-    started = time.perf_counter()
-    result = quiet(gamma_poisson, COUNTS, Slow, draws=50, warmup=0, chains=2)
-    pids = set(result.draws["rate"].tolist())
-    assert len(pids) == 2
-    assert os.getpid() not in pids
-    assert result.seconds["run"] < 1.9
-    assert time.perf_counter() - started > 1.0
-
-
 def test_any_kernel_of_the_contract_is_run() -> None:
     class RandomWalk(MCMCKernel):
         """Metropolis on log rate, with the density by hand."""
@@ -168,46 +125,6 @@ def test_any_kernel_of_the_contract_is_run() -> None:
     assert agrees(result.draws["rate"], float(POSTERIOR.mean), float(POSTERIOR.stddev), result.diagnosis.min_ess_bulk)
 
 
-def test_a_chain_that_fails_says_which_and_why() -> None:
-    class Broken(MCMCKernel):
-        def __init__(self, model) -> None:
-            pass
-
-        initial_params = property(lambda self: {"rate": torch.ones(())})
-
-        def sample(self, params):
-            raise ZeroDivisionError("no way on")
-
-    with pytest.raises(RuntimeError, match=r"chain \d: ZeroDivisionError: no way on"):
-        quiet(gamma_poisson, COUNTS, Broken, draws=4, warmup=0, chains=2)
-
-    class Killed(Broken):
-        def sample(self, params):
-            os._exit(9)
-
-    with pytest.raises(RuntimeError, match=r"chain \d ended without an answer \(exit code 9\)"):
-        quiet(gamma_poisson, COUNTS, Killed, draws=4, warmup=0, chains=2)
-
-
-def test_a_warning_of_a_chain_reaches_whoever_asked_for_it(monkeypatch) -> None:
-    monkeypatch.setattr(sampling, "cores", lambda: 2)
-    late = [0.0]
-
-    class Late(PyroNUTS):
-        """Changes the model after the warmup, which its program cannot know."""
-
-        def end_warmup(self):
-            late[0] = 3.0
-            super().end_warmup()
-
-    def model() -> None:
-        x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
-        pyro.factor("late", late[0] * x)
-
-    with pytest.warns(UserWarning, match=r"chain [01]: call \d+: the traced potential gives .* may be wrong"):
-        quiet(model, kernel=Late, draws=300, warmup=2, chains=2, compile="auto")
-
-
 @pytest.mark.parametrize("kernel", [ChEES, NUTS])
 def test_a_prior_draw_that_cannot_be_evaluated_says_nothing_of_the_model(kernel: Any) -> None:
     """Half of all draws of the prior have no density: whether a call works depended on the state of the generator."""
@@ -228,54 +145,6 @@ def test_a_prior_draw_that_cannot_be_evaluated_says_nothing_of_the_model(kernel:
         result = quiet(half, kernel=kernel, draws=4, warmup=4, chains=1 if kernel is NUTS else 2, seed=seed)
         assert (result.draws["x"] > 0).all()
     assert len(counts) == 1, "what a bound pair is does not depend on the caller's generator"
-
-
-SLOW = """
-import time, torch, pyro, pyro.distributions as dist
-from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from inference import sample
-
-class Slow(MCMCKernel):
-    def __init__(self, model):
-        self.transforms, self.initial_params = {}, {"x": torch.zeros(1000)}
-    initial_params = None
-    def sample(self, params):
-        time.sleep(0.01)
-        return params
-
-def model():
-    x = pyro.sample("x", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
-    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.zeros(()))
-
-import inference.runners.processes as processes
-processes.cores = lambda: 2
-sample(model, None, Slow, draws=100_000, warmup=0, chains=2, compile=False, progress=False)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed by /proc")
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_chains_end_with_a_parent_that_is_killed(end: signal.Signals) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", SLOW])
-    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    children: list[int] = []
-
-    def wait_for(what: Callable[[], bool]) -> bool:
-        return any(what() or time.sleep(0.1) for _ in range(600))
-
-    def both() -> bool:
-        children[:] = map(int, listed.read_text().split())
-        return len(children) == 2
-
-    assert wait_for(both)
-    time.sleep(0.5)
-    parent.send_signal(end)
-    parent.wait()
-    gone = wait_for(lambda: not any(Path(f"/proc/{k}").exists() for k in children))
-    for k in children:
-        with suppress(ProcessLookupError):
-            os.kill(k, signal.SIGKILL)
-    assert gone
 
 
 def test_divergences_are_told() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from inference import Result, compare, exclusive, fit, prior_predictive, sample
 from inference.compiler import policy
 from inference.core import handlers
+from inference.runners import processes, workers
 from inference.runners.work import _Largest
 
 Y = torch.tensor([1.0, 2.0, 4.0, 1.5])
@@ -141,7 +142,10 @@ def test_compare_raises_an_interrupt(ctrl_c) -> None:
 
 
 @pytest.mark.parametrize("kernel", [None, NUTS], ids=["one process", "workers"])
-def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c) -> None:
+def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c, monkeypatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    workers._end_pool()  # of other tests
+
     def press() -> None:
         # Ctrl-C in a terminal reaches every process.
         while kernel and not mp.active_children() and not over.wait(0.05):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.comparison.elements import Elements
 from inference.comparison.judgement import independent_draws
-from inference.comparison.methods import accepted, name_of, side_by_side
+from inference.comparison.methods import accepted, name_of
 from inference.comparison.simulated import Restore, check_reads, setting_of, simulate
 from inference.core.bound import BoundPair
 from inference.core.checks import check_chance, check_count, reason_of
@@ -26,6 +26,7 @@ from inference.diagnostics.calibration import DISTANCE, JOINT, Calibration, rank
 from inference.draws.rows import probe
 from inference.draws.scoring import log_joint, sample_guide
 from inference.result import Result
+from inference.runners.workers import run_jobs
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 """From draws by site (S, \\*shape) and data by name to a number per draw, (S,)."""
@@ -95,7 +96,7 @@ def calibrate(
     check_reads(setting, sets)
     chosen = Elements.of(truths, setting)
     run = _Run(make_pair, method, chosen, dict(quantities or {}), draws)
-    found = side_by_side(run, _tasks(truths, sets, chosen, seed), jobs)
+    found = run_jobs(run, _tasks(truths, sets, chosen, seed), jobs, "data set")
     name = "the fitted guide" if method is None else name_of(method)
     return _collect(found, alpha, name, setting.bound.name, chosen.omitted)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference.checkpoint import Checkpoint, CheckpointError, NoCheckpoint
 from inference.comparison.checks import check_methods, check_names, check_parts
-from inference.comparison.methods import Method, accepted, side_by_side
+from inference.comparison.methods import Method, accepted
 from inference.comparison.scores import (
     Densities,
     Moments,
@@ -38,6 +38,7 @@ from inference.core.halves import move
 from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import pd
 from inference.result import Result
+from inference.runners.workers import run_jobs
 
 
 @exclusive
@@ -221,7 +222,7 @@ def _further(
     """The runs after the first; each has a checkpoint of its own only where it is the first."""
     tasks: list[Any] = [(name, methods[name], seed) for name, of in seeds.items() for seed in of]
     alone = replace(run, kept=None).alone
-    return [(task[0], found) for task, found in zip(tasks, side_by_side(alone, tasks, jobs), strict=True)]
+    return [(task[0], found) for task, found in zip(tasks, run_jobs(alone, tasks, jobs, "run"), strict=True)]
 
 
 def _pair_up(runs: Mapping[str, _Scored]) -> None:

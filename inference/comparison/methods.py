@@ -1,10 +1,9 @@
-r"""Methods as functions from a pair and its data to a Result: their settings, their names, and runs side by side."""
+r"""Methods as functions from a pair and its data to a Result: their settings and their names."""
 
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from inference.result import Result
@@ -31,15 +30,3 @@ def name_of(method: Callable[..., Any]) -> str:
 def _name(what: Any) -> str:
     function = getattr(what, "func", what)
     return getattr(function, "__name__", type(function).__name__)
-
-
-def side_by_side(run: Callable[[Any], Any], tasks: Sequence[Any], jobs: int) -> list[Any]:
-    """What a function returns for each task, by so many processes; by this one where there is a single job or task."""
-    if jobs == 1 or len(tasks) < 2:
-        return [run(task) for task in tasks]
-    # A second to import.
-    from joblib import Parallel, delayed, parallel_config
-
-    cores = os.cpu_count() or 1
-    with parallel_config("loky", inner_max_num_threads=max(1, cores // (cores if jobs < 0 else jobs))):
-        return list(Parallel(n_jobs=jobs)(delayed(run)(task) for task in tasks))

@@ -77,6 +77,17 @@ NUTS_GRADIENTS = 12
 """Gradients that a transition of NUTS is expected to take: a tree mostly has 7 or 15."""
 
 
+PROCESS_OPERATIONS = 2_000_000
+"""Operations, 5 us each, that worker processes have to save for chains to run in them. Workers take 2 s to start on a
+quiet machine and 5 on a busy one, and each prepares the kernel anew; trees smaller than ``NUTS_GRADIENTS`` save less.
+Three chains of 500 transitions of a model with one site, which count as 1,700,000, take as long either way."""
+
+
+RUN_OPERATIONS, GRADIENT_OVERHEAD = 2, 60
+"""Operations of a gradient per one of a run of the model, and operations that take as long as what a kernel of Pyro
+does beside each gradient (0.3 ms)."""
+
+
 SINGLE_THREAD_NUMBERS = 10_000_000
 """Numbers of the data times chains up to which a batched kernel runs in one thread: synchronising several at the end of
 each operation costs more than the operation, and many times more on a busy machine."""
@@ -162,6 +173,15 @@ def worth_fusing(calls: float, operations: int, mode: bool | str, nodes: int = 0
 def operations_of(dispatched: int, numbers: int) -> int:
     """Operations of a call, with the numbers that it computes counted as the operations that take as long."""
     return dispatched + numbers // NUMBERS_PER_DISPATCH
+
+
+def worth_processes(gradients: int, operations: int, workers: int) -> bool:
+    """Whether chains run in so many processes: by the gradients of all chains, and operations of a run of the model.
+
+    Compiled potentials count as they are: a few chains that are done in seconds may start workers.
+    """
+    ahead = gradients * (RUN_OPERATIONS * operations + GRADIENT_OVERHEAD)
+    return ahead * (workers - 1) // workers >= PROCESS_OPERATIONS
 
 
 def threads_for(numbers: int, chains: int, most: int) -> int:

@@ -51,6 +51,9 @@ class _Answers:
         self._owner, self._contract = owner, contract
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            # How to copy or pickle the owner is not how to do so with this.
+            raise AttributeError(name)
         if hasattr(self._owner, name):
             return getattr(self._owner, name)
         default = vars(self._contract)[name]

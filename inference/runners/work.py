@@ -36,6 +36,26 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+class Counted(TorchDispatchMode):
+    """Counts the operations that are run in the context, as :func:`policy.operations_of` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dispatched = self._numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        self._dispatched += 1
+        if not func.is_view:
+            self._numbers += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+    @property
+    def operations(self) -> int:
+        """How many there were."""
+        return policy.operations_of(self._dispatched, self._numbers)
+
+
 @contextmanager
 def threads_by_work(chosen: int | None = None) -> Iterator[Callable[..., Any]]:
     """Give a function that calls another: first in one thread, then in as many as the first call's work is worth.

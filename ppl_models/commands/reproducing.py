@@ -18,6 +18,7 @@ def reproduce(
     only: int | None,
     missing: bool,
     jobs: int,
+    device: str,
     out_dir: str,
 ) -> None:
     """Run the seeds of a recipe, and show the record."""
@@ -27,7 +28,7 @@ def reproduce(
         return
     chosen = ledger.RECIPES[named("recipe", recipe, ledger.RECIPES)]
     folder = writable(out_dir)
-    further: dict[str, Any] = {"only": only, "missing": missing, "jobs": jobs}
+    further: dict[str, Any] = {"only": only, "missing": missing, "jobs": jobs, "device": device}
     record = ledger.reproduce(chosen, folder, quick=quick, seeds=seeds, **further)
     if record is None:
         out.print(f"[dim]{folder / (chosen.name + '.seeds.jsonl')}[/]", highlight=False, soft_wrap=True)

@@ -83,7 +83,7 @@ class Dataset:
 
     def to(self, device: str | torch.device) -> Dataset:
         """The same rows on a device, such as "cuda"."""
-        place = _usable(device)
+        place = usable(device)
         moved: dict[str, Any] = {
             split: {name: rows.to(place) for name, rows in columns.items()}
             for split in ("train", "test", "valid")
@@ -92,7 +92,7 @@ class Dataset:
         return replace(self, **moved)
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable(device: str | torch.device) -> torch.device:
     """The device, if torch can use it on this machine; else a ValueError."""
     try:
         return torch.empty(0, device=device).device
@@ -147,7 +147,7 @@ def load(
     if name not in LOADERS and not is_csv(name):
         near = ", ".join(difflib.get_close_matches(str(name), LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(LOADERS)}, got {name!r} (nearest: {near})")
-    place = _usable(device)
+    place = usable(device)
     if standardise + binarise + unit > 1:
         chosen = [n for n, v in {"standardise": standardise, "binarise": binarise, "unit": unit}.items() if v]
         raise ValueError(

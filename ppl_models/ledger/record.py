@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from inference import exclusive
-from ppl_models.ledger.recipes.trained import checkpoints_in
+from ppl_models.data.sets import usable
+from ppl_models.ledger.recipes.trained import checkpoints_in, running_on
 
 try:
     import fcntl
@@ -93,6 +94,7 @@ def reproduce(
     only: int | None = None,
     missing: bool = False,
     jobs: int = 1,
+    device: str | torch.device | None = None,
 ) -> dict[str, Any] | None:
     """Run a recipe once per seed and append its record to ``NAME.jsonl`` in a directory.
 
@@ -108,14 +110,17 @@ def reproduce(
         only: Run this seed alone; None: all of them.
         missing: Whether lines of other commits count as well. Default: only those of this commit do.
         jobs: Number of seeds that run side by side, in processes.
+        device: Where pairs and data are, such as "cuda". Default: the CPU.
 
     Returns:
         The record; None where lines of other seeds are still missing.
 
     Raises:
+        ValueError: torch cannot use the device here.
         ArithmeticError: A figure is not finite; nothing is recorded.
         KeyboardInterrupt: It was interrupted; seeds that have ended are recorded.
     """
+    place = None if device is None else usable(device)
     count = seeds or (1 if quick else recipe.seeds)
     commit = None if missing else _commit()
     there = _lines(directory, recipe, quick, commit)
@@ -125,10 +130,10 @@ def reproduce(
         from joblib import Parallel, delayed, parallel_config
 
         with parallel_config("loky", inner_max_num_threads=max(1, torch.get_num_threads() // jobs)):
-            Parallel(n_jobs=jobs)(delayed(_run_seed)(recipe, directory, quick, seed) for seed in wanted)
+            Parallel(n_jobs=jobs)(delayed(_run_seed)(recipe, directory, quick, seed, place) for seed in wanted)
     else:
         for seed in wanted:
-            _run_seed(recipe, directory, quick, seed)
+            _run_seed(recipe, directory, quick, seed, place)
     there = _lines(directory, recipe, quick, commit)
     if any(seed not in there for seed in range(count)):
         return None
@@ -140,13 +145,13 @@ def reproduce(
 
 
 @exclusive
-def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int) -> None:
+def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: torch.device | None) -> None:
     """Run one seed and append its line."""
     started = perf_counter()
     commit = _commit()
     # Of one code only: what another has begun it must not end.
     folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}-{commit}"
-    with checkpoints_in(folder):
+    with checkpoints_in(folder), running_on(place):
         found = dict(recipe.run(quick, seed))
     if not math.isfinite(found["figure"]):
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from inference import isolated, two_sample
 from inference.objectives import Adversarial
 from ppl_models import data
 from ppl_models.data import simulate_modes
-from ppl_models.ledger.recipes.trained import trained
+from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
@@ -38,8 +38,9 @@ def dropped_modes(quick: bool, seed: int, *, name: str, steps: int, r1: float) -
     schedule: dict[str, Any] = {"steps": steps, "batch": 256, "learning_rate": 0.001}
     metrics: dict[str, float] = {}
     for label, penalty in (("", r1), ("plain ", 0.0)):
-        pair, _ = duelled(lambda: GAN(2, 2, hidden=(128, 128, 128)), x, Adversarial(r1=penalty), seed=seed, **schedule)
-        modes = two_sample.modes(pair.generate(drawn, seed=seed), centres, deviation)
+        objective = Adversarial(r1=penalty)
+        pair, _ = duelled(lambda: GAN(2, 2, hidden=(128, 128, 128)), placed(x), objective, seed=seed, **schedule)
+        modes = two_sample.modes(pair.generate(drawn, seed=seed).cpu(), centres, deviation)
         metrics[f"{label}modes" if label else "figure"] = modes.found
         metrics[f"{label}quality, %"] = 100 * modes.quality.value
         metrics[f"{label}reverse KL"] = modes.reverse_kl
@@ -53,10 +54,10 @@ def conditional_gan(quick: bool, seed: int) -> dict[str, float]:
     x, y = images.train["x"][:few], images.train["y"][:few]
     schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 5e-4}
     make = lambda: ConditionalGAN(images.features, images.classes, 50, **dcgan(50 + 10, 10))  # noqa: E731
-    pair, _ = duelled(make, {"x": x, "y": y}, Adversarial(r1=1.0), seed=seed, **schedule)
+    pair, _ = duelled(make, {"x": placed(x), "y": placed(y)}, Adversarial(r1=1.0), seed=seed, **schedule)
     network = classifier(x, y, quick)
     asked = torch.arange(drawn) % 10
-    right = network.predict(pair.generate(drawn, seed=seed, y=asked).numpy()) == asked.numpy()
+    right = network.predict(pair.generate(drawn, seed=seed, y=placed(asked)).cpu().numpy()) == asked.numpy()
     test = network.score(images.test["x"][:few].numpy(), images.test["y"][:few].numpy())
     return {"figure": 100 * float(right.mean()), "the classifier on test images, %": 100 * float(test)}
 
@@ -70,9 +71,9 @@ def stacked_mnist(quick: bool, seed: int) -> dict[str, float]:
     x = x[torch.randint(len(x), (rows, 3), generator=random)].flatten(1)
     schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 2e-4}
     make = lambda: GAN(x.shape[1], 100, **dcgan(100, 0, planes=3))  # noqa: E731
-    pair, _ = duelled(make, x, Adversarial(r1=1.0), seed=seed, **schedule)
+    pair, _ = duelled(make, placed(x), Adversarial(r1=1.0), seed=seed, **schedule)
     network = classifier(images.train["x"][:few], y, quick)
-    planes = network.predict(pair.generate(drawn, seed=seed).reshape(-1, 784).numpy()).reshape(-1, 3)
+    planes = network.predict(pair.generate(drawn, seed=seed).reshape(-1, 784).cpu().numpy()).reshape(-1, 3)
     fractions = torch.bincount(torch.as_tensor(planes @ [100, 10, 1]), minlength=1000).double() / drawn
     return {"figure": int((fractions > 0).sum()), "reverse KL": two_sample.reverse_kl(fractions)}
 
@@ -86,6 +87,7 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
     few, steps, starts, drawn = (200, 20, 2, 100) if quick else (None, 6000, 4, 2000)
     x, y = digits.train["x"][:few] / 16, digits.train["y"][:few]
     machine = SVC().fit(x.numpy(), y.numpy())
+    x = placed(x)
     asked = torch.arange(drawn) % 10
 
     def make() -> InfoGAN:
@@ -97,7 +99,7 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
     runs: list[tuple[float, float]] = []
     for start in range(starts * seed, starts * (seed + 1)):
         pair, _ = duelled(make, x, Adversarial(r1=1.0, information=("c",)), seed=start, **schedule)
-        predicted = machine.predict(pair.generate(drawn, seed=seed).numpy())
+        predicted = machine.predict(pair.generate(drawn, seed=seed).cpu().numpy())
         table = confusion_matrix(asked, predicted, labels=range(10), normalize="all")
         with isolated(start), torch.no_grad():
             one, other = (pair.reader(pair.trunk(x)).softmax(-1).double() for _ in range(2))
@@ -126,8 +128,8 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
         return torch.rot90(x.reshape(-1, *shape), quarters, (1, 2)).flatten(1)
 
     x = images.train["x"][torch.randperm(len(images.train["x"]), generator=torch.Generator().manual_seed(seed))]
-    a, b = x[:few], 1 - turned(x[few : 2 * few], 1)
-    one, other = images.test["x"][:rows], 1 - turned(images.test["x"][rows : 2 * rows], 1)
+    a, b = placed(x[:few]), placed(1 - turned(x[few : 2 * few], 1))
+    one, other = placed(images.test["x"][:rows]), placed(1 - turned(images.test["x"][rows : 2 * rows], 1))
 
     def train(pair: CycleGAN, steps: int, learning_rate: float) -> float:
         schedule: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch": 64, "draws": 1}
@@ -140,7 +142,8 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
         with isolated(seed):
             there, back = (Warp(shape, angle=sign * quarter * math.pi / 2) for sign in (1, -1))
             networks = conv_encoder(shape, 1, activation=Leaky), conv_encoder(shape, 1, activation=Leaky)
-            pair = CycleGAN((784, 784), scale=80.0, forward_map=there, backward_map=back, discriminators=networks)
+            maps: dict[str, Any] = {"forward_map": there, "backward_map": back}
+            pair = placed(CycleGAN((784, 784), scale=80.0, discriminators=networks, **maps))
         starts.append((train(pair, short, 0.005), quarter, pair))
     (best, _, pair), (second, *_), *_ = sorted(starts)
     distance = train(pair, long, 0.002)

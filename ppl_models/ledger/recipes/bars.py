@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inference import fit, isolated
 from inference.objectives import RWS
+from ppl_models.ledger.recipes.trained import placed
 from ppl_models.models.pair import nothing
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
 
@@ -42,7 +43,8 @@ def bars(quick: bool, seed: int) -> dict[str, float]:
     images, probability = bars_distribution()
     rows, steps, starts = (200, 50, 2) if quick else (20_000, 10_000, 5)
     random = torch.Generator().manual_seed(seed)
-    x = images[torch.multinomial(probability, rows, replacement=True, generator=random)].float()
+    x = placed(images[torch.multinomial(probability, rows, replacement=True, generator=random)].float())
+    images, probability = placed(images), placed(probability)
 
     def divergence(pair: HelmholtzMachine) -> float:
         with torch.no_grad():
@@ -51,7 +53,7 @@ def bars(quick: bool, seed: int) -> dict[str, float]:
     runs: list[dict[str, float]] = []
     for start in range(starts):
         with isolated(1000 * seed + start):
-            pair = HelmholtzMachine(16, (8, 1))
+            pair = placed(HelmholtzMachine(16, (8, 1)))
         pair.centre(x)
         exact = deepcopy(pair)
         result = fit(pair, x, partial(RWS, 10), steps=steps, batch=100, learning_rate=0.02, draws=1, seed=start)

@@ -8,7 +8,7 @@ from inference import two_sample
 from inference.objectives import Denoising
 from ppl_models import data
 from ppl_models.data import simulate_modes
-from ppl_models.ledger.recipes.trained import trained
+from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.diffusion.denoisers import UNet
 from ppl_models.models.diffusion.schedules import log_snr
@@ -21,7 +21,7 @@ def diffused_modes(quick: bool, seed: int, *, name: str) -> dict[str, float]:
     finest = -2 * math.log(deviation / float(x.std())) + 2
     pair, _ = trained(
         lambda: DiffusionChain(2, schedule=log_snr(100, finest, -8), scale=float(x.std())),
-        x,
+        placed(x),
         Denoising(100, simple=True),
         steps=steps,
         batch=256,
@@ -30,7 +30,7 @@ def diffused_modes(quick: bool, seed: int, *, name: str) -> dict[str, float]:
     )
     metrics: dict[str, float] = {}
     for label, chosen in (("", None), ("deterministic ", 50)):
-        modes = two_sample.modes(pair.generate(drawn, steps=chosen, seed=seed), centres, deviation)
+        modes = two_sample.modes(pair.generate(drawn, steps=chosen, seed=seed).cpu(), centres, deviation)
         metrics[f"{label}modes" if label else "figure"] = modes.found
         metrics[f"{label}quality, %"] = 100 * modes.quality.value
         metrics[f"{label}reverse KL"] = modes.reverse_kl
@@ -42,7 +42,7 @@ def diffusion(quick: bool, seed: int) -> dict[str, float]:
     images = data.load("mnist")
     few, rows, chain, steps, batch = (200, 20, 20, 20, 20) if quick else (None, 2000, 1000, 40_000, 128)
     channels = (8, 16, 16) if quick else (32, 64, 64)
-    x, test = images.train["x"][:few], images.test["x"][:rows]
+    x, test = placed(images.train["x"][:few]), placed(images.test["x"][:rows])
 
     def make() -> DiffusionChain:
         network = UNet((28, 28), chain, channels=channels, learned_variance=True)

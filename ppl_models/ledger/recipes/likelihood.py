@@ -16,7 +16,7 @@ from torch import Tensor
 from inference import Result, fit, log_evidence, pointwise_log_likelihood
 from inference.objectives import EM, IWAE
 from ppl_models import data
-from ppl_models.ledger.recipes.trained import trained
+from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.models.autoregressive import Autoregressive
 from ppl_models.models.mixture import BernoulliMixture
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
@@ -26,7 +26,7 @@ from ppl_models.models.vae import VAE
 def _rows(train: int | None, test: int | None) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Names of the pixels, and so many training and test images (None: all)."""
     images = data.load("binarized_mnist")
-    return images.features, images.train["x"][:train], images.test["x"][:test]
+    return images.features, placed(images.train["x"][:train]), placed(images.test["x"][:test])
 
 
 def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def belief_net(
     pixels, x, test = _rows(few, rows)
 
     def make() -> HelmholtzMachine:
-        pair = HelmholtzMachine(pixels, layers)
+        pair = placed(HelmholtzMachine(pixels, layers))
         pair.centre(x)
         return pair
 
@@ -95,6 +95,6 @@ def belief_net(
 def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
     """Mean log likelihood of a Bernoulli mixture by NumPy alone, in float64."""
     probs, weights = (draws[n][0].double().numpy() for n in ("probs", "weights"))
-    probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().numpy()
+    probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().cpu().numpy()
     joint = rows @ np.log(probs).T + (1 - rows) @ np.log1p(-probs).T + np.log(weights)
     return float(logsumexp(joint, 1).mean())

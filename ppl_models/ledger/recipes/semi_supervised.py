@@ -6,7 +6,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from ppl_models import data
-from ppl_models.ledger.recipes.trained import trained
+from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.models.vae import SemiSupervisedVAE
 
 
@@ -14,8 +14,8 @@ def semi_supervised(quick: bool, seed: int, *, labels: int) -> dict[str, float]:
     """Test accuracy of M2 in percent, with the same number of labels per class."""
     images = data.load("mnist", binarise=True)
     few, steps, rows = (400, 20, 200) if quick else (None, 60 * 600, None)
-    x, y = images.train["x"][:few], images.train["y"][:few].float()
-    known = data.hide_labels(y, labels, seed=seed)
+    x, y = placed(images.train["x"][:few]), images.train["y"][:few].float()
+    known = placed(data.hide_labels(y, labels, seed=seed))
     pair, _ = trained(
         lambda: SemiSupervisedVAE(images.features, 50, images.classes, auxiliary=0.1 * len(y) / 10),
         {"x": x, "y": known},
@@ -27,5 +27,6 @@ def semi_supervised(quick: bool, seed: int, *, labels: int) -> dict[str, float]:
         seed=seed,
     )
     with torch.no_grad():
-        right = pair.probabilities(images.test["x"][:rows]).argmax(-1) == images.test["y"][:rows]
+        found = pair.probabilities(placed(images.test["x"][:rows])).argmax(-1).cpu()
+        right = found == images.test["y"][:rows]
     return {"figure": 100 * float(right.double().mean()), "labels": int((~known.isnan()).sum())}

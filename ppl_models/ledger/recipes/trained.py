@@ -9,10 +9,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor, nn
+
 from inference import Checkpoint, Result, fit, isolated
 from ppl_models.models.pair import Pair
 
 P = TypeVar("P", bound=Pair)
+
+
+T = TypeVar("T", bound=Tensor | nn.Module)
+
+
+_PLACE: ContextVar[torch.device | None] = ContextVar("place", default=None)
 
 
 _KEPT: ContextVar[tuple[Checkpoint, Iterator[int]] | None] = ContextVar("kept", default=None)
@@ -26,6 +35,23 @@ def checkpoints_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         _KEPT.reset(token)
+
+
+@contextmanager
+def running_on(device: torch.device | None) -> Iterator[None]:
+    """Let recipes in the block run on a device; None: where data and pairs are."""
+    token = _PLACE.set(device)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def placed(what: T) -> T:
+    """Data or a module where the recipe runs."""
+    place = _PLACE.get()
+    moved: Any = what if place is None else what.to(place)
+    return moved  # type: ignore[no-any-return]
 
 
 def trained(
@@ -42,7 +68,7 @@ def trained(
         **arguments: Those of the method.
     """
     with isolated(seed):
-        pair = make()
+        pair = placed(make())
     kept = _KEPT.get()
     if kept is not None:
         arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
