@@ -113,7 +113,9 @@ class _PairEstimator(BaseEstimator):
             method = entry.methods[method]
         if not callable(method):
             known = ", ".join(entry.methods)
-            raise ValueError(f"method: expected one of {known}, or a function such as partial(fit, ...), got {method!r}")
+            raise ValueError(
+                f"method: expected one of {known}, or a function such as partial(fit, ...), got {method!r}"
+            )
         options = {n: v for n in ("steps", "draws") if (v := getattr(self, n)) is not None}
         for name in options.keys() - settings_of(method):
             raise ValueError(f"{name}: expected None, for the method has no such setting, got {options[name]!r}")
