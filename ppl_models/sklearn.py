@@ -188,7 +188,8 @@ class PairClassifier(ClassifierMixin, _PairEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable label (N,) of each row (N, D)."""
-        return self.classes_[self.predict_proba(X).argmax(-1)]
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(-1)]
 
     def _named(self, dataset: Dataset) -> Mapping[str, Any]:
         return labelled(dataset)
