@@ -22,6 +22,7 @@ from inference.compiler.capture import Untraceable
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
+from inference.core.group import check_same, part_ways, ranks
 from inference.core.halves import parameters_of
 from inference.core.handlers import evaluating, exclusive, isolated
 from inference.core.private import lacking
@@ -33,6 +34,7 @@ from inference.runners.asked import asked_of, networks_of
 from inference.runners.base import ChainRun, KernelFactory, method_of
 from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
+from inference.runners.ranks import checkpoint_of_rank, joined, seed_of_rank
 
 MIN_CHAINS = 8
 """Number of chains from which the default kernel is ChEES, which adapts across chains."""
@@ -58,6 +60,9 @@ def sample(
     Finite latent sites are summed out exactly, and drawn from their posterior afterwards; ``Gibbs`` draws them in the
     chains. The guide, if there is one, is not used. Modules run in evaluation mode, as in predictions. A narrow mode
     beside a wide one may be missed by every chain; the chains then agree, and no diagnostic reports it.
+
+    In a process group (``torchrun``) each process runs ``chains`` chains of its own, the first one those of a single
+    process, and all return the Result of all chains, which are judged by nested R-hat too.
 
     Args:
         pair: A pair, a ``(model, guide)`` tuple or a bare model.
@@ -114,14 +119,19 @@ def sample(
     _check(bound, kernel, compile, draws=draws, warmup=warmup, chains=chains)
     if kernel is None and _only_drawn(bound):
         kernel = Gibbs
-    started, kept = perf_counter(), Checkpoint.of(checkpoint)
+    started, kept = perf_counter(), checkpoint_of_rank(Checkpoint.of(checkpoint))
     lengths = {"draws": draws, "warmup": warmup, "chains": chains}
+    check_same({**bound.data, **lengths, "seed": seed, "compile": compile, "kernel": method_of(kernel)})
     asked: dict[str, Any] = {}
     if kept is not None:
         asked = asked_of(bound, method="sample", **lengths, seed=seed, compile=compile)
         asked["networks"] = networks_of(bound)
+        if ranks()[1] > 1:
+            asked["processes"] = ranks()[1]
+    progress = progress and ranks()[0] == 0
     further: dict[str, Any] = {**lengths, "mode": compile, "progress": progress, "checkpoint": kept, "asked": asked}
     with isolated(seed), evaluating(bound.modules), kept or nullcontext():
+        part_ways()
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS
             try:
@@ -145,7 +155,7 @@ def sample(
         if Kernel.of(example).batched:
             made = run_batched(bound, factory, **further)
         else:
-            made = run_processes(bound, factory, draws, warmup, chains, seed, compile, progress)
+            made = run_processes(bound, factory, draws, warmup, chains, seed_of_rank(seed), compile, progress)
         return _conclude(bound, made, perf_counter() - started)
 
 
@@ -199,8 +209,10 @@ def _check_summed(bound: BoundPair) -> None:
 
 
 def _conclude(bound: BoundPair, run: ChainRun, elapsed: float) -> Result:
+    run, count = joined(run), ranks()[1]
     draws = {n: run.draws[n] for n in bound.sites if n in run.draws}
-    posterior = Posterior(draws, run.chains, run.stats, attrs={"restarted": run.restarted})
+    attrs = {"restarted": run.restarted} | ({"processes": count} if count > 1 else {})
+    posterior = Posterior(draws, run.chains, run.stats, attrs=attrs)
     seconds = {"setup": run.setup, "run": run.before + elapsed - run.setup}
     if run.ended:
         warnings.warn(f"sample of {bound.name} {run.ended}", stacklevel=4)

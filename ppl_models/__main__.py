@@ -8,9 +8,10 @@ import sys
 from ppl_models.cli import main
 from ppl_models.commands.printing import MISUSED, complain
 
-if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["fit"]:
+if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] not in (["fit"], ["sample"]):
     complain(
-        f"torchrun: expected the command fit, whose rows processes can share, got {' '.join(sys.argv[1:2]) or 'none'}"
+        "torchrun: expected the command fit, whose rows processes share, or sample, of which each runs chains, got "
+        f"{' '.join(sys.argv[1:2]) or 'none'}"
     )
     sys.exit(MISUSED)
 main()

@@ -166,6 +166,8 @@ def compare(
     settings: Settings = None,
     methods: Annotated[str | None, typer.Option(help="Methods, comma-separated; default: all of the pair.")] = None,
     seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, from --seed on: means and errors.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs that go side by side, in processes.")] = 1,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     out_dir: OutDir = None,

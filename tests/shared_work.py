@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import seeds
@@ -22,9 +24,10 @@ from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor, distributed
 
-from inference import Checkpoint, checkpoint, fit, isolated
+from inference import Checkpoint, checkpoint, fit, isolated, sample
 from inference.compiler import policy
 from inference.core import group
+from inference.kernels import HMC, NUTS, ChEES
 from inference.objectives import EM, Adversarial, Compiled, Shared
 
 if __name__ == "__main__" and seeds.SHIFT:
@@ -212,6 +215,33 @@ SECONDS = {"hanging": 8}
 """After which the processes of a case no longer wait for each other; those of others wait for a minute."""
 
 
+def chains(folder: Path, rank: int, kernel: Any = ChEES) -> dict[str, Any]:
+    """Chains of each process, joined; further ones; and a run that goes on."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 10.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 4.0, 1.5], dtype=torch.float64)
+    run = partial(sample, model, kernel=kernel, draws=50, warmup=50, chains=4, progress=False, compile=False)
+    result, alone = run(y), {}
+    kept = run(y, checkpoint=folder / f"kept-{kernel.__name__}")
+    again = run(y, checkpoint=folder / f"kept-{kernel.__name__}")
+    if distributed.is_initialized():
+        alone = {"extended": result.extend(10).draws["mu"].tolist(), "further": result.draw(6, seed=1)["mu"].tolist()}
+    return {
+        "draws": result.draws["mu"].tolist(),
+        "chains": result.idata.posterior.sizes["chain"],
+        "predicted": result.idata.posterior_predictive["y"].values.sum(),
+        "columns": list(result.diagnosis.table.columns),
+        "nested": float(result.diagnosis.table.get("r_hat_nested", pd.Series([float("nan")])).iloc[0]),
+        "others": run(y, kernel=HMC, draws=10, warmup=5, chains=2).draws["mu"].tolist(),
+        "kept": torch.equal(kept.draws["mu"], again.draws["mu"]) and torch.equal(kept.draws["mu"], result.draws["mu"]),
+        **alone,
+    }
+
+
 CASES: dict[str, Callable[[Path, int, int], Any]] = {
     "alike": lambda folder, rank, count: {
         **alike(),
@@ -221,6 +251,7 @@ CASES: dict[str, Callable[[Path, int, int], Any]] = {
         "refusals": refusals(),
     },
     "fused": lambda folder, rank, count: fused(),
+    "chains": lambda folder, rank, count: {k.__name__: chains(folder, rank, k) for k in (ChEES, NUTS)},
     "hanging": lambda folder, rank, count: hanging(folder, rank),
     "dying": lambda folder, rank, count: dying(folder, rank),
 }

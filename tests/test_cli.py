@@ -238,6 +238,16 @@ def test_the_seed_of_the_command_line_is_that_of_the_pair_too(run, tmp_path) -> 
     assert one == bound(1, "again") != bound(2, "two")
 
 
+def test_several_seeds_are_compared_with_their_errors(run, tmp_path) -> None:
+    out = tmp_path / "out"
+    answer = run("compare", "naive_bayes", "--data", "iris", "--methods", "exact", "--seeds", 2, "--out", out)
+    assert answer.exit_code == 0, answer.output
+    lines = {line.split()[0]: line.split()[1:] for line in answer.stdout.splitlines() if " ± " in line}
+    assert lines["lpd"][1:] == ["±", "0"]
+    assert float(lines["error_rms"][2]) > 0
+    assert "error_rms_error" in (out / "table.csv").read_text()
+
+
 def test_the_readme_has_the_zoo_as_it_is() -> None:
     assert table() in README.read_text()
 

@@ -5,6 +5,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,14 +68,20 @@ def killed(case: str, folder: Path, kills: int) -> int:
     whole = ends(process)
     took, at, count = time.perf_counter() - begun, dict[Path, int](), 0
     parts = []
-    for _ in range(kills):
+    while count < kills:
         process = started(case, str(folder))
         try:
             process.wait(draw.uniform(0.0, took))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             count += 1
-        process.communicate()
+        else:
+            # It was over before: the next one begins anew.
+            assert ends(process) == whole
+            shutil.rmtree(folder)
+            at, parts = {}, []
+            continue
         now = progress(folder)
         # Nothing that was on disk is lost. A recipe takes the folder of a seed away when it has ended.
         assert case == "reproduce" or all(now[path] >= steps for path, steps in at.items())

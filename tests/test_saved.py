@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -364,3 +365,16 @@ def test_tensors_from_files_and_arrays_begin_where_those_of_torch_do(tmp_path: P
     read = read_packed(write_packed(tmp_path / "file.safetensors", values))
     assert given.numel() == 7
     assert all(t.data_ptr() % 64 == 0 for t in (given, *read.values(), *loaded.draws.values(), *loaded.params.values()))
+
+
+@pytest.mark.parametrize("kernel", [None, ChEES, NUTS, HMC], ids=["fit", "ChEES", "NUTS", "HMC"])
+def test_a_result_goes_to_another_process_and_goes_on_there(kernel: Any) -> None:
+    lengths = {"draws": 8, "warmup": 8, "chains": 4 if kernel in (ChEES, NUTS) else 1, "compile": False}
+    result = sample(model, {"y": Y}, kernel, progress=False, **lengths) if kernel else fitted()
+    sent = pickle.loads(cloudpickle.dumps(result))
+    same(sent.draws, result.draws)
+    same(posterior_predictive(sent, seed=3), posterior_predictive(result, seed=3))
+    assert sent.idata.equals(result.idata)
+    assert str(sent.diagnosis) == str(result.diagnosis)
+    if kernel is not HMC:
+        same(sent.draw(7, seed=2), result.draw(7, seed=2))

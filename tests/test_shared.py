@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import shared_work
+import xarray as xr
 from torch import distributed
 
+from inference import diagnose
 from inference.checkpoint import FILE
 from inference.core.packing import read_packed
+from inference.kernels import NUTS, ChEES
 from inference.objectives import Compiled, Shared
 
 WORK = Path(shared_work.__file__)
@@ -67,6 +70,42 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     assert "size and rows" in said["pair"] and "M-step" in said["objective"]
     assert said["batch"] == "batch: expected a row per process, 2, got 1"
     assert said["data"].startswith("y: expected the same in all processes")
+
+
+def test_two_processes_run_an_ensemble_each_and_have_the_chains_of_both(tmp_path: Path) -> None:
+    running = together("chains", tmp_path)
+    (tmp_path / "one").mkdir()
+    whole = {k.__name__: shared_work.chains(tmp_path / "one", 0, k) for k in (ChEES, NUTS)}
+    assert ends(running) == [(0, "")] * 2
+    first, second = results("chains", tmp_path)
+    assert first == second, "the processes have different results"
+    for name, one in whole.items():
+        both = first[name]
+        assert (both["chains"], one["chains"]) == (8, 4)
+        assert both["draws"][:200] == one["draws"], "the first ensemble is not that of one process"
+        assert not set(both["draws"][200:]) & set(one["draws"]), "the ensembles have the same noise"
+        assert both["kept"] and one["kept"]
+        assert both["others"][:20] == one["others"] and len({*both["others"]}) > 30
+        extended = np.reshape(both["extended"], (8, 60))
+        assert np.array_equal(extended[:, :50].ravel(), both["draws"])
+        assert len({*extended[:, 50:].ravel()}) > 60
+        assert len({*both["further"]}) == 6
+        assert "r_hat_nested" in both["columns"] and "r_hat_nested" not in one["columns"]
+        assert 1 <= both["nested"] < 1.2
+    # A mean of 8 chains of 50 draws around the conjugate one, with room for chains that are not independent draws.
+    assert abs(np.mean(first["ChEES"]["draws"]) - 8.5 / 4.01) < 0.2
+
+
+@pytest.mark.parametrize(("gap", "told"), [(0.0, False), (0.5, True), (3.0, True)])
+def test_ensembles_that_disagree_are_told(gap: float, told: bool) -> None:
+    """Two ensembles of eight chains each, at the same place or apart in one quantity of thirty."""
+    draws = np.random.default_rng(0).normal(size=(16, 200, 30))
+    draws[8:, :, 7] += gap
+    posterior = xr.Dataset({"mu": (("chain", "draw", "k"), draws)}, attrs={"processes": 2})
+    stats = xr.Dataset({"diverging": (("chain", "draw"), np.zeros((16, 200), dtype=bool))})
+    diagnosis = diagnose(xr.DataTree.from_dict({"posterior": posterior, "sample_stats": stats}))
+    assert any("Nested R-hat is" in line and "mu[7]" in line for line in diagnosis.advice) == told
+    assert diagnosis.converged == (not told)
 
 
 @pytest.mark.slow

@@ -63,6 +63,10 @@ COLUMNS = {
 """Columns of the table and what they mean."""
 
 
+ROUNDING = 1e-12
+"""Standard error over seeds, relative to the mean, up to which figures are equal."""
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Results of several methods on one pair.
@@ -107,8 +111,10 @@ class Comparison:
         kept = self.table.dropna(axis=1, how="all")
         text = kept.map(lambda v: "" if math.isnan(v) else f"{v:.4g}")
         if self.errors is not None:
-            spread = self.errors[list(kept)].map(lambda v: "" if math.isnan(v) else f" ± {v:.2g}")
-            text = text + spread
+            errors = self.errors[list(kept)]
+            # Equal figures differ by rounding.
+            errors = errors.mask(errors <= ROUNDING * kept.abs(), 0.0)
+            text = text + errors.map(lambda v: "" if math.isnan(v) else f" ± {v:.2g}")
         if self.failed:
             text["failed"] = [" ".join(self.failed.get(str(n), "").split()) for n in text.index]
         return text
@@ -149,7 +155,8 @@ class Comparison:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "table.csv"]
-        write_whole(paths[0], self.table.to_csv)
+        spread = self.table[[]] if self.errors is None else self.errors.add_suffix("_error")
+        write_whole(paths[0], self.table.join(spread).to_csv)
         kept = {name: result for name, result in self.results.items() if result.idata.children}
         if kept:
             paths.append(folder / "posteriors.png")

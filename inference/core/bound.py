@@ -77,6 +77,10 @@ class BoundPair:
     memo: dict[str, Any] = field(default_factory=dict)
     source: Source | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What has been found out holds graphs; another process finds it out again.
+        return {**vars(self), "memo": {}}
+
     @cached_property
     def rows(self) -> int:
         """Number of rows: the common first dimension of the data, or of those in the plate of rows; 0 without data."""

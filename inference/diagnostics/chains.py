@@ -82,6 +82,28 @@ def disagreeing(table: pd.DataFrame, posterior: xr.Dataset) -> pd.Series:
     return pd.Series({n: v for n, v in limits.items() if table["r_hat"][n] > v}, dtype=float)
 
 
+def advise_ensembles(table: pd.DataFrame, ensembles: int) -> list[str]:
+    r"""Advice where the ensembles of several processes disagree: nested R-hat is above its limit.
+
+    Nested R-hat of K ensembles is :math:`\sqrt{1 + B/W}` with the variance B of their means. Where they agree B is
+    Monte Carlo error, and :math:`(K - 1) S_e B / W` is chi-square with K - 1 degrees of freedom for an effective sample
+    size :math:`S_e` of an ensemble. The limit, 1.01 without it, allows for that with a probability of :math:`10^{-3}`
+    over all quantities.
+    """
+    nested = table.get("r_hat_nested")
+    if nested is None:
+        return []
+    chance = stats.chi2.isf(FALSE_ALARMS / len(nested), ensembles - 1) / (ensembles - 1)
+    limit = np.sqrt(R_HAT**2 + chance / (table["ess_bulk"] / ensembles))
+    if not (nested > limit).any():
+        return []
+    worst = (nested / limit).idxmax()
+    return [
+        f"Nested R-hat is {nested[worst]:.3f} for {worst}, above {limit[worst]:.3f}: the ensembles of the processes "
+        "disagree; run a longer warmup and more draws."
+    ]
+
+
 def advise_chains(idata: xr.DataTree, table: pd.DataFrame, apart: pd.Series) -> tuple[str, ...]:
     """One sentence per problem of chains, with a remedy.
 

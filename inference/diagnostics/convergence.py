@@ -19,7 +19,7 @@ import numpy as np
 
 from inference.core.lazy import azb, azs, pd, xr
 from inference.diagnostics.advice import advise_guide, advise_latents
-from inference.diagnostics.chains import advise_chains, disagreeing
+from inference.diagnostics.chains import advise_chains, advise_ensembles, disagreeing
 from inference.diagnostics.guides import PARETO_K, GuideCheck
 from inference.diagnostics.losses import still_falling
 from inference.diagnostics.quantities import names_of, parts_of, quantities_of
@@ -49,7 +49,8 @@ class Diagnosis:
     A posterior that passes may still miss a narrow mode that no chain, and no draw of the guide, has found.
 
     Attributes:
-        table: One row per scalar quantity: mean and sd; for chains also mcse_mean, ess_bulk, ess_tail and r_hat.
+        table: One row per scalar quantity: mean and sd; for chains also mcse_mean, ess_bulk, ess_tail and r_hat;
+            for ensembles of several processes r_hat_nested (Margossian et al. 2024), with an ensemble as superchain.
         divergences: Number of divergent transitions; None without chains.
         pareto_k: Pareto k of the guide; where all latent sites lie in the plate of rows, the 90 % quantile of those of
             its rows; None without a guide.
@@ -117,16 +118,17 @@ def diagnose(
         unfinished = () if losses is None or _usable(check) else still_falling(losses)
         return _diagnose_guide(idata, check, latent_kl, unfinished, tuple(unjudged))
     posterior = quantities_of(idata)
-    table = _summary(posterior, chains=True)
+    ensembles = int(idata["posterior"].attrs.get("processes", 1))
+    table = _summary(posterior, chains=True, ensembles=ensembles)
     apart = disagreeing(table, posterior)
-    alone = idata["posterior"].sizes["chain"] == 1
+    alone, nested = idata["posterior"].sizes["chain"] == 1, advise_ensembles(table, ensembles)
     return Diagnosis(
         table,
         int(stats["diverging"].sum()),
         None,
-        advise_chains(idata, table, apart),
+        (*advise_chains(idata, table, apart), *nested),
         unjudged=tuple(unjudged),
-        converged=None if alone else bool(table["r_hat"].notna().any()) and not len(apart),
+        converged=None if alone else bool(table["r_hat"].notna().any()) and not len(apart) and not nested,
     )
 
 
@@ -179,7 +181,7 @@ def _weigh(posterior: xr.Dataset, check: GuideCheck) -> pd.DataFrame | None:
     return weigh(draws, check.log_weights).set_index(pd.Index(names, name="quantity"))
 
 
-def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
+def _summary(posterior: xr.Dataset, chains: bool, ensembles: int = 1) -> pd.DataFrame:
     real = [str(n) for n in posterior.data_vars]
     if not real:
         return pd.DataFrame(columns=["mean", "sd"], index=pd.Index([], name="quantity"))
@@ -187,11 +189,11 @@ def _summary(posterior: xr.Dataset, chains: bool) -> pd.DataFrame:
     with warnings.catch_warnings():
         # Draws that are not finite, or constant, give nan; the advice reports it.
         warnings.simplefilter("ignore", RuntimeWarning)
-        parts = [_columns(part, chains) for part in parts_of(posterior)]
+        parts = [_columns(part, chains, ensembles) for part in parts_of(posterior)]
     return pd.concat(parts).set_axis(pd.Index(names, name="quantity"))
 
 
-def _columns(draws: xr.Dataset, chains: bool) -> pd.DataFrame:
+def _columns(draws: xr.Dataset, chains: bool, ensembles: int) -> pd.DataFrame:
     """The table of some quantities."""
     over = ("chain", "draw")
     # A constant quantity has a standard deviation of about 1e-17 by rounding.
@@ -203,6 +205,9 @@ def _columns(draws: xr.Dataset, chains: bool) -> pd.DataFrame:
             "ess_tail": azs.ess(draws, method="tail", prob=TAILS),
             "r_hat": azs.rhat(draws),
         }
+    each = draws.sizes["chain"] // ensembles
+    if ensembles > 1 and each > 1:
+        columns["r_hat_nested"] = azs.rhat_nested(draws, superchain_ids=np.repeat(np.arange(ensembles), each))
     return pd.DataFrame({k: _flat(v, [str(n) for n in draws.data_vars]) for k, v in columns.items()})
 
 

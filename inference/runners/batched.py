@@ -18,7 +18,7 @@ from inference.compiler import policy
 from inference.core.bound import BoundPair
 from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state
 from inference.core.packing import pack, unpack
-from inference.further import RESTORED, Continuation, FurtherDraws
+from inference.further import RESTORED, Continuation, FurtherDraws, NoDraws
 from inference.kernels import NUTS, ChEES, Gibbs
 from inference.runners.asked import named
 from inference.runners.base import (
@@ -67,7 +67,7 @@ def run_batched(
     with Bars(bound, 1, warmup + draws, progress) as show:
         values, stats = run.draw(drawn, show, setup, before - started)
     values = {n: v.to(bound.device) for n, v in values.items()}
-    more = ChainDraws(run, kernel.state, factory)
+    more = ChainDraws(bound, run, kernel.state, factory)
     count = drawn.count
     ended = "" if count == draws else f"interrupted at draw {count} of {draws}"
     how = kernel.execution
@@ -87,11 +87,13 @@ class ChainDraws(FurtherDraws):
     """Further draws of a batched kernel: its chains go on.
 
     Attributes:
+        bound: The pair and its data.
         run: The kernel that ran.
         state: Its state at the end of the run.
         factory: What made the kernel.
     """
 
+    bound: BoundPair
     run: _Run
     state: Any
     factory: KernelFactory
@@ -108,8 +110,15 @@ class ChainDraws(FurtherDraws):
         """Let the chains go on by so many draws each."""
         started = perf_counter()
         values, stats = self.run.go_on(self.state, draws)
-        more = ChainDraws(self.run, self.run.kernel.state, self.factory)
+        more = ChainDraws(self.bound, self.run, self.run.kernel.state, self.factory)
         return Continuation(values, stats, perf_counter() - started, more)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Graphs and programs stay in their process: another one makes them again where the chains go on.
+        about, tensors = self.record()
+        if about["kind"] == "none":
+            return NoDraws, (method_of(self.factory),)
+        return _Restored, (self.bound, about, tensors)
 
     def record(self) -> tuple[dict[str, Any], list[Tensor]]:
         """What a file has to hold so that the chains can go on: JSON, and tensors."""
@@ -169,7 +178,7 @@ class _Restored(FurtherDraws):
                 kernel.fuse()
         run.fused = about["fused"]
         state = unpack(about["state"], [v.to(self.bound.device) for v in self.tensors])
-        return ChainDraws(run, state, factory)
+        return ChainDraws(self.bound, run, state, factory)
 
 
 RESTORED["chains"] = lambda bound, about, tensors: _Restored(bound, about, tensors)

@@ -102,7 +102,7 @@ class _Chains:
     program: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "program": None, "bound": replace(self.bound, memo={})}
+        return {**vars(self), "program": None}
 
     def prepare(self) -> str:
         """Make the program; return how it runs."""

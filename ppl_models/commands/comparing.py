@@ -23,6 +23,8 @@ def compare(
     settings: list[str] | None,
     methods: str | None,
     seed: int,
+    seeds: int,
+    jobs: int,
     device: str,
     checkpoint: str | None,
     out_dir: str | None,
@@ -34,7 +36,7 @@ def compare(
     names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
     dataset, folder = prepare(entry, data_name, out_dir, device, label)
     seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
-    comparison = entry.compare(dataset, seeded, seed=seed, checkpoint=checkpoint)
+    comparison = entry.compare(dataset, seeded, seed=seed, seeds=seeds, jobs=jobs, checkpoint=checkpoint)
     show(comparison, entry, dataset)
     for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
         out.print(f"[dim]{path}[/]", highlight=False, soft_wrap=True)
@@ -50,7 +52,8 @@ def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     rows = len(next(iter(dataset.train.values())))
     out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
     # One column per method: there are too many measures for the width of a terminal.
-    print_whole(frame(table.T.rename_axis("measure").reset_index()))
+    shown = table if comparison.errors is None else comparison.shown()
+    print_whole(frame(shown.T.rename_axis("measure").reset_index()))
     legend = Table.grid(padding=(0, 2))
     meanings = {column: COLUMNS[column] for column in table.columns}
     for column, meaning in (meanings | ({"truth": entry.source} if comparison.truth else {})).items():

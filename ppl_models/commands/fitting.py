@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -67,10 +68,23 @@ def _fitted(start: str, name: str) -> Pair:
 
 
 def sample(**arguments: Any) -> None:
-    """Sample a pair's posterior, or more of it, and report on it."""
+    """Sample a pair's posterior, or more of it, and report on it.
+
+    Processes that torchrun has started run chains of their own each; the first one prints and writes those of all.
+    """
     job, own = Job.of(arguments)
-    result = _chains(job, **own) if job.start is None else _more_chains(job, job.start, **own)
-    job.conclude(result, "chains", result.method)
+    if job.start is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("from: expected one process, got a group: chains of a folder go on in one")
+        result = _more_chains(job, job.start, **own)
+        job.conclude(result, "chains", result.method)
+        return
+    with launched(job.device) as first:
+        if not first:
+            warnings.simplefilter("ignore")
+        result = _chains(job, **own)
+        if first:
+            job.conclude(result, "chains", result.method)
 
 
 def _chains(job: Job, kernel: str | None, **options: Any) -> inference.Result:

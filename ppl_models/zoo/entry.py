@@ -111,6 +111,8 @@ class Entry:
         methods: Mapping[str, Method] | None = None,
         *,
         seed: int = 0,
+        seeds: int = 1,
+        jobs: int = 1,
         checkpoint: str | Path | None = None,
     ) -> Comparison:
         """Run the entry's methods, or those given, on a data set; compare with the entry's truth and held-out rows."""
@@ -121,5 +123,7 @@ class Entry:
             truth=self.truth,
             heldout=dataset.test,
             seed=seed,
+            seeds=seeds,
+            jobs=jobs,
             checkpoint=checkpoint,
         )
