@@ -50,7 +50,7 @@ MODELS = (
 ABOVE = (
     ("ppl_models/data",),
     ("ppl_models/zoo",),
-    ("ppl_models/zoo/__main__.py",),
+    ("ppl_models/zoo/__main__.py", "ppl_models/sklearn.py"),
     ("ppl_models/ledger/recipes",),
     ("ppl_models/ledger/record.py",),
     ("ppl_models/ledger",),
