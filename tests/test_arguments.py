@@ -187,6 +187,7 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "classify": (of_result("classify", data=FEW), {"label": ("z", "mu", None)}),
     "draw": (of_result("draw"), {"size": COUNT, "seed": SEED}),
     "extend": (of_result("extend"), {"draws": COUNT}),
+    "open_draws": (inference.open_draws, {"folder": (None, 3, "", " ")}),
     "prior_predictive": (
         lambda **arguments: inference.prior_predictive(**{"pair": model, "data": FEW, "draws": 3} | arguments),
         {"draws": COUNT, "size": OPTIONAL, "seed": SEED, "pair": (None, 3)},
