@@ -66,7 +66,7 @@ class _PairEstimator(BaseEstimator):
     def _fit(self, rows: np.ndarray, codes: np.ndarray | None = None) -> Self:
         """Make a pair for the rows, and for the codes of their labels if there are any, and fit it."""
         entry = self._entry()
-        method, options = self._method(entry)
+        method, options = self._method(entry, len(rows))
         names = getattr(self, "feature_names_in_", [f"x{k}" for k in range(rows.shape[1])])
         data = {"x": torch.tensor(rows, dtype=entry.dtype)}
         if codes is not None:
@@ -106,8 +106,8 @@ class _PairEstimator(BaseEstimator):
         """Arguments of a class of pairs that depend on the data."""
         return features(dataset)
 
-    def _method(self, entry: Entry) -> tuple[Method, dict[str, Any]]:
-        """The method, and those of its settings that are given."""
+    def _method(self, entry: Entry, rows: int) -> tuple[Method, dict[str, Any]]:
+        """The method, and those of its settings that are given; its minibatches have no more than so many rows."""
         method = entry.fit if self.method is None else self.method
         if isinstance(method, str) and method in entry.methods:
             method = entry.methods[method]
@@ -119,6 +119,8 @@ class _PairEstimator(BaseEstimator):
         options = {n: v for n in ("steps", "draws") if (v := getattr(self, n)) is not None}
         for name in options.keys() - settings_of(method):
             raise ValueError(f"{name}: expected None, for the method has no such setting, got {options[name]!r}")
+        if (getattr(method, "keywords", {}).get("batch") or 0) > rows:
+            options["batch"] = rows
         return method, options
 
     def _rows(self, x: Any) -> dict[str, Tensor]:
