@@ -504,12 +504,16 @@ def test_every_method_refuses_the_data_that_a_verb_refuses(case: Case) -> None:
     sizes = {"count": ROWS, "name": case.dataset.features[0]}
     for method, call in methods(pair).items():
         takes = inspect.signature(call).parameters
+        if "latents" in takes:
+            # It needs draws of a posterior: test_imputation asks by the verb.
+            continue
         rest = {n: v for n, v in {**sizes, **data}.items() if n in takes}
         if "responsibilities" in takes:
             rest["responsibilities"] = torch.ones(ROWS, pair.components) / pair.components
         for name in (n for n in checks if n in takes):
             for kind, (value, _) in wrong_values(pair, data, name).items():
-                if kind == "nan" and (method, name) in TAKES_MISSING and not isinstance(pair, FactorModel):
+                refused = method == "log_evidence" and isinstance(pair, FactorModel)
+                if kind == "nan" and (method, name) in TAKES_MISSING and not refused:
                     continue
                 with isolated(0), pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as error:
                     call(**{**rest, name: value})
