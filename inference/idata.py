@@ -233,22 +233,24 @@ def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict
         return {}, {}
     scores = scoring.log_likelihood_by_site(bound, posterior)
     seen = seen_of(bound, posterior)
+    kept: dict[str, Tensor] = {}
+    # What is summed over has the plates that it shares with all observed sites.
+    summed, plates = scoring.summed_within(bound, posterior)
+    flat = {n: list(plates) for n in scores} if summed and all(plates) else {}
     if all(bool(m.all()) for m in seen.values()):
-        return scores, {}
-    kept, flat = {}, {}
+        return scores, flat
     for name, score in scores.items():
-        mask = seen[name] if name in seen else rows_seen(bound, seen)
+        mask = rows_seen(bound, seen, plates if summed else None) if summed or name not in seen else seen[name]
         kept[name] = score if mask.all() else score[:, mask.to(score.device)]
         if not mask.all():
             flat[name] = [f"{name}_observed"]
     return {n: v for n, v in kept.items() if v[0].numel()}, flat
 
 
-def rows_seen(bound: BoundPair, seen: Mapping[str, Tensor]) -> Tensor:
-    """Whether any site is seen in each element of the plates that all observed sites share."""
-    shared = [
-        p for p in next(iter(bound.select("observed").values())).plates if all(p in bound.sites[n].plates for n in seen)
-    ]
+def rows_seen(bound: BoundPair, seen: Mapping[str, Tensor], shared: list[str] | None = None) -> Tensor:
+    """Whether any site is seen in each element of some plates; by default, of those that all observed sites share."""
+    first = next(iter(bound.select("observed").values()))
+    shared = shared or [str(p) for p in first.plates if all(p in bound.sites[n].plates for n in seen)]
     found = []
     for name, mask in seen.items():
         rest = [k for k, p in enumerate(bound.sites[name].plates) if p not in shared]

@@ -465,7 +465,7 @@ def test_parameters_that_a_distribution_refuses_at_some_draw_are_named() -> None
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_rows_that_share_a_summed_out_site_have_a_likelihood_given_its_draws(grouped: bool) -> None:
-    """Per row, the mean of p(y_n | z) over draws of z is the sum over its posterior: enumerated here, by hand."""
+    """Enumerated by hand: the sum over the state of a group; of all rows, the mean of p(y_n | z) over its posterior."""
     y = torch.tensor([[0.3, 1.2, 0.9], [-0.2, 0.4, -1.0]]).double()
     groups = len(y)
 
@@ -487,14 +487,16 @@ def test_rows_that_share_a_summed_out_site_have_a_likelihood_given_its_draws(gro
     bound = bind(model, y)
     seen = y if grouped else y[:1]
     given = torch.stack([dist.Normal(mu + z, 1.0).log_prob(seen) for z in (0, 1)])
-    weight = (given.sum(-1) + torch.tensor([0.6, 0.4]).double().log()[:, None]).softmax(0)
-    expected = (weight[..., None] * given.exp()).sum(0)
+    joint = given.sum(-1) + torch.tensor([0.6, 0.4]).double().log()[:, None]
+    expected = (joint.softmax(0)[..., None] * given.exp()).sum(0)
     with isolated(3):
         density = scoring.log_likelihood_by_site(bound, draws)["y"]
-    assert density.shape == (count, *seen.shape) if grouped else (count, 3)
+    if grouped:
+        torch.testing.assert_close(density, joint.logsumexp(0).expand(count, groups))
+        return
+    assert density.shape == (count, 3)
     values = density.exp()
     error = values.std(0) / math.sqrt(count)
     assert ((values.mean(0) - expected.reshape(values.shape[1:])).abs() < 5 * error + 1e-12).all()
-    if not grouped:
-        with pytest.raises(ValueError, match="independent given the draws, got y, whose rows share z"):
-            scoring.rowwise(bound, draws)
+    with pytest.raises(ValueError, match="independent given the draws, got y, whose rows share z"):
+        scoring.rowwise(bound, draws)

@@ -364,3 +364,29 @@ def test_the_summary_of_a_guide_has_the_intervals_that_the_summary_of_chains_has
     assert list(chains.summary().columns[4:]) == ["mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
     with pytest.raises(ValueError, match="prob: expected a probability between 0 and 1, got 89"):
         guide.summary(89)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_state_of_a_group_is_summed_out_and_leaves_a_number_per_group(masked: bool) -> None:
+    """log sum_z p(z) prod_b N(y_ab; m_z, 1) over what is seen, by hand; a group of which nothing is seen is dropped."""
+    y, seen = torch.linspace(-2.0, 2.0, 12).reshape(4, 3), torch.ones(4, 3, dtype=torch.bool)
+    if masked:
+        seen[1, 0], seen[2] = False, False
+
+    def model(y: Tensor, seen: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("groups", 4, dim=-2):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            with pyro.plate("members", 3, dim=-1), pyro.poutine.mask(mask=seen):
+                pyro.sample("y", dist.Normal(torch.where(z > 0, 1.0, -1.0), 1.0), obs=y)
+
+    def guide(y: Tensor, seen: Tensor) -> None:
+        pyro.sample("p", dist.Beta(3.0, 3.0))
+
+    result = fit((model, guide), {"y": y, "seen": seen}, steps=0, draws=20, progress=False)
+    p = result.draws["p"][:, None]
+    one, two = ((dist.Normal(m, 1.0).log_prob(y) * seen).sum(-1) for m in (1.0, -1.0))
+    truth = torch.logaddexp(p.log() + one, (1 - p).log() + two)[:, seen.any(-1)]
+    got = result.idata.log_likelihood["y"]
+    assert got.dims == ("chain", "draw", "y_observed" if masked else "groups")
+    np.testing.assert_allclose(got.values[0], truth.numpy(), rtol=1e-5, atol=1e-5)

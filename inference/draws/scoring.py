@@ -73,12 +73,12 @@ def _of_rows(bound: BoundPair, draws: Draws) -> set[str]:
 def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     r"""Log likelihood (S, \*plates) of each observed site; of all in one where a site is summed out.
 
-    Rows depend on one another through a finite site without draws that stands outside of their plates: it is drawn from
-    its posterior, so that each row has a likelihood given it.
+    That of a finite site of a group sums over it, and has one number per group. All rows depend on one another through
+    one that shares no plate with them: it is drawn from its posterior, so that each row has a likelihood given it.
     """
     observed, free = bound.select("observed"), [s for s in bound.select("latent").values() if s.name not in draws]
-    plates = {p for s in observed.values() for p in s.plates}
-    if outside := [s.name for s in free if not plates <= set(s.plates)]:
+    inside, _ = summed_within(bound, draws)
+    if outside := [s.name for s in free if s.name not in inside]:
         functions = latent_functions(bound, draws)
         draws = {**draws, **{n: functions[n] for n in outside}}
     if len(free) > len(outside):
@@ -89,6 +89,20 @@ def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
         lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()},
         unscaled=bound.source is not None,
     )
+
+
+def summed_within(bound: BoundPair, draws: Collection[str]) -> tuple[list[str], list[str]]:
+    """The finite sites without draws that share plates with all observed sites, and the plates that all of them share.
+
+    A likelihood that sums over them has one number for each element of these plates.
+    """
+    observed = list(bound.select("observed").values())
+    common = set.intersection(*({p for p in s.plates if p} for s in observed)) if observed else set[str]()
+    free = [s for s in bound.select("latent").values() if s.name not in draws and common & set(s.plates)]
+    shared = common.intersection(*(s.plates for s in free))
+    if not free or not shared:
+        return [], []
+    return [s.name for s in free], [p for p in observed[0].plates if p in shared]
 
 
 @torch.no_grad()
