@@ -200,6 +200,22 @@ def test_a_vae_has_the_right_distribution_whatever_its_guide(likelihood: str) ->
     assert torch.equal(again.draws, found.draws)
 
 
+def test_a_proposal_is_weighed_by_the_density_of_the_guide() -> None:
+    """z ~ N(0, 1), x_1, x_2 ~ N(z, 1): x_2 given x_1 is N(x_1 / 2, 1.5), though the guide is at 1.5 whatever x is."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[:, None].expand(-1, 2), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(1.5 + 0 * x[:, 0], 1.2))
+
+    found = impute(as_it_is((model, guide), torch.zeros(3, 2)), torch.tensor([[-1.0, NAN]]), 2000, steps=100)
+    assert near(found.draws[:, 0, 1:], torch.tensor([-0.5]), torch.tensor([1.5**0.5]), draws=2000)
+
+
 def test_guides_of_several_sites_and_labels_are_taken() -> None:
     torch.manual_seed(0)
     rows = torch.tensor([[1.0, NAN, 0.0, 1.0], [NAN, NAN, 0.0, 0.0]])

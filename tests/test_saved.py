@@ -363,8 +363,10 @@ def test_tensors_from_files_and_arrays_begin_where_those_of_torch_do(tmp_path: P
     offset = (-buffer.ctypes.data % 64) // 4 + 1
     given = bind((lambda y: None, lambda y: None), {"y": buffer[offset : offset + 7]}).data["y"]
     read = read_packed(write_packed(tmp_path / "file.safetensors", values))
+    chains = sample(model, {"y": Y}, ChEES, draws=250, warmup=8, chains=16, compile=False, progress=False)
     assert given.numel() == 7
     assert all(t.data_ptr() % 64 == 0 for t in (given, *read.values(), *loaded.draws.values(), *loaded.params.values()))
+    assert all(t.data_ptr() % 64 == 0 for t in chains.draws.values())
 
 
 @pytest.mark.parametrize("kernel", [None, ChEES, NUTS, HMC], ids=["fit", "ChEES", "NUTS", "HMC"])

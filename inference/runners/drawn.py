@@ -78,7 +78,7 @@ class Drawn:
     def joined(self) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         r"""All draws: values (chains * draws, \*shape), chain after chain, and statistics (chains, draws)."""
         self.gather()
-        return self._join(lambda shape, dtype: np.empty(shape, dtype))
+        return self._join(_memory)
 
     def _parts(self) -> Iterator[Part]:
         while self.groups:
@@ -187,11 +187,16 @@ class KeptDrawn(Drawn):
         return tree_map(lambda v: v.to(self._bound.device) if isinstance(v, Tensor) else v, value)
 
 
+def _memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in memory of torch's: where it begins decides last digits of what is computed from the draws."""
+    return torch.from_numpy(np.empty(0, dtype)).new_empty(shape).numpy()
+
+
 def _room(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
     """An array in memory, or mapped from a new file in a folder that has no name."""
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if folder is None or not count:
-        return np.empty(shape, dtype)
+        return _memory(shape, dtype)
     with TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
             # Otherwise a full disk would be a signal that ends the process.
