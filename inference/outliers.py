@@ -23,8 +23,10 @@ from torch import Tensor
 
 from inference.core.bound import BoundPair
 from inference.core.checks import check_chance, check_count
+from inference.core.handlers import isolated
 from inference.core.lazy import azs
 from inference.evidence.estimate import log_evidence
+from inference.idata import rows_seen, seen_of
 from inference.predict import pointwise_log_likelihood
 from inference.result import Result
 
@@ -116,9 +118,13 @@ def outlier_score(
         bound.check_in_memory("calibration")
         given = bound.rebound(data).data
         calibration = {n: v for n, v in bound.data.items() if n in given}
+    hidden = ~_seen(result, data)
+    if hidden.any():
+        row = int(hidden.nonzero()[0])
+        raise ValueError(f"data: expected rows that are seen, got one that a mask hides, row {row}")
     # Its own noise for each row: the scores of all rows are then exchangeable if the rows are.
     scores, errors = _scores(result, data, k, seed)
-    known, _ = _scores(result, calibration, k, seed + 1)
+    known = _scores(result, calibration, k, seed + 1)[0][_seen(result, calibration)]
     threshold = _threshold(known, float(rate))
     return OutlierScores(scores, errors, conformal(scores, known), float(rate), threshold, known, held_out)
 
@@ -162,6 +168,16 @@ def _scores(result: Result, data: Any, k: int, seed: int) -> tuple[Tensor, Tenso
     if values.isnan().any():
         raise ValueError(f"data: expected rows with a density, got nan at row {int(values.isnan().nonzero()[0])}")
     return -values, errors
+
+
+def _seen(result: Result, data: Any) -> Tensor:
+    """Whether a mask leaves something of each row, (rows,): a hidden one has a density of 1, whatever it is."""
+    bound = result.bound.rebound(data)
+    if not _has_global(bound):
+        return torch.ones(bound.rows, dtype=torch.bool)
+    with isolated(0), result.state():
+        seen = rows_seen(bound, seen_of(bound, result.draws))
+    return seen.reshape(len(seen), -1).any(1)
 
 
 def _has_global(bound: BoundPair) -> bool:

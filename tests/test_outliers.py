@@ -120,3 +120,24 @@ def test_a_model_without_a_likelihood_is_refused() -> None:
     result = fit(GAN(2, hidden=(3,)), x, steps=1, objective=Adversarial(), progress=False)
     with pytest.raises(ValueError, match=r"^result: expected a model with a likelihood, got GAN, which"):
         outlier_score(result, x)
+
+
+def test_rows_that_a_mask_hides_are_no_rows() -> None:
+    """A hidden row has a density of 1: it counts neither among the calibration rows nor as a row to score."""
+    y, seen = torch.linspace(-1.0, 1.0, 20), torch.arange(20) >= 5
+
+    def model(y: Tensor, seen: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y: Tensor, seen: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(0.0, 0.2))
+
+    result = fit((model, guide), {"y": y, "seen": seen}, steps=0, draws=50, progress=False)
+    row = {"y": torch.tensor([3.0]), "seen": torch.tensor([True])}
+    found = outlier_score(result, row, calibration={"y": y, "seen": seen}, rate=0.1)
+    assert len(found.calibration) == 15
+    assert found.p_values == pytest.approx([1 / 16])
+    with pytest.raises(ValueError, match="data: expected rows that are seen, got one that a mask hides, row 1"):
+        outlier_score(result, {"y": torch.zeros(2), "seen": torch.tensor([True, False])}, rate=0.1)

@@ -3,20 +3,25 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import shared_work
+import torch
 import xarray as xr
 from torch import distributed
 
-from inference import diagnose
+from inference import diagnose, isolated
 from inference.checkpoint import FILE
+from inference.core import group
 from inference.core.packing import read_packed
+from inference.further import Continuation, FurtherDraws
 from inference.kernels import NUTS, ChEES
 from inference.objectives import Compiled, Shared
+from inference.runners import ranks
 
 WORK = Path(shared_work.__file__)
 GLOO = distributed.is_available() and distributed.is_gloo_available()
@@ -106,6 +111,31 @@ def test_ensembles_that_disagree_are_told(gap: float, told: bool) -> None:
     diagnosis = diagnose(xr.DataTree.from_dict({"posterior": posterior, "sample_stats": stats}))
     assert any("Nested R-hat is" in line and "mu[7]" in line for line in diagnosis.advice) == told
     assert diagnosis.converged == (not told)
+
+
+@dataclass(frozen=True)
+class _Noisy(FurtherDraws):
+    """Chains that are all noise."""
+
+    def __call__(self, size: int, seed: int) -> dict[str, torch.Tensor]:
+        return {"z": torch.rand(size)}
+
+    def extend(self, draws: int) -> Continuation:
+        return Continuation(self(draws, 0), {"lp": np.zeros((1, draws))}, 0.0, self)
+
+
+@pytest.mark.parametrize("ask", [lambda more: more(4, 0)["z"], lambda more: more.extend(2).draws["z"]])
+def test_ensembles_go_on_with_noise_of_their_own(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_rank(rank: int) -> list[float]:
+        for module in (group, ranks):
+            monkeypatch.setattr(module, "ranks", lambda: (rank, 2))
+        with isolated(0):
+            return ask(ranks._OfAll(_Noisy(), 1))[:2].tolist()
+
+    monkeypatch.setattr(ranks, "gathered", lambda value: [value, value])
+    monkeypatch.setattr(ranks, "from_first", lambda make: make())
+    assert not set(of_rank(0)) & set(of_rank(1))
+    assert of_rank(1) == of_rank(1)
 
 
 @pytest.mark.slow

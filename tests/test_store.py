@@ -177,17 +177,18 @@ def test_an_empty_variable_switches_it_off_and_a_folder_that_cannot_be_made_is_n
 
 
 def test_what_was_not_used_for_the_longest_time_is_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "STORED_BYTES", 250)
+    monkeypatch.setattr(policy, "STORED_BYTES", 350)
     for age, name in enumerate("abc"):
         path = store.place(name)
         assert path is not None
         store.save(path, lambda file: file.write_bytes(b"x" * 100))
         os.utime(path, (1000 + age, 1000 + age))
-    first = store.place("a")
-    assert first is not None
-    store.save(first, lambda file: file.write_bytes(b"x" * 100))
-    assert [store.holds(name) for name in "abc"] == [True, False, True]
-    assert len(list(folder.iterdir())) == 4
+    first, further = store.place("a"), store.place("d")
+    assert first is not None and further is not None
+    assert store.load(first, lambda file: file.read_bytes()) == b"x" * 100
+    store.save(further, lambda file: file.write_bytes(b"x" * 100))
+    assert [store.holds(name) for name in "abcd"] == [True, False, True, True]
+    assert len(list(folder.iterdir())) == 6
 
 
 @pytest.mark.parametrize("kernel", [ChEES, NUTS])
