@@ -1,5 +1,6 @@
 """Compiled programs on the disk: found by what decides them, whole, bounded, and only from a folder of one's own."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -176,17 +177,29 @@ def test_an_empty_variable_switches_it_off_and_a_folder_that_cannot_be_made_is_n
         assert store.folder() == tmp_path / "ppl-models" / "programs"
 
 
+def test_a_program_that_cannot_be_kept_runs_all_the_same(
+    folder: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(store.shutil, "copyfile", full)
+    assert compiled() == b"program 1"
+    assert not list(folder.iterdir())
+
+
 def test_what_was_not_used_for_the_longest_time_is_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "STORED_BYTES", 350)
+    (made := folder.parent / "made").write_bytes(b"x" * 100)
     for age, name in enumerate("abc"):
         path = store.place(name)
         assert path is not None
-        store.save(path, lambda file: file.write_bytes(b"x" * 100))
+        store.save(path, made)
         os.utime(path, (1000 + age, 1000 + age))
     first, further = store.place("a"), store.place("d")
     assert first is not None and further is not None
     assert store.load(first, lambda file: file.read_bytes()) == b"x" * 100
-    store.save(further, lambda file: file.write_bytes(b"x" * 100))
+    store.save(further, made)
     assert [store.holds(name) for name in "abcd"] == [True, False, True, True]
     assert len(list(folder.iterdir())) == 6
 

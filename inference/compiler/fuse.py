@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,16 +80,15 @@ def looped(
         if program is not None:
             return program  # type: ignore[no-any-return]
 
-        def write(file: Path) -> None:
-            with quietly():
-                write_package(function, example, file, LOOP_OPTIONS)
-
         with TemporaryDirectory() as folder:
-            if path is None:
-                write(path := Path(folder) / f"program{SUFFIX}")
-            else:
-                store.save(path, write)
-            return Package(path, example, result)
+            made = Path(folder) / f"program{SUFFIX}"
+            with quietly():
+                write_package(function, example, made, LOOP_OPTIONS)
+            if path is not None:
+                # A full disk costs later processes the time to compile, and this one nothing.
+                with suppress(OSError):
+                    store.save(path, made)
+            return Package(made, example, result)
 
     return _kept(key, build)
 

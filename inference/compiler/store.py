@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -73,13 +74,13 @@ def load(path: Path, reader: Callable[[Path], Any]) -> Any:
         return None
 
 
-def save(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Write a program and its hash, and delete those that were not used for the longest time.
+def save(path: Path, made: Path) -> None:
+    """Keep a program that was made elsewhere, and its hash; delete those that were not used for the longest time.
 
     Raises:
         OSError: The file cannot be written.
     """
-    write_whole(path, writer)
+    write_whole(path, lambda file: shutil.copyfile(made, file))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     write_whole(_hash_of(path), lambda file: file.write_text(digest))
     _shrink(path.parent)
