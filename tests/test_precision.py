@@ -42,6 +42,11 @@ def test_a_layer_multiplies_in_bfloat16_and_returns_float32(like: nn.Module, alo
     torch.testing.assert_close(gradient, torch.autograd.grad(like(x).sum(), like.bias)[0])
 
 
+def test_a_product_without_a_bias_is_float32_too() -> None:
+    with Bfloat16():
+        assert nn.Linear(6, 4, bias=False)(torch.ones(2, 6)).dtype == torch.float32
+
+
 def _shape(like: nn.Module) -> tuple[int, ...]:
     return (6, 4) if isinstance(like, nn.Linear) else (6, 4, 3, 2) if isinstance(like, nn.Conv1d) else (6, 4, 2)
 
