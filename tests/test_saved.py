@@ -374,6 +374,7 @@ def test_a_result_goes_to_another_process_and_goes_on_there(kernel: Any) -> None
     lengths = {"draws": 8, "warmup": 8, "chains": 4 if kernel in (ChEES, NUTS) else 1, "compile": False}
     result = sample(model, {"y": Y}, kernel, progress=False, **lengths) if kernel else fitted()
     sent = pickle.loads(cloudpickle.dumps(result))
+    assert not sent.bound.memo
     same(sent.draws, result.draws)
     same(posterior_predictive(sent, seed=3), posterior_predictive(result, seed=3))
     assert sent.idata.equals(result.idata)

@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta
-from scipy.special import expit
-from scipy.stats import multivariate_normal
+from scipy.special import expit, logsumexp
+from scipy.stats import multivariate_normal, norm
 from sklearn.datasets import load_wine
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
@@ -137,6 +137,18 @@ def test_a_mixture_by_em_is_that_of_scikit_learn() -> None:
     order = peer.means_[:, 0].argsort()
     close(groups.transform(x), peer.predict_proba(x)[:, order], atol=1e-4)
     assert not hasattr(groups, "inverse_transform")
+
+
+def test_a_density_averages_over_the_posterior_of_the_parameters() -> None:
+    """log (1 / S) sum_s sum_k w_sk N(x; m_sk, s_sk), by SciPy, of draws that differ."""
+    rows = blobs()
+    fitted = PairDensity("gaussian_mixture", "SVI", settings={"components": 2}, steps=20, draws=30).fit(rows)
+    weights, means, scales = (fitted.result_.draws[n].double().numpy() for n in ("weights", "means", "scales"))
+    x = rows[:5, None, None]
+    joint = np.log(weights) + norm(means, scales).logpdf(x).sum(-1)
+    expected = logsumexp(logsumexp(joint, -1), -1) - np.log(len(weights))
+    assert means.std(0).max() > 0.01
+    np.testing.assert_allclose(fitted.score_samples(rows[:5]), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bernoulli_mixture", "made", "vae"])

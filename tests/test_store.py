@@ -218,3 +218,32 @@ def test_the_program_of_a_users_own_transitions_is_for_this_process_alone(
     assert len(written) == 1
     assert not own.compiled
     assert not folder.exists()
+
+
+class Begun(Exception):
+    """The first transition has begun."""
+
+
+def begun(*_: Any) -> None:
+    raise Begun
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_work_that_pays_for_half_of_a_program_compiles_one_that_is_kept(
+    keeps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused: list[bool] = []
+    monkeypatch.setattr(ChEES, "fuse", lambda self: fused.append(True))
+    if not keeps:
+        monkeypatch.setenv(store.VARIABLE, "")
+    with isolated(0):
+        kernel = ChEES(partial(model, Y), num_chains=8, jit_compile=False)
+        kernel.setup(20)
+    assert kernel.kept == keeps
+    ahead = kernel.expected * 40 * kernel.operations
+    monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 1.5 * ahead)
+    # It is decided before the first transition; later ones may take more gradients.
+    monkeypatch.setattr("inference.runners.batched._Run._advance", begun)
+    with pytest.raises(Begun):
+        quick(Y)
+    assert bool(fused) == keeps
