@@ -24,13 +24,13 @@ from inference.core.checks import check_count, check_one_of
 from inference.core.contracts import Kernel
 from inference.core.group import check_same, part_ways, ranks
 from inference.core.halves import parameters_of
-from inference.core.handlers import evaluating, exclusive, isolated
+from inference.core.handlers import evaluating, exclusive, first_valid, isolated, preserved_rng
 from inference.core.private import lacking
 from inference.kernels.chees import ChEES
 from inference.kernels.gibbs import Gibbs
 from inference.kernels.nuts import NUTS
 from inference.result import Posterior, Result, conclude
-from inference.runners.asked import asked_of, networks_of
+from inference.runners.asked import asked_of, named, networks_of
 from inference.runners.base import ChainRun, KernelFactory, method_of
 from inference.runners.batched import run_batched
 from inference.runners.processes import run_processes
@@ -79,7 +79,8 @@ def sample(
             interpreters, not forks; they stay for a minute), if there is work for more than seconds. On cuda, and of a
             model that cannot be pickled by cloudpickle (a warning says why), they run one after another. Draws are the
             same either way.
-        seed: Seed of all randomness. The global random state is left as it was.
+        seed: Seed of all randomness. The global random state is left as it was. Last digits depend on whether a program
+            is compiled, and with them all draws: see ``compile``.
         compile: True: run the kernel's potential and its gradient, and whole transitions of ChEES and NUTS, as one
             compiled program. "auto": do so where the work ahead is worth the cost of compiling, or where the program
             was compiled before, here or in another process of this machine. False: run as Pyro does (ChEES and NUTS run
@@ -121,7 +122,9 @@ def sample(
         kernel = Gibbs
     started, kept = perf_counter(), checkpoint_of_rank(Checkpoint.of(checkpoint))
     lengths = {"draws": draws, "warmup": warmup, "chains": chains}
-    check_same({**bound.data, **lengths, "seed": seed, "compile": compile, "kernel": method_of(kernel)})
+    if ranks()[1] > 1:
+        networks = {"networks": networks_of(bound)}
+        check_same({**bound.data, **lengths, "seed": seed, "compile": compile, "kernel": named(kernel), **networks})
     asked: dict[str, Any] = {}
     if kept is not None:
         asked = asked_of(bound, method="sample", **lengths, seed=seed, compile=compile)
@@ -131,6 +134,10 @@ def sample(
     progress = progress and ranks()[0] == 0
     further: dict[str, Any] = {**lengths, "mode": compile, "progress": progress, "checkpoint": kept, "asked": asked}
     with isolated(seed), evaluating(bound.modules), kept or nullcontext():
+        if ranks()[1] > 1:
+            # Parameters that start at random are those of rank 0 in all processes.
+            with preserved_rng():
+                first_valid(partial(bound.model, **bound.arguments()))
         part_ways()
         if kernel is None:
             batched: Any = ChEES if chains is None or chains >= MIN_CHAINS else NUTS

@@ -258,6 +258,12 @@ def rows_seen(bound: BoundPair, seen: Mapping[str, Tensor], shared: list[str] | 
     return torch.stack(found).any(0)
 
 
+def seen_rows(bound: BoundPair, draws: Mapping[str, Tensor]) -> Tensor:
+    """Whether a mask leaves something of each row of ``pointwise_log_likelihood``, (rows,)."""
+    seen = rows_seen(bound, seen_of(bound, draws), scoring.summed_within(bound, draws)[1])
+    return seen.reshape(len(seen) if seen.dim() else 1, -1).any(1)
+
+
 def seen_of(bound: BoundPair, posterior: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""What masks leave of each observed site, (\*plates), with the parameters that are in the store.
 

@@ -81,7 +81,7 @@ class Imputation:
         if self.acceptance is None:
             return said + ")"
         said += f", R-hat {self.r_hat:.2f}, {float(self.acceptance.mean()):.0%} of proposals accepted)"
-        return said if self.r_hat < MIXED else f"{said}; the chains are too short: raise steps"
+        return f"{said}; the chains are too short: raise steps" if self.r_hat >= MIXED else said
 
 
 @exclusive
@@ -156,14 +156,16 @@ def _bind(fitted: BoundPair, data: Any, name: str | None) -> tuple[BoundPair, Te
 def _alternate(bound: BoundPair, x: Tensor, name: str, draws: int, steps: int) -> Imputation:
     """Chains of Metropolis within Gibbs, as many at once as fit into memory."""
     together = max(1, CHAIN_NUMBERS // max(x.numel(), 1))
-    _check_alternates(bound, name)
-    parts = [_chains(bound, x, name, min(together, draws - k), steps) for k in range(0, draws, together)]
+    _check_alternates(bound, x, name)
+    sizes = [len(part) for part in torch.arange(draws).tensor_split(math.ceil(draws / together))]
+    parts = [_chains(bound, x, name, size, steps) for size in sizes]
     rows = torch.cat([p.draws for p in parts])
-    acceptance = torch.stack([p.acceptance for p in parts if p.acceptance is not None]).mean(0)
-    return replace(parts[0], draws=rows, acceptance=acceptance, r_hat=max(p.r_hat for p in parts))
+    accepted = [size * p.acceptance for size, p in zip(sizes, parts, strict=True) if p.acceptance is not None]
+    r_hat = max((p.r_hat for p in parts if not math.isnan(p.r_hat)), default=math.nan)
+    return replace(parts[0], draws=rows, acceptance=torch.stack(accepted).sum(0) / draws, r_hat=r_hat)
 
 
-def _check_alternates(bound: BoundPair, name: str) -> None:
+def _check_alternates(bound: BoundPair, x: Tensor, name: str) -> None:
     """Raise a ValueError unless the entries can be drawn in turn with latent sites of a guide of any rows."""
     refused = f"result: expected a pair that knows its conditionals, or a guide of new rows, got {bound.name}"
     if bound.guide is None or not bound.select("latent"):
@@ -181,8 +183,24 @@ def _check_alternates(bound: BoundPair, name: str) -> None:
     fn = node["fn"]
     while isinstance(fn, Independent):
         fn = fn.base_dist
-    if fn.event_dim:
+    if fn.event_dim or _reads_missing(bound, x, name):
         raise ValueError(f"{refused}, whose entries of {name} depend on one another given the latent sites")
+
+
+def _reads_missing(bound: BoundPair, x: Tensor, name: str) -> bool:
+    """Whether the density of what is known, or of another site, depends on the missing entries given the latents."""
+    first = engine.trace(bound, bound.model, {})
+    latents = {n: first.nodes[n]["value"] for n in bound.select("latent")}
+    drawn = first.nodes[name]["fn"].sample().to(x)
+    other = replace(bound, data={**bound.data, name: torch.where(x.isnan(), drawn, bound.data[name])}, memo={})
+    second = engine.trace(other, other.model, latents)
+
+    def differs(site: str) -> bool:
+        one, two = (t.nodes[site] for t in (first, second))
+        given = one["value"]
+        return not torch.allclose(one["fn"].log_prob(given), two["fn"].log_prob(given), equal_nan=True)
+
+    return any(differs(n) for n in engine.sample_names(first))
 
 
 def _chains(bound: BoundPair, x: Tensor, name: str, count: int, steps: int) -> Imputation:

@@ -26,7 +26,7 @@ from inference.core.checks import check_chance, check_count
 from inference.core.handlers import isolated
 from inference.core.lazy import azs
 from inference.evidence.estimate import log_evidence
-from inference.idata import rows_seen, seen_of
+from inference.idata import seen_rows
 from inference.predict import pointwise_log_likelihood
 from inference.result import Result
 
@@ -156,7 +156,7 @@ def _threshold(calibration: Tensor, rate: float) -> float:
 def _scores(result: Result, data: Any, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """Scores of rows, in double precision, and their Monte Carlo errors."""
     bound = result.bound
-    if _has_global(bound):
+    if _global(bound):
         density = pointwise_log_likelihood(result, data).double()
         chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.children else 1
         values, errors = density.logsumexp(0) - math.log(len(density)), _errors(density, chains)
@@ -173,17 +173,15 @@ def _scores(result: Result, data: Any, k: int, seed: int) -> tuple[Tensor, Tenso
 def _seen(result: Result, data: Any) -> Tensor:
     """Whether a mask leaves something of each row, (rows,): a hidden one has a density of 1, whatever it is."""
     bound = result.bound.rebound(data)
-    if not _has_global(bound):
-        return torch.ones(bound.rows, dtype=torch.bool)
     with isolated(0), result.state():
-        seen = rows_seen(bound, seen_of(bound, result.draws))
-    return seen.reshape(len(seen), -1).any(1)
+        # Latent sites of rows have draws for the rows of the fit: a mask may not depend on them.
+        return seen_rows(bound, {n: v for n, v in result.draws.items() if n in _global(bound)})
 
 
-def _has_global(bound: BoundPair) -> bool:
-    """Whether a latent site lies outside of the plate of the observed rows."""
+def _global(bound: BoundPair) -> list[str]:
+    """Latent sites that lie outside of the plate of the observed rows."""
     rows = {p for s in bound.select("observed").values() for p in s.plates if p}
-    return any(not rows & set(s.plates) for s in bound.select("latent").values())
+    return [s.name for s in bound.select("latent").values() if not rows & set(s.plates)]
 
 
 def _errors(density: Tensor, chains: int) -> Tensor:

@@ -216,6 +216,23 @@ def test_a_proposal_is_weighed_by_the_density_of_the_guide() -> None:
     assert near(found.draws[:, 0, 1:], torch.tensor([-0.5]), torch.tensor([1.5**0.5]), draws=2000)
 
 
+def test_entries_that_depend_on_one_another_are_not_drawn_at_once() -> None:
+    """x_2 ~ N(x_1 + z, 1) reads x_1 from the data, so that x_1 given z and x_2 is not what the model draws it from."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            mean = torch.stack([z, x[:, 0] + z], -1)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    with pytest.raises(ValueError, match="whose entries of x depend on one another given the latent sites"):
+        impute(as_it_is((model, guide), torch.zeros(3, 2)), torch.tensor([[NAN, 1.0]]), 10, steps=2)
+
+
 def test_guides_of_several_sites_and_labels_are_taken() -> None:
     torch.manual_seed(0)
     rows = torch.tensor([[1.0, NAN, 0.0, 1.0], [NAN, NAN, 0.0, 0.0]])

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 
 from inference import fit, ksd, loo, sample, sensitivity
 from inference.core.bound import bind
@@ -193,3 +194,23 @@ def test_leave_one_out_of_masked_rows_is_that_of_the_rows_that_are_seen(by_chain
     assert found.n_data_points == len(seen)
     assert found.elpd == pytest.approx(each.sum(), abs=0.25)
     assert found.se == pytest.approx(np.sqrt(len(seen)) * each.std(), rel=0.1)
+
+
+def test_leave_one_out_of_groups_whose_plate_is_the_inner_dimension() -> None:
+    """A ragged mask (words, documents), the state of a document summed out: all documents that are seen stand."""
+    y = torch.linspace(-2.0, 2.0, 15).reshape(3, 5)
+    seen = torch.tensor([[True] * 5, [True, True, False, False, False], [True, False, False, False, False]])
+    seen[:, 4] = False
+
+    def model(y: Tensor, seen: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("documents", 5, dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            with pyro.plate("words", 3, dim=-2), pyro.poutine.mask(mask=seen):
+                pyro.sample("y", dist.Normal(torch.where(z > 0, 1.0, -1.0), 1.0), obs=y)
+
+    def guide(y: Tensor, seen: Tensor) -> None:
+        pyro.sample("p", dist.Beta(3.0, 3.0))
+
+    result = fit((model, guide), {"y": y, "seen": seen}, steps=0, draws=50, progress=False)
+    assert loo(result).n_data_points == 4

@@ -141,3 +141,24 @@ def test_rows_that_a_mask_hides_are_no_rows() -> None:
     assert found.p_values == pytest.approx([1 / 16])
     with pytest.raises(ValueError, match="data: expected rows that are seen, got one that a mask hides, row 1"):
         outlier_score(result, {"y": torch.zeros(2), "seen": torch.tensor([True, False])}, rate=0.1)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_hidden_rows_of_fitted_parameters_are_no_rows_either(latent: bool) -> None:
+    y, seen = torch.linspace(-1.0, 1.0, 20), torch.arange(20) >= 5
+
+    def model(y: Tensor, seen: Tensor) -> None:
+        with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+            mean = pyro.sample("z", dist.Normal(0.0, 1.0)) if latent else pyro.param("m", torch.tensor(0.0))
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    def guide(y: Tensor, seen: Tensor) -> None:
+        if latent:
+            with pyro.plate("rows", len(y)), pyro.poutine.mask(mask=seen):
+                pyro.sample("z", dist.Normal(y / 2, 0.5**0.5))
+
+    result = fit((model, guide), {"y": y, "seen": seen}, steps=0, draws=20, progress=False)
+    row = {"y": torch.tensor([9.0]), "seen": torch.tensor([True])}
+    found = outlier_score(result, row, calibration={"y": y, "seen": seen}, rate=0.1)
+    assert len(found.calibration) == 15
+    assert found.p_values == pytest.approx([1 / 16])

@@ -17,7 +17,7 @@ from inference.core.lazy import azb, azs, pd, xr
 from inference.core.spacing import spaced
 from inference.diagnostics.stein import Stein, stein
 from inference.draws.scoring import log_joint, rowwise, sample_guide
-from inference.idata import rows_seen, seen_of
+from inference.idata import seen_rows
 from inference.result import Result
 
 
@@ -100,8 +100,8 @@ def loo(result: Result, draws: int = 2000, *, seed: int = 1) -> Any:
 
 def _of_seen_rows(bound: BoundPair, draws: Mapping[str, Tensor]) -> Tensor:
     """Log likelihood (S, rows) of the rows that a mask does not hide: there is nothing to leave out of the others."""
-    seen, density = rows_seen(bound, seen_of(bound, draws)), rowwise(bound, draws)
-    return density[:, seen.reshape(density.shape[1], -1).any(1).to(density.device)]
+    density = rowwise(bound, draws)
+    return density[:, seen_rows(bound, draws).to(density.device)]
 
 
 @exclusive

@@ -136,5 +136,5 @@ class Block:
             finally:
                 self._program.calls = calls
         # Rounding errors accumulate in later steps.
-        if not close([got[:5]], [expected[:5]]):
+        if not close([got[:5]], [expected[:5]], self._program.rounding):
             raise Untraceable("a loop of steps gives other losses than single steps")

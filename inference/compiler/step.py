@@ -247,7 +247,7 @@ class TracedStep:
             with preserved_rng(), self.untouched(call):
                 got = self._outcome(*self(inputs, noise))
         self.calls = count
-        rough = torch.bfloat16 if self._mixed() else None
+        rough = self.rounding
         if not close(got[:1], expected[:1], rough) or not close(got[1:], expected[1:], rough):
             raise Untraceable(
                 f"at call {count + 1} its loss is {sum(numbers(losses)):.7g}, that of its program {float(got[0]):.7g}, "
@@ -256,10 +256,11 @@ class TracedStep:
             )
         self.compared = count + 1
 
-    def _mixed(self) -> bool:
-        """Whether part of the graph is in bfloat16, where numbers that differ in a last digit may be rounded apart."""
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """bfloat16 where part of the graph is: numbers that differ in a last digit may be rounded apart there."""
         values = (n.meta.get("val") for n in self.graph.graph.nodes)
-        return any(getattr(v, "dtype", None) == torch.bfloat16 for v in values)
+        return torch.bfloat16 if any(getattr(v, "dtype", None) == torch.bfloat16 for v in values) else None
 
     def _eagerly(self, inputs: Sequence[Tensor], call: Call) -> tuple[Any, Gradients]:
         params = list(inputs[: len(self.names)])

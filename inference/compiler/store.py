@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -29,6 +30,10 @@ from inference.core.files import write_whole
 
 VARIABLE = "PPL_MODELS_PROGRAMS"
 """Environment variable that names the folder."""
+
+
+ABANDONED = 3600
+"""Seconds after which a file that is not whole is taken for one that nobody writes."""
 
 
 SOURCES = ("compiler", "kernels")
@@ -91,6 +96,10 @@ def _shrink(where: Path) -> None:
     left = policy.STORED_BYTES
     # Another process may delete them at the same time.
     with suppress(OSError):
+        for path in where.glob(".*"):
+            # Of a process that was killed while it wrote.
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
         for path in sorted(where.glob(f"[!.]*{SUFFIX}"), key=lambda p: -p.stat().st_mtime):
             left -= path.stat().st_size
             if left < 0:

@@ -167,7 +167,8 @@ class Hamiltonian(BatchedKernel):
                 if density.pieces is not None:
                     density.pieces.fuse(self._chains.position.mT, *density.held)
                 elif density.like.device.type == "cpu":
-                    self._run = looped(plain, self._key(), (*rest, noise), self._result, lasting=self._lasts)
+                    result = partial(_result, self.moves)
+                    self._run = looped(plain, self._key(), (*rest, noise), result, lasting=self._lasts)
                 else:
                     # A loop inside the program would wait for the device at every leapfrog step.
                     density.forward = torch.compile(density.forward, dynamic=False)
@@ -369,7 +370,8 @@ class Hamiltonian(BatchedKernel):
         tensors = self._chains.position, *self._metric, *self._density.held
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        return kind, self._density.code, self.block, self._sizes(), shapes
+        own = None if self._lasts else type(self).transitions
+        return kind, own, self._density.code, self.block, self._sizes(), shapes
 
     @property
     def _whole(self) -> bool:
@@ -380,10 +382,6 @@ class Hamiltonian(BatchedKernel):
     def _lasts(self) -> bool:
         """Whether other processes may use the program of a block: the key does not hold code from elsewhere."""
         return type(self).transitions.__module__.split(".")[0] == __name__.split(".")[0]
-
-    def _result(self, tensors: list[Tensor]) -> Any:
-        """What a block returns, from a list of its tensors."""
-        return Chains(*tensors[:3]), tensors[3], self.moves(*tensors[4:])
 
     def _plain(self) -> Callable[..., Any]:
         """A block of transitions as a function of tensors alone."""
@@ -458,6 +456,11 @@ class Hamiltonian(BatchedKernel):
                 return position
             position = torch.where(bad[:, None], torch.empty_like(position).uniform_(-2, 2), position)
         raise ValueError("model: cannot find valid initial params: the density of some chains is never finite")
+
+
+def _result(moves: type, tensors: list[Tensor]) -> tuple[Chains, Tensor, Any]:
+    """What a block returns, from a list of its tensors."""
+    return Chains(*tensors[:3]), tensors[3], moves(*tensors[4:])
 
 
 def _why(model: Any, args: Any, kwargs: Any) -> str:

@@ -124,6 +124,9 @@ class KeptDrawn(Drawn):
         """
         held = self._checkpoint.begin(asked)
         if held is None:
+            for left in files_of(self._checkpoint.folder):
+                # Of a run whose checkpoint is gone.
+                left.unlink()
             return None
         self._files, self._written = held["files"], held["written"]
         self.count = self._written

@@ -45,7 +45,7 @@ def joined(run: ChainRun) -> ChainRun:
     draws, stats, restarted, ended, setup, execution, method = zip(*gathered(about), strict=True)
     if len(set(method)) > 1:
         raise RuntimeError(f"kernel: expected the same in all processes, got {', '.join(method)}")
-    pyro.set_rng_seed(from_first(lambda: int(torch.randint(2**31, ()))))
+    _meet()
     values, columns = _along_chains(list(draws), list(stats), run.chains)
     return replace(
         run,
@@ -75,7 +75,9 @@ class _OfAll(FurtherDraws):
     def __call__(self, size: int, seed: int) -> dict[str, Tensor]:
         """So many draws of the latent sites, as many from each ensemble."""
         part_ways()
-        each = gathered(self.own(-(-size // ranks()[1]), seed_of_rank(seed)))
+        own = self.own(-(-size // ranks()[1]), seed_of_rank(seed))
+        each = gathered({n: v.cpu() for n, v in own.items()})
+        _meet()
         return {n: torch.cat([v[n] for v in each])[:size] for n in each[0]}
 
     def extend(self, draws: int) -> Continuation:
@@ -83,10 +85,15 @@ class _OfAll(FurtherDraws):
         part_ways()
         own = self.own.extend(draws)
         values, stats = zip(*gathered((own.draws, own.stats)), strict=True)
-        pyro.set_rng_seed(from_first(lambda: int(torch.randint(2**31, ()))))
+        _meet()
         return Continuation(
             *_along_chains(list(values), list(stats), self.chains), own.seconds, _OfAll(own.more, self.chains)
         )
+
+
+def _meet() -> None:
+    """Give all processes the same random state."""
+    pyro.set_rng_seed(from_first(lambda: int(torch.randint(2**31, ()))))
 
 
 def _along_chains(
