@@ -202,6 +202,21 @@ class StopGradient(Messenger):
             msg["value"] = msg["value"].detach()
 
 
+class OwnSites(Messenger):
+    """Hides the model's observed sites from handlers around a ``GuideMessenger``, and keeps the priors of the others.
+
+    Replaying takes all that is inferred of a site from its trace, and with it the prior that the guide left there.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["stop"] = msg["is_observed"]
+        self.prior = msg["infer"].get("prior")
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.prior is not None:
+            msg["infer"] = {**msg["infer"], "prior": self.prior}
+
+
 class DrawMissing(Messenger):
     """Gives missing entries a density where they are not missing.
 
