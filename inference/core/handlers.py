@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -172,6 +173,13 @@ def random_state() -> dict[str, Any]:
     """
     state = pyro.util.get_rng_state()
     return {**state, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else state
+
+
+def equal_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states of :func:`random_state` are equal: no random number was drawn between them."""
+    flat = ([s["torch"], *s.get("cuda", ()), *s["numpy"], *s["random"]] for s in (one, other))
+    first, second = map(list, flat)
+    return len(first) == len(second) and all(map(np.array_equal, first, second))
 
 
 def set_random_state(state: dict[str, Any]) -> None:
