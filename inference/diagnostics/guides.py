@@ -112,8 +112,9 @@ def _is_point(bound: BoundPair) -> bool:
 def _outside(name: str, fraction: float) -> str:
     return (
         f"{100 * fraction:.2g} % of the guide's draws of {name} have density zero: its support moves with other sites, "
-        "and the guide keeps that of one draw; use sample(), or write the site by one of fixed support "
-        "(x = a * u in place of x ~ Uniform(0, a))."
+        "and the guide keeps that of one draw, or it is that of a transformed distribution, which torch takes for the "
+        "real line; use sample(), or write the site by one of fixed support (x = a * u in place of x ~ Uniform(0, a), "
+        "x = a + u in place of a shifted distribution)."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
 from inference.compiler.potential import BatchedPotential
-from inference.compiler.supports import MovingSupports, follow_supports
+from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
 from inference.core.checks import check_chance, check_count, check_positive
 from inference.core.contracts import BatchedKernel
 from inference.core.handlers import first_valid, random_state, set_random_state
@@ -399,7 +399,7 @@ class Hamiltonian(BatchedKernel):
             return {n: v[0] for n, v in self._initial.items()}
         held = {n: v[0] for n, v in self._given.items()}
         model = poutine.condition(self.model, data=held) if held else self.model
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), images_as_supports():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
             start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)
