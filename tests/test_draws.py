@@ -540,3 +540,35 @@ def test_what_draws_nothing_runs_but_a_few_times_for_a_point_estimate() -> None:
     odds = scoring.latent_functions(bound, {"p": torch.full((1000,), 0.75)})["odds"]
     assert odds.shape == (1000,) and odds.eq(3).all()
     assert len(runs) < 10
+
+
+ONE_STATE = {
+    "categorical": (dist.Categorical(torch.ones(1)), 0.0),
+    "one-hot": (dist.OneHotCategorical(torch.ones(1)), 1.0),
+    "no trials": (dist.Binomial(0, torch.tensor(0.5)), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_STATE)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside two states"])
+@pytest.mark.filterwarnings("ignore:Categorical does not support")
+def test_a_site_of_one_state_keeps_its_value_in_each_row(kind: str, beside: bool) -> None:
+    """The state of the other site has the posterior of Bayes' rule: log odds 2 y - 2 of N(2, 1) against N(0, 1)."""
+    fn, state = ONE_STATE[kind]
+    y = torch.tensor([0.0, 1.0, 2.0])
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", fn)
+            where = mu[z.long() if kind == "categorical" else torch.zeros(1).long()]
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5))) if beside else torch.zeros(())
+            pyro.deterministic("where", where.expand(len(y)), event_dim=0)
+            pyro.sample("y", dist.Normal(where + 2 * k, 1.0), obs=y)
+
+    with isolated(0):
+        found = scoring.latent_functions(bind(model, y), {"mu": torch.zeros(2000, 1)})
+    assert found["z"].shape[:2] == (2000, 3) and found["z"].eq(state).all()
+    assert found["where"].shape == (2000, 3) and found["where"].eq(0).all()
+    if beside:
+        torch.testing.assert_close(found["k"].mean(0), (2 * y - 2).sigmoid(), rtol=0, atol=0.06)

@@ -112,11 +112,20 @@ def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     wanted = {n: s for n, s in bound.sites.items() if s.role == "deterministic" or n in free}
 
     def drawn(function: Any, dim: int) -> Any:
-        return infer_discrete(config_enumerate(function), first_available_dim=dim)
+        chosen = poutine.infer_config(config_enumerate(function), _drawn_where_certain)
+        # Pyro warns where all finite sites have one state.
+        return infer_discrete(chosen, first_available_dim=dim, strict_enumeration_warning=False)
 
     if not wanted:
         return {}
     return run(bound, bound.model, draws, None, lambda trace: values_of(trace, wanted), wrap=drawn if free else None)
+
+
+def _drawn_where_certain(site: Any) -> dict[str, Any]:
+    """Settings by which a site with one state is drawn: ``infer_discrete`` returns enumerated ones in another shape."""
+    if not site["infer"].get("enumerate"):
+        return {}
+    return {"enumerate": None} if len(site["fn"].enumerate_support(expand=False)) == 1 else {}
 
 
 @torch.no_grad()
