@@ -21,7 +21,7 @@ from inference.core.lazy import azb, azs, pd, xr
 from inference.diagnostics.advice import advise_guide, advise_latents
 from inference.diagnostics.chains import advise_chains, advise_ensembles, disagreeing
 from inference.diagnostics.guides import PARETO_K, GuideCheck
-from inference.diagnostics.losses import still_falling
+from inference.diagnostics.losses import diverged, still_falling
 from inference.diagnostics.quantities import names_of, parts_of, quantities_of
 from inference.diagnostics.weights import weigh
 
@@ -108,14 +108,15 @@ def diagnose(
             ``arviz_base.convert_to_datatree`` takes is converted.
         pareto_k: Pareto k of the guide, as returned by :func:`pareto_k`, or its whole judgement; None for chains.
         latent_kl: KL divergence by dimension, as returned by ``predict.latent_kl``; None for chains.
-        losses: Loss of each step of the fit. A guide is not judged by a large Pareto k where they still fall.
+        losses: Loss of each step of the fit. A guide is not judged by a large Pareto k where they still fall, or rise;
+            and not at all where the fit ended early, as ``idata.attrs["ended"]`` says.
         unjudged: What could not be judged, each with the reason.
     """
     idata = azb.convert_to_datatree(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
         check = pareto_k if isinstance(pareto_k, GuideCheck) else GuideCheck(pareto_k)
-        unfinished = () if losses is None or _usable(check) else still_falling(losses)
+        unfinished = () if losses is None or _usable(check) else diverged(losses) or still_falling(losses)
         return _diagnose_guide(idata, check, latent_kl, unfinished, tuple(unjudged))
     posterior = quantities_of(idata)
     ensembles = int(idata["posterior"].attrs.get("processes", 1))
@@ -139,7 +140,7 @@ def _diagnose_guide(
     unfinished: tuple[str, ...],
     unjudged: tuple[str, ...],
 ) -> Diagnosis:
-    whole = quantities_of(idata)
+    whole, ended = quantities_of(idata), bool(idata.attrs.get("ended"))
     sizes = {str(n): int(np.prod(whole[n].shape[2:])) for n in whole.data_vars}
     omitted = tuple(n for n, size in sizes.items() if size > MAX_QUANTITIES)
     posterior = whole.drop_vars(omitted)
@@ -152,13 +153,14 @@ def _diagnose_guide(
         advice = (*unfinished, *check.faults, POINT_ESTIMATE)
     else:
         unreliable = check.pareto_k is not None and check.pareto_k > PARETO_K[1]
-        advice = unfinished if unfinished and unreliable else (*unfinished, *advise_guide(check, weighted))
+        over = not ended and not (unfinished and unreliable)
+        advice = (*unfinished, *(advise_guide(check, weighted) if over else check.faults))
     known = None if latent_kl is None or latent_kl.empty else latent_kl
     return Diagnosis(
         table,
         None,
         check.pareto_k,
-        advice if known is None else (*advice, *advise_latents(known)),
+        advice if known is None or ended else (*advice, *advise_latents(known)),
         known,
         unjudged=(*check.unjudged, *unjudged),
         effective=check.effective,

@@ -121,7 +121,7 @@ def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     return run(bound, bound.model, draws, None, lambda trace: values_of(trace, wanted), wrap=drawn if free else None)
 
 
-def _drawn_where_certain(site: Any) -> dict[str, Any]:
+def _drawn_where_certain(site: Any) -> Any:
     """Settings by which a site with one state is drawn: ``infer_discrete`` returns enumerated ones in another shape."""
     if not site["infer"].get("enumerate"):
         return {}
