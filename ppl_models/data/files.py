@@ -68,7 +68,7 @@ ba684f6687803c0aac94df2e352e8a7d18c458bc635088be64ccc0e8fb16dfe4    330459  post
 ec9db3a2e390892473e6172d76386ba9b26c3633a9682532eb34217189dcb0ac       706  posteriordb/mesquite.data.json.zip
 4e1f20dc9ccc45e1b05d0b67ee83b9a2ffdd21c90ca576549571940b5c4369e8    431308  posteriordb/sblri-blr.draws.json.zip
 e975f6641b5e08d65cb1e3519f1d0370939afbc82bfbeb3c1f5a07e5bbd717a7      5984  posteriordb/sblri.data.json.zip
-"""
+"""  # noqa: E501
 
 
 SHA256 = {path: sha256 for sha256, _, path in map(str.split, _TABLE.splitlines())}

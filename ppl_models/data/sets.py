@@ -147,7 +147,8 @@ def load(
     r"""Load a data set by name; download its files where they are missing.
 
     Args:
-        name: One of :func:`names`, a posterior such as ``posteriordb/kidiq-kidscore_momhsiq``, or a CSV file: ``flowers.csv``, with a column of labels ``flowers.csv#species``.
+        name: One of :func:`names`; a posterior, such as ``posteriordb/kidiq-kidscore_momhsiq``; or a CSV file:
+            ``flowers.csv``, with a column of labels ``flowers.csv#species``.
         standardise: Subtract the mean of each column and divide by its standard deviation (that of the
             population), both of the training split alone. A column that is constant there is centred only. The same
             is done to y where it is a number to regress on.
