@@ -5,7 +5,7 @@ vs. Generative Classifiers") find naive Bayes ahead for few training rows m and 
 at m of 10 to 25, if both classes share variances, as in the paper; with variances per class it is hardly ahead. A split
 trains on m rows, which standardise the columns too (a constant pixel is only centred), and tests on 30 %, both
 stratified. Naive Bayes stands at its exact posterior mean; logistic regression at its mode, with the prior w ~ N(0,
-scale^2), by scikit-learn, the fastest for thousands of small fits (C = scale^2; the tests compare it with our pair). Run:
+scale^2), by scikit-learn, the fastest for many small fits (C = scale^2; the tests compare it with our pair). Run:
 python examples/generative_or_discriminative.py --splits 1000
 """
 

@@ -18,32 +18,32 @@ from ppl_models import find, inverse, pictures
 SHAPE, SD = (8, 8), 0.3
 
 
-def views(pair: object, x: Tensor, particles: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def views(pair: object, x: Tensor, particles: int) -> dict[str, tuple[Tensor, Tensor]]:
     """What is seen of rows, as images, and draws (rows, draws, pixels) of what they are."""
     upper = torch.arange(64) < 32
     half, pool = inverse.mask_matrix(upper), inverse.pooling_matrix(SHAPE, 2)
-    noisy = x + SD * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    noisy = x + SD * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     found = {"lower half hidden": (x * upper, half), "squares of 2 x 2": (x @ pool.mT @ pool * 4, pool)}
     drawn = {
-        name: (seen, inverse.restore(pair, x @ matrix.mT, matrix, particles=particles, seed=seed).draws)
+        name: (seen, inverse.restore(pair, x @ matrix.mT, matrix, particles=particles).draws)
         for name, (seen, matrix) in found.items()
     }
-    return drawn | {f"noise of sd {SD}": (noisy, inverse.denoise(pair, noisy, SD, draws=particles, seed=seed))}
+    return drawn | {f"noise of sd {SD}": (noisy, inverse.denoise(pair, noisy, SD, draws=particles))}
 
 
 def main(
-    steps: int = 2000, rows: int = 5, particles: int = 64, seed: int = 0, out: Path = Path("results/inpainting")
+    steps: int = 1000, chain: int = 100, rows: int = 5, particles: int = 16, out: Path = Path("results/inpainting")
 ) -> pd.DataFrame:
     """Train a chain on digits; plot held-out digits, what is seen of them, and draws; print the errors."""
     entry = find("diffusion")
     digits = entry.load()
-    torch.manual_seed(seed)
-    pair = entry.pair(digits)
-    print(entry.fit(pair, digits.train, steps=steps, seed=seed))
+    torch.manual_seed(0)
+    pair = entry.pair(digits, steps=chain)
+    print(entry.fit(pair, digits.train, steps=steps))
     x, errors = digits.test["x"][:rows], []
     figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    for axes, (name, (seen, draws)) in zip(panels, views(pair, x, particles, seed).items(), strict=True):
+    for axes, (name, (seen, draws)) in zip(panels, views(pair, x, particles).items(), strict=True):
         mean = draws.mean(1)
         errors.append((name, *(float((v - x).square().mean().sqrt()) for v in (seen, draws[:, 0], mean))))
         chosen = draws[:, :: max(1, particles // 4)][:, :4]

@@ -65,7 +65,7 @@ def main(rows: int = 60, steps: int = 3000, chains: int = 200, out: Path = Path(
         axes.plot([0, 1], [0, 1], color="0.7")
         axes.plot(exact.flatten(), value.flatten(), ".", alpha=0.4)
         gap = "no bound" if name == "Gibbs" else f"gap {frame.gap[name]:.2f} nats"
-        axes.set(xlabel="exact probability", aspect="equal", xticks=[0, 0.5, 1])
+        axes.set(xlabel="exact probability", aspect="equal")
         axes.set_title(f"{name}:\nerror {frame.error[name]:.3f}, {gap}", fontsize=10)
     figure.suptitle(f"Causes of {rows} rows of a sigmoid belief net, {steps:,} steps or {chains} chains")
     figure.axes[0].set_ylabel("estimated probability")

@@ -50,7 +50,7 @@ def learn(name: str, digits: Dataset, rounds: int, steps: int, batch: int) -> pd
 
 
 def main(
-    rounds: int = 8, steps: int = 400, batch: int = 100, out: Path = Path("results/wake_sleep_or_elbo")
+    rounds: int = 6, steps: int = 400, batch: int = 100, out: Path = Path("results/wake_sleep_or_elbo")
 ) -> pd.DataFrame:
     """Train by each method; print the final scores and plot them against time."""
     digits = load("digits", binarise=True)

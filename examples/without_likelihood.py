@@ -46,7 +46,7 @@ METHODS = {
 }
 
 
-def main(steps: int = 3000, seeds: int = 1, out: Path = Path("results/without_likelihood")) -> pd.DataFrame:
+def main(steps: int = 2000, seeds: int = 1, out: Path = Path("results/without_likelihood")) -> pd.DataFrame:
     """Train each method on each data set and seed; print and save the table, and plot samples of the first seed."""
     rows, figure = [], Figure(figsize=(7.8, 3.3), layout="constrained")
     panels = dict(zip(product(("ring", "grid"), METHODS), figure.subplots(2, len(METHODS)).flat, strict=True))

@@ -32,7 +32,7 @@ def main(steps: int = 3000, seed: int = 0, out: Path = Path("results/without_pai
     torch.manual_seed(seed)
     pair = entry.pair(images)
     print(entry.fit(pair, images.train, steps=steps, seed=seed))
-    rows, figure = [], Figure(figsize=(7.4, 3.9), layout="constrained")
+    rows, figure = [], Figure(figsize=(7.4, 3.5), layout="constrained")
     panels = zip(figure.subplots(1, 2), (("a", "b", 1), ("b", "a", -1)), strict=True)
     for axes, (here, there, quarters) in panels:
         x, back = images.test[here], here == "b"
@@ -41,7 +41,7 @@ def main(steps: int = 3000, seed: int = 0, out: Path = Path("results/without_pai
         error = 100 * float((mapped - truth).square().mean() / truth.var(0).mean())
         distance = two_sample.energy_distance(mapped, images.test[there])
         rows.append((f"{here} to {there}", error, distance.value, distance.error))
-        pictures.show(axes, torch.stack([x[:8], mapped[:8], truth[:8], again[:8]]), SHAPE)
+        pictures.show(axes, torch.stack([x[:6], mapped[:6], truth[:6], again[:6]]), SHAPE)
         axes.set(title=f"{here} to {there}: error {error:.0f} % of variance", yticks=[4.5, 14.5, 24.5, 34.5])
         axes.set_yticklabels([here, "mapped", "true map", "and back"])
     figure.suptitle(f"CycleGAN between digits and turned ones, {steps:,} steps without pairs")

@@ -222,3 +222,56 @@ def test_a_duel_is_drawn_stage_by_stage(tmp_path):
     assert table["steps"].tolist() == 2 * [0, 1, 5, 25]
     assert table["modes"].between(0, 8).all() and table["quality, %"].between(0, 100).all()
     check_image(tmp_path / "duel.png")
+
+
+def test_infogan_matches_codes_and_digits(tmp_path: Path) -> None:
+    table = load("what_codes_mean").main(steps=20, starts=1, out=tmp_path)
+    assert sorted(table.index) == list(table.columns) == list(range(10))
+    assert table.to_numpy().sum() == 540
+    check_image(tmp_path / "what_codes_mean.png")
+
+
+def test_unpaired_maps_are_measured_by_the_true_one(tmp_path: Path) -> None:
+    example = load("without_pairs")
+    images = data.load("turned_digits", unit=True)
+    # Both directions of the true map undo one another, and b looks like turned rows of a.
+    assert torch.allclose(example.turned(example.turned(images.test["a"], 1), -1), images.test["a"], atol=1e-6)
+    gap = inference.two_sample.energy_distance
+    right, wrong = (gap(example.turned(images.test["a"], k), images.test["b"]).value for k in (1, -1))
+    assert right < wrong
+    table = example.main(steps=10, out=tmp_path)
+    assert table["map"].tolist() == ["a to b", "b to a"] and (table["error, % of variance"] > 0).all()
+    check_image(tmp_path / "without_pairs.png")
+
+
+def test_inpainting_keeps_what_is_seen(tmp_path: Path) -> None:
+    example = load("inpainting")
+    table = example.main(steps=20, chain=12, rows=2, particles=4, out=tmp_path)
+    assert len(table) == 3 and np.isfinite(table.iloc[:, 1:].to_numpy()).all()
+    check_image(tmp_path / "inpainting.png")
+
+
+def test_units_share_fewer_bits_if_they_have_to_be_unpredictable(tmp_path: Path) -> None:
+    table = load("unpredictable").main(steps=1000, out=tmp_path).set_index("objective")
+    plain, minimized = table.loc["autoencoder"], table.loc["predictability minimization"]
+    assert minimized["shared bits"] < 0.8 * plain["shared bits"]
+    assert table["squared error"].between(0, 1).all()
+    check_image(tmp_path / "unpredictable.png")
+
+
+def test_simulations_catch_the_narrow_guide(tmp_path: Path) -> None:
+    example = load("can_you_trust_a_guide")
+    tables = example.main(simulations=12, steps=250, out=tmp_path)
+    assert list(tables) == ["mean field", "full covariance", "chains"]
+    weights = {name: table.loc[["w[0]", "w[1]"], "p"].min() for name, table in tables.items()}
+    assert weights["mean field"] < weights["chains"]
+    check_image(tmp_path / "can_you_trust_a_guide.png")
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+def test_a_csv_file_becomes_a_report_of_the_better_model(tmp_path: Path) -> None:
+    table = load("csv_to_report").main(draws=100, out=tmp_path)
+    assert list(table.index) == ["hierarchical", "pooled"]
+    assert "Radon by county" in (tmp_path / "radon.html").read_text()
+    check_image(tmp_path / "csv_to_report.png")
