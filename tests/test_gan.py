@@ -20,12 +20,12 @@ from inference.diagnostics.two_sample import energy_distance
 from inference.objectives import Adversarial, Compiled
 from ppl_models import data
 from ppl_models.ledger.entries import RECIPES
-from ppl_models.ledger.recipes.adversarial import dcgan
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN
 from ppl_models.models.parts.networks import Averaged, LateFusion, conv_decoder, conv_encoder, mlp
 from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
 from ppl_models.zoo import pictures
+from ppl_models.zoo.arguments import dcgan
 from ppl_models.zoo.methods import adversaries
 
 pytestmark = pytest.mark.usefixtures("alone")
