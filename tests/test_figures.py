@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +71,14 @@ def test_the_figures_are_small_and_belong_to_examples() -> None:
     for path in pictures:
         height, width, _ = plt.imread(path).shape
         assert width >= 700 and 0.35 < height / width < 1
+
+
+def test_the_pictures_of_the_readme_are_there_and_small() -> None:
+    paths = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert "docs/static/strip.png" in paths
+    for path in paths:
+        assert (ROOT / path).stat().st_size < 400_000
+    assert (ROOT / "docs/static/strip.png").stat().st_size <= 100_000
 
 
 def test_figures_are_made_once_until_the_script_changes(
