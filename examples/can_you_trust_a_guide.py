@@ -37,7 +37,7 @@ def guided(guide: type, model: object, data: object, **settings: object) -> obje
 
 
 def main(
-    simulations: int = 60, steps: int = 400, out: Path = Path("results/can_you_trust_a_guide")
+    simulations: int = 40, steps: int = 400, out: Path = Path("results/can_you_trust_a_guide")
 ) -> dict[str, pd.DataFrame]:
     """Calibrate the methods; print their verdicts, and plot the coverage of their intervals and the ranks."""
     iris = load("iris", standardise=True, dtype=torch.double)

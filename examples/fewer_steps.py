@@ -41,7 +41,7 @@ def picture(table: pd.DataFrame, digits: torch.Tensor, title: str, path: Path) -
     figure.savefig(path, dpi=150)
 
 
-def main(steps: int = 1000, chain: int = 100, draws: int = 1000, seed: int = 0, out: Path = Path("results")) -> None:
+def main(steps: int = 2000, chain: int = 100, draws: int = 1000, seed: int = 0, out: Path = Path("results")) -> None:
     """Train a diffusion chain on digits, and sample it with different numbers of steps."""
     row = find("diffusion")
     dataset = row.load()
