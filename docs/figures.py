@@ -64,7 +64,7 @@ def shrink(picture: Path, path: Path) -> None:
     if image.width > WIDTH:
         image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
     for colours in (256, 128, 64, 32, 16):
-        small = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        small = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         small.save(written := BytesIO(), format="PNG", optimize=True)
         if written.tell() <= LARGEST:
             write_whole(path, lambda p: p.write_bytes(written.getvalue()))
