@@ -69,7 +69,7 @@ def diffusion(axes: Axes) -> None:
     start = torch.randn(9, 64, generator=random)
     with torch.no_grad():
         passed = torch.stack([pair.unscaled(z) for z in (start, *pair.denoise_steps(start, random))], 1)
-    shown = torch.linspace(0.0, 1.0, 9).sqrt() * (passed.shape[1] - 1)
+    shown = torch.linspace(0.0, 1.0, 9) * (passed.shape[1] - 1)
     pictures.show(axes, passed[:, shown.long()], (8, 8))
     axes.set_title("diffusion")
 
@@ -77,8 +77,10 @@ def diffusion(axes: Axes) -> None:
 def belief_net(axes: Axes) -> None:
     """The tree that a Bayesian network learns over the pixels of digits."""
     digits = load("digits", binarise=True)
-    x, place = digits.train["x"], {name: divmod(k, 8)[::-1] for k, name in enumerate(digits.features)}
-    pair = BayesianNetwork.chow_liu(x, digits.features)
+    # Pixels that hardly ever vary tell nothing of one another.
+    x, kept = digits.train["x"], [k for k, v in enumerate(digits.train["x"].var(0)) if v > 0.01]
+    place = {digits.features[k]: divmod(k, 8)[::-1] for k in kept}
+    pair = BayesianNetwork.chow_liu(x[:, kept], list(place))
     axes.imshow(1 - x.mean(0).reshape(8, 8).numpy(), cmap="gray", vmin=-0.6, vmax=1)
     for child, parents in pair.parents.items():
         for parent in parents:

@@ -33,11 +33,11 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
 
 def guided(guide: type, model: object, data: object, **settings: object) -> object:
     """Fit a guide of Pyro's to the model."""
-    return fit((model, guide(model)), data, learning_rate=0.03, **settings)
+    return fit((model, guide(model)), data, learning_rate=0.05, **settings)
 
 
 def main(
-    simulations: int = 40, steps: int = 400, out: Path = Path("results/can_you_trust_a_guide")
+    simulations: int = 40, steps: int = 1500, out: Path = Path("results/can_you_trust_a_guide")
 ) -> dict[str, pd.DataFrame]:
     """Calibrate the methods; print their verdicts, and plot the coverage of their intervals and the ranks."""
     iris = load("iris", standardise=True, dtype=torch.double)
