@@ -13,6 +13,7 @@ from inference.comparison.judgement import ksd, loo, sensitivity
 from inference.comparison.methods import Method
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
+from inference.compression import Compressed, compress, decompress
 from inference.core.files import stem_of, write_whole
 from inference.core.group import launched
 from inference.core.handlers import exclusive, isolated
@@ -42,6 +43,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "Comparison",
+    "Compressed",
     "Diagnosis",
     "Evidence",
     "Imputation",
@@ -55,6 +57,8 @@ __all__ = [
     "calibrate",
     "classify",
     "compare",
+    "compress",
+    "decompress",
     "diagnose",
     "exclusive",
     "fit",

@@ -58,6 +58,20 @@ def fit(**arguments: Any) -> Any:
 GAPS = torch.tensor([[0.5, NAN], [-0.3, 1.0]])
 
 
+ZEROS = torch.zeros(3, 2)
+
+
+def binary() -> Any:
+    """A Result of an autoregressive pair."""
+    return inference.fit(ppl_models.FVSBN(2), ZEROS, steps=2, draws=2, progress=False)
+
+
+def of_generator() -> Any:
+    """A Result of a pair without a likelihood."""
+    pair = ppl_models.GAN(2, hidden=(3,))
+    return inference.fit(pair, ZEROS, steps=2, objective=objectives.Adversarial(), progress=False)
+
+
 def local() -> Any:
     """A Result with a latent site per row."""
     pair = ppl_models.VAE(2, 1, hidden=(3,), likelihood="gaussian")
@@ -204,6 +218,14 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "seed": SEED,
             "result": (fit(),),
         },
+    ),
+    "compress": (
+        lambda **arguments: inference.compress(**{"result": binary(), "data": ZEROS} | arguments),
+        {"data": ({"y": ZEROS}, {}, "rows", ZEROS[:0]), "result": (fit(), of_generator())},
+    ),
+    "decompress": (
+        lambda **arguments: inference.decompress(**{"result": binary(), "code": b""} | arguments),
+        {"code": (b"", b"ppl1", b"x" * 16, 3, None, "code")},
     ),
     "outlier_score": (
         of_result("outlier_score", data=FEW, rate=0.5),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -86,13 +86,17 @@ class Conditionals(Rowwise):
         """
         filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for d in self.order[k].tolist():
-            logits: Any = self.logits[k]
-            # The log odds of one feature, where they can be computed alone, are much cheaper than those of all.
-            logit = logits.one(filled, d) if hasattr(logits, "one") else logits(filled)[:, d]
+            logit = self.logit(filled, d, k)
             missing = x[:, d].isnan()
             filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
             weight = weight + torch.where(missing, 0.0, logsigmoid((2 * filled[:, d] - 1) * logit))
         return filled, weight
+
+    def logit(self, x: Tensor, d: int, k: int = 0) -> Tensor:
+        """Log odds (N,) of feature d given those of rows (N, D) that precede it in the order of set k."""
+        logits: Any = self.logits[k]
+        # The log odds of one feature, where they can be computed alone, are much cheaper than those of all.
+        return logits.one(x, d) if hasattr(logits, "one") else logits(x)[:, d]
 
 
 class Autoregressive(Visible):
@@ -143,6 +147,21 @@ class Autoregressive(Visible):
             filled, weight = map(torch.cat, zip(*sets, strict=True))
             kept.append(filled[dist.Categorical(logits=weight).sample((draws,))])
         return torch.stack(kept, 1)
+
+    @torch.no_grad()
+    def columnwise(self, rows: int, **_: Any) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before.
+
+        Raises:
+            ValueError: There are several orders: the mean of their densities has no conditionals of one feature.
+        """
+        distribution = self.distribution()
+        if len(self.order) > 1:
+            raise ValueError(f"orders: expected one order to take features in turn, got {len(self.order)}")
+        x = self.origin.new_zeros(rows, self.features)
+        for d in self.order[0].tolist():
+            logit = distribution.logit(x, d)
+            x[:, d] = yield d, torch.stack([torch.zeros_like(logit), logit], -1)
 
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Rows drawn from the model."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,7 +41,7 @@ from ppl_models.models.checks import (
     random_source,
 )
 from ppl_models.models.pair import GuideFactory, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Correlated, Independent, complete
+from ppl_models.models.parts.completion import Components, Correlated, Independent, complete, in_turn
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -360,6 +360,12 @@ class BernoulliMixture(Mixture):
 
     def distributions(self, latents: Mapping[str, Tensor]) -> Components:
         return Independent(dist.Bernoulli, latents["probs"])
+
+    def columnwise(
+        self, rows: int, *, latents: Mapping[str, Tensor], **_: Any
+    ) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before."""
+        return in_turn(rows, latents["weights"].log(), latents["probs"])
 
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
         alpha = self.alpha.to(x) if self.prior else torch.zeros_like(x[0])

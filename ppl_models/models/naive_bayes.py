@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -37,7 +37,7 @@ from ppl_models.models.checks import (
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Independent, complete
+from ppl_models.models.parts.completion import Components, Independent, complete, in_turn
 from ppl_models.models.parts.distributions import (
     Counts,
     LabelledGaussians,
@@ -276,6 +276,15 @@ class BernoulliNaiveBayes(NaiveBayes):
 
     def components(self, latents: Mapping[str, Tensor]) -> Components:
         return Independent(dist.Bernoulli, latents["probs"])
+
+    def columnwise(
+        self, rows: int, *, latents: Mapping[str, Tensor], **_: Any
+    ) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before.
+
+        The labels are summed out.
+        """
+        return in_turn(rows, latents["weights"].log(), latents["probs"])
 
     def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
         return dist.Beta(self.alpha + 1 + total, self.alpha + 1 + rows[:, None] - total)

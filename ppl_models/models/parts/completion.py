@@ -12,7 +12,7 @@ thus count for more, as Bayes' rule has it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pyro.distributions as dist
 import torch
@@ -73,6 +73,31 @@ class Correlated(Components):
         centre = mean[:, ~known] + (gain @ (row[known] - mean[:, known])[..., None])[..., 0]
         rest = covariance[:, ~known][..., ~known] - gain @ across.mT
         return dist.MultivariateNormal(centre[which], scale_tril=torch.linalg.cholesky(rest)[which]).sample()
+
+
+@torch.no_grad()
+def in_turn(rows: int, weights: Tensor, probs: Tensor) -> Generator[tuple[int, Tensor], Tensor, None]:
+    """Binary features of rows one after another: each with its log weights (rows, 2) given those sent before.
+
+    What is known of the component of a row is updated by each feature, so that these are the exact conditionals.
+
+    Args:
+        rows: Number of rows.
+        weights: Log weights of the components (S, K).
+        probs: Probability of a one (S, K, D).
+    """
+    weights, probs = weights.double(), probs.double()
+    if (weights == weights[:1]).all() and (probs == probs[:1]).all():
+        # Draws of a guide that is a point.
+        weights, probs = weights[:1], probs[:1]
+    chances = weights.flatten().softmax(0).repeat(rows, 1)
+    for d, one in enumerate(probs.flatten(0, 1).mT):
+        states = torch.stack([1 - one, one])
+        joint = chances @ states.mT
+        x = yield d, joint.log()
+        seen = x.long()[:, None]
+        chances *= states[seen[:, 0]]
+        chances /= joint.gather(-1, seen)
 
 
 @torch.no_grad()
