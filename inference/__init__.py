@@ -17,6 +17,7 @@ from inference.compression import Compressed, compress, decompress
 from inference.core.files import stem_of, write_whole
 from inference.core.group import launched
 from inference.core.handlers import exclusive, isolated
+from inference.denoising import Denoised, denoise, super_resolve
 from inference.diagnostics import two_sample
 from inference.diagnostics.calibration import Calibration
 from inference.diagnostics.convergence import Diagnosis, diagnose
@@ -44,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "Comparison",
     "Compressed",
+    "Denoised",
     "Diagnosis",
     "Evidence",
     "Imputation",
@@ -59,6 +61,7 @@ __all__ = [
     "compare",
     "compress",
     "decompress",
+    "denoise",
     "diagnose",
     "exclusive",
     "fit",
@@ -81,6 +84,7 @@ __all__ = [
     "sample",
     "sensitivity",
     "stem_of",
+    "super_resolve",
     "two_sample",
     "write_whole",
 ]

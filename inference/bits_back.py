@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.alternation import entries
 from inference.coder import Stack
 from inference.core.bound import BoundPair
 from inference.core.checks import reason_of
@@ -209,13 +210,6 @@ def mass(normal: Any, edges: Tensor) -> Tensor:
     left, right = beyond[:, :-1], beyond[:, 1:]
     above, below = edges[:, :-1] > 0, edges[:, 1:] <= 0
     return torch.where(above, left - right, torch.where(below, right - left, 1 - left - right)).clamp_min(0)
-
-
-def entries(fn: Any) -> Any:
-    """The distribution of the entries of a site: without ``to_event``."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def finite(fn: Any) -> tuple[Tensor, Tensor]:

@@ -227,6 +227,31 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         lambda **arguments: inference.decompress(**{"result": binary(), "code": b""} | arguments),
         {"code": (b"", b"ppl1", b"x" * 16, 3, None, "code")},
     ),
+    "denoise": (
+        lambda **arguments: inference.denoise(**{"result": local(), "data": X[:, :2], "sd": 0.5} | arguments),
+        {
+            "data": ({"y": X}, {}, "rows", X[:0], X * NAN, X[0]),
+            "sd": (*POSITIVE[:-1], None),
+            "draws": (1, *COUNT),
+            "steps": (1, *COUNT),
+            "seed": SEED,
+            "result": (of_generator(),),
+        },
+    ),
+    "denoise, binary": (
+        lambda **arguments: inference.denoise(**{"result": binary(), "data": ZEROS} | arguments),
+        {"flips": (0.0, 1.0, *CHANCE[:-1])},
+    ),
+    "super_resolve": (
+        lambda **arguments: inference.super_resolve(
+            **{"result": local(), "data": X[:, :1], "matrix": torch.ones(1, 2)} | arguments
+        ),
+        {
+            "data": ({"y": X}, {}, "rows", X),
+            "matrix": (None, 3, torch.ones(2), torch.ones(1, 3), torch.ones(1, 2) * NAN),
+            "sd": POSITIVE,
+        },
+    ),
     "outlier_score": (
         of_result("outlier_score", data=FEW, rate=0.5),
         {"data": ({"x": FEW}, FEW[:0]), "rate": (*CHANCE, 0.0, 0.1), "k": COUNT, "seed": SEED},

@@ -85,6 +85,10 @@ class Pair:
             a generator of the columns of as many rows, one after another: it yields the column and the unnormalised
             log probability (rows, states) of each of its states 0, 1, ... given the columns before it, and is sent
             the states (rows,). Their product is p(x | data of the fit). None: not known.
+        restore: From the data by name with what is seen of rows, (rows, M), as the first, the standard deviation ``sd``
+            of Gaussian noise or the probability ``flips`` of a binary entry, a ``matrix`` A where A x is seen, the
+            number of ``draws`` and ``latents`` as above, to the mean and standard deviation of the rows and the Monte
+            Carlo error of the mean, (rows, columns) each; None: not known, and model and guide alternate if they can.
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
         pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
@@ -102,6 +106,7 @@ class Pair:
     log_evidence: Callable[..., Tensor] | None = None
     impute: Callable[..., Tensor] | None = None
     columnwise: Callable[..., Generator[tuple[int, Tensor], Tensor, None]] | None = None
+    restore: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     generate_like: Callable[..., Mapping[str, Tensor]] | None = None
     pictures: Callable[..., Mapping[str, tuple[Tensor, str]]] | None = None
     steps: int | None = None

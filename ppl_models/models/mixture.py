@@ -37,11 +37,12 @@ from ppl_models.models.checks import (
     check_number,
     check_one_of,
     check_positive,
+    check_seen,
     known_or_zero,
     random_source,
 )
 from ppl_models.models.pair import GuideFactory, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Correlated, Independent, complete, in_turn
+from ppl_models.models.parts.completion import Components, Correlated, Independent, View, complete, in_turn, restore
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -123,6 +124,32 @@ class Mixture(Pair):
         check_count("draws", draws)
         self.check(known_or_zero(x), z)
         return complete(x, draws, latents["weights"].log(), self.distributions(latents), z)
+
+    def restore(
+        self,
+        x: Tensor,
+        z: Tensor | None = None,
+        *,
+        latents: Mapping[str, Tensor],
+        sd: float | None = None,
+        flips: float | None = None,
+        matrix: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
+
+        Args:
+            x: What is seen.
+            z: Components (N,), if they are known; else they are summed out.
+            latents: Posterior draws of the parameters by site.
+            sd: Standard deviation of Gaussian noise.
+            flips: Instead of it, the probability with which a binary entry is flipped.
+            matrix: A (M, D), where A x is seen rather than x.
+        """
+        components = self.distributions(latents)
+        check_seen(x, self.features, sd, flips, matrix, binary=components.binary)
+        self.check(None, z)
+        return restore(x, latents["weights"].log(), components, View(sd, flips, matrix), z)
 
     def model(self, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""

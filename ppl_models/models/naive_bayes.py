@@ -34,10 +34,11 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_positive,
+    check_seen,
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Independent, complete, in_turn
+from ppl_models.models.parts.completion import Components, Independent, View, complete, in_turn, restore
 from ppl_models.models.parts.distributions import (
     Counts,
     LabelledGaussians,
@@ -134,7 +135,9 @@ class NaiveBayes(Pair):
 
     def components(self, latents: Mapping[str, Tensor]) -> Components:
         """The features of each class given posterior draws of the parameters by site."""
-        raise ValueError(f"result: expected independent features to impute, got those of {type(self).__name__}")
+        raise ValueError(
+            f"result: expected independent features to impute or denoise, got those of {type(self).__name__}"
+        )
 
     def impute(
         self, x: Tensor, y: Tensor | None = None, *, latents: Mapping[str, Tensor], draws: int = 1, **_: Any
@@ -150,6 +153,32 @@ class NaiveBayes(Pair):
         check_count("draws", draws)
         self.check(known_or_zero(x), y)
         return complete(x, draws, latents["weights"].log(), self.components(latents), y)
+
+    def restore(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        latents: Mapping[str, Tensor],
+        sd: float | None = None,
+        flips: float | None = None,
+        matrix: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
+
+        Args:
+            x: What is seen.
+            y: Labels (N,), if they are known; else they are summed out.
+            latents: Posterior draws of the parameters by site.
+            sd: Standard deviation of Gaussian noise.
+            flips: Instead of it, the probability with which a binary entry is flipped.
+            matrix: A (M, D), where A x is seen rather than x.
+        """
+        components = self.components(latents)
+        check_seen(x, self.features, sd, flips, matrix, binary=components.binary)
+        self.check(None, y)
+        return restore(x, latents["weights"].log(), components, View(sd, flips, matrix), y)
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite matrix (rows, D) and y has labels for its rows."""

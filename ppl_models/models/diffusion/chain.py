@@ -35,10 +35,11 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_one_of,
+    check_seen,
     check_widths,
     known_labels,
 )
-from ppl_models.models.diffusion import sampling
+from ppl_models.models.diffusion import inverse, sampling
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import alpha_bar_of
@@ -312,6 +313,37 @@ class DiffusionChain(Noising):
             known = (y >= 0) & (y <= self.classes) & (y == y.round())
             check_entries("y", y, ~known, f"labels 0 to {self.classes - 1}")
         return y.long()
+
+    def restore(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        sd: float | None = None,
+        flips: float | None = None,
+        matrix: Tensor | None = None,
+        draws: int = 16,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of draws of rows that are seen through noise (N, M), and the mean's error.
+
+        The chain runs down from the step of that noise; with a matrix it is guided (:mod:`.inverse`).
+
+        Args:
+            x: What is seen.
+            y: Labels (N,), with classes.
+            sd: Standard deviation of Gaussian noise.
+            flips: None: it is for binary rows.
+            matrix: A (M, D), where A x is seen rather than x.
+            draws: Number of draws per row.
+        """
+        check_seen(x, self.features, sd, flips, matrix, binary=False)
+        noise, seed = float(sd or 0), int(torch.randint(2**31, ()))
+        if matrix is None:
+            drawn = inverse.denoise(self, x, noise, draws=draws, y=y, seed=seed)
+        else:
+            drawn = inverse.restore(self, x, matrix, noise, particles=draws, y=y, seed=seed).draws
+        return drawn.mean(1), drawn.std(1), drawn.std(1) / draws**0.5
 
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Generated rows, the chain forward and back, and rows by the number of deterministic steps."""
