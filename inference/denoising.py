@@ -158,7 +158,8 @@ def _restore(
             latents = {n: v.to(bound.device) for n, v in result.draws.items()}
             view = {"sd": sd, "flips": flips, "matrix": matrix}
             moments = own(**{**bound.data, name: seen}, **view, latents=latents, draws=draws)
-            return Denoised(*(v.double().cpu() for v in moments))
+            mean, spread, error = (v.double().cpu() for v in moments)
+            return Denoised(mean, spread, error)
         found = alternate(bound, _Noisy(seen, bound.data[name], sd, flips, matrix), name, draws, steps)
     mean, square = found.means.mean(0), found.squares.mean(0)
     error = found.means.std(0) / math.sqrt(draws)

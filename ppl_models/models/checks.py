@@ -156,19 +156,19 @@ def check_seen(
     x: Any, features: int, sd: float | None, flips: float | None, matrix: Tensor | None, *, binary: bool
 ) -> None:
     """Raise ValueError unless x (N, M) is what may be seen of rows through noise: see ``restore`` of the pairs."""
+    if matrix is not None:
+        check_matrix("matrix", matrix, features)
+    check_matrix("x", x, features if matrix is None else len(matrix))
     if (sd is None) == (flips is None):
         raise ValueError(f"sd: expected either it or flips, got {'neither' if sd is None else 'both'}")
-    if flips is not None and not binary:
-        raise ValueError(f"flips: expected a pair of binary rows, got {flips:g} for continuous ones; give sd")
     if matrix is not None and binary:
         raise ValueError(
             f"matrix: expected none for binary rows, whose sums have no closed form, got {len(matrix)} rows"
         )
-    if matrix is not None:
-        check_matrix("matrix", matrix, features)
-    check_matrix("x", x, features if matrix is None else len(matrix))
     if sd is not None:
         check_positive("sd", sd)
-    else:
-        check_fraction("flips", flips)
-        check_binary("x", x)
+        return
+    if not binary:
+        raise ValueError(f"flips: expected a pair of binary rows, got {flips:g} for continuous ones; give sd")
+    check_fraction("flips", flips)
+    check_binary("x", x)
