@@ -16,7 +16,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -192,7 +191,7 @@ class FVSBN(Autoregressive):
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """A linear map to each feature from the preceding ones."""
-        return [partial(linear, weight=self.weight.tril(-1), bias=self.bias)]
+        return [_Masked([self.weight.tril(-1)], [self.bias])]
 
 
 class NADE(Autoregressive):
@@ -217,6 +216,25 @@ class NADE(Autoregressive):
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """Each feature from the hidden layer of the preceding ones."""
         return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """Log odds of all features by layers whose weights are masked, or of one."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(self._below(x), self.weights[-1], self.biases[-1])
+
+    def one(self, x: Tensor, d: int) -> Tensor:
+        return self._below(x) @ self.weights[-1][d] + self.biases[-1][d]
+
+    def _below(self, x: Tensor) -> Tensor:
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = linear(x, weight, bias).relu()
+        return x
 
 
 @dataclass(frozen=True)
@@ -276,15 +294,9 @@ class MADE(Autoregressive):
         """The masked network of each order."""
         weights, biases = list(self.weights), list(self.biases)
         return [
-            partial(_masked, [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
+            _Masked([w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
             for k in range(len(self.order))
         ]
-
-
-def _masked(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:
-    for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = linear(x.relu() if depth else x, weight, bias)
-    return x
 
 
 def _masks(order: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:

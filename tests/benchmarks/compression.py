@@ -73,7 +73,7 @@ if shutil.which("zstd"):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks compression", description=__doc__)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--images", type=int, default=250, help="images per block")
+    parser.add_argument("--images", type=int, default=200, help="images per block")
     options = parser.parse_args(sys.argv[2:])
     data = load("binarized_mnist")
     order = torch.randperm(len(data.test["x"]), generator=torch.Generator().manual_seed(0))
