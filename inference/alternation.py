@@ -24,6 +24,9 @@ from inference.core.handlers import REFUSALS
 from inference.draws import engine
 from inference.draws.rows import LocalLatents, guide_sites, probe
 
+MIXED = 1.05
+"""R-hat above which chains are said to be too short."""
+
 CHAIN_NUMBERS = 50_000_000
 """Numbers of the data of all chains at once."""
 
@@ -69,6 +72,14 @@ class Alternated:
     squares: Tensor
     acceptance: Tensor
     r_hat: float
+
+
+def said_of(what: str, method: str, acceptance: Tensor | None, r_hat: float) -> str:
+    """What was found and how, in words; whether chains were long enough."""
+    if acceptance is None:
+        return f"{what} ({method})"
+    said = f"{what} ({method}, R-hat {r_hat:.2f}, {float(acceptance.mean()):.0%} of proposals accepted)"
+    return f"{said}; the chains are too short: raise steps" if r_hat >= MIXED else said
 
 
 def alternate(bound: BoundPair, view: View, name: str, count: int, steps: int) -> Alternated:

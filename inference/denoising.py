@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.alternation import Given, alternate, entries
+from inference.alternation import Given, alternate, entries, said_of
 from inference.core.bound import BoundPair
 from inference.core.checks import check_chance, check_count, check_positive
 from inference.core.given import by_name, names_in, to_tensor
 from inference.core.halves import accepted_by, halves_of
 from inference.core.handlers import exclusive, isolated
-from inference.imputation import MIXED
 from inference.result import Result
 
 
@@ -47,12 +46,8 @@ class Denoised:
     r_hat: float = math.nan
 
     def __str__(self) -> str:
-        size = f"{len(self.mean)} rows of {self.mean[0].numel()} columns"
-        said = f"{size}, mean sd {float(self.sd.mean()):.3g} ({self.method}"
-        if self.acceptance is None:
-            return said + ")"
-        said += f", R-hat {self.r_hat:.2f}, {float(self.acceptance.mean()):.0%} of proposals accepted)"
-        return f"{said}; the chains are too short: raise steps" if self.r_hat >= MIXED else said
+        what = f"{len(self.mean)} rows of {self.mean[0].numel()} columns, mean sd {float(self.sd.mean()):.3g}"
+        return said_of(what, self.method, self.acceptance, self.r_hat)
 
 
 @exclusive
@@ -151,6 +146,8 @@ def _restore(
     if not result.bound.observes:
         raise ValueError(f"result: expected a model with a likelihood, got {result.bound.name}, which observes nothing")
     bound, seen, name = _bind(result.bound, data, matrix)
+    if flips is not None and not bool(((seen == 0) | (seen == 1)).all()):
+        raise ValueError(f"data: expected zeros and ones with flips, got {float(seen[(seen != 0) & (seen != 1)][0]):g}")
     matrix = None if matrix is None else matrix.to(seen)
     with isolated(seed), result.state():
         own = bound.asked.restore

@@ -23,16 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference.alternation import Given, alternate
+from inference.alternation import Given, alternate, said_of
 from inference.core.bound import BoundPair
 from inference.core.checks import check_count
 from inference.core.given import by_name, names_in, to_tensor
 from inference.core.halves import accepted_by, halves_of
 from inference.core.handlers import exclusive, isolated
 from inference.result import Result
-
-MIXED = 1.05
-"""R-hat above which chains are said to be too short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +68,8 @@ class Imputation:
         return self.sd / math.sqrt(len(self.draws))
 
     def __str__(self) -> str:
-        said = f"{int(self.missing.sum())} of {self.missing.numel()} entries, {len(self.draws)} draws ({self.method}"
-        if self.acceptance is None:
-            return said + ")"
-        said += f", R-hat {self.r_hat:.2f}, {float(self.acceptance.mean()):.0%} of proposals accepted)"
-        return f"{said}; the chains are too short: raise steps" if self.r_hat >= MIXED else said
+        what = f"{int(self.missing.sum())} of {self.missing.numel()} entries, {len(self.draws)} draws"
+        return said_of(what, self.method, self.acceptance, self.r_hat)
 
 
 @exclusive

@@ -242,6 +242,10 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         lambda **arguments: inference.denoise(**{"result": binary(), "data": ZEROS} | arguments),
         {"flips": (0.0, 1.0, *CHANCE[:-1])},
     ),
+    "denoise, grey": (
+        lambda **arguments: inference.denoise(**{"result": binary(), "flips": 0.1} | arguments),
+        {"data": (ZEROS + 0.5,)},
+    ),
     "super_resolve": (
         lambda **arguments: inference.super_resolve(
             **{"result": local(), "data": X[:, :1], "matrix": torch.ones(1, 2)} | arguments

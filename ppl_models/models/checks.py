@@ -150,25 +150,3 @@ def check_labels(name: str, value: Any, length: int, classes: int, *, missing: b
     if value.is_floating_point():
         wrong |= known != known.floor()
     check_entries(name, known, wrong, f"labels 0 to {classes - 1}{', or nan where one is missing' if missing else ''}")
-
-
-def check_seen(
-    x: Any, features: int, sd: float | None, flips: float | None, matrix: Tensor | None, *, binary: bool
-) -> None:
-    """Raise ValueError unless x (N, M) is what may be seen of rows through noise: see ``restore`` of the pairs."""
-    if matrix is not None:
-        check_matrix("matrix", matrix, features)
-    check_matrix("x", x, features if matrix is None else len(matrix))
-    if (sd is None) == (flips is None):
-        raise ValueError(f"sd: expected either it or flips, got {'neither' if sd is None else 'both'}")
-    if matrix is not None and binary:
-        raise ValueError(
-            f"matrix: expected none for binary rows, whose sums have no closed form, got {len(matrix)} rows"
-        )
-    if sd is not None:
-        check_positive("sd", sd)
-        return
-    if not binary:
-        raise ValueError(f"flips: expected a pair of binary rows, got {flips:g} for continuous ones; give sd")
-    check_fraction("flips", flips)
-    check_binary("x", x)

@@ -24,7 +24,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_count, check_matrix, check_seen, known_or_zero
+from ppl_models.models.checks import check_count, check_matrix, known_or_zero
 from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.completion import Correlated, View, complete, restore
@@ -142,20 +142,16 @@ class FactorAnalysis(FactorModel):
         self.check(known_or_zero(x))
         return complete(x, draws, torch.zeros(1, 1, dtype=x.dtype, device=x.device), self._gaussian())
 
-    def restore(
-        self, x: Tensor, *, sd: float | None = None, flips: float | None = None, matrix: Tensor | None = None, **_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def restore(self, x: Tensor, **view: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
 
         Args:
             x: What is seen.
-            sd: Standard deviation of Gaussian noise.
-            flips: None: it is for binary rows.
-            matrix: A (M, D), where A x is seen rather than x.
+            view: ``sd`` and ``matrix`` of a :class:`View`.
         """
-        check_seen(x, self.features, sd, flips, matrix, binary=False)
-        even = torch.zeros(1, 1, dtype=x.dtype, device=x.device)
-        return restore(x, even, self._gaussian(), View(sd, flips, matrix))
+        seen = View.of(view)
+        check_matrix("x", x, self.features if seen.matrix is None else len(seen.matrix))
+        return restore(x, torch.zeros(1, 1, dtype=x.dtype, device=x.device), self._gaussian(), seen)
 
     def _gaussian(self) -> Correlated:
         r"""p(x), as the only component."""

@@ -37,7 +37,6 @@ from ppl_models.models.checks import (
     check_number,
     check_one_of,
     check_positive,
-    check_seen,
     known_or_zero,
     random_source,
 )
@@ -126,15 +125,7 @@ class Mixture(Pair):
         return complete(x, draws, latents["weights"].log(), self.distributions(latents), z)
 
     def restore(
-        self,
-        x: Tensor,
-        z: Tensor | None = None,
-        *,
-        latents: Mapping[str, Tensor],
-        sd: float | None = None,
-        flips: float | None = None,
-        matrix: Tensor | None = None,
-        **_: Any,
+        self, x: Tensor, z: Tensor | None = None, *, latents: Mapping[str, Tensor], **view: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
 
@@ -142,14 +133,10 @@ class Mixture(Pair):
             x: What is seen.
             z: Components (N,), if they are known; else they are summed out.
             latents: Posterior draws of the parameters by site.
-            sd: Standard deviation of Gaussian noise.
-            flips: Instead of it, the probability with which a binary entry is flipped.
-            matrix: A (M, D), where A x is seen rather than x.
+            view: ``sd``, ``flips`` and ``matrix`` of a :class:`View`.
         """
-        components = self.distributions(latents)
-        check_seen(x, self.features, sd, flips, matrix, binary=components.binary)
         self.check(None, z)
-        return restore(x, latents["weights"].log(), components, View(sd, flips, matrix), z)
+        return restore(x, latents["weights"].log(), self.distributions(latents), View.of(view), z)
 
     def model(self, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""

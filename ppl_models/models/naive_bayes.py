@@ -34,7 +34,6 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_positive,
-    check_seen,
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
@@ -155,15 +154,7 @@ class NaiveBayes(Pair):
         return complete(x, draws, latents["weights"].log(), self.components(latents), y)
 
     def restore(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        latents: Mapping[str, Tensor],
-        sd: float | None = None,
-        flips: float | None = None,
-        matrix: Tensor | None = None,
-        **_: Any,
+        self, x: Tensor, y: Tensor | None = None, *, latents: Mapping[str, Tensor], **view: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
 
@@ -171,14 +162,10 @@ class NaiveBayes(Pair):
             x: What is seen.
             y: Labels (N,), if they are known; else they are summed out.
             latents: Posterior draws of the parameters by site.
-            sd: Standard deviation of Gaussian noise.
-            flips: Instead of it, the probability with which a binary entry is flipped.
-            matrix: A (M, D), where A x is seen rather than x.
+            view: ``sd``, ``flips`` and ``matrix`` of a :class:`View`.
         """
-        components = self.components(latents)
-        check_seen(x, self.features, sd, flips, matrix, binary=components.binary)
         self.check(None, y)
-        return restore(x, latents["weights"].log(), components, View(sd, flips, matrix), y)
+        return restore(x, latents["weights"].log(), self.components(latents), View.of(view), y)
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite matrix (rows, D) and y has labels for its rows."""

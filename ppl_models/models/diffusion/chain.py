@@ -35,7 +35,6 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_one_of,
-    check_seen,
     check_widths,
     known_labels,
 )
@@ -45,6 +44,7 @@ from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import alpha_bar_of
 from ppl_models.models.pair import as_matrix
 from ppl_models.models.parts import grids
+from ppl_models.models.parts.completion import View
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
@@ -315,34 +315,25 @@ class DiffusionChain(Noising):
         return y.long()
 
     def restore(
-        self,
-        x: Tensor,
-        y: Tensor | None = None,
-        *,
-        sd: float | None = None,
-        flips: float | None = None,
-        matrix: Tensor | None = None,
-        draws: int = 16,
-        **_: Any,
+        self, x: Tensor, y: Tensor | None = None, *, draws: int = 16, **view: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and standard deviation (N, D) of draws of rows that are seen through noise (N, M), and the mean's error.
+        """Mean and standard deviation (N, D) of draws of rows seen through noise (N, M), and the error of the mean.
 
         The chain runs down from the step of that noise; with a matrix it is guided (:mod:`.inverse`).
 
         Args:
             x: What is seen.
             y: Labels (N,), with classes.
-            sd: Standard deviation of Gaussian noise.
-            flips: None: it is for binary rows.
-            matrix: A (M, D), where A x is seen rather than x.
             draws: Number of draws per row.
+            view: ``sd`` and ``matrix`` of a :class:`View`.
         """
-        check_seen(x, self.features, sd, flips, matrix, binary=False)
-        noise, seed = float(sd or 0), int(torch.randint(2**31, ()))
-        if matrix is None:
-            drawn = inverse.denoise(self, x, noise, draws=draws, y=y, seed=seed)
+        seen = View.of(view)
+        check_matrix("x", x, self.features if seen.matrix is None else len(seen.matrix))
+        sd, seed = seen.gaussian(), int(torch.randint(2**31, ()))
+        if seen.matrix is None:
+            drawn = inverse.denoise(self, x, sd, draws=draws, y=y, seed=seed)
         else:
-            drawn = inverse.restore(self, x, matrix, noise, particles=draws, y=y, seed=seed).draws
+            drawn = inverse.restore(self, x, seen.matrix, sd, particles=draws, y=y, seed=seed).draws
         return drawn.mean(1), drawn.std(1), drawn.std(1) / draws**0.5
 
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:

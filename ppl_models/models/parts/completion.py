@@ -12,8 +12,9 @@ thus count for more, as Bayes' rule has it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -34,8 +35,23 @@ class View:
     flips: float | None = None
     matrix: Tensor | None = None
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> View:
+        """The view of the arguments ``sd``, ``flips`` and ``matrix``; others are left out."""
+        return cls(*(arguments.get(n) for n in ("sd", "flips", "matrix")))
+
+    def gaussian(self) -> float:
+        """The standard deviation of the noise of continuous rows."""
+        if self.sd is None:
+            raise ValueError(f"flips: expected a pair of binary rows, got {self.flips} for continuous ones; give sd")
+        return self.sd
+
     def states(self, v: Tensor) -> Tensor:
         """Log density (2, ...) of what is seen of binary entries (...) if they are 0, and if they are 1."""
+        if self.matrix is not None:
+            raise ValueError(
+                f"matrix: expected none for binary rows, whose sums have no closed form, got {len(self.matrix)} rows"
+            )
         zero = torch.zeros_like(v)
         if self.sd is not None:
             return torch.stack([dist.Normal(mean, self.sd).log_prob(v) for mean in (zero, zero + 1)])
@@ -87,7 +103,7 @@ class Independent(Components):
             mean, sd = self.parameters
             if view.matrix is not None:
                 return Correlated(mean, sd.square().diag_embed()).restore(v, view)
-            noise = float(view.sd or 0)
+            noise = view.gaussian()
             precision = sd**-2 + noise**-2
             seen = dist.Normal(mean, (sd**2 + noise**2).sqrt()).log_prob(v).sum(-1)
             return seen, (mean * sd**-2 + v * noise**-2) / precision, 1 / precision
@@ -123,7 +139,7 @@ class Correlated(Components):
         return dist.MultivariateNormal(centre[which], scale_tril=torch.linalg.cholesky(rest)[which]).sample()
 
     def restore(self, v: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        noise, size = float(view.sd or 0), self.mean.shape[-1]
+        noise, size = view.gaussian(), self.mean.shape[-1]
         matrix = torch.eye(size).to(self.mean) if view.matrix is None else view.matrix.to(self.mean)
         across = self.covariance @ matrix.mT
         seen = matrix @ across + noise**2 * torch.eye(len(matrix)).to(self.mean)
