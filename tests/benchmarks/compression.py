@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from inference import Result, compress, decompress, fit
-from ppl_models import FVSBN, MADE, NADE, VAE, BernoulliMixture, load
+from ppl_models import FVSBN, MADE, VAE, BernoulliMixture, load
 from ppl_models.zoo import methods
 
 from .outliers import summary
@@ -41,7 +41,6 @@ def results(x: Tensor) -> Iterator[tuple[str, Result]]:
     yield "Bernoulli mixture, 100", methods.em(mixture, {"x": x[:20_000]}, steps=20, **quiet)
     yield "FVSBN", fit(FVSBN(784), {"x": x}, steps=4000, **minibatches)
     yield "MADE, 500", fit(MADE(784, hidden=(500,)), {"x": x}, steps=4000, **minibatches)
-    yield "NADE, 50", fit(NADE(784, hidden=50), {"x": x}, steps=500, **{**minibatches, "learning_rate": 0.01})
     yield "VAE, 200-200-20", fit(VAE(784, 20), {"x": x}, steps=6000, **minibatches)
 
 

@@ -84,7 +84,9 @@ def measure(data: Any, seed: int) -> list[dict[str, object]]:
             probs = method(*names)(rows, known, test["x"], seed).double()
             score = probs.clamp_min(1e-12).log().gather(1, test["y"][:, None]).mean()
             accuracy = (probs.argmax(-1) == test["y"]).double().mean()
-            records.append({"case": case, "method": name, "accuracy": float(accuracy), "log p(y | x)": float(score)})
+            records.append(
+                {"case": case, "method": name, "accuracy": float(accuracy), "log p(y given x)": float(score)}
+            )
     return records
 
 
