@@ -67,7 +67,7 @@ class Joint(PyroOptim):
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Take one step for the parameters; those that have no gradient rest."""
-        given = list(params)
+        given = list(dict.fromkeys(params))
         fresh = [p for p in given if p not in self._known]
         if fresh:
             self._add(fresh)

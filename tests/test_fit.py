@@ -22,6 +22,7 @@ from torch import Tensor
 from inference import Joint, fit, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
+from inference.core.sites import unconstrained
 from inference.diagnostics.losses import fall, still_falling
 from inference.diagnostics.losses import settled as losses_settled
 from inference.objectives import (
@@ -570,6 +571,40 @@ def test_a_fit_whose_loss_still_falls_is_not_told_to_take_another_guide() -> Non
     assert "richer guide" not in str(result.diagnosis)
     over = quiet((model, guide), Y, steps=1500, learning_rate=0.05)
     assert "The loss" not in str(over.diagnosis)
+
+
+class Ascent(Trace_ELBO):
+    """Steps up the loss: its gradients with the other sign."""
+
+    def loss_and_grads(self, model, guide, *args, **kwargs):
+        with poutine.trace(param_only=True) as capture:
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+        for p in unconstrained(capture.trace).values():
+            p.grad.neg_()
+        return loss
+
+
+@pytest.mark.parametrize("family", [AutoNormal, AutoDelta])
+def test_a_fit_whose_loss_rises_is_not_told_to_take_another_guide(family) -> None:
+    result = quiet((far_away, family(far_away)), None, Ascent, steps=200, learning_rate=0.1, draws=200)
+    assert result.losses[-1] > result.losses[0]
+    assert result.diagnosis.advice[0].startswith("The loss rose, from ")
+    assert "richer guide" not in str(result.diagnosis)
+
+
+def test_a_fit_that_ended_early_is_not_told_to_take_another_guide() -> None:
+    class Breaks(Trace_ELBO):
+        steps = 0
+
+        def loss_and_grads(self, model, guide, *args, **kwargs):
+            self.steps += 1
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+            return loss if self.steps < 3 else float("nan")
+
+    with pytest.warns(UserWarning, match="not finite"):
+        result = quiet((far_away, AutoNormal(far_away)), None, Breaks, steps=50, draws=200, compile=False)
+    assert result.diagnosis.pareto_k > 0.7
+    assert "is not finished" in str(result.diagnosis) and "guide" not in str(result.diagnosis)
 
 
 def test_a_fit_that_ran_away_is_no_point_estimate() -> None:

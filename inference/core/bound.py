@@ -237,12 +237,13 @@ class BoundPair:
             return frozenset(), False, ()
         with isolated(0), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
-        latent = frozenset(s.name for s in sites_of(trace).values() if s.role == "latent")
+        sites = sites_of(trace)
+        latent = frozenset(n for n, s in sites.items() if s.role == "latent")
+        observed = {n for n, s in sites.items() if s.role == "observed"} & set(self.select("observed"))
         nodes: dict[str, Any] = dict(trace.nodes)
         marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes.values())
-        alien = tuple(
-            n for n in sorted(latent - set(self.select("latent"))) if not nodes[n]["infer"].get("is_auxiliary")
-        )
+        extra = observed | (latent - set(self.select("latent")))
+        alien = tuple(n for n in sorted(extra) if not nodes[n]["infer"].get("is_auxiliary"))
         return latent & set(self.sites), marked, alien
 
     @property
@@ -257,7 +258,7 @@ class BoundPair:
 
     @property
     def alien(self) -> tuple[str, ...]:
-        """Latent sites of the guide alone that are not auxiliary."""
+        """Sites of the guide that are no latent sites of the model: not auxiliary ones, or observed in both."""
         return self._guide_structure[2]
 
     @property

@@ -335,8 +335,8 @@ class BatchedKernel(Kernel):
     def check(self) -> None:
         """Raise Untraceable where the chains are where the traced program is none of the model."""
 
-    def fuse(self) -> None:
-        """Compile what is worth it, and run it once, so that the cost is paid here."""
+    def fuse(self, calls: float = 0) -> None:
+        """Compile what is worth it before so many gradients, and run it once, so that the cost is paid here."""
 
     def logging(self) -> OrderedDict[str, str]:
         """What a progress bar shows."""

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -174,6 +175,13 @@ def random_state() -> dict[str, Any]:
     return {**state, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else state
 
 
+def equal_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states of :func:`random_state` are equal: no random number was drawn between them."""
+    flat = ([s["torch"], *s.get("cuda", ()), *s["numpy"], *s["random"]] for s in (one, other))
+    first, second = map(list, flat)
+    return len(first) == len(second) and all(map(np.array_equal, first, second))
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Put the random generators into a state of :func:`random_state`.
 
@@ -200,6 +208,21 @@ class StopGradient(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["value"] = msg["value"].detach()
+
+
+class OwnSites(Messenger):
+    """Hides the model's observed sites from handlers around a ``GuideMessenger``, and keeps the priors of the others.
+
+    Replaying takes all that is inferred of a site from its trace, and with it the prior that the guide left there.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["stop"] = msg["is_observed"]
+        self.prior = msg["infer"].get("prior")
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.prior is not None:
+            msg["infer"] = {**msg["infer"], "prior": self.prior}
 
 
 class DrawMissing(Messenger):

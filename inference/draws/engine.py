@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import REFUSALS, preserved_rng, random_state, set_random_state
+from inference.core.handlers import REFUSALS, equal_states, preserved_rng, random_state, set_random_state
 from inference.draws.mapping import InvalidDraw, mapped
 
 Draws = Mapping[str, Tensor]
@@ -163,12 +163,14 @@ def _run_part(bound: BoundPair, half: Any, one: One, draws: Draws, count: int, w
 
 
 def _one_by_one(one: One, draws: Draws, count: int) -> dict[str, Tensor]:
-    parts = []
+    parts: list[dict[str, Tensor]] = []
     same = bool(draws) and all(bool((v == v[:1]).all()) for v in draws.values())
+    state = random_state() if same else {}
     for k in range(count):
         parts.append(one({n: v[k] for n, v in draws.items()}))
+        # Of a point estimate one draw will do, but where noise is drawn: two results may be equal by chance.
+        same = same and k < 2 and equal_states(state, random_state())
         if same and k == 1 and all(torch.equal(parts[0][n], parts[1][n]) for n in parts[0]):
-            # A point estimate, of which nothing is drawn.
             return {n: v.expand(count, *v.shape) for n, v in parts[0].items()}
     return {n: torch.stack([part[n] for part in parts]) for n in parts[0]}
 

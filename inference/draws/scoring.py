@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 
-from inference.compiler.supports import limits_of
+from inference.compiler.supports import is_image, limits_of, support_of
 from inference.core.bound import BoundPair
 from inference.core.sites import Site
 from inference.draws.engine import Draws, Read, check_draws, contract, enumerated, run, sample_names, trace
@@ -112,11 +112,20 @@ def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     wanted = {n: s for n, s in bound.sites.items() if s.role == "deterministic" or n in free}
 
     def drawn(function: Any, dim: int) -> Any:
-        return infer_discrete(config_enumerate(function), first_available_dim=dim)
+        chosen = poutine.infer_config(config_enumerate(function), _drawn_where_certain)
+        # Pyro warns where all finite sites have one state.
+        return infer_discrete(chosen, first_available_dim=dim, strict_enumeration_warning=False)
 
     if not wanted:
         return {}
     return run(bound, bound.model, draws, None, lambda trace: values_of(trace, wanted), wrap=drawn if free else None)
+
+
+def _drawn_where_certain(site: Any) -> Any:
+    """Settings by which a site with one state is drawn: ``infer_discrete`` returns enumerated ones in another shape."""
+    if not site["infer"].get("enumerate"):
+        return {}
+    return {"enumerate": None} if len(site["fn"].enumerate_support(expand=False)) == 1 else {}
 
 
 @torch.no_grad()
@@ -209,24 +218,25 @@ def outside_supports(bound: BoundPair, draws: Draws) -> dict[str, float]:
     """Fraction of draws of each latent site outside of its support, given the other sites of the same draw.
 
     A guide whose transforms were taken from one draw of the model, as those of Pyro's autoguides are, leaves a support
-    that moves with another latent site.
+    that moves with another latent site; and it takes that of a transformed distribution for all real numbers.
 
     Returns:
-        The sites with a positive fraction; empty where no support moves.
+        The sites with a positive fraction; empty where no support moves, and none is an image.
     """
     names = [n for n, s in bound.select("latent").items() if n in draws and not s.discrete]
 
-    def limits(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    def supports(values: Mapping[str, Tensor]) -> dict[str, Any]:
         nodes = trace(bound, bound.model, values).nodes
-        return {n: list(limits_of(nodes[n]["fn"].support)) for n in names}
+        return {n: support_of(nodes[n]["fn"]) for n in names}
 
     def inside(trace: Any) -> dict[str, Tensor]:
-        return {n: trace.nodes[n]["fn"].support.check(trace.nodes[n]["value"]).all() for n in moving}
+        return {n: support_of(trace.nodes[n]["fn"]).check(trace.nodes[n]["value"]).all() for n in moving}
 
     if not names:
         return {}
-    first, last = (limits({n: v[k] for n, v in draws.items()}) for k in (0, -1))
-    moving = [n for n in names if not all(map(torch.equal, first[n], last[n]))]
+    first, last = (supports({n: v[k] for n, v in draws.items()}) for k in (0, -1))
+    limits = {n: zip(limits_of(first[n]), limits_of(last[n]), strict=True) for n in names}
+    moving = [n for n in names if is_image(first[n]) or not all(torch.equal(*pair) for pair in limits[n])]
     if not moving:
         return {}
     fractions = {n: float((~v).double().mean()) for n, v in run(bound, bound.model, draws, None, inside).items()}

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
+from inference.compiler.supports import support_of
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import exclusive, isolated
@@ -348,7 +349,7 @@ def _check_annealed(rows: LocalLatents, start: str, latents: Draws | None) -> di
         )
     trace = engine.trace(rows.bound, rows.bound.model, {})
     for name in rows.drawn:
-        support = trace.nodes[name]["fn"].support
+        support = support_of(trace.nodes[name]["fn"])
         while isinstance(support, constraints.independent):
             support = support.base_constraint
         if support is not constraints.real:
