@@ -92,7 +92,8 @@ def to_idata(
     ``log_likelihood`` holds what was observed: entries that a mask hides are dropped, and the rest lies along one
     dimension, ``y_observed`` of the site ``y``. Where a latent site has a value for each observation, the group is left
     out, and ``attrs["log_likelihood"]`` says so: the weights of ``arviz_stats.loo`` would be those of that value, and
-    heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)).
+    heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)). Where ``poutine.scale`` weighs rows,
+    the group is without it, and ``attrs["log_likelihood"]`` says that leaving a row out is then another thing.
     """
     left_out = left_out or LeftOut(bound.name)
     size = len(next(iter(posterior.values()))) if posterior else 1
@@ -118,6 +119,11 @@ def to_idata(
             "log_likelihood", lambda: _likelihood(bound, posterior), ({}, {})
         )
         plates |= flat
+        if weighed := groups["log_likelihood"] and scoring.scaled_sites(bound, posterior):
+            notes["log_likelihood"] = (
+                f"without the scale of {', '.join(weighed)}: arviz_stats.loo would leave out a part of a row, or a row "
+                "that counts many times once"
+            )
     datasets: dict[str, xr.Dataset | None] = {}
     for group, sites in groups.items():
         used = plates if group == "log_likelihood" else dims

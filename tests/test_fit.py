@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from inference import Joint, fit, sample
+from inference import Joint, fit, pointwise_log_likelihood, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
 from inference.diagnostics.losses import fall, still_falling
@@ -556,6 +556,29 @@ def test_what_a_model_that_subsamples_its_own_plate_cannot_say_is_left_out() -> 
     with pytest.warns(UserWarning, match="log_likelihood left out"):
         learned = quiet((subsampling, guide), Y, Trace_ELBO(num_particles=5), steps=1500, learning_rate=0.05)
     assert float(learned.params["loc"]) == pytest.approx(MEAN, abs=0.6 * SD)
+
+
+@pytest.mark.filterwarnings("ignore:picking. .* left out")
+def test_a_batch_that_a_model_picks_itself_is_no_log_likelihood_of_rows() -> None:
+    """As a plate that subsamples, written by hand: each run sees other rows, scaled up."""
+
+    def picking(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        rows = torch.randperm(len(y))[:2]
+        with poutine.scale(scale=len(y) / 2), pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    def exact(y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(torch.tensor(MEAN).double(), SD))
+
+    with pytest.warns(UserWarning, match="log_likelihood left out: .* got a part that it draws itself: y"):
+        result = quiet((picking, exact), Y, steps=0)
+    assert "log_likelihood" not in result.idata.children
+    assert "part that it draws itself" in str(result.diagnosis)
+    with pytest.raises(ValueError, match="^model: expected the same data in each run, got a part that it draws"):
+        sample(picking, Y, progress=False)
+    with pytest.raises(ValueError, match="^model: expected the same data in each run, got a part that it draws"):
+        pointwise_log_likelihood(result)
 
 
 def far_away() -> None:
