@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,8 @@ def to_idata(
         left_out: Takes the reason for each group that is left out.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
-    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and the attribute ``site`` has the name of the site.
+    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and a site with the name of a dimension (``draw``,
+    ``chain``) gets a ``_`` at its end; the attribute ``site`` has the name of the site.
     Deterministic sites and posterior draws of summed-out sites are added. A group that cannot be computed is left out
     with a warning, and so are predictive groups of more than ``STORED`` numbers and a log likelihood that would read
     more than ``SCORED``.
@@ -135,6 +136,11 @@ def to_idata(
     if data:
         datasets["observed_data"] = left_out.unless("observed_data", lambda: _observed(bound, data, dims), None)
     kept = {group: dataset for group, dataset in datasets.items() if dataset is not None}
+    if "posterior" in kept:
+        held = {v.attrs.get("site", n) for n, v in kept["posterior"].data_vars.items()}
+        for name in groups["posterior"]:
+            if name not in held:
+                left_out.add(f"{name}: it is in result.draws alone")
     if "posterior" in kept:
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior, and so no such group.
@@ -207,7 +213,27 @@ def dataset_of(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str,
     r"""Values by site (chains * draws, \*shape), chains one after another, with the pair's names along dimensions."""
     arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
     used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
-    return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
+    return _of_sites(bound, arrays, used)
+
+
+def _of_sites(
+    bound: BoundPair, arrays: Mapping[str, np.ndarray], dims: Mapping[str, list[str]], **asked: Any
+) -> xr.Dataset:
+    """A Dataset of sites, none of which is taken for the coordinate of a dimension."""
+    names = variables_of(bound)
+    given = {names.get(n, n): v for n, v in arrays.items()}
+    used = {names.get(n, n): d for n, d in dims.items() if n in arrays}
+    dataset = _to_dataset(given, dims=used, coords=_coords(bound, used), **asked)
+    for site in arrays:
+        if names.get(site, site) != site:
+            dataset[names[site]].attrs["site"] = site
+    return dataset
+
+
+def variables_of(bound: BoundPair) -> dict[str, str]:
+    """Name of each site as a variable: its own, unless a dimension has it."""
+    taken = {"chain", "draw", *(f"{n}_observed" for n in bound.select("observed"))}
+    return allowed_names(bound.sites, taken.union(*(dims_of(bound, n) for n in bound.sites)))
 
 
 def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
@@ -216,7 +242,7 @@ def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
 
 
 def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, list[str]]) -> xr.Dataset:
-    return _to_dataset(data, dims=dims, coords=_coords(bound, dims), sample_dims=[])
+    return _of_sites(bound, data, dims, sample_dims=[])
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
@@ -325,13 +351,13 @@ def dims_of(bound: BoundPair, name: str) -> list[str]:
     if site.role == "deterministic" and len(named) == len(site.shape):
         return named
     event = len(site.shape) - site.batch
-    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
-    plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
+    plates = [p or f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
     own = named[-event:] if event and len(named) >= event else []
     if not own and event == 1 and len(bound.names.columns.get(name, ())) == site.shape[-1]:
         own = [f"{name}_columns"]
     rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
-    return [*plates, *rest]  # type: ignore[list-item]
+    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
+    return [d if d not in ("chain", "draw") else f"{name}_dim_{k}" for k, d in enumerate([*plates, *rest])]
 
 
 def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -353,20 +379,20 @@ def coordinates(bound: BoundPair) -> dict[str, Any]:
     return {**fitting, **bound.asked.coords}
 
 
-def allowed_names(names: Iterable[str]) -> dict[str, str]:
-    """Names as NetCDF takes them, without a ``/``, each once.
+def allowed_names(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Names as NetCDF takes them, without a ``/`` and more than dots, each once and none that is taken.
 
     Example:
-        >>> allowed_names(["a/b", "a_b", "c"])
-        {'a/b': 'a_b_2', 'a_b': 'a_b', 'c': 'c'}
+        >>> allowed_names(["a/b", "a_b", "draw", "."], taken=["draw"])
+        {'a/b': 'a_b_2', 'a_b': 'a_b', 'draw': 'draw_', '.': '_'}
     """
     listed = list(dict.fromkeys(names))
-    found = {n: n for n in listed if "/" not in n}
+    found = {n: n for n in listed if "/" not in n and n.strip(".") and n not in taken}
     for name in listed:
-        if "/" in name:
-            plain = name.replace("/", "_")
+        if name not in found:
+            plain = name.replace("/", "_") if "/" in name else f"{name.strip('.')}_"
             tries = itertools.chain([plain], (f"{plain}_{k}" for k in itertools.count(2)))
-            found[name] = next(c for c in tries if c not in found.values())
+            found[name] = next(c for c in tries if c not in found.values() and c not in taken)
     return {n: found[n] for n in listed}
 
 
@@ -382,5 +408,5 @@ def renamed(datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     for dataset in renamed.values():
         for name, new in changed.items():
             if new in dataset.variables:
-                dataset[new].attrs["site"] = name
+                dataset[new].attrs.setdefault("site", name)
     return renamed
