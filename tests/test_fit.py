@@ -1,13 +1,16 @@
 """fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
 
 import importlib.util
+import math
 import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -17,9 +20,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.optim import Adam, ClippedAdam, PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
 from torch import Tensor
 
-from inference import Joint, fit, pointwise_log_likelihood, sample
+from inference import Joint, fit, ksd, pointwise_log_likelihood, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
 from inference.diagnostics.losses import fall, still_falling
@@ -502,12 +507,39 @@ def test_a_guide_that_leaves_out_or_adds_a_site_is_refused_by_name() -> None:
     quiet((model, draws_an_auxiliary), Y, steps=5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_fit_learns_under_no_grad(compile: bool) -> None:
-    with torch.no_grad():
-        result = quiet((model, guide), Y, steps=600, learning_rate=0.1, compile=compile)
-        assert not torch.is_grad_enabled()
+def test_a_fit_learns_under_no_grad(compile: bool, mode: type) -> None:
+    with mode():
+        result = quiet((model, guide), Y.clone(), steps=600, learning_rate=0.1, compile=compile)
+        assert not torch.is_grad_enabled() and torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
     assert float(result.params["loc"]) == pytest.approx(MEAN, abs=0.5 * SD)
+
+
+class Made(torch.nn.Module):
+    """A pair whose parameter is made with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.model = torch.nn.Parameter(torch.zeros(()).double()), model
+
+    def guide(self, y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("loc", self.loc), 1.0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_chains_and_what_is_asked_of_them_run_under_no_grad(mode: type) -> None:
+    """What was drawn is what is drawn outside of it; a module that was made in it has parameters that cannot learn."""
+    outside = sample(model, Y, chains=8, draws=20, warmup=20, progress=False)
+    with mode():
+        inside = sample(model, Y.clone(), chains=8, draws=20, warmup=20, progress=False)
+        more, judged = inside.extend(10), ksd(inside)
+        made = Made()
+    torch.testing.assert_close(inside.draws, outside.draws, rtol=0, atol=0)
+    assert more.size == 8 * 30 and judged.value == ksd(outside).value
+    if mode is torch.inference_mode:
+        with pytest.raises(ValueError, match="^pair: expected parameters made outside of torch.inference_mode, got l"):
+            quiet(made, Y, steps=5)
 
 
 def test_frozen_parameters_alone_are_nothing_to_fit() -> None:
@@ -517,6 +549,23 @@ def test_frozen_parameters_alone_are_nothing_to_fit() -> None:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="expected parameters that require gradients, got only frozen ones"):
         quiet((model, frozen), Y, steps=5)
+
+
+@pytest.mark.parametrize("rate", [-0.02, 0.0, math.inf])
+@pytest.mark.parametrize(
+    "optimizer", [ClippedAdam, partial(Joint, TorchClippedAdam), Adam], ids=["clipped", "joint", "adam"]
+)
+def test_the_optimizer_has_a_positive_rate(rate: float, optimizer: Callable[[Any], PyroOptim]) -> None:
+    """Pyro's ClippedAdam ascends with a negative one, and any optimizer rests with zero."""
+    for arguments in ({"lr": rate}, lambda name: {"lr": rate}):
+        with pytest.raises(ValueError, match=rf"^(optimizer: expected a positive lr, got {rate:g}|optim_args: .*)$"):
+            quiet((model, guide), Y, steps=5, optimizer=optimizer(arguments), compile=False)
+
+
+def test_a_rate_of_zero_keeps_one_parameter_where_it_is() -> None:
+    rates = ClippedAdam(lambda name: {"lr": 0.0 if name == "loc" else 0.05})
+    params = quiet((model, guide), Y, steps=20, optimizer=rates, compile=False).params
+    assert float(params["loc"]) == 0.0 and float(params["scale"]) != 1.0
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,8 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     accepted, free = accepted_by(model)
     given = by_name(data, accepted)
     named = {k: to_tensor(v, k) for k, v in given.items()}
+    # Nothing can be differentiated that depends on a tensor of torch.inference_mode.
+    named = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in named.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         known = ", ".join(accepted) or "none"
@@ -371,6 +373,9 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     if asked.rowwise:
         check_same_length(named)
     asked.check(**named)
+    made = [n for m in modules_of(pair) for n, p in m.named_parameters() if p.is_inference()]
+    if made:
+        raise ValueError(f"pair: expected parameters made outside of torch.inference_mode, got {', '.join(made)}")
     empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
     if empty:
         raise ValueError(f"{empty[0]}: expected at least one row, got none")

@@ -28,9 +28,9 @@ from ppl_models.models.checks import (
     check_matrix,
     check_positive,
     count_of,
+    random_source,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
-from ppl_models.models.parts.randomness import seeded
 
 
 class Classifier(Pair):
@@ -209,7 +209,7 @@ def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
 
 
 def _importance_moments(
-    density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: float = 30.0
+    density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: int = 30
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a log-concave density, by importance sampling from a t at its mode."""
     mode = torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
@@ -223,22 +223,26 @@ def _importance_moments(
 
     optimiser.step(closure)
     mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
-    with seeded(0):
-        # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
-        rounds = [draws // 4] * 5 + [draws]
-        while rounds:
-            count = rounds.pop(0)
-            scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
-            proposal = dist.MultivariateStudentT(like.new_tensor(freedom), mean, scale)
-            theta = proposal.sample(torch.Size([count]))
-            parts = theta.split(max(1, 2_000_000 // len(like)))
-            weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)
-            mean = weights @ theta
-            covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
-            effective = float(1 / (weights**2).sum())
-            if effective > count / 5:
-                # Close enough: only the last round remains, with all draws.
-                rounds = rounds[-1:] if count < draws else []
+    # Not torch's own random state: a fit in another thread may draw from it.
+    random = random_source(0)
+    # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
+    rounds = [draws // 4] * 5 + [draws]
+    while rounds:
+        count = rounds.pop(0)
+        scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
+        proposal = dist.MultivariateStudentT(like.new_tensor(float(freedom)), mean, scale)
+        # A sum of squares of normals is chi-squared.
+        normal = torch.randn(count, size, generator=random, dtype=like.dtype).to(like.device)
+        chi2 = torch.randn(count, freedom, generator=random, dtype=like.dtype).square().sum(-1).to(like.device)
+        theta = mean + normal @ scale.mT / (chi2 / freedom).sqrt()[:, None]
+        parts = theta.split(max(1, 2_000_000 // len(like)))
+        weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)
+        mean = weights @ theta
+        covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
+        effective = float(1 / (weights**2).sum())
+        if effective > count / 5:
+            # Close enough: only the last round remains, with all draws.
+            rounds = rounds[-1:] if count < draws else []
     if effective < 5000:
         raise ArithmeticError(
             f"importance sampling: {effective:.0f} effective draws of {count}, expected at least 5000"
