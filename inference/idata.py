@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from inference.core.files import Lenient
 from inference.core.halves import parameters_of
 from inference.core.lazy import azb, xr
 from inference.core.sites import Site
-from inference.draws import engine, scoring
+from inference.draws import dependence, engine, scoring
+from inference.draws.dependence import by_plates
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
@@ -100,16 +101,18 @@ def to_idata(
     size = len(next(iter(posterior.values()))) if posterior else 1
     groups, dims = {"posterior": posterior}, {n: dims_of(bound, n) for n in bound.sites}
     plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
-    asked = _affordable(bound, size, left_out)
+    asked, derived = _affordable(bound, size, left_out)
     notes = dict(attrs or {})
-    if "functions" in asked:
-        functions = left_out.unless("deterministic sites", lambda: scoring.latent_functions(bound, posterior), {})
+    if derived:
+        functions = left_out.unless(
+            "deterministic sites", lambda: scoring.latent_functions(bound, posterior, derived), {}
+        )
         groups["posterior"] = {**posterior, **functions}
     if "posterior_predictive" in asked:
         groups["posterior_predictive"] = left_out.unless(
             "posterior_predictive", lambda: _replicates(bound, posterior, size), {}
         )
-    own = of_observations(bound, posterior)
+    own = dependence.of_observations(bound, posterior) if bound.source is None else by_plates(bound, posterior)
     if "log_likelihood" in asked and own:
         notes["log_likelihood"] = (
             f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is given "
@@ -178,35 +181,37 @@ def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
         idata.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
-def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
-    """Groups whose size memory allows; the others are left out with a warning."""
-    observed = bound.select("observed")
-    functions = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
-    replicated, scored, derived = (
-        size * sum(torch.Size(s.shape[:end] if end else s.shape).numel() for s, end in sites)
-        for sites in (
-            [(s, 0) for s in observed.values()],
-            [(s, s.batch) if s.batch else (replace(s, shape=()), 0) for s in observed.values()],
-            [(s, 0) for s in functions],
-        )
-    )
-    asked, refused = set(), []
+def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[set[str], list[str]]:
+    """Groups, and deterministic and summed-out sites, whose size memory allows; the others are left out with a warning.
+
+    Sites are taken from the smallest on: one that is wide costs no other one its place.
+    """
+    observed = bound.select("observed").values()
+    derived = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
+    numbers = {s.name: size * torch.Size(s.shape).numel() for s in (*observed, *derived)}
+    replicated = sum(numbers[s.name] for s in observed)
+    scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed)
+    kept, total, refused = set[str](), 0, []
+    for site in sorted(derived, key=lambda s: numbers[s.name]):
+        total += numbers[site.name]
+        if total <= STORED and replicated <= SCORED:
+            kept.add(site.name)
+    if wide := [s.name for s in derived if s.name not in kept]:
+        refused.append(f"{', '.join(wide)} ({sum(numbers[n] for n in wide):,} numbers)")
+    asked = set()
     for group, count, reads, verb in (
-        ("functions", derived, replicated, ""),
         ("posterior_predictive", replicated, 0, "posterior_predictive(result, data)"),
         ("log_likelihood", scored, replicated, "pointwise_log_likelihood(result, data)"),
     ):
         if count <= STORED and reads <= SCORED:
             asked.add(group)
-        elif verb:
+        else:
             refused.append(f"{group} ({count:,} numbers; ask {verb})")
-        elif functions:
-            refused.append(f"{', '.join(s.name for s in functions)} ({count:,} numbers)")
     if refused:
         said = f"left out {' and '.join(refused)}, for fewer rows or draws"
         left_out.add(said)
         warnings.warn(f"{bound.name}: {said}", stacklevel=5)
-    return asked
+    return asked, [s.name for s in derived if s.name in kept]
 
 
 def dataset_of(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, list[str]], chains: int) -> xr.Dataset:
@@ -248,15 +253,6 @@ def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, lis
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
     observed = bound.select("observed")
     return scoring.draw_sites(bound.generator(), posterior, size, observed) if observed else {}
-
-
-def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
-    """Latent sites with a value for each observation: in all plates of an observed site, which is in one."""
-    observed = [
-        set(s.plates) - {None} for s in bound.select("observed").values() if torch.Size(s.shape[: s.batch]).numel() > 1
-    ]
-    latent = bound.select("latent").items()
-    return [n for n, s in latent if n in posterior and any(o and o <= set(s.plates) for o in observed)]
 
 
 def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:

@@ -171,13 +171,59 @@ def groups_of_rows(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta[torch.arange(12) // 4], 0.3), obs=y)
 
 
+def event(y: Tensor) -> None:
+    """A latent value per observation, and two that all of them share."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(y) + 2).double(), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu + z[:-2] + z[-2:].sum(), 0.5), obs=y)
+
+
+def other_plate(y: Tensor) -> None:
+    with pyro.plate("latents", len(y)):
+        z = pyro.sample("z", dist.Normal(double(0.0), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z.flip(0), 0.5), obs=y)
+
+
+def more_weights_than_rows(y: Tensor) -> None:
+    """All rows depend on each weight."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(20).double(), 1.0).to_event(1))
+    x = torch.linspace(-1, 1, 240).reshape(12, 20).double()
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
 def test_a_latent_value_for_each_observation_leaves_the_log_likelihood_out_with_the_reason() -> None:
     own = fit((effects, AutoNormal(effects)), Y, steps=5, draws=30, progress=False)
     assert "log_likelihood" not in own.idata.children
     assert own.idata.attrs["log_likelihood"].startswith("left out: theta has a value for each observation")
+    for model in (event, other_plate):
+        own = fit((model, AutoNormal(model)), Y, steps=5, draws=30, progress=False)
+        assert own.idata.attrs["log_likelihood"].startswith("left out: z has a value for each observation")
+        with pytest.raises(ValueError, match="^result: expected latent sites outside of the plate of rows, got z; "):
+            inference.loo(own)
+    many = fit((more_weights_than_rows, AutoNormal(more_weights_than_rows)), Y, steps=5, draws=30, progress=False)
+    assert "log_likelihood" in many.idata.children
     shared = fit((groups_of_rows, AutoNormal(groups_of_rows)), Y, steps=5, draws=30, progress=False)
     assert shared.idata.log_likelihood["y"].shape == (1, 30, 12)
     assert "log_likelihood" not in shared.idata.attrs
+
+
+def test_a_wide_deterministic_site_costs_a_small_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idata, "STORED", 1000)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        pyro.deterministic("wide", mu * torch.ones(100).double())
+        pyro.deterministic("small", 2 * mu)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match=r"left out wide \(3,000 numbers\), for fewer"):
+        found = fit((model, AutoNormal(model)), Y, steps=1, draws=30, progress=False).idata.posterior
+    assert set(found.data_vars) == {"mu", "small"}
+    np.testing.assert_array_equal(found["small"], 2 * found["mu"])
 
 
 def test_names_with_a_slash_are_written_and_read_back(tmp_path: Path) -> None:

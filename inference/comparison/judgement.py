@@ -16,6 +16,7 @@ from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import azb, azs, pd, xr
 from inference.core.spacing import spaced
 from inference.diagnostics.stein import Stein, stein
+from inference.draws.dependence import of_observations
 from inference.draws.scoring import log_joint, rowwise, sample_guide, scaled_sites
 from inference.idata import seen_rows
 from inference.result import Result
@@ -86,6 +87,8 @@ def loo(result: Result, draws: int = 2000, *, seed: int = 1) -> Any:
     bound = result.bound
     rows = {p for s in bound.select("observed").values() for p in s.plates if p}
     local = [n for n in result.draws if rows & set(bound.sites[n].plates)]
+    with isolated(seed), result.state():
+        local = local or of_observations(bound, result.draws)
     if local:
         raise ValueError(
             f"result: expected latent sites outside of the plate of rows, got {', '.join(local)}; leaving a row out "

@@ -83,7 +83,7 @@ def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
     observed, free = bound.select("observed"), [s for s in bound.select("latent").values() if s.name not in draws]
     inside, _ = summed_within(bound, draws)
     if outside := [s.name for s in free if s.name not in inside]:
-        functions = latent_functions(bound, draws)
+        functions = latent_functions(bound, draws, outside)
         draws = {**draws, **{n: functions[n] for n in outside}}
     if len(free) > len(outside):
         return {"_and_".join(observed): score(bound, draws, "rows")}
@@ -107,10 +107,11 @@ def summed_within(bound: BoundPair, draws: Collection[str]) -> tuple[list[str], 
 
 
 @torch.no_grad()
-def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
-    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
+def latent_functions(bound: BoundPair, draws: Draws, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior; those of some names."""
     free = [s.name for s in bound.select("latent").values() if s.finite and s.name not in draws]
     wanted = {n: s for n, s in bound.sites.items() if s.role == "deterministic" or n in free}
+    wanted = {n: s for n, s in wanted.items() if names is None or n in names}
 
     def drawn(function: Any, dim: int) -> Any:
         return infer_discrete(config_enumerate(function), first_available_dim=dim)
