@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import math
 from argparse import Namespace
 from collections import OrderedDict
@@ -47,6 +49,9 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "repr": lambda x: "2." in str(x.detach()),
     "deepcopy": lambda x: bool(copy.deepcopy(x.detach()) > 1),
     "dlpack": lambda x: np.from_dlpack(x.detach()) > 1,
+    "to_dlpack": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())) > 1,
+    "a set": lambda x: x.item() in {2.0},
+    "a dictionary": lambda x: {2.0: True}.get(x.item(), False),
     "equal": lambda x: torch.equal(x, torch.tensor(2.0)),
     "allclose": lambda x: torch.allclose(x, torch.tensor(2.0)),
     "nonzero": lambda x: len((x > 1).nonzero()) > 0,
@@ -198,6 +203,35 @@ def test_numbers_from_globals_attributes_and_entries_are_not_frozen(monkeypatch:
     ):
         assert losses_agree(model, slowly(assign)).state == "traced"
         monkeypatch.undo()
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    beta: float = 1.0
+    __hidden: float = 1.0
+
+    def hide(self, value: float) -> None:
+        self.__hidden = value
+
+    def total(self) -> float:
+        return self.beta + self.__hidden
+
+
+def test_numbers_of_functions_slots_and_queues_are_not_frozen() -> None:
+    slotted, queue = Slotted(), collections.deque([1.0])
+
+    def attribute() -> None:
+        scored(drawn(), Y, attribute.beta)
+
+    attribute.beta = 1.0
+    for model, assign in (
+        (attribute, lambda b: setattr(attribute, "beta", b)),
+        (lambda: scored(drawn(), Y, slotted.total()), lambda b: setattr(slotted, "beta", b)),
+        (lambda: scored(drawn(), Y, slotted.total()), slotted.hide),
+        (lambda: scored(drawn(), Y, queue[-1]), lambda b: queue.__setitem__(0, b)),
+        (lambda: scored(drawn(), Y, queue[-1]), queue.append),
+    ):
+        assert losses_agree(model, slowly(assign)).state == "traced"
 
 
 def test_a_number_of_a_closure_is_not_frozen() -> None:
