@@ -24,7 +24,7 @@ from pyro.optim import Adam, ClippedAdam, PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
 from torch import Tensor
 
-from inference import Joint, fit, ksd, pointwise_log_likelihood, sample
+from inference import Joint, fit, ksd, log_evidence, pointwise_log_likelihood, prior_predictive, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
 from inference.diagnostics.losses import fall, still_falling
@@ -628,6 +628,33 @@ def test_a_batch_that_a_model_picks_itself_is_no_log_likelihood_of_rows() -> Non
         sample(picking, Y, progress=False)
     with pytest.raises(ValueError, match="^model: expected the same data in each run, got a part that it draws"):
         pointwise_log_likelihood(result)
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(5, 1), (50_000, 2)])
+def test_draws_and_evidence_take_threads_by_the_size_of_their_work(rows: int, threads: int) -> None:
+    """Where one is chosen, no run of a pass has more; the few looks at the pair, of one draw each, are as they are."""
+    seen: list[int] = []
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if torch._C._functorch.is_functorch_wrapped_tensor(z):
+                seen.append(torch.get_num_threads())
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(y / 2, 0.7))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        log_evidence((model, guide), torch.ones(rows), k=10, progress=False)
+        prior_predictive(model, torch.ones(rows), draws=10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {threads}
 
 
 def far_away() -> None:

@@ -6,10 +6,14 @@ import collections
 import copy
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -486,6 +490,8 @@ def test_a_fit_is_compared_at_its_end() -> None:
 def test_a_cache_that_cannot_be_written_leaves_the_traced_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Torch has made its folder; what is asked of it later is another one.
+    import_module("torch._dynamo")
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("inference.compiler.fuse._PROGRAMS", OrderedDict())
@@ -493,6 +499,27 @@ def test_a_cache_that_cannot_be_written_leaves_the_traced_graph(
     with pytest.warns(UserWarning, match=r"runs traced, but not fused \(.*NotADirectoryError: .*file"):
         result = run(steps=70, compile=True)
     assert result.idata.attrs["execution"] == "traced"
+
+
+def test_a_cache_that_cannot_be_made_is_replaced_before_torch_needs_it(tmp_path: Path) -> None:
+    """In a process of its own: torch makes the folder once, when its compiler is first imported."""
+    (tmp_path / "file").write_text("no folder")
+    work = """
+import os, warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import inference
+import torch
+torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+print(*[str(w.message) for w in said if "TORCHINDUCTOR_CACHE_DIR" in str(w.message)], sep="|")
+print(os.path.isdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    ran = subprocess.run([sys.executable, "-c", work], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    said, there = ran.stdout.splitlines()
+    assert said.startswith("TORCHINDUCTOR_CACHE_DIR: expected a folder that can be made, got ") and there == "True"
+    assert said.count("expected") == 1
 
 
 def scored_rows(y: Tensor) -> None:

@@ -139,6 +139,17 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """Run torch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Run without moving the random state of any device."""
     state = random_state()
