@@ -185,7 +185,7 @@ class Joint(PyroOptim):
             self._valid.append(arguments)
         return arguments
 
-    def _get_optim_args(self, param: Tensor) -> dict[str, Any]:
+    def _get_optim_args(self, param: Any) -> dict[str, Any]:
         return self._arguments(self._name(param))
 
     def _check(self, arguments: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ if _spec is not None and Path(_spec.origin or "").parent != _INFERENCE:
     raise ImportError(f"inference: expected the package in {_INFERENCE}, got {_spec.origin}; rename the latter")
 
 _HOMES = {
-    "ppl_models.data": ("Dataset", "load", "simulate_modes", "simulate_naive_bayes"),
+    "ppl_models.data": ("Dataset", "load", "simulate_modes", "simulate_naive_bayes", "simulate_returns"),
     "ppl_models.ledger": ("RECIPES", "reproduce"),
     "ppl_models.models.autoregressive": ("FVSBN", "MADE", "NADE"),
     "ppl_models.models.bayesian_network": ("BayesianNetwork",),
@@ -28,13 +28,19 @@ _HOMES = {
     "ppl_models.models.diffusion.chain": ("DiffusionChain",),
     "ppl_models.models.factorial_code": ("FactorialCode",),
     "ppl_models.models.gan": ("GAN", "BiGAN", "ConditionalGAN", "InfoGAN"),
+    "ppl_models.models.gaussian_process": ("GaussianProcess",),
+    "ppl_models.models.hierarchical": ("HierarchicalRegression", "NormalMeans"),
+    "ppl_models.models.item_response": ("RaschModel",),
     "ppl_models.models.linear_factors": ("PPCA", "Autoencoder", "FactorAnalysis"),
+    "ppl_models.models.linear_models": ("LinearRegression", "PoissonRegression"),
     "ppl_models.models.markov_chain": ("MarkovChain",),
     "ppl_models.models.mixture": ("BernoulliMixture", "GaussianMixture"),
     "ppl_models.models.naive_bayes": ("BernoulliNaiveBayes", "GaussianNaiveBayes", "MultinomialNaiveBayes"),
     "ppl_models.models.pair": ("Pair",),
     "ppl_models.models.regression": ("LogisticRegression", "NeuralClassifier"),
     "ppl_models.models.sigmoid_belief": ("HelmholtzMachine", "SigmoidBeliefNet"),
+    "ppl_models.models.time_series": ("GARCH", "HiddenMarkovModel"),
+    "ppl_models.models.topics": ("LDA",),
     "ppl_models.models.vae": ("VAE", "ConditionalVAE", "HierarchicalVAE", "SemiSupervisedVAE"),
     "ppl_models.models.vaegan": ("VAEGAN", "AdversarialAutoencoder"),
     "ppl_models.zoo": ("ZOO", "Entry", "find"),

@@ -152,7 +152,39 @@ def predicts_letters(table: Comparison, result: Result, data: Dataset) -> None:
     assert first(table, "lpd") > float(alone) + 1
 
 
+def has_the_moments(table: Comparison, result: Result, data: Dataset) -> None:
+    # The guide is a normal distribution; chains are exact up to their noise.
+    assert first(table, "error_rms") < 0.4
+    assert table.table.loc["ChEES", "error_rms"] < 0.1
+
+
+def follows_topics(table: Comparison, result: Result, data: Dataset) -> None:
+    """Documents of mixed topics are likelier than ones of the words' overall shares, in nats per document."""
+    pair, x = result.bound.pair, data.test["x"]
+    shares = data.train["x"].sum(0) + 1
+    with torch.no_grad():
+        mixture = torch.nn.functional.softplus(pair.encoder((x + 1).log()))
+        chance = (mixture / mixture.sum(-1, keepdim=True)) @ pair.mean_topics()
+    gain = (x * (chance.log() - (shares / shares.sum()).log())).sum(-1)
+    assert float(gain.mean()) > 10
+
+
 FIGURES: dict[str, Check] = {
+    **dict.fromkeys(
+        (
+            "eight_schools",
+            "hierarchical_regression",
+            "linear_regression",
+            "robust_regression",
+            "poisson_regression",
+            "item_response",
+            "hidden_markov",
+            "garch",
+            "gaussian_process",
+        ),
+        has_the_moments,
+    ),
+    "lda": follows_topics,
     "naive_bayes": both(is_the_posterior, classifies_like(naive_bayes.GaussianNB)),
     "bernoulli_naive_bayes": both(is_the_posterior, classifies_like(naive_bayes.BernoulliNB)),
     "multinomial_naive_bayes": both(is_the_posterior, classifies_like(naive_bayes.MultinomialNB)),

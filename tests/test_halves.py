@@ -5,6 +5,7 @@ import pytest
 import torch
 from distributed_work import work
 from laws import Case
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import distributed, multiprocessing
 
@@ -90,7 +91,8 @@ def test_the_objective_as_a_module_has_all_parameters(name: str) -> None:
     pair = case.pair()
     model, guide = pair.halves()
     with isolated(0):
-        model(**case.data)
+        # A model without a plate warns where it observes outside of all handlers.
+        poutine.trace(model)(**case.data)
         if name != "markov_chain":
             guide(**case.data)
         loss = Trace_ELBO()(model, guide)

@@ -5,7 +5,9 @@ The function is exported, loops included, and inductor writes C++ for all of it,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ def write_package(function: Callable[..., Any], example: Any, path: Path, option
     with torch.no_grad():
         exported = torch.export.export(_Flat(function, form), tuple(tensors), strict=False)
         inductor = import_module("torch._inductor")
-        inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+        with _quiet():
+            inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
 class _Flat(nn.Module):
@@ -67,6 +70,18 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tree_leaves(self._function(*tree_unflatten(list(tensors), self._form))))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out inductor's notes on operations, such as a Cholesky factor, that its program leaves to torch."""
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

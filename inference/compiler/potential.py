@@ -330,7 +330,9 @@ def failures_to_nan(graph: GraphModule) -> GraphModule:
 def _by_cholesky_ex(graph: GraphModule, node: Node) -> None:
     """Put a factorisation that tells which matrices have failed in the place of one that raises."""
     aten, call = torch.ops.aten, graph.graph.call_function
-    given = {"upper": bool(node.args[1]) if len(node.args) > 1 else bool(node.kwargs.get("upper", False))}
+    given: dict[str, Any] = {
+        "upper": bool(node.args[1]) if len(node.args) > 1 else bool(node.kwargs.get("upper", False))
+    }
     with graph.graph.inserting_before(node):
         both = call(aten.linalg_cholesky_ex.default, (node.args[0],), given)
         factor, failed = (call(operator.getitem, (both, k)) for k in (0, 1))
@@ -342,13 +344,13 @@ def _by_cholesky_ex(graph: GraphModule, node: Node) -> None:
 def _of_finite(graph: GraphModule, node: Node) -> None:
     """Give a decomposition zeros in place of a matrix that is not finite, and nan for what it makes of them."""
     aten, call = torch.ops.aten, graph.graph.call_function
+    matrix: Any = node.args[0]
     with graph.graph.inserting_before(node):
         # It is zero where the matrix is finite, and nan elsewhere.
-        none = call(aten.mul.Scalar, (node.args[0], 0.0))
+        none = call(aten.mul.Scalar, (matrix, 0.0))
         rows = call(aten.sum.dim_IntList, (none, [-2, -1], True))
         bad = call(aten.ne.Tensor, (rows, rows))
-        clean = call(aten.masked_fill.Scalar, (node.args[0], bad, 0.0))
-    matrix = node.args[0]
+        clean = call(aten.masked_fill.Scalar, (matrix, bad, 0.0))
     node.replace_input_with(matrix, clean)
     for part in [n for n in node.users if n.target is operator.getitem]:
         users, vector = list(part.users), len(part.meta["val"].shape) < len(matrix.meta["val"].shape)

@@ -8,10 +8,12 @@ have the same layout.
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -48,7 +50,25 @@ b78ddcafda5c885795e3c28f48c6003e50308ba6043135fde8d327e89f7dc7d1     50031  text
 6667c5459e22eb544a854bff1443edaaea71735cf1af7b12cc5d986e74af7064    416176  text/20news_w100.mat
 8fd20918904042e5104c4d5d22642f1332b0bc670c55df3a8688a1ea7b2e9e8d    206683  text/SMSSpamCollection.gz
 7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d    477907  text/SMSSpamCollection
-"""
+6de4bfe5263e09b0421b15368da42720b3ddc2559f81b35e178a18ce05e299b9    334970  posteriordb/arma-arma11.draws.json.zip
+354e7d7bb05ee08a3deeac45ce1d92ae11964a696b933ba82a3a0cfe134eb45a      2037  posteriordb/arma.data.json.zip
+6f35a3d930c3f031cbe44fac75ade1207794b535cdff1641c17fa8592d251330    654952  posteriordb/bball_drive_event_0-hmm_drive_0.draws.json.zip
+6bee0a0bb09619784dcaa39ad5c7141626745df03eada28e144d14590f038117      7463  posteriordb/bball_drive_event_0.data.json.zip
+d70aad60517d530938f24d6841db87ce66ac1448e9f8d9a5bb5621edf53a4ced    256146  posteriordb/earnings-earn_height.draws.json.zip
+06a67aa61a99d59aee057486dae51ffad6b4f887e7f8f17733739cf893af312f      3233  posteriordb/earnings.data.json.zip
+df89f5011d9518b06c95a631c258ce03f4818b78deb40ed069cfd1d70074c8bb    246501  posteriordb/gp_pois_regr-gp_regr.draws.json.zip
+9aaaa9d5694b74e2aefa6d0bd2f0a48637fcb4d455a74b33985e58154f285da9       321  posteriordb/gp_pois_regr.data.json.zip
+cd67e28247da25233d79d09df235075c6603735e45c28fdfa76125e515ece3cf    492129  posteriordb/hmm_example-hmm_example.draws.json.zip
+8c346cc7627db1b5614b1eacb81ab9b0926aa63071ba2f3b6d6ec3b492892787      1098  posteriordb/hmm_example.data.json.zip
+1d2124d283c104fb8faeb8c65b68e3fa22e39665accdac95979238587f85314b    657949  posteriordb/hudson_lynx_hare-lotka_volterra.draws.json.zip
+36d116efc116fee9c9e7286df5545cbf11d08171c4f48b84476740464a4e33ec       409  posteriordb/hudson_lynx_hare.data.json.zip
+ba684f6687803c0aac94df2e352e8a7d18c458bc635088be64ccc0e8fb16dfe4    330459  posteriordb/kidiq-kidscore_momhsiq.draws.json.zip
+16d341a99ec8178231eab660d8fda084a44145f6a241daf35276d0192d13b92d      4289  posteriordb/kidiq.data.json.zip
+741ddf71cad063821af0549ac78987f9f1d834848aeb180ce4edd083b02c8d62    668131  posteriordb/mesquite-logmesquite.draws.json.zip
+ec9db3a2e390892473e6172d76386ba9b26c3633a9682532eb34217189dcb0ac       706  posteriordb/mesquite.data.json.zip
+4e1f20dc9ccc45e1b05d0b67ee83b9a2ffdd21c90ca576549571940b5c4369e8    431308  posteriordb/sblri-blr.draws.json.zip
+e975f6641b5e08d65cb1e3519f1d0370939afbc82bfbeb3c1f5a07e5bbd717a7      5984  posteriordb/sblri.data.json.zip
+"""  # noqa: E501
 
 
 SHA256 = {path: sha256 for sha256, _, path in map(str.split, _TABLE.splitlines())}
@@ -56,6 +76,18 @@ SHA256 = {path: sha256 for sha256, _, path in map(str.split, _TABLE.splitlines()
 
 SIZES = {path: int(size) for _, size, path in map(str.split, _TABLE.splitlines())}
 """Size in bytes of each file: a download that is longer is broken off."""
+
+
+POSTERIORS = tuple(p.removesuffix(".draws.json.zip") for p in SHA256 if p.endswith(".draws.json.zip"))
+"""Posteriors of posteriordb, by the path of their files without its ending."""
+
+
+def _with_names_of_upstream(table: dict[str, Any]) -> dict[str, Any]:
+    """Data and draws of posteriordb have the same ending there, and folders of their own."""
+    return table | {p.replace(".data.json", ".json").replace(".draws.json", ".json"): v for p, v in table.items()}
+
+
+SHA256, SIZES = _with_names_of_upstream(SHA256), _with_names_of_upstream(SIZES)
 
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -82,7 +114,18 @@ _SMS = (
 IDX = tuple(f"{f}-ubyte.gz" for f in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"))
 
 
+_POSTERIORDB = f"{_GITHUB}/stan-dev/posteriordb/master/posterior_database"
+
+
 UPSTREAM: dict[str, tuple[str, ...]] = {
+    **{
+        f"{p.partition('-')[0]}.data.json.zip": (f"{_POSTERIORDB}/data/data/{Path(p).name.partition('-')[0]}.json.zip",)
+        for p in POSTERIORS
+    },
+    **{
+        f"{p}.draws.json.zip": (f"{_POSTERIORDB}/reference_posteriors/draws/draws/{Path(p).name}.json.zip",)
+        for p in POSTERIORS
+    },
     **{f"mnist/{file}": (f"{_MNIST}/{file}",) for file in IDX},
     **{f"fashion_mnist/{file}": (f"{_FASHION}/{file}",) for file in IDX},
     "binarized_mnist/binarized_mnist.npz": tuple(f"{_AMAT}_{s}.amat" for s in ("train", "valid", "test")),
@@ -217,6 +260,18 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
     content = read_bytes(path)
     shape = np.frombuffer(content, ">i4", content[3], 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def read_posterior(name: str) -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
+    """Data by name and the chains of reference draws of a posterior of posteriordb, ``posteriordb/DATA-MODEL``."""
+    paths = (obtain(f"{stem}.json.zip")[0] for stem in (f"{name.partition('-')[0]}.data", f"{name}.draws"))
+    stored, chains = (json.loads(_only_file(path)) for path in paths)
+    return stored, chains
+
+
+def _only_file(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(archive.namelist()[0])
 
 
 def read_bytes(path: Path) -> bytes:

@@ -72,8 +72,10 @@ def _is_number(name: str) -> bool:
     return False
 
 
-def columns_of(name: str) -> Columns:
+def columns_of(name: str, numeric: bool = False) -> Columns:
     """The columns of a CSV file, by the name of its data set; labels become codes, in the order of their names.
+
+    With ``numeric`` the column of labels is one of numbers, and stays as it is.
 
     Raises:
         ValueError: The file cannot be read, a feature is no number, a value is missing, there is no such column of
@@ -97,6 +99,9 @@ def columns_of(name: str) -> Columns:
     labels = frame[label]
     if labels.isna().any():
         raise ValueError(f"label: expected a label in every row, got none in {int(labels.isna().sum())} of {label}")
+    if numeric:
+        check_numbers(frame[[label]])
+        return Columns(numbers, labels.to_numpy(float), tuple(map(str, features.columns)), ())
     classes, codes = np.unique(labels.to_numpy(), return_inverse=True)
     few = classes[np.bincount(codes) < 2]
     if len(few) or len(classes) < 2:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppl_models.data import files
+from ppl_models.data import classics, files
 from ppl_models.data.files import Arrays
 from ppl_models.data.frames import columns_of
+from ppl_models.data.simulate import simulate_returns
 
 _MESSAGE = 160
 """Letters of a text message."""
@@ -25,7 +26,8 @@ _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ank
 class Raw(NamedTuple):
     """A data set as it was read: ``x``, still to be divided by ``scale``, and ``y``, both by split.
 
-    A set of two domains has the second in ``b``.
+    A set of two domains has the second in ``b``. Further columns, such as the group of a row or a number to regress on,
+    are in ``columns``, by name and split; a set of one series has no x. ``names`` are those along further dimensions.
     """
 
     x: Arrays
@@ -38,15 +40,19 @@ class Raw(NamedTuple):
     shape: tuple[int, int] | None = None
     levels: int | None = None
     b: Arrays | None = None
+    columns: Mapping[str, Arrays] = {}
+    names: Mapping[str, tuple[str, ...]] = {}
 
 
-def read(name: str) -> Raw:
-    """The data set of a name, as it was read."""
-    return LOADERS[name]() if name in LOADERS else _from_csv(name)
+def read(name: str, numeric: bool = False) -> Raw:
+    """The data set of a name, as it was read; of a CSV file, with numbers in place of labels where that is asked."""
+    return LOADERS[name]() if name in LOADERS else _from_csv(name, numeric)
 
 
-def _from_csv(name: str) -> Raw:
-    columns = columns_of(name)
+def _from_csv(name: str, numeric: bool) -> Raw:
+    columns = columns_of(name, numeric)
+    if columns.y is not None and numeric:
+        return _numbers(columns.x, columns.y, columns.features)
     if columns.y is None:
         x, _ = _split(columns.x, None)
         return Raw(x, {}, columns.features)
@@ -175,6 +181,65 @@ def _characters(texts: dict[str, Any], length: int) -> Raw:
     return Raw(x, {}, places, symbols=(*_ALPHABET, "other", "end"))
 
 
+def _numbers(x: Any, y: Any, features: Sequence[str]) -> Raw:
+    """Features and a number for each row."""
+    from sklearn.model_selection import train_test_split
+
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.3, random_state=0)
+    columns = {"y": {"train": y_train, "test": y_test}}
+    return Raw({"train": x_train, "test": x_test}, {}, tuple(map(str, features)), columns=columns)
+
+
+def _diabetes() -> Raw:
+    import sklearn.datasets
+
+    bunch = sklearn.datasets.load_diabetes(scaled=False)
+    return _numbers(bunch.data, bunch.target.astype(float), bunch.feature_names)
+
+
+def _linnerud() -> Raw:
+    """Chin-ups of twenty men, and their weight, waist and pulse."""
+    import sklearn.datasets
+
+    bunch = sklearn.datasets.load_linnerud()
+    return _numbers(bunch.target, bunch.data[:, 0].astype(float), [n.lower() for n in bunch.target_names])
+
+
+def _rats() -> Raw:
+    """A row for each rat and day; of each rat one of the five days is held out."""
+    weights, days = classics.RATS, np.array(classics.DAYS, float)
+    count, times = weights.shape
+    held = np.arange(count)[:, None] % times == np.arange(times)
+    rat, day = np.broadcast_to(np.arange(count)[:, None], weights.shape), np.broadcast_to(days, weights.shape)
+    at = {"train": ~held, "test": held}
+    columns = {n: {s: v[k] for s, k in at.items()} for n, v in (("group", rat), ("y", weights))}
+    names = {"groups": tuple(f"rat_{k + 1}" for k in range(count))}
+    return Raw({s: day[k][:, None] for s, k in at.items()}, {}, ("day",), columns=columns, names=names)
+
+
+def _eight_schools() -> Raw:
+    y, error = np.array(classics.SCHOOLS).T
+    return Raw({}, {}, (), columns={"y": {"train": y}, "error": {"train": error}})
+
+
+def _lsat() -> Raw:
+    x, _ = _split(classics.answers(), None)
+    return Raw(x, {}, tuple(f"item_{k + 1}" for k in range(5)), threshold=0.5)
+
+
+def _series(name: str) -> Raw:
+    return Raw({}, {}, (), columns={"y": {"train": getattr(classics, name.upper())}})
+
+
+def _nile() -> Raw:
+    years = np.arange(1871, 1871 + len(classics.NILE), dtype=float)[:, None]
+    return _series("nile")._replace(x={"train": years}, features=("year",))
+
+
+def _returns() -> Raw:
+    return Raw({}, {}, (), columns={"y": {"train": simulate_returns().numpy()}})
+
+
 def _codes(texts: Sequence[str], length: int) -> np.ndarray[Any, Any]:
     """Texts as codes of their characters, in lower case, cut or padded to one length with a symbol for the end."""
     code = {c: k for k, c in enumerate(_ALPHABET)}
@@ -201,4 +266,12 @@ LOADERS: dict[str, Callable[[], Raw]] = {
     "sms_spam": _sms_spam,
     "sms_text": _sms_text,
     "descriptions": _descriptions,
+    "diabetes": _diabetes,
+    "linnerud": _linnerud,
+    "eight_schools": _eight_schools,
+    "rats": _rats,
+    "lsat": _lsat,
+    "earthquakes": partial(_series, "earthquakes"),
+    "nile": _nile,
+    "returns": _returns,
 }

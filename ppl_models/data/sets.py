@@ -5,11 +5,19 @@ own is always split the same way (30 % held out, stratified by label, seed 0), s
 can be compared. Texts are split by distinct rows: all copies of a text are on one side. In four other sets
 rows to hold out are also rows to fit, as different plants or documents have the same measurements or words
 (:attr:`Dataset.repeated` counts them): 1 of 45 in ``iris``, 17 of 900 in ``xwindows`` (its own split),
-2056 of 4873 in ``news20_w100`` and 37 of 1650 in ``sms_spam``.
+2056 of 4873 in ``news20_w100`` and 37 of 1650 in ``sms_spam``; and 299 of 300 in ``lsat``, which has 30 patterns of
+answers.
 
 ``breast_cancer``, ``wine``, ``iris`` and ``digits`` are those of scikit-learn;
+``diabetes`` and ``linnerud``, of which y is the number of chin-ups, have a number y in place of labels.
 ``turned_digits`` has two domains without pairs, a, half of the digits, and b, the other half turned by a
-quarter and inverted; ``descriptions`` are the letters of scikit-learn's texts on its data sets. From files:
+quarter and inverted; ``descriptions`` are the letters of scikit-learn's texts on its data sets.
+``posteriordb/NAME`` are the data of a posterior of posteriordb
+(Magnusson et al. 2024) with its reference draws, for the nine names in ``files.POSTERIORS``.
+Of :mod:`ppl_models.data.classics`, printed in papers: ``eight_schools``, ``rats``, ``lsat``, ``earthquakes`` and
+``nile``; ``returns`` are simulated (:func:`~ppl_models.data.simulate.simulate_returns`). Sets of one series, and the
+eight schools, hold nothing out.
+From files:
 
 - ``mnist`` (LeCun et al. 1998) and ``fashion_mnist`` (Xiao et al. 2017), with their own splits;
 - ``binarized_mnist``, the static binarization of Larochelle and Murray (2011), in three splits without
@@ -28,13 +36,15 @@ See :mod:`ppl_models.data.files` for the search path of the files, whose SHA-256
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppl_models.data import files
 from ppl_models.data.files import Arrays
 from ppl_models.data.frames import check_numbers, is_csv, shown
 from ppl_models.data.loaders import LOADERS, Raw, read
@@ -57,6 +67,8 @@ class Dataset:
         symbols: Of a set of texts, the symbol of each code in ``x``.
         shape: Of a set of images, height and width in pixels.
         levels: Of a set of images, the number of values of a pixel.
+        names: Names along further dimensions, such as ``groups``.
+        reference: Of a posterior of posteriordb, reference draws (10, 1000) of its parameters, ten chains.
     """
 
     name: str
@@ -68,13 +80,18 @@ class Dataset:
     symbols: tuple[str, ...] = ()
     shape: tuple[int, int] | None = None
     levels: int | None = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def repeated(self) -> int:
         """Number of rows of ``test``, without their labels, that are also rows of ``train``."""
         columns = [n for n in self.train if n != "y"]
-        known = {column: set(map(bytes, self.train[column].cpu().numpy())) for column in columns}
-        return sum(bytes(row) in known[column] for column in columns for row in self.test[column].cpu().numpy())
+        # Two domains have rows of their own; other columns belong to one row.
+        domains = [[n] for n in columns] if set(columns) == {"a", "b"} else [columns]
+        known = [set(_rows(self.train, names)) for names in domains]
+        found = [_rows(self.test, names) for names in domains]
+        return sum(row in one for one, rows in zip(known, found, strict=True) for row in rows)
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +107,14 @@ class Dataset:
             if (columns := getattr(self, split)) is not None
         }
         return replace(self, **moved)
+
+
+def _rows(split: Mapping[str, Tensor], names: list[str]) -> list[bytes]:
+    """The rows of some columns, each as its bytes."""
+    if not split or not names:
+        return []
+    columns = [split[n].cpu().numpy() for n in names]
+    return [b"".join(value.tobytes() for value in row) for row in zip(*columns, strict=True)]
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -115,21 +140,26 @@ def load(
     binarise: bool = False,
     unit: bool = False,
     labels: int | None = None,
+    target: str = "label",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Dataset:
     r"""Load a data set by name; download its files where they are missing.
 
     Args:
-        name: One of :func:`names`, or a CSV file: ``flowers.csv``, with a column of labels ``flowers.csv#species``.
+        name: One of :func:`names`; a posterior, such as ``posteriordb/kidiq-kidscore_momhsiq``; or a CSV file:
+            ``flowers.csv``, with a column of labels ``flowers.csv#species``.
         standardise: Subtract the mean of each column and divide by its standard deviation (that of the
-            population), both of the training split alone. A column that is constant there is centred only.
+            population), both of the training split alone. A column that is constant there is centred only. The same
+            is done to y where it is a number to regress on.
         binarise: 1 where x is above a threshold, else 0. The threshold is half of the full scale for images
             (0.5; 8 for ``digits``), 0 for counts, and otherwise, for each column, halfway between the
             smallest and the largest value in the training split. Binary sets stay as they are.
         unit: Scale pixels to [0, 1], also those of ``digits``, which are 0 to 16 otherwise.
         labels: Number of training rows that keep their label, the same number per class; y is then floating
             point, nan where hidden. None: all.
+        target: What y is: "label"; "number", which is standardised with x; or "count", which is not. It says so of the
+            column of labels of a CSV file, too.
         dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], except those of ``digits``.
         device: Where the rows are, such as "cuda".
 
@@ -144,6 +174,9 @@ def load(
         >>> wine.train["x"].shape, wine.test["x"].shape, wine.classes
         (torch.Size([124, 13]), torch.Size([54, 13]), ('class_0', 'class_1', 'class_2'))
     """
+    if str(name) in files.POSTERIORS:
+        check_floating(dtype)
+        return _of_posteriordb(name, dtype).to(usable(device))
     if name not in LOADERS and not is_csv(name):
         near = ", ".join(difflib.get_close_matches(str(name), LOADERS, cutoff=0.4)) or "none"
         raise ValueError(f"name: expected one of {', '.join(LOADERS)}, got {name!r} (nearest: {near})")
@@ -154,15 +187,21 @@ def load(
             f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
     check_floating(dtype)
-    raw = read(name)
+    if target not in ("label", "number", "count"):
+        raise ValueError(f"target: expected label, number or count, got {target!r}")
+    raw = read(name, target != "label")
     if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")
-    splits: dict[str, dict[str, Tensor]] = {split: {} for split in raw.x}
-    for column, arrays in ({"x": raw.x} if raw.b is None else {"a": raw.x, "b": raw.b}).items():
+    splits: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
+    domains = {"x": raw.x} if raw.b is None else {"a": raw.x, "b": raw.b}
+    for column, arrays in domains.items() if raw.x else ():
         for split, x in _transformed(raw, arrays, standardise, binarise, unit, dtype).items():
-            splits[split][column] = x
+            splits.setdefault(split, {})[column] = x
     for split, y in raw.y.items():
         splits[split]["y"] = torch.tensor(y, dtype=torch.int64)
+    for column, arrays in raw.columns.items():
+        for split, values in _column(column, arrays, standardise and target != "count", dtype).items():
+            splits[split][column] = values
     if labels is not None:
         if not raw.classes:
             raise ValueError(f"labels: expected a set with labels, got {name}")
@@ -178,7 +217,16 @@ def load(
         raw.symbols,
         raw.shape,
         2 if binarise and raw.shape else raw.levels,
+        raw.names,
     ).to(place)
+
+
+def _of_posteriordb(name: str, dtype: torch.dtype) -> Dataset:
+    """Data of a posterior of posteriordb as they are, and its reference draws."""
+    stored, chains = files.read_posterior(name)
+    train = {n: torch.tensor(v, dtype=dtype) for n, v in stored.items()}
+    reference = {n: torch.tensor([c[n] for c in chains], dtype=torch.float64) for n in chains[0]}
+    return Dataset(name, train, {}, (), (), reference=reference)
 
 
 def prepared_rows(
@@ -250,6 +298,15 @@ def _transformed(
         threshold = (x["train"].amin(0) + x["train"].amax(0)) / 2 if raw.threshold is None else raw.threshold
         x = {split: values > threshold for split, values in x.items()}
     return {split: values.to(dtype) for split, values in x.items()}
+
+
+def _column(name: str, arrays: Arrays, standardise: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A further column: codes as they are, a number y in units of its standard deviation where that is asked for."""
+    if all(v.dtype.kind in "iu" for v in arrays.values()):
+        return {split: torch.tensor(v, dtype=torch.int64) for split, v in arrays.items()}
+    values = {split: torch.tensor(v, dtype=torch.float64) for split, v in arrays.items()}
+    values = _standardised(values) if standardise and name == "y" else values
+    return {split: v.to(dtype) for split, v in values.items()}
 
 
 def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -76,6 +76,22 @@ def simulate_modes(name: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return centres[which] + deviation * torch.randn(rows, 2, generator=random), centres, deviation
 
 
+def simulate_returns(length: int = 400, seed: int = 0) -> Tensor:
+    r"""Returns of a GARCH(1, 1) process (length,), in percent: :math:`y_t \sim N(0.05, v_t)`.
+
+    .. math:: v_1 = 1, \qquad v_t = 0.15 (y_{t-1} - 0.05)^2 + 0.75 v_{t-1} + 0.1
+
+    Raises:
+        ValueError: The length is below 1.
+    """
+    check_count("length", length)
+    variance, drawn = torch.tensor(1.0, dtype=torch.float64), list[Tensor]()
+    for noise in torch.randn(int(length), generator=random_source(seed), dtype=torch.float64):
+        drawn.append(0.05 + variance.sqrt() * noise)
+        variance = 0.15 * (drawn[-1] - 0.05) ** 2 + 0.75 * variance + 0.1
+    return torch.stack(drawn)
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless the value is an integer of at least ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:

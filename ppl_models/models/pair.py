@@ -77,6 +77,8 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
 
     guide: Callable[..., Any]
     rowwise = True
+    by_rows = True
+    """Whether the halves take ``size`` and ``rows``: not where the data are one observation, such as a series."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class Pair(PyroModule, metaclass=_PairType):  # type: ignore[metaclass]
         super().__init_subclass__(**kwargs)
         for half in HALVES:
             if half in cls.__dict__:
-                setattr(cls, half, pyro_method(_with_rows(cls.__dict__[half])))
+                setattr(cls, half, pyro_method(_with_rows(cls.__dict__[half], cls.by_rows)))
 
     @abstractmethod
     def model(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +226,7 @@ def as_matrix(rows: Any) -> Any:
     return rows.reshape(-1, rows.shape[-1]) if isinstance(rows, Tensor) and rows.dim() and rows.numel() else rows
 
 
-def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
+def _with_rows(half: Callable[..., Any], by_rows: bool) -> Callable[..., Any]:
     """Let a half take ``size`` and ``rows`` as well, and drop the arguments that only another half knows."""
     signature = inspect.signature(half)
     own = signature.parameters
@@ -232,7 +234,7 @@ def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(half)
     def call(self: Pair, *args: Any, **named: Any) -> Any:
-        passed = {n: named.pop(n) for n in Minibatch._fields if n in named}
+        passed = {n: named.pop(n) for n in Minibatch._fields if n in named} if by_rows else {}
         minibatch = Minibatch(**passed) if passed else self.minibatch
         if not rest and named.keys() - own.keys():
             unknown = named.keys() - own.keys() - _arguments(self)
@@ -240,7 +242,7 @@ def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
                 raise TypeError(f"{half.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
             named = {n: v for n, v in named.items() if n in own}
         # A half that declares these two itself gets them as arguments.
-        named |= {n: v for n, v in minibatch._asdict().items() if n in own}
+        named |= {n: v for n, v in minibatch._asdict().items() if n in own} if by_rows else {}
         self._minibatches.append(minibatch)
         try:
             return half(self, *args, **named)
@@ -248,7 +250,9 @@ def _with_rows(half: Callable[..., Any]) -> Callable[..., Any]:
             self._minibatches.pop()
 
     extra = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in Minibatch._fields if n not in own
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for n in (Minibatch._fields if by_rows else ())
+        if n not in own
     ]
     parameters = [*(p for p in own.values() if p not in rest), *extra, *rest]
     # Not ``call.__signature__``: functools.wraps would copy it from the bound method, with its ``self``.

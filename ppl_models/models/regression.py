@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -28,9 +28,9 @@ from ppl_models.models.checks import (
     check_matrix,
     check_positive,
     count_of,
-    random_source,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
+from ppl_models.models.parts.weighted import moments_of, weighted_draws
 
 
 class Classifier(Pair):
@@ -137,7 +137,8 @@ class LogisticRegression(Classifier):
             fit = logits.log_softmax(-1).gather(-1, y.long().expand(logits.shape[:-1])[..., None]).sum((-1, -2))
             return fit - (theta**2 / (2 * scales**2)).sum((-1, -2))
 
-        mean, sd = _importance_moments(density, outputs * len(scales), draws, x)
+        start = x.new_zeros(outputs * len(scales))
+        mean, sd = moments_of(*weighted_draws(density, start, draws, block=2_000_000 // len(x)))
         mean, sd = mean.view(outputs, -1), sd.view(outputs, -1)
         take = (lambda v: v[0]) if self.classes == 2 else (lambda v: v)
         return {
@@ -206,45 +207,3 @@ def affine(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
     if weights.dim() > 2:
         weights = weights.squeeze(-3)
     return x @ weights.mT + bias
-
-
-def _importance_moments(
-    density: Callable[[Tensor], Tensor], size: int, draws: int, like: Tensor, freedom: int = 30
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a log-concave density, by importance sampling from a t at its mode."""
-    mode = torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([mode], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = -density(mode)
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    mean, covariance = mode.detach(), torch.linalg.inv(-torch.autograd.functional.hessian(density, mode.detach()))
-    # Not torch's own random state: a fit in another thread may draw from it.
-    random = random_source(0)
-    # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
-    rounds = [draws // 4] * 5 + [draws]
-    while rounds:
-        count = rounds.pop(0)
-        scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
-        proposal = dist.MultivariateStudentT(like.new_tensor(float(freedom)), mean, scale)
-        # A sum of squares of normals is chi-squared.
-        normal = torch.randn(count, size, generator=random, dtype=like.dtype).to(like.device)
-        chi2 = torch.randn(count, freedom, generator=random, dtype=like.dtype).square().sum(-1).to(like.device)
-        theta = mean + normal @ scale.mT / (chi2 / freedom).sqrt()[:, None]
-        parts = theta.split(max(1, 2_000_000 // len(like)))
-        weights = (torch.cat([density(part) for part in parts]) - proposal.log_prob(theta)).softmax(0)
-        mean = weights @ theta
-        covariance = (theta - mean).mT @ ((theta - mean) * weights[:, None])
-        effective = float(1 / (weights**2).sum())
-        if effective > count / 5:
-            # Close enough: only the last round remains, with all draws.
-            rounds = rounds[-1:] if count < draws else []
-    if effective < 5000:
-        raise ArithmeticError(
-            f"importance sampling: {effective:.0f} effective draws of {count}, expected at least 5000"
-        )
-    return mean, covariance.diagonal().sqrt()

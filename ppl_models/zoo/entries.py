@@ -20,16 +20,22 @@ from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.factorial_code import FactorialCode
 from ppl_models.models.gan import GAN, BiGAN, ConditionalGAN, InfoGAN
+from ppl_models.models.gaussian_process import GaussianProcess
+from ppl_models.models.hierarchical import HierarchicalRegression, NormalMeans
+from ppl_models.models.item_response import RaschModel
 from ppl_models.models.linear_factors import PPCA, Autoencoder, FactorAnalysis
+from ppl_models.models.linear_models import LinearRegression, PoissonRegression
 from ppl_models.models.markov_chain import MarkovChain
 from ppl_models.models.mixture import BernoulliMixture, GaussianMixture
 from ppl_models.models.naive_bayes import BernoulliNaiveBayes, GaussianNaiveBayes, MultinomialNaiveBayes
 from ppl_models.models.regression import LogisticRegression, NeuralClassifier
 from ppl_models.models.sigmoid_belief import HelmholtzMachine, SigmoidBeliefNet
+from ppl_models.models.time_series import GARCH, HiddenMarkovModel
+from ppl_models.models.topics import LDA
 from ppl_models.models.vae import VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
 from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
 from ppl_models.zoo.arguments import chain, conditional_gan, cyclegan, gan, infogan, sized
-from ppl_models.zoo.entry import Entry, labelled
+from ppl_models.zoo.entry import Entry, features, labelled
 from ppl_models.zoo.methods import (
     adversarial,
     by_minibatches,
@@ -117,6 +123,18 @@ _CONJUGATE: dict[str, Method] = {"exact": exact, **_SVI}
 _CHAINS: dict[str, Method] = {"ChEES": sample, "NUTS": partial(sample, kernel=NUTS, draws=1000, warmup=500)}
 
 
+_ANALYSIS: dict[str, Any] = {
+    "methods": {"SVI": partial(fit, steps=3000), **_CHAINS},
+    "truth": _moments,
+    "source": "its own importance sampling",
+    "arguments": lambda dataset: {},
+}
+"""Shared by models of Bayesian data analysis."""
+
+
+_NUMBERS: dict[str, Any] = {**_ANALYSIS, "arguments": features, "prepare": {"standardise": True, "target": "number"}}
+
+
 _CLASSIFIERS: dict[str, Any] = {
     "arguments": labelled,
     "methods": {**_CONJUGATE, **_CHAINS},
@@ -182,6 +200,91 @@ ENTRIES = (
             **_CHAINS,
         },
         source="held-out predictions only: it has many modes",
+    ),
+    _of(
+        _ANALYSIS,
+        name="eight_schools",
+        title="Normal means with known errors, partially pooled",
+        make=NormalMeans,
+        data="eight_schools",
+        source="quadrature over tau",
+    ),
+    _of(
+        _ANALYSIS,
+        name="hierarchical_regression",
+        title="Linear regression in groups, all coefficients partially pooled",
+        make=HierarchicalRegression,
+        arguments=lambda dataset: {"features": dataset.features, "groups": dataset.names["groups"]},
+        data="rats",
+        prepare={"standardise": True},
+    ),
+    _of(
+        _NUMBERS,
+        name="linear_regression",
+        title="Linear regression",
+        make=LinearRegression,
+        data="diabetes",
+    ),
+    _of(
+        _NUMBERS,
+        name="robust_regression",
+        title="Linear regression with Student noise",
+        make=LinearRegression,
+        arguments=lambda dataset: {"features": dataset.features, "noise": "student"},
+        data="diabetes",
+    ),
+    _of(
+        _NUMBERS,
+        name="poisson_regression",
+        title="Poisson regression",
+        make=PoissonRegression,
+        data="linnerud",
+        prepare={"standardise": True, "target": "count"},
+    ),
+    _of(
+        _ANALYSIS,
+        name="item_response",
+        title="Rasch model of binary answers",
+        make=RaschModel,
+        arguments=lambda dataset: {"items": dataset.features},
+        data="lsat",
+    ),
+    _of(
+        _ANALYSIS,
+        name="hidden_markov",
+        title="Hidden Markov model of counts, two states",
+        make=HiddenMarkovModel,
+        data="earthquakes",
+        source="its own importance sampling; published likelihood in the tests",
+    ),
+    _of(
+        _ANALYSIS,
+        name="garch",
+        title="GARCH(1, 1) of returns",
+        make=GARCH,
+        data="returns",
+    ),
+    _of(
+        _ANALYSIS,
+        name="gaussian_process",
+        title="Gaussian process regression, hyperparameters sampled",
+        make=GaussianProcess,
+        arguments=features,
+        data="nile",
+        prepare={"standardise": True},
+    ),
+    _of(
+        _IMAGES,
+        name="lda",
+        title="Latent Dirichlet allocation, ten topics, amortized guide",
+        make=LDA,
+        arguments=lambda dataset: {"features": dataset.features, "topics": 10},
+        also=("sms_spam", "news20_w100"),
+        prepare={},
+        methods={"SVI": by_minibatches(learning_rate=0.01, draws=50)},
+        dtype=torch.float64,
+        source="scikit-learn's perplexity in the tests",
+        small={"topics": 3, "hidden": (8,)},
     ),
     Entry(
         name="bayesian_network",

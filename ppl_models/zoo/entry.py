@@ -121,7 +121,7 @@ class Entry:
             dataset.train,
             self.methods if methods is None else methods,
             truth=self.truth,
-            heldout=dataset.test,
+            heldout=dataset.test or None,
             seed=seed,
             seeds=seeds,
             jobs=jobs,

@@ -4,7 +4,8 @@ Suites are svi, chains, growth, start, series and calls.
 
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
-``ranks`` (a fit in two processes against one), ``memory`` (its peak by the number of rows), ``outliers`` and
+``ranks`` (a fit in two processes against one), ``memory`` (its peak by the number of rows), ``checkpoints`` (what they
+cost), ``outliers`` and
 ``imputation`` (beside scikit-learn) stand for themselves.
 """
 
@@ -28,7 +29,7 @@ from .table import SUITES, render
 from .worker import Worker
 
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz-stats")
-ALONE = ("ranks", "memory", "outliers", "imputation")
+ALONE = ("ranks", "memory", "checkpoints", "outliers", "imputation")
 Say = Callable[..., None]
 
 
