@@ -37,6 +37,7 @@ from ppl_models.models.pair import Visible
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.grids import Grid
+from ppl_models.models.parts.randomness import bernoulli
 
 
 class Conditionals(Rowwise):
@@ -63,20 +64,25 @@ class Conditionals(Rowwise):
         # The average of densities: an average of log odds over orders would belong to no density.
         return self._repeat(scores.logsumexp(0) - math.log(len(scores)))
 
-    @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.drawn(sample_shape)
+
+    @torch.no_grad()
+    def drawn(self, sample_shape: Any = (), random: torch.Generator | None = None) -> Tensor:
+        """Samples by a random source on the CPU, or torch's own."""
         shape = torch.Size((*sample_shape, *self.batch_shape))
         rows = max(shape.numel(), 1)
         x = torch.full((rows, *self.event_shape), torch.nan, dtype=self.like.dtype, device=self.like.device)
-        drawn, _ = self.complete(x)
+        drawn, _ = self.complete(x, random=random)
         if len(self.logits) > 1:
             # Every row is drawn in every order and takes one: which rows an order has would steer the program.
-            which = torch.randint(len(self.logits), (rows, 1), device=self.like.device)
+            place = self.like.device if random is None else random.device
+            which = torch.randint(len(self.logits), (rows, 1), device=place, generator=random).to(self.like.device)
             for k in range(1, len(self.logits)):
-                drawn = torch.where(which == k, self.complete(x, k)[0], drawn)
+                drawn = torch.where(which == k, self.complete(x, k, random)[0], drawn)
         return drawn.reshape(*shape, *self.event_shape)
 
-    def complete(self, x: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
+    def complete(self, x: Tensor, k: int = 0, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw the features that are nan, in the order of set k.
 
         Returns:
@@ -87,7 +93,7 @@ class Conditionals(Rowwise):
         for d in self.order[k].tolist():
             logit = self.logit(filled, d, k)
             missing = x[:, d].isnan()
-            filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
+            filled[:, d] = torch.where(missing, bernoulli(logit.sigmoid(), random), x[:, d])
             weight = weight + torch.where(missing, 0.0, logsigmoid((2 * filled[:, d] - 1) * logit))
         return filled, weight
 
@@ -164,7 +170,8 @@ class Autoregressive(Visible):
 
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Rows drawn from the model."""
-        return {"samples": grids.drawn(lambda count: self.distribution().sample((count,)), "drawn from the model")}
+        draw = lambda count, random: self.distribution().drawn((count,), random)  # noqa: E731
+        return {"samples": grids.drawn(draw, "drawn from the model")}
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a binary matrix (rows, D)."""
