@@ -37,9 +37,8 @@ from inference.coder import Stack
 from inference.core.bound import BoundPair
 from inference.core.given import by_name, to_tensor
 from inference.core.halves import accepted_by, halves_of
-from inference.core.handlers import exclusive, isolated
+from inference.core.handlers import exclusive, isolated, threads_set
 from inference.result import Result
-from inference.runners.base import threads_set
 
 TOGETHER = 256
 """Rows whose columns are coded together: part of the format, as other shapes may round otherwise."""
