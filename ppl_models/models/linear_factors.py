@@ -227,7 +227,7 @@ class Autoencoder(FactorModel):
         p(z_n) \propto 1, \qquad x_n \mid z_n \sim \mathrm{N}(g(z_n), I), \qquad
         q(z_n \mid x_n) = \delta(z_n - f(x_n))
 
-    The ELBO is :math:`-\tfrac12 \sum_n \lVert x_n - g(f(x_n)) \rVert^2` plus a constant. The flat prior is a masked
+    The ELBO is :math:`-\frac{1}{2} \sum_n \| x_n - g(f(x_n)) \|^2` plus a constant. The flat prior is a masked
     N(0, I): it adds nothing to the ELBO, and without data z is drawn from N(0, I).
 
     Args:
