@@ -2,7 +2,7 @@
 
 One chain of digits, trained once, answers all three: pixels that are hidden and pixels averaged over squares by twisted
 sequential Monte Carlo (Wu et al. 2023, https://arxiv.org/abs/2306.17775), noise by running the chain down from the step
-that has as much of it. Where the data leave two digits open, the draws show both. Run: python examples/inpainting.py
+that has as much of it. The error is the root mean square of the pixels. Run: python examples/inpainting.py
 """
 
 from pathlib import Path

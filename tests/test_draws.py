@@ -89,7 +89,7 @@ def check(
         same(scoring.log_joint(bound, draws), [summed({n: v[k] for n, v in draws.items()}) for k in range(count)])
     generator = bound.generator()
     with Central():
-        predicted = scoring.scoring.draw_sites(generator, draws, count)
+        predicted = scoring.draw_sites(generator, draws, count)
     traces = draw_by_draw(generator, generator.model, draws, count)
     for name in observed:
         same(predicted[name], [t.nodes[name]["value"].expand(bound.sites[name].shape) for t in traces])
@@ -456,7 +456,7 @@ def test_a_seed_gives_one_answer_whether_or_not_it_is_known_how_a_program_runs()
 
 def run_with_seed(generator: BoundPair) -> dict[str, Tensor]:
     with isolated(3):
-        return scoring.scoring.draw_sites(generator, {}, 5)
+        return scoring.draw_sites(generator, {}, 5)
 
 
 def test_parameters_that_a_distribution_refuses_at_some_draw_are_named() -> None:
