@@ -38,6 +38,10 @@ SHARE = 50
 """Times that a checkpoint took in writing which have to pass before the next: at most two percent of a run."""
 
 
+DAMAGED = (ValueError, KeyError, TypeError, IndexError, OSError, SafetensorError, RuntimeError)
+"""What reading a damaged or foreign file raises."""
+
+
 class CheckpointError(ValueError):
     """A run cannot go on from the folder that it was given."""
 
@@ -188,7 +192,7 @@ def _read(path: Path) -> Any:
         return read_packed(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path}: expected this file, got none") from None
-    except (ValueError, KeyError, TypeError, IndexError, OSError, SafetensorError, RuntimeError) as error:
+    except DAMAGED as error:
         reason = reason_of(error)
         got = f"a file that cannot be read ({reason})"
         raise CheckpointError(f"checkpoint: {path}: expected a checkpoint, got {got}") from None

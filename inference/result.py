@@ -24,6 +24,7 @@ from inference.core.lazy import pd, xr
 from inference.diagnostics.convergence import Diagnosis, diagnose, with_intervals
 from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
+from inference.diagnostics.losses import rise
 from inference.further import RESTORED, FurtherDraws, NoDraws
 from inference.idata import LeftOut, to_idata, write_netcdf
 from inference.report.page import excerpt, page_of_result
@@ -116,6 +117,11 @@ class Result:
     def ended(self) -> str:
         """Why and where the run ended early, ``interrupted at step 20 of 100``; empty if it did not."""
         return str(self.idata.attrs.get("ended", ""))
+
+    @property
+    def loss_rise(self) -> tuple[float, float] | None:
+        """Mean loss of the first and last tenth of the steps where the fit diverged: the last is higher; else None."""
+        return rise(self.losses)
 
     @property
     def interrupted(self) -> bool:

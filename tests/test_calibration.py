@@ -2,9 +2,12 @@
 
 import re
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -228,6 +231,35 @@ def test_processes_side_by_side_give_the_same_ranks() -> None:
     with seeds.unmoved():  # as they are in new processes
         one, two = (calibrate(make, torch.zeros(ROWS, 2), method, simulations=4, jobs=jobs) for jobs in (1, 2))
     np.testing.assert_array_equal(one.ranks, two.ranks)
+
+
+def test_a_calibration_goes_on_from_its_folder(tmp_path: Path) -> None:
+    """Data sets whose ranks are there are not run again; the ranks are those of one run."""
+    state = SimpleNamespace(runs=[], stop=4)
+
+    def method(pair: Any, data: Any, seed: int = 0, **_: Any) -> Result:
+        state.runs.append(seed)
+        if len(state.runs) == state.stop:
+            raise KeyboardInterrupt
+        return fit(pair, data, steps=0, draws=20, seed=seed, progress=False)
+
+    def run(**further: Any) -> Calibration:
+        settings: dict[str, Any] = {"simulations": 6, "draws": 20, "seed": 3, **further}
+        return calibrate(lambda: (model, guide), torch.zeros(ROWS, 2), method, checkpoint=tmp_path, **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    state.stop = 0
+    found = run()
+    # Three had ended; the fourth was under way.
+    assert state.runs == [4, 5, 6, 7, 7, 8, 9]
+    whole = calibrate(lambda: (model, guide), torch.zeros(ROWS, 2), method, simulations=6, draws=20, seed=3)
+    pd.testing.assert_frame_equal(found.ranks, whole.ranks)
+    with pytest.raises(ValueError, match="is of a run with seed 3, got 4; .*use another folder"):
+        run(seed=4)
+    (tmp_path / "ranks-2.safetensors").write_bytes(b"no ranks")
+    with pytest.raises(ValueError, match="ranks-2.safetensors: expected the ranks of a data set, got a file"):
+        run()
 
 
 def test_further_quantities_and_states_that_are_summed_out() -> None:

@@ -20,6 +20,7 @@ from inference import sample
 from inference.compiler import policy
 from inference.core.handlers import isolated
 from inference.kernels import NUTS, ChEES, trajectory
+from inference.kernels.metric import log_volume
 from inference.result import Result
 
 hamiltonian = importlib.import_module("inference.kernels.hamiltonian")
@@ -254,6 +255,17 @@ def test_a_dense_mode_that_is_correlated_does_not_empty_a_wide_one(share: float)
     MCMC(kernel, num_samples=10, warmup_steps=150, disable_progbar=True).run()
     assert kernel.restarted == 0
     assert int((kernel.constrained()["x"].mean(-1) > far / 2).sum()) == 16
+
+
+@pytest.mark.parametrize("draws", [100, 800, 3000])
+def test_the_volume_of_a_correlated_mode_of_many_dimensions_is_that_of_its_covariance(draws: int) -> None:
+    """250 dimensions: half the log determinant is -570, though all marginals are those of a mode of volume zero."""
+    covariance = 0.99 + 0.01 * torch.eye(250).double()
+    exact = 0.5 * float(torch.linalg.slogdet(covariance)[1])
+    dense = torch.distributions.MultivariateNormal(torch.zeros(250).double(), covariance).sample((draws,))
+    assert log_volume(dense, least=True) < exact + 100
+    assert log_volume(dense, least=False) > exact - 30
+    assert log_volume(torch.randn(draws, 250).double(), least=False) == pytest.approx(0.0, abs=40)
 
 
 def test_constrained_sites() -> None:

@@ -7,6 +7,7 @@ random, both runs take a central value of it instead, so that predictions can be
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,11 @@ def check(
         traces = draw_by_draw(bound, bound.model, draws, count)
         same(scoring.log_joint(bound, draws), [t.log_prob_sum() for t in traces])
         for name, density in scoring.log_likelihood_by_site(bound, draws).items():
+            # The values of rows are without what weighs them, as the evidence is.
             for t in traces:
                 t.compute_log_prob()
-            shape = density.shape[1:]
-            same(density, [t.nodes[name]["log_prob"].expand(shape) for t in traces])
+            shape, nodes = density.shape[1:], [t.nodes[name] for t in traces]
+            same(density, [(n["log_prob"] / torch.as_tensor(n["scale"])).expand(shape) for n in nodes])
         for name, value in scoring.latent_functions(bound, draws).items():
             same(value, [t.nodes[name]["value"] for t in traces])
     else:
@@ -500,3 +502,74 @@ def test_rows_that_share_a_summed_out_site_have_a_likelihood_given_its_draws(gro
     assert ((values.mean(0) - expected.reshape(values.shape[1:])).abs() < 5 * error + 1e-12).all()
     with pytest.raises(ValueError, match="independent given the draws, got y, whose rows share z"):
         scoring.rowwise(bound, draws)
+
+
+def branching(y: Tensor | None = None) -> None:
+    """P(a) = p, and P(b) = 0.6 where a is 1 and 0.2 where it is 0: a program whose course depends on a draw."""
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    a = pyro.sample("a", dist.Bernoulli(p), obs=None if y is None else y[0])
+    b = 0.6 if a.item() > 0.5 else 0.2
+    pyro.sample("b", dist.Bernoulli(torch.tensor(b)), obs=None if y is None else y[1])
+
+
+def test_replicates_of_a_point_estimate_have_noise_of_their_own() -> None:
+    """The first two replicates are often equal by chance; P(b) = 0.5 * 0.6 + 0.5 * 0.2 where p = 0.5."""
+    generator = bind(branching, torch.ones(2)).generator()
+    found = []
+    for seed in range(20):
+        with isolated(seed), nullcontext() if seed else pytest.warns(UserWarning, match="run one by one"):
+            found.append(scoring.draw_sites(generator, {"p": torch.full((40,), 0.5)}, 40))
+    for values in found:
+        assert (values["a"] != values["a"][0]).any() and (values["b"] != values["b"][0]).any()
+    assert float(torch.cat([v["a"] for v in found]).mean()) == pytest.approx(0.5, abs=0.1)
+    assert float(torch.cat([v["b"] for v in found]).mean()) == pytest.approx(0.4, abs=0.1)
+
+
+def test_what_draws_nothing_runs_but_a_few_times_for_a_point_estimate() -> None:
+    runs = []
+
+    def model(y: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        runs.append(p.item())
+        pyro.deterministic("odds", p / (1 - p))
+        pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    bound = bind(model, torch.tensor(1.0))
+    with pytest.warns(UserWarning, match="run one by one"):
+        scoring.latent_functions(bound, {"p": torch.tensor([0.5, 0.75])})
+    runs.clear()
+    odds = scoring.latent_functions(bound, {"p": torch.full((1000,), 0.75)})["odds"]
+    assert odds.shape == (1000,) and odds.eq(3).all()
+    assert len(runs) < 10
+
+
+ONE_STATE = {
+    "categorical": (dist.Categorical(torch.ones(1)), 0.0),
+    "one-hot": (dist.OneHotCategorical(torch.ones(1)), 1.0),
+    "no trials": (dist.Binomial(0, torch.tensor(0.5)), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_STATE)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside two states"])
+@pytest.mark.filterwarnings("ignore:Categorical does not support")
+def test_a_site_of_one_state_keeps_its_value_in_each_row(kind: str, beside: bool) -> None:
+    """The state of the other site has the posterior of Bayes' rule: log odds 2 y - 2 of N(2, 1) against N(0, 1)."""
+    fn, state = ONE_STATE[kind]
+    y = torch.tensor([0.0, 1.0, 2.0])
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", fn)
+            where = mu[z.long() if kind == "categorical" else torch.zeros(1).long()]
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5))) if beside else torch.zeros(())
+            pyro.deterministic("where", where.expand(len(y)), event_dim=0)
+            pyro.sample("y", dist.Normal(where + 2 * k, 1.0), obs=y)
+
+    with isolated(0):
+        found = scoring.latent_functions(bind(model, y), {"mu": torch.zeros(2000, 1)})
+    assert found["z"].shape[:2] == (2000, 3) and found["z"].eq(state).all()
+    assert found["where"].shape == (2000, 3) and found["where"].eq(0).all()
+    if beside:
+        torch.testing.assert_close(found["k"].mean(0), (2 * y - 2).sigmoid(), rtol=0, atol=0.06)

@@ -303,3 +303,10 @@ def test_a_step_of_em_with_a_plate_of_features_has_responsibilities_of_rows() ->
     assert responsibilities.shape == (100, 2)
     torch.testing.assert_close(responsibilities, joint.softmax(0).T)
     assert loss == pytest.approx(-float(joint.logsumexp(0).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("verb", [partial(fit, steps=20, draws=20), partial(sample, chains=4, warmup=10, draws=10)])
+def test_a_mixture_of_one_component_has_labels_of_zero(verb) -> None:
+    pair = GaussianMixture(4, components=1)
+    posterior = verb(pair, X[:20].float(), progress=False, compile=False).idata.posterior
+    assert posterior["z"].shape[2:] == (20,) and (posterior["z"] == 0).all()

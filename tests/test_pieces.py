@@ -14,9 +14,12 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.passes import out_of_place, simplify
-from inference.compiler.pieces import periods
+from inference.compiler.pieces import Pieces, periods
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.selections import collect_selections
+from inference.core.bound import bind
+from inference.kernels import NUTS
+from inference.runners.batched import _Run, kernel_of
 
 CHAINS = 5
 
@@ -76,8 +79,31 @@ def test_a_longer_loop_has_no_more_distinct_pieces() -> None:
     few, more = (batched(recursion, steps).pieces for steps in (24, 48))
     assert few is not None and more is not None
     assert more.operations > 1.7 * few.operations
-    assert len(more.worth) <= policy.PIECE_PROGRAMS
+    assert len(more.worth()) <= policy.PIECE_PROGRAMS
     assert len(more._programs) <= len(few._programs) + 2
+
+
+def test_pieces_are_compiled_where_the_calls_ahead_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece saves as long as it takes to compile, or longer; a run asks for as many calls as it makes."""
+    pieces = batched(recursion, 30).pieces
+    assert pieces is not None
+    for calls in (10, 300, 1_500, 50_000):
+        for p in pieces.worth(calls):
+            assert calls * p.uses * p.nodes * policy.PIECE_GAIN >= policy.PIECE_SECONDS
+    assert pieces.worth(1) == []
+    assert len(pieces.worth(100)) < len(pieces.worth(1e6))
+    asked = []
+
+    def fuse(self: Pieces, *inputs: Tensor, calls: float) -> None:
+        asked.append(calls)
+
+    monkeypatch.setattr(Pieces, "fuse", fuse)
+    monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 1)
+    for transitions, compile in ((1, "auto"), (4, "auto"), (1, True)):
+        kernel = kernel_of(bind(recursion, torch.randn(24).double()), NUTS)
+        kernel.num_chains, kernel.jit_compile = 2, False
+        _Run(kernel, compile, transitions, 1).setup(transitions)
+    assert asked == [2 * kernel.expected, 8 * kernel.expected, policy.PIECE_CALLS]
 
 
 @pytest.mark.slow
@@ -87,7 +113,7 @@ def test_compiled_pieces_have_the_energies_and_gradients_of_the_model() -> None:
     positions = torch.randn(CHAINS, many.dim).double()
     with torch.no_grad():
         many.pieces.fuse(positions.mT.contiguous())
-    assert any(p.run != p.graph.forward for p in many.pieces.worth)
+    assert any(p.run != p.graph.forward for p in many.pieces.worth())
     for got, expected in zip(many.run(positions), many._loop(positions), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 

@@ -10,12 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import AffineTransform
 from pyro.infer import HMC, MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
 from inference import fit, sample
+from inference.compiler.supports import support_of
 from inference.core.bound import bind
 from inference.draws.scoring import outside_supports
 from inference.kernels import ChEES, Gibbs
@@ -135,3 +137,77 @@ def test_missing_entries_do_not_wander_where_they_are_observed() -> None:
     off = missing["v"].mean(("chain", "draw")) - 6 / precision
     assert float((abs(off) / azs.mcse(missing, method="mean")["v"]).max()) < 5
     assert float(result.draws["mu"].mean()) == pytest.approx(6 / precision, abs=0.05)
+
+
+def shifted(rate: Tensor, shift: Any = 0.0, scale: Any = 1.0) -> Any:
+    return dist.TransformedDistribution(dist.Exponential(rate), [AffineTransform(shift, scale)])
+
+
+def below(y: Tensor) -> None:
+    """x = a - 2 e with e ~ Exponential(1): x is below a."""
+    a = pyro.sample("a", dist.Normal(double(0.0), 1.0))
+    x = pyro.sample("x", shifted(double(1.0), a, -2.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def above(y: Tensor) -> None:
+    """x = 10 + e with e ~ Exponential(1): x is above 10, where no start in (-2, 2) is."""
+    x = pyro.sample("x", shifted(double(1.0), 10.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=10 + y)
+
+
+def events(y: Tensor) -> None:
+    """Two shifted elements in an event, scaled further by a latent site."""
+    a = pyro.sample("a", dist.HalfNormal(double(1.0)))
+    base = dist.Exponential(double(1.0, 1.0)).to_event(1)
+    x = pyro.sample("x", dist.TransformedDistribution(base, [AffineTransform(1.0, 2.0), AffineTransform(0.0, a)]))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)
+
+
+def expected(name: str) -> dict[str, float]:
+    """Posterior means by quadrature over a and e, or over a and both elements."""
+    e = np.arange(0.005, 25, 0.01)
+    if name == "above":
+        weight = np.exp(-e - 0.5 * (1 - e) ** 2)
+        return {"x": float((weight * (10 + e)).sum() / weight.sum())}
+    if name == "below":
+        a, e = np.meshgrid(np.arange(-6, 8, 0.02), e, indexing="ij")
+        weight = np.exp(-0.5 * a**2 - e - 0.5 * (1 - (a - 2 * e)) ** 2)
+        return {"a": float((weight * a).sum() / weight.sum()), "x": float((weight * (a - 2 * e)).sum() / weight.sum())}
+    # The sum s of two exponentials has density s exp(-s), and the sum of the elements is a (2 + 2 s).
+    a, s = np.meshgrid(np.arange(0.0025, 6, 0.005), e, indexing="ij")
+    weight = s * np.exp(-0.5 * a**2 - s - 0.5 * (1 - a * (2 + 2 * s)) ** 2)
+    return {n: float((weight * v).sum() / weight.sum()) for n, v in (("a", a), ("x", a * (2 + 2 * s)))}
+
+
+@pytest.mark.parametrize(("model", "kernel"), [(below, ChEES), (events, ChEES), (above, ChEES), (above, NUTS)])
+def test_chains_stay_on_the_image_of_a_bounded_support(model: Any, kernel: Any) -> None:
+    few = {"chains": 1, "warmup": 50, "draws": 150} if kernel is NUTS else {"chains": 32, "warmup": 150, "draws": 80}
+    result = quiet(model, Y, kernel, **few)
+    x, name = result.draws["x"], model.__name__
+    inside = {"below": lambda: x < result.draws["a"], "above": lambda: x > 10, "events": lambda: (x > 0).all()}
+    assert bool(inside[name]().all())
+    values = {n: v.values.reshape(*v.shape[:2], -1).sum(-1) for n, v in result.idata.posterior.data_vars.items()}
+    for site, mean in expected(name).items():
+        error = float(azs.mcse(azb.convert_to_dataset({"v": values[site]}), method="mean")["v"])
+        assert abs(values[site].mean() - mean) < 5 * error + 1e-3, site
+
+
+def test_draws_of_a_guide_outside_of_an_image_are_found() -> None:
+    bound = bind(above, Y)
+    draws = {"x": double(9.0, 10.5, 12.0, 3.0)}
+    assert outside_supports(bound, draws) == {"x": 0.5}
+    assert outside_supports(bound, {"x": double(10.5, 12.0)}) == {}
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("x", dist.Normal(double(10.5), 1.0))
+
+    with pyro.validation_enabled(False):
+        result = fit((above, guide), Y, steps=0, progress=False)
+    assert "of the guide's draws of x have density zero" in result.diagnosis.advice[0]
+    # A distribution whose class says what its support is keeps it, and so does one on all real numbers.
+    for free in (
+        dist.LogNormal(0.0, 1.0),
+        dist.TransformedDistribution(dist.Normal(0.0, 1.0), [AffineTransform(1.0, 2.0)]),
+    ):
+        assert support_of(free) is free.support or repr(support_of(free)) == repr(free.support)

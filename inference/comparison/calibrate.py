@@ -2,9 +2,13 @@ r"""``calibrate``: simulation-based calibration of any method on any pair."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from inference.checkpoint import DAMAGED, Checkpoint, CheckpointError
 from inference.comparison.elements import Elements
 from inference.comparison.judgement import independent_draws
 from inference.comparison.methods import accepted, name_of
@@ -21,15 +26,21 @@ from inference.core.bound import BoundPair
 from inference.core.checks import check_chance, check_count, reason_of
 from inference.core.handlers import REFUSALS, exclusive, isolated
 from inference.core.lazy import pd
+from inference.core.packing import fingerprints, read_packed, write_packed
 from inference.core.spacing import spaced
 from inference.diagnostics.calibration import DISTANCE, JOINT, Calibration, ranks
 from inference.draws.rows import probe
 from inference.draws.scoring import log_joint, sample_guide
 from inference.result import Result
+from inference.runners.asked import asked_of, named
 from inference.runners.workers import run_jobs
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 """From draws by site (S, \\*shape) and data by name to a number per draw, (S,)."""
+
+
+_Outcome = tuple[dict[str, np.ndarray], int] | str
+"""Ranks (rows,) by quantity and the number of draws among which they are; the reason where the method failed."""
 
 
 MAX_RANKS = 4000
@@ -49,6 +60,7 @@ def calibrate(
     alpha: float = 0.05,
     seed: int = 0,
     jobs: int = 1,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Calibration:
     r"""Test by simulated data whether a method draws from the posterior (simulation-based calibration, Talts 2018).
 
@@ -76,6 +88,8 @@ def calibrate(
         alpha: Probability that an exact posterior is called not calibrated, over all quantities together.
         seed: Seed of all randomness.
         jobs: Number of data sets that run side by side, in processes (-1: as many as there are cores).
+        checkpoint: A folder that keeps the ranks of each data set as soon as they are found. Called again with the same
+            arguments, ``calibrate`` runs the other ones only. Default: none.
 
     Returns:
         A Calibration: ``verdict``, ``passed``, ``table``, ``plot()``. Data sets on which the method raises an error or
@@ -83,7 +97,7 @@ def calibrate(
 
     Raises:
         ValueError: The model observes nothing or has parameters that the method trains, the guide of a Result does not
-            read the data, or an argument is out of its range.
+            read the data, an argument is out of its range, or the checkpoint is of another calibration or damaged.
         RuntimeError: The method failed on every data set; the message has the first reason.
     """
     check_count("simulations", simulations)
@@ -95,9 +109,19 @@ def calibrate(
         truths, sets = simulate(setting, simulations)
     check_reads(setting, sets)
     chosen = Elements.of(truths, setting)
-    run = _Run(make_pair, method, chosen, dict(quantities or {}), draws)
-    found = run_jobs(run, _tasks(truths, sets, chosen, seed), jobs, "data set")
+    run: Callable[[_Task], _Outcome] = _Run(make_pair, method, chosen, dict(quantities or {}), draws)
     name = "the fitted guide" if method is None else name_of(method)
+    with Checkpoint.of(checkpoint) or nullcontext() as kept:
+        if kept is not None:
+            asked = {"simulations": simulations, "draws": draws, "seed": seed, "quantities": sorted(quantities or ())}
+            method_of = name if method is None else named(method)
+            simulated = fingerprints(
+                {**truths, **{f"data of {k}: {n}": v for k, s in enumerate(sets) for n, v in s.items()}}
+            )
+            kept.begin(asked_of(setting.bound, run="calibrate", method=method_of, **asked, simulated=_hash(simulated)))
+            kept.write({})
+            run = _Kept(run, kept.folder)
+        found = run_jobs(run, _tasks(truths, sets, chosen, seed), jobs, "data set")
     return _collect(found, alpha, name, setting.bound.name, chosen.omitted)
 
 
@@ -112,8 +136,9 @@ def _check(make_pair: Any, method: Any, around: Any) -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """A simulated data set: its truth, data, reference point (rows, elements), scale of elements, and seed."""
+    """A simulated data set: its number, truth, data, reference point (rows, elements), scale of elements, and seed."""
 
+    number: int
     truth: dict[str, Tensor]
     data: dict[str, Any]
     point: np.ndarray
@@ -128,7 +153,8 @@ def _tasks(truths: Mapping[str, Tensor], sets: Sequence[dict[str, Any]], element
     # Another draw of the prior is a point that knows nothing of the data.
     points = np.roll(whole, 1, axis=0 if len(whole) > 1 else 1)
     return [
-        _Task({n: v[k] for n, v in truths.items()}, data, points[k], scale, seed + 1 + k) for k, data in enumerate(sets)
+        _Task(k, {n: v[k] for n, v in truths.items()}, data, points[k], scale, seed + 1 + k)
+        for k, data in enumerate(sets)
     ]
 
 
@@ -142,7 +168,7 @@ class _Run:
     further: dict[str, Quantity]
     draws: int
 
-    def __call__(self, task: _Task) -> tuple[dict[str, np.ndarray], int] | str:
+    def __call__(self, task: _Task) -> _Outcome:
         """Ranks (rows,) by quantity and the number of draws; the reason where it failed."""
         try:
             with warnings.catch_warnings():
@@ -206,6 +232,39 @@ class _Run:
                 f"{learnt[0]}, which the method trains; give the Result of a fit of an amortized guide"
             )
         return result.bound, result.state, independent_draws(result, self.draws)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Runs the method on a task unless the folder has its ranks, and writes them there."""
+
+    run: Callable[[_Task], _Outcome]
+    folder: Path
+
+    def __call__(self, task: _Task) -> _Outcome:
+        path = self.folder / f"ranks-{task.number}.safetensors"
+        if path.exists():
+            return self._read(path)
+        found = self.run(task)
+        if isinstance(found, str):
+            write_packed(path, {"failed": found})
+        else:
+            write_packed(path, {"ranks": {n: torch.from_numpy(v) for n, v in found[0].items()}, "draws": found[1]})
+        return found
+
+    def _read(self, path: Path) -> _Outcome:
+        try:
+            held = read_packed(path)
+            if "failed" in held:
+                return str(held["failed"])
+            return {n: v.numpy() for n, v in held["ranks"].items()}, int(held["draws"])
+        except DAMAGED as error:
+            got = f"a file that cannot be read ({reason_of(error)})"
+            raise CheckpointError(f"checkpoint: {path}: expected the ranks of a data set, got {got}") from None
+
+
+def _hash(found: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def trained_in_model(bound: BoundPair) -> list[str]:

@@ -88,21 +88,21 @@ class Pieces:
         """Operations of a call."""
         return sum(p.program.nodes for p in self._pieces)
 
-    @property
-    def worth(self) -> list[_Program]:
-        """Programs that are to be compiled: those that make up most operations."""
+    def worth(self, calls: float = policy.PIECE_CALLS) -> list[_Program]:
+        """Programs that are to be compiled before so many calls: those that make up most operations."""
         # A stack of hundreds of rows takes a compiler a minute and gains nothing.
-        long = [p for p in self._programs.values() if p.gain > 0 and p.nodes * p.uses >= policy.PIECE_WORTH]
+        programs = (p for p in self._programs.values() if p.gain > 0)
+        long = [p for p in programs if policy.worth_a_piece(p.nodes, p.uses, calls)]
         return sorted(long, key=lambda p: -p.nodes * p.uses)[: policy.PIECE_PROGRAMS]
 
     @property
     def nodes(self) -> int:
         """Nodes of a single graph that would take as long to compile as the pieces, by ``policy.FUSED_NODES``."""
-        return int(sum(p.nodes**2 for p in self.worth) ** 0.5)
+        return int(sum(p.nodes**2 for p in self.worth()) ** 0.5)
 
-    def fuse(self, *inputs: Tensor) -> None:
-        """Compile the programs that are worth it, at inputs of the shapes of later calls."""
-        values, chosen = self._started(inputs), {id(p) for p in self.worth}
+    def fuse(self, *inputs: Tensor, calls: float = policy.PIECE_CALLS) -> None:
+        """Compile the programs that are worth it in so many calls, at inputs of the shapes of these."""
+        values, chosen = self._started(inputs), {id(p) for p in self.worth(calls)}
         for piece in self._pieces:
             if id(piece.program) in chosen and piece.program.run == piece.program.graph.forward:
                 piece.program.run = fused(piece.program.graph, [values[k] for k in piece.inputs])

@@ -60,9 +60,13 @@ PIECE_PROGRAMS = 12
 """Distinct pieces that are compiled at most, at 1 to 4 s each."""
 
 
-PIECE_WORTH = 60
-"""Operations of a call that a distinct piece has to make up, over all its uses, to be compiled: it costs a second and 8
-ms per node, and saves 8 us per operation in each of the 1,500 calls that a run of default length makes."""
+PIECE_SECONDS, PIECE_NODE_SECONDS, PIECE_GAIN = 1.0, 8e-3, 8e-6
+"""Seconds that compiling a distinct piece costs, and each of its nodes, and seconds that it saves per operation in each
+of its uses in a call."""
+
+
+PIECE_CALLS = 1500
+"""Calls that a run of default length makes: for so many pieces are compiled at least where this is asked for."""
 
 
 PIECES_COVER = 0.5
@@ -168,6 +172,11 @@ def worth_fusing(calls: float, operations: int, mode: bool | str, nodes: int = 0
         return mode is True
     cost = FUSE_POTENTIAL_OPERATIONS * max(1.0, (nodes / FUSED_NODES) ** 2) / (KEPT_USES if kept else 1)
     return nodes <= MAX_FUSED_NODES and calls * operations >= cost
+
+
+def worth_a_piece(nodes: int, uses: int, calls: float) -> bool:
+    """Whether a distinct piece, used so often in a call, is to be compiled before so many calls."""
+    return PIECE_GAIN * nodes * uses * calls >= PIECE_SECONDS + PIECE_NODE_SECONDS * nodes
 
 
 def operations_of(dispatched: int, numbers: int) -> int:

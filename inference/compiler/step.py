@@ -34,6 +34,7 @@ from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng
 from inference.core.private import tree_flatten, tree_unflatten
+from inference.core.sites import unconstrained
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative error up to which a program agrees with the eager objective."""
@@ -288,7 +289,7 @@ class TracedStep:
         """Names of the parameters, by one eager run of the objective without side effects."""
         with preserved_rng(), self.untouched(self.call), poutine.trace(param_only=True) as capture:
             self.call.run(self.call.tensors)
-        return list(capture.trace.nodes)
+            return list(unconstrained(capture.trace))
 
     def _training(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self.modules)

@@ -1,21 +1,28 @@
-r"""Supports that depend on other latent sites, such as that of ``x ~ Uniform(0, a)`` with a latent ``a``.
+r"""Supports that depend on other latent sites, such as that of ``x ~ Uniform(0, a)`` with a latent ``a``, and those of
+transformed distributions, such as ``x = a + Exponential(1)``.
 
 Pyro takes the transform of a site onto its support from one draw of the model, and keeps it. Where the support moves
 with another site, that density is wrong, and draws fall outside of the support. Here each site's transform is taken
 from its distribution in the current run, site by site in the order of the model.
+
+Torch says that the support of a ``TransformedDistribution`` is the codomain of its last transform: the real line for an
+affine one, whatever its base. Here it is the image of the base's support (:class:`Image`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pyro import poutine
 from pyro.infer.mcmc.util import _PEMaker
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import TransformedDistribution, biject_to, constraints, transform_to
+from torch.distributions.transforms import ComposeTransform, Transform
 from torch.func import functionalize
 
 from inference.compiler.capture import Untraceable, traced
@@ -26,6 +33,74 @@ TRIES = 3
 
 POINTS_PER_PASS = 10_000
 """Points that are mapped at once."""
+
+
+class Image(constraints.Constraint):
+    """The image of a support under transforms.
+
+    Args:
+        base: The support of the base distribution.
+        transforms: The transforms, in the order in which they are applied.
+        event_dim: Number of dimensions of an event.
+    """
+
+    def __init__(self, base: Any, transforms: Sequence[Transform], event_dim: int) -> None:
+        self.base, self.transforms, self._event_dim = base, list(transforms), event_dim
+        super().__init__()
+
+    @property
+    def event_dim(self) -> int:  # type: ignore[override]
+        return self._event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether values are images of values on the support of the base."""
+        for transform in reversed(self.transforms):
+            value = transform.inv(value)
+        inside, further = self.base.check(value), self.event_dim - self.base.event_dim
+        return inside.flatten(-further).all(-1) if further > 0 else inside
+
+
+@biject_to.register(Image)
+@transform_to.register(Image)
+def _onto_image(image: Image) -> ComposeTransform:
+    return ComposeTransform([biject_to(image.base), *image.transforms])
+
+
+_SAID = vars(TransformedDistribution)["support"]
+
+
+def _support(fn: TransformedDistribution) -> Any:
+    """The support of a distribution whose class leaves it to torch to say what it is."""
+    base: Any = fn.base_dist.support
+    said = _SAID.fget(fn)
+    free = isinstance(_of_elements(base), type(constraints.real)) or base.is_discrete
+    return said if free or not fn.transforms else Image(base, fn.transforms, said.event_dim)
+
+
+@contextmanager
+def images_as_supports() -> Iterator[None]:
+    """Let transformed distributions of torch say that their support is the image of that of their base."""
+    support = constraints.dependent_property(_support, is_discrete=False)
+    with patch.object(TransformedDistribution, "support", support):
+        yield
+
+
+def support_of(fn: Any) -> Any:
+    """The support of a distribution: of a transformed one, the image of that of its base."""
+    with images_as_supports():
+        return fn.support
+
+
+def is_image(support: Any) -> bool:
+    """Whether a support is the image of another."""
+    return isinstance(_of_elements(support), Image)
+
+
+def _of_elements(support: Any) -> Any:
+    """The constraint on each element of an event, where they are independent."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 class MovingSupports:
@@ -93,7 +168,7 @@ class _Constraining(Messenger):
         name = msg["name"]
         if name not in self._values or msg["is_observed"]:
             return
-        value, support = self._values[name], msg["fn"].support
+        value, support = self._values[name], support_of(msg["fn"])
         transform = self._fixed[name].inv if name in self._fixed else biject_to(support)
         msg["value"] = self.constrained[name] = transform(value)
         msg["is_observed"] = True
@@ -122,10 +197,11 @@ def follow_supports(
     if not isinstance(pyros, _PEMaker) or trace is None:
         return None
     latent = {n: trace.nodes[n] for n in pyros.transforms}
-    start = {n: list(limits_of(node["fn"].support)) for n, node in latent.items()}
+    supports = {n: support_of(node["fn"]) for n, node in latent.items()}
+    start = {n: list(limits_of(support)) for n, support in supports.items()}
     if not any(start.values()):
         return None
-    example = {n: biject_to(node["fn"].support).inv(node["value"]) for n, node in latent.items()}
+    example = {n: biject_to(supports[n]).inv(node["value"]) for n, node in latent.items()}
     moving: set[str] = set()
     for _ in range(TRIES):
         moved = _bounds(pyros, {n: torch.empty_like(v).uniform_(-2, 2) for n, v in example.items()})
@@ -164,13 +240,14 @@ def _refuse_held(
     held.update(before)
 
 
-def limits_of(support: Any) -> Iterator[Tensor]:
-    """The tensors in a constraint: its bounds."""
-    for value in vars(support).values() if isinstance(support, constraints.Constraint) else support:
+def limits_of(support: Any, _within: tuple[Any, ...] = ()) -> Iterator[Tensor]:
+    """The tensors in a constraint: its bounds, and what the transforms of an image move them by."""
+    for value in vars(support).values() if isinstance(support, constraints.Constraint | Transform) else support:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, constraints.Constraint | list | tuple):
-            yield from limits_of(value)
+        # A transform and its inverse hold one another.
+        elif isinstance(value, constraints.Constraint | Transform | list | tuple) and id(value) not in _within:
+            yield from limits_of(value, (*_within, id(support)))
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:

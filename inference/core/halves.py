@@ -9,7 +9,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
+
+from inference.core.handlers import OwnSites
 
 
 def halves_of(pair: Any) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
@@ -64,8 +68,26 @@ def held_by(half: Any) -> Iterator[Tensor]:
             return
 
 
+def own_sites(guide: Callable[..., Any]) -> Callable[..., Any]:
+    """A guide that is a messenger, as a plain one; any other as it is.
+
+    A ``GuideMessenger`` runs the model with its own distributions in place of the priors, and so the model's observed
+    sites are in its trace. Whoever traces it would count the likelihood as a part of the guide's density.
+    """
+    if not isinstance(poutine.unwrap(guide), GuideMessenger):
+        return guide
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with OwnSites():
+            return guide(*args, **kwargs)
+
+    call.__wrapped__ = guide  # type: ignore[attr-defined]
+    return call
+
+
 def fitted(half: Callable[..., Any]) -> Callable[..., Any]:
     """The half, called by name with what it takes of the data."""
+    half = own_sites(half)
     named, free = accepted_by(half)
     return half if free else _only(half, named)
 

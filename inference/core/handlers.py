@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -46,6 +47,9 @@ def exclusive(function: Callable[P, T]) -> Callable[P, T]:
     over. One verb may call another. A ``fit`` that is called by an exclusive function does not turn an interrupt
     (Ctrl-C) into a Result of the steps taken so far: KeyboardInterrupt goes up to whoever called the outermost one.
 
+    It runs with gradients, and with tensors that may have them: under a caller's ``torch.no_grad`` or
+    ``torch.inference_mode`` a fit would leave every parameter where it is.
+
     The turn is taken before anything else. Taken further in, as by ``isolated``, it could be waited for while
     a ``cached_property`` holds its own lock (Python 3.11), for which the thread whose turn it is waits.
 
@@ -58,7 +62,7 @@ def exclusive(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         turn = _turn
-        with turn.lock:
+        with turn.lock, torch.inference_mode(False), torch.enable_grad():
             turn.depth += 1
             try:
                 return function(*args, **kwargs)
@@ -136,6 +140,17 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """Run torch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Run without moving the random state of any device."""
     state = random_state()
@@ -174,6 +189,13 @@ def random_state() -> dict[str, Any]:
     return {**state, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else state
 
 
+def equal_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states of :func:`random_state` are equal: no random number was drawn between them."""
+    flat = ([s["torch"], *s.get("cuda", ()), *s["numpy"], *s["random"]] for s in (one, other))
+    first, second = map(list, flat)
+    return len(first) == len(second) and all(map(np.array_equal, first, second))
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Put the random generators into a state of :func:`random_state`.
 
@@ -200,6 +222,21 @@ class StopGradient(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["value"] = msg["value"].detach()
+
+
+class OwnSites(Messenger):
+    """Hides the model's observed sites from handlers around a ``GuideMessenger``, and keeps the priors of the others.
+
+    Replaying takes all that is inferred of a site from its trace, and with it the prior that the guide left there.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["stop"] = msg["is_observed"]
+        self.prior = msg["infer"].get("prior")
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.prior is not None:
+            msg["infer"] = {**msg["infer"], "prior": self.prior}
 
 
 class DrawMissing(Messenger):

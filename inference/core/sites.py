@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
@@ -86,5 +87,10 @@ def _units(fn: Any) -> int:
 
 
 def unconstrained(trace: Any) -> dict[str, Tensor]:
-    """The parameters that a run met, by name, as they are optimised."""
-    return {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
+    """The parameters that a run met, as they are optimised: each once, by the first name that it has in the store.
+
+    Two names may stand for one tensor, as those of tied weights do, and an optimizer would move it twice.
+    """
+    names = {id(p): n for n, p in reversed(pyro.get_param_store()._params.items())}
+    met = {n: node["value"].unconstrained() for n, node in trace.nodes.items()}
+    return {names.get(id(p), n): p for n, p in met.items()}

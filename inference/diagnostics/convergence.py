@@ -20,8 +20,8 @@ import numpy as np
 from inference.core.lazy import azb, azs, pd, xr
 from inference.diagnostics.advice import advise_guide, advise_latents
 from inference.diagnostics.chains import advise_chains, advise_ensembles, disagreeing
-from inference.diagnostics.guides import PARETO_K, GuideCheck
-from inference.diagnostics.losses import still_falling
+from inference.diagnostics.guides import PARETO_K, GuideCheck, usable
+from inference.diagnostics.losses import diverged, still_falling
 from inference.diagnostics.quantities import names_of, parts_of, quantities_of
 from inference.diagnostics.weights import weigh
 
@@ -53,7 +53,8 @@ class Diagnosis:
             for ensembles of several processes r_hat_nested (Margossian et al. 2024), with an ensemble as superchain.
         divergences: Number of divergent transitions; None without chains.
         pareto_k: Pareto k of the guide; where all latent sites lie in the plate of rows, the 90 % quantile of those of
-            its rows; None without a guide.
+            its rows, and so it is beside other sites where joint weights of so many rows say nothing; None without a
+            guide.
         latent_kl: KL divergence of the guide from the prior by dimension of the latent sites in the plate of rows, as
             returned by ``predict.latent_kl``; None without such sites.
         advice: One sentence per problem, with a remedy; empty if there is none.
@@ -108,14 +109,15 @@ def diagnose(
             ``arviz_base.convert_to_datatree`` takes is converted.
         pareto_k: Pareto k of the guide, as returned by :func:`pareto_k`, or its whole judgement; None for chains.
         latent_kl: KL divergence by dimension, as returned by ``predict.latent_kl``; None for chains.
-        losses: Loss of each step of the fit. A guide is not judged by a large Pareto k where they still fall.
+        losses: Loss of each step of the fit. A guide is not judged by a large Pareto k where they still fall, or rise;
+            and not at all where the fit ended early, as ``idata.attrs["ended"]`` says.
         unjudged: What could not be judged, each with the reason.
     """
     idata = azb.convert_to_datatree(idata)
     stats = idata.get("sample_stats")
     if pareto_k is not None or stats is None or "diverging" not in stats:
         check = pareto_k if isinstance(pareto_k, GuideCheck) else GuideCheck(pareto_k)
-        unfinished = () if losses is None or _usable(check) else still_falling(losses)
+        unfinished = () if losses is None or usable(check) else diverged(losses) or still_falling(losses)
         return _diagnose_guide(idata, check, latent_kl, unfinished, tuple(unjudged))
     posterior = quantities_of(idata)
     ensembles = int(idata["posterior"].attrs.get("processes", 1))
@@ -139,36 +141,33 @@ def _diagnose_guide(
     unfinished: tuple[str, ...],
     unjudged: tuple[str, ...],
 ) -> Diagnosis:
-    whole = quantities_of(idata)
+    whole, ended = quantities_of(idata), bool(idata.attrs.get("ended"))
     sizes = {str(n): int(np.prod(whole[n].shape[2:])) for n in whole.data_vars}
     omitted = tuple(n for n, size in sizes.items() if size > MAX_QUANTITIES)
     posterior = whole.drop_vars(omitted)
     table = _summary(posterior, chains=False)
     equal = bool(whole.data_vars) and all(bool((v.values == v.values[:1, :1]).all()) for v in whole.data_vars.values())
-    weighted = _weigh(posterior, check) if _usable(check) and not equal else None
+    weighted = _weigh(posterior, check) if usable(check) and not equal else None
     if equal and check.point is False and whole.sizes["draw"] > 1:
         advice = (RAN_AWAY, *unfinished, *check.faults)
     elif equal and check.point is not False:
         advice = (*unfinished, *check.faults, POINT_ESTIMATE)
     else:
         unreliable = check.pareto_k is not None and check.pareto_k > PARETO_K[1]
-        advice = unfinished if unfinished and unreliable else (*unfinished, *advise_guide(check, weighted))
+        over = not ended and not (unfinished and unreliable)
+        advice = (*unfinished, *(advise_guide(check, weighted) if over else check.faults))
     known = None if latent_kl is None or latent_kl.empty else latent_kl
     return Diagnosis(
         table,
         None,
         check.pareto_k,
-        advice if known is None else (*advice, *advise_latents(known)),
+        advice if known is None or ended else (*advice, *advise_latents(known)),
         known,
         unjudged=(*check.unjudged, *unjudged),
         effective=check.effective,
         weighted=None if weighted is None else weighted[["mean", "sd"]],
         omitted=omitted,
     )
-
-
-def _usable(check: GuideCheck) -> bool:
-    return check.pareto_k is not None and check.pareto_k <= PARETO_K[1]
 
 
 def _weigh(posterior: xr.Dataset, check: GuideCheck) -> pd.DataFrame | None:

@@ -34,6 +34,33 @@ def fall(losses: np.ndarray) -> float:
     return 2 * difference if difference > max(CERTAIN * error, NATS) else 0.0
 
 
+def rise(losses: np.ndarray) -> tuple[float, float] | None:
+    """Mean loss of the first and of the last tenth of the steps, where the last is higher; None where it is not.
+
+    It is higher from three standard errors, or where it is not finite. Several losses, as those of a game, and fits of
+    less than a hundred steps are not judged.
+    """
+    tenth = len(losses) // 10
+    if losses.ndim > 1 or tenth < WINDOW:
+        return None
+    first, last = losses[:tenth], losses[-tenth:]
+    risen, error = last.mean() - first.mean(), np.sqrt((first.var() + last.var()) / tenth)
+    if np.isfinite(last).all() and not risen > 3 * error:
+        return None
+    return float(first.mean()), float(last.mean())
+
+
+def diverged(losses: np.ndarray) -> tuple[str, ...]:
+    """One sentence if the loss is higher where a fit ends than where it starts."""
+    found = rise(losses)
+    if found is None:
+        return ()
+    return (
+        f"The loss rose, from {found[0]:,.4g} to {found[1]:,.4g}: the fit diverged, which says nothing of the guide; "
+        "take a lower learning_rate.",
+    )
+
+
 def settled(losses: np.ndarray) -> bool:
     """Whether the mean of the second half of the losses (steps,) is not below that of the first by a standard error."""
     before, after = np.array_split(losses, 2)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from inference.compiler.capture import Untraceable
 from inference.compiler.potential import BatchedPotential
-from inference.compiler.supports import follow_supports
+from inference.compiler.supports import follow_supports, images_as_supports
 from inference.core.bound import BoundPair
 from inference.core.handlers import first_valid
 
@@ -95,7 +95,7 @@ def scores_of(bound: BoundPair, draws: dict[str, Tensor]) -> tuple[Tensor, Tenso
             rows of the data are read by minibatches.
     """
     bound.check_in_memory("gradients of the log density")
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.enable_grad(), images_as_supports():
         warnings.filterwarnings("ignore", message="Encountered")
         example, potential, transforms, trace = first_valid(
             lambda: initialize_model(bound.model, (), bound.arguments()), 100

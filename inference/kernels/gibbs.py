@@ -26,6 +26,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.core.bound import bind
 from inference.core.checks import check_count
 from inference.core.contracts import BatchedKernel, Pair
@@ -188,10 +189,10 @@ class Gibbs(BatchedKernel):
         """Whether the program of these moves is kept for later processes."""
         return self._rest is not None and self._rest.kept
 
-    def fuse(self) -> None:
-        """Compile the moves of the continuous sites."""
+    def fuse(self, calls: float = policy.PIECE_CALLS) -> None:
+        """Compile the moves of the continuous sites, before so many gradients."""
         if self._rest is not None:
-            self._rest.fuse()
+            self._rest.fuse(calls)
             self.execution = self._rest.execution
 
     def advance(self) -> tuple[dict[str, Tensor], Any]:

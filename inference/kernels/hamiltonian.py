@@ -14,10 +14,11 @@ from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
+from inference.compiler import policy
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
 from inference.compiler.potential import BatchedPotential
-from inference.compiler.supports import MovingSupports, follow_supports
+from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
 from inference.core.checks import check_chance, check_count, check_positive
 from inference.core.contracts import BatchedKernel
 from inference.core.handlers import first_valid, random_state, set_random_state
@@ -152,8 +153,12 @@ class Hamiltonian(BatchedKernel):
         if self.jit_compile:
             self.fuse()
 
-    def fuse(self) -> None:
-        """Compile the block of transitions, and run it once so that compilation happens here."""
+    def fuse(self, calls: float = policy.PIECE_CALLS) -> None:
+        """Compile the block of transitions, and run it once so that compilation happens here.
+
+        Args:
+            calls: Gradients that lie ahead: pieces of a long graph are compiled where these are worth it.
+        """
         if self.execution != "traced" or not has_compiler():
             return
         density, plain, state = self._density, self._plain(), random_state()
@@ -165,7 +170,7 @@ class Hamiltonian(BatchedKernel):
                 *rest, noise = self._inputs(learning=False)
                 expected = plain(*rest, type(noise)(*(v[:1] for v in noise)))[2]
                 if density.pieces is not None:
-                    density.pieces.fuse(self._chains.position.mT, *density.held)
+                    density.pieces.fuse(self._chains.position.mT, *density.held, calls=calls)
                 elif density.like.device.type == "cpu":
                     result = partial(_result, self.moves)
                     self._run = looped(plain, self._key(), (*rest, noise), result, lasting=self._lasts)
@@ -399,7 +404,7 @@ class Hamiltonian(BatchedKernel):
             return {n: v[0] for n, v in self._initial.items()}
         held = {n: v[0] for n, v in self._given.items()}
         model = poutine.condition(self.model, data=held) if held else self.model
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), images_as_supports():
             # Random starts of a badly scaled model overflow; Pyro tries again, and raises if it gives up.
             warnings.filterwarnings("ignore", message="Encountered")
             start = partial(initialize_model, transforms=self._given_transforms, max_plate_nesting=self._nesting)

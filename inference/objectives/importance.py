@@ -33,6 +33,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from inference.core.checks import check_count
+from inference.core.halves import own_sites
 from inference.core.handlers import StopGradient
 from inference.draws.engine import sample_names
 
@@ -145,7 +146,7 @@ class Weighted(Trace_ELBO):
 
     def _lift(self, function: Any) -> Any:
         """Wrap a model or guide in a plate of particles to the left of its plate of rows, even for one particle."""
-        return pyro.plate("particles", self.num_particles, dim=-2)(function)
+        return pyro.plate("particles", self.num_particles, dim=-2)(own_sites(function))
 
 
 class IWAE(Weighted):

@@ -27,6 +27,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from inference.core.checks import check_chance
+from inference.core.halves import own_sites
 from inference.core.handlers import Uncondition
 from inference.objectives.importance import Weighted, latent
 
@@ -87,7 +88,7 @@ class RWS(Weighted):
         dreamed = {n: s["value"] for n, s in nodes if s["infer"].get("was_observed") and not isinstance(s["fn"], Unit)}
         kwargs |= dreamed if dreamed.keys() <= kwargs.keys() else {"observations": dreamed}
         try:
-            trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*args, **kwargs)
+            trace: Any = poutine.trace(poutine.replay(own_sites(guide), trace=dream)).get_trace(*args, **kwargs)
         except TypeError as error:
             if "observations" not in str(error):
                 raise

@@ -16,7 +16,7 @@ from torch import Tensor
 from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state
+from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state, threads_set
 from inference.core.packing import pack, unpack
 from inference.further import RESTORED, Continuation, FurtherDraws, NoDraws
 from inference.kernels import NUTS, ChEES, Gibbs
@@ -30,7 +30,6 @@ from inference.runners.base import (
     lengths,
     method_of,
     most_threads,
-    threads_set,
 )
 from inference.runners.drawn import Drawn, KeptDrawn
 
@@ -175,7 +174,7 @@ class _Restored(FurtherDraws):
         with threads_set(run.threads):
             kernel.setup(0)
             if about["fused"]:
-                kernel.fuse()
+                kernel.fuse(about["fused"])
         run.fused = about["fused"]
         state = unpack(about["state"], [v.to(self.bound.device) for v in self.tensors])
         return ChainDraws(self.bound, run, state, factory)
@@ -189,7 +188,7 @@ class _Run:
 
     def __init__(self, kernel: Any, mode: bool | str, warmup: int, threads: int) -> None:
         self.kernel, self.mode, self.warmup, self.threads = kernel, mode, warmup, threads
-        self.fused = False
+        self.fused = 0.0  # gradients that lay ahead when the kernel was compiled; 0: it was not
         self.done = self.before = 0
 
     def setup(self, draws: int, held: Mapping[str, Any] | None = None) -> None:
@@ -202,7 +201,7 @@ class _Run:
                 return
             kernel.state, self.fused = held["kernel"], held["fused"]
             if held["execution"] == "fused":
-                kernel.fuse()
+                kernel.fuse(self.fused)
             self.done, self.before = held["done"], held["before"]
             set_random_state(held["random"])
 
@@ -269,5 +268,5 @@ class _Run:
             policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes, kernel.kept)
             or (self.mode == "auto" and self.done == 0 and kernel.compiled)
         ):
-            self.fused = True
-            kernel.fuse()
+            self.fused = max(gradients, 1.0 if self.mode == "auto" else policy.PIECE_CALLS)
+            kernel.fuse(self.fused)

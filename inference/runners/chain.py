@@ -19,7 +19,7 @@ from pyro.infer.mcmc.rwkernel import RandomWalkKernel
 from torch import Tensor
 
 from inference.compiler.potential import refuse_difference
-from inference.compiler.supports import MovingSupports, follow_supports
+from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
 from inference.core.bound import BoundPair
 from inference.core.contracts import Kernel
 from inference.core.handlers import first_valid
@@ -186,7 +186,7 @@ def set_up(kernel: Any, warmup: int) -> MovingSupports | None:
         # Pyro's set-up looks for a step size: already that has to follow the supports.
         initialize = kernel._initialize_model_properties
         kernel._initialize_model_properties = follow  # type: ignore[method-assign]
-    with quiet_start():
+    with quiet_start(), images_as_supports():
         kernel.setup(warmup)
     if isinstance(kernel, RandomWalkKernel):
         moving = follow_supports(kernel.potential_fn, kernel._prototype_trace)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 from rich.markup import escape
 
@@ -20,14 +18,10 @@ def unfit(result: Result) -> str:
     """Why the result of a fit is none: it ended early, or its loss is higher than at the start; empty if it is one."""
     if result.ended:
         return result.ended
-    losses, tenth = result.losses, len(result.losses) // 10
-    if losses.ndim > 1 or tenth < 10:
+    if result.loss_rise is None:
         return ""
-    first, last = losses[:tenth], losses[-tenth:]
-    risen, error = last.mean() - first.mean(), math.sqrt((first.var() + last.var()) / tenth)
-    if np.isfinite(last).all() and not risen > 3 * error:
-        return ""
-    return f"diverged: its loss went from {first.mean():.4g} to {last.mean():.4g}; try a lower learning rate"
+    first, last = result.loss_rise
+    return f"diverged: its loss went from {first:.4g} to {last:.4g}; try a lower learning rate"
 
 
 def check_whole(result: Result) -> None:

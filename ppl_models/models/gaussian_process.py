@@ -35,9 +35,9 @@ class GaussianProcess(Pair):
         y \sim \mathrm{N}(0, \alpha^2 k(x, x) + \sigma^2 I)
 
     with the squared exponential :math:`k = \exp(-d^2 / 2 \rho^2)`, or Matérn's with smoothness 3/2,
-    :math:`k = (1 + \sqrt 3 d / \rho) \exp(-\sqrt 3 d / \rho)`, of the Euclidean distance d. The function is integrated
-    out, so all rows are one observation; predictions without conditioning on y are other functions, and :meth:`predict`
-    conditions on y.
+    :math:`k = (1 + \sqrt{3} d / \rho) \exp(-\sqrt{3} d / \rho)`, of the Euclidean distance d. The function is
+    integrated out, so all rows are one observation; predictions without conditioning on y are other functions, and
+    :meth:`predict` conditions on y.
 
     Args:
         features: Number of inputs D, or their names.

@@ -73,10 +73,10 @@ def conditional_gan(dataset: Dataset) -> dict[str, Any]:
 
 def infogan(dataset: Dataset) -> dict[str, Any]:
     shape, noise, codes = dataset.shape or (1, len(dataset.features)), 8, 10
+    generator: nn.Module = _generator(dataset, noise + codes)
+    inner: nn.Module = mlp(math.prod(shape), 256, 256, activation=Leaky)
     if shape == LARGE:
         generator, inner = dcgan(noise + codes)["generator"], conv_encoder(LARGE, 256, activation=Leaky)
-    else:
-        generator, inner = _generator(dataset, noise + codes), mlp(math.prod(shape), 256, 256, activation=Leaky)
     # Codes that ignore small shifts and turns of an image are nearer to classes.
     networks = {"generator": generator, "trunk": nn.Sequential(RandomWarp(shape), inner, Leaky())}
     return {"features": dataset.features, "codes": codes, "noise": noise, "hidden": (256, 256), **networks}
