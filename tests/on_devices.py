@@ -72,7 +72,7 @@ def test_a_pair_runs_on_another_device(case: Case) -> None:
         drawn = {**prior_predictive(pair, data, draws=2), **result.params, **result.draws}
         if entry.name != "sigmoid_belief_net" and case.likelihood:
             # Its guide has a parameter per row. Rows on the CPU are moved to where the pair is.
-            drawn |= posterior_predictive(result, heldout)
+            drawn |= posterior_predictive(result, heldout or None)
         assert all(type(v) is not Pretended for v in drawn.values())
         if continuous:
             potential(pair, data)

@@ -285,8 +285,8 @@ def test_moments_of_a_gaussian_process_are_those_of_a_grid() -> None:
     x = np.linspace(0, 4, 12)[:, None]
     y = np.sin(2 * x[:, 0]) + 0.3 * rng.normal(size=12)
     pair = GaussianProcess(kernel="squared_exponential").double()
-    found = pair.moments(torch.tensor(x), torch.tensor(y), draws=30_000)
-    axes = [np.linspace(a, b, 36) for a, b in ((-2.0, 2.2), (-2.0, 1.5), (-3.5, 1.0))]
+    found = pair.moments(torch.tensor(x), torch.tensor(y), draws=60_000)
+    axes = [np.linspace(a, b, 44) for a, b in ((-2.5, 3.0), (-3.0, 2.0), (-5.0, 1.5))]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     length, amplitude, sigma = np.exp(grid).T
     square = (x - x.T) ** 2
@@ -299,7 +299,8 @@ def test_moments_of_a_gaussian_process_are_those_of_a_grid() -> None:
     for name, (mean, sd) in zip(
         ("length", "amplitude", "sigma"), weighted(logs, length, amplitude, sigma), strict=True
     ):
-        near(found[name], mean, sd, rtol=0.05)
+        # Heavy tails: the length is inverse gamma where the data say little.
+        near(found[name], mean, sd, rtol=0.1)
 
 
 def documents() -> tuple[np.ndarray, np.ndarray]:

@@ -486,7 +486,7 @@ def test_a_model_with_parameters_is_one_program() -> None:
 def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
     monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
-    monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.gradients))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: asked.append(self.gradients))
     for step in (0.5, 0.005):
         kernel = partial(ChEES, step_size=step, trajectory_length=1.0)
         quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=24, warmup=0)
@@ -497,7 +497,7 @@ def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monke
 def test_much_arithmetic_makes_the_program_worth_compiling(monkeypatch) -> None:
     monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
-    monkeypatch.setattr(ChEES, "fuse", lambda self: asked.append(self.operations))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: asked.append(self.operations))
     for rows in (10, 20_000):
 
         def model(rows: int = rows) -> None:

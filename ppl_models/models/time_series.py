@@ -217,8 +217,8 @@ class GARCH(Series):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("zero", torch.tensor(0.0))
         self.register_buffer("ones", torch.ones(3))
-        self.coords["shares"] = ["last return", "last variance", "level"]
-        self.dims |= {"shares": ("shares",), "y": ("time",)}
+        self.coords["share"] = ["last return", "last variance", "level"]
+        self.dims |= {"shares": ("share",), "y": ("time",)}
         self.guide = guide(self.model)
 
     def model(self, y: Tensor | None = None, size: int | None = None) -> Tensor:

@@ -553,7 +553,7 @@ def find(name: str) -> Entry:
     if name not in ZOO:
         near = difflib.get_close_matches(str(name), ZOO, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(near)}; " if near else ""
-        raise ValueError(f"pair: unknown {name!r}; {hint}known: {', '.join(ZOO)}")
+        raise ValueError(f"pair: unknown {name!r}; {hint}`ppl-models list` shows all {len(ZOO)}")
     return ZOO[name]
 
 
