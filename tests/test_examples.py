@@ -259,6 +259,7 @@ def test_units_share_fewer_bits_if_they_have_to_be_unpredictable(tmp_path: Path)
     check_image(tmp_path / "unpredictable.png")
 
 
+@pytest.mark.slow
 def test_simulations_catch_the_narrow_guide(tmp_path: Path) -> None:
     example = load("can_you_trust_a_guide")
     tables = example.main(simulations=12, steps=250, out=tmp_path)
