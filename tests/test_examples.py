@@ -67,6 +67,7 @@ def test_each_example_is_short_and_tells_its_options(path, monkeypatch, capsys):
 # ArviZ sorts in a way that pandas 3 is about to drop, and smooths the tails of few draws under protest.
 @pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.slow
 def test_bayesian_workflow_prefers_the_gamma(tmp_path, capsys):
     table = load("bayesian_workflow").main(draws=60, warmup=150, chains=2, out=tmp_path)
     assert list(table.index) == ["gamma", "normal"]
@@ -125,6 +126,7 @@ def test_scikit_learn_stands_at_the_mode_of_the_pair(tumours, scale):
     assert max(slope.abs().max() for slope in slopes) < 1e-3
 
 
+@pytest.mark.slow
 def test_your_own_pair_as_a_class_and_as_a_function(tmp_path, capsys):
     comparison = load("your_own_pair").main(steps=1000, draws=150, out=tmp_path)
     table = comparison.table
@@ -141,6 +143,7 @@ def test_your_own_pair_as_a_class_and_as_a_function(tmp_path, capsys):
     check_image(tmp_path / "your_own_pair.png")
 
 
+@pytest.mark.slow
 def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     table = load("tighter_bounds").main(steps=400, particles=100, out=tmp_path)
     assert list(table.index) == ["ELBO", "IWAE-5", "IWAE-50", "IWAE-50 DReG"]
@@ -172,6 +175,7 @@ def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
     check_image(tmp_path / "em_is_variational.png")
 
 
+@pytest.mark.slow
 def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
     table = load("three_ways").main(rows=12, steps=900, chains=100, out=tmp_path)
     check_image(tmp_path / "three_ways.png")
@@ -180,6 +184,7 @@ def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
     assert (table.gap[["SVI", "wake-sleep"]] > 0.05).all()
 
 
+@pytest.mark.slow
 def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
     table = load("wake_sleep_or_elbo").main(rounds=2, steps=60, batch=50, out=tmp_path)
     check_image(tmp_path / "wake_sleep_or_elbo.png")
@@ -271,6 +276,7 @@ def test_simulations_catch_the_narrow_guide(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.slow
 def test_a_csv_file_becomes_a_report_of_the_better_model(tmp_path: Path) -> None:
     table = load("csv_to_report").main(draws=100, out=tmp_path)
     assert list(table.index) == ["hierarchical", "pooled"]
