@@ -7,7 +7,8 @@ z by p(z). The net cost of a row is
 
 .. math:: -\log_2 p(x \mid z) - \log_2 p(z) + \log_2 q(z \mid x)
 
-whose mean over q is the negative ELBO in bits. Continuous z are rounded to the middle of bins of equal prior mass.
+whose mean over q is the negative ELBO in bits. Continuous z are rounded to the middle of bins of equal prior mass:
+a guide that reaches beyond the prior, as one of few steps does, pays for the width of the outermost bins.
 
 Coder and decoder must compute bit-identical probabilities. So both run the same operations on tensors of the same
 shapes, in one thread: columns for as many rows at a time as :data:`TOGETHER`, and bits back row by row. What remains is
