@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import gallery
+from gallery import toctree
 
 import inference
 import inference.kernels
@@ -38,10 +40,8 @@ PAPER = re.compile(r"^References?: ")
 def write(folder: Path) -> None:
     """Write all pages into a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
-    pages = {"zoo/index.md": zoo_index(), "gallery/index.md": gallery_index()}
-    pages |= {"ledger.md": ledger(), "api/index.md": api_index()}
+    pages = {"zoo/index.md": zoo_index(), "ledger.md": ledger(), "api/index.md": api_index(), **gallery.pages()}
     pages |= {f"zoo/{e.name}.md": card(e) for e in ZOO.values()}
-    pages |= {f"gallery/{p.stem}.md": example(p) for p in examples()}
     pages |= {f"api/{name}.md": text for name, text in api().items()}
     for name, text in pages.items():
         path = folder / name
@@ -175,82 +175,6 @@ def tile(entry: Entry) -> str:
 
 {methods}
 :::"""
-
-
-def toctree(names: Iterable[str]) -> str:
-    """A hidden table of contents of pages beside this one."""
-    return "\n".join(["```{toctree}", ":hidden:", "", *names, "```"])
-
-
-# ---- The gallery
-
-
-def examples() -> list[Path]:
-    """The scripts of the gallery."""
-    return sorted((ROOT / "examples").glob("*.py"))
-
-
-def told(path: Path) -> tuple[str, str]:
-    """The question of an example, which is the first sentence of its docstring, and the rest."""
-    doc = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or "").split("\n\n")[0].split())
-    rest = "\n\n".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or "").split("\n\n")[1:])
-    question, mark, more = doc.partition("? ")
-    return f"{question}{mark.strip()}", f"{more}\n\n{rest}".strip()
-
-
-def example(path: Path) -> str:
-    """The page of an example: its question, its figure where there is one, how to run it, its code."""
-    question, rest = told(path)
-    picture = path.with_suffix(".png")
-    figure = f"![{question}](/../examples/{picture.name})" if picture.exists() else ""
-    return f"""# {question}
-
-{plain(rest)}
-
-{figure}
-
-Run it from a clone of the repository; it prints a table and writes its figure under `results/`:
-
-```bash
-python examples/{path.name}
-python examples/{path.name} --help
-```
-
-:::{{literalinclude}} /../examples/{path.name}
-:language: python
-:::
-
-{{download}}`Download {path.name} </../examples/{path.name}>`
-"""
-
-
-def plain(text: str) -> str:
-    """Plain text in Markdown: what would be emphasis or a formula stays as it is written."""
-    return re.sub(r"([*_$<|^])", r"\\\1", text)
-
-
-def gallery_index() -> str:
-    """All examples with their questions."""
-    tiles = []
-    for path in examples():
-        question, rest = told(path)
-        picture = path.with_suffix(".png")
-        image = f":img-top: /../examples/{picture.name}\n" if picture.exists() else ""
-        first = re.split(r"(?<=[.?]) (?=[A-Z])", " ".join(rest.split()))[0]
-        tiles.append(
-            f":::{{grid-item-card}} {question}\n:link: {path.stem}\n:link-type: doc\n{image}\n{plain(first)}\n:::"
-        )
-    return "\n\n".join(
-        [
-            "# Gallery",
-            "One question per script, under 80 lines each, with a figure at the end. The build of this site does not "
-            "run them: `python examples/NAME.py` does, in minutes on two cores.",
-            "::::{grid} 1 1 2 2\n:gutter: 3",
-            *tiles,
-            "::::",
-            toctree(p.stem for p in examples()),
-        ]
-    )
 
 
 # ---- Figures

@@ -47,7 +47,7 @@ def measure(pair: VAE, x: torch.Tensor, guides: dict[str, Normal]) -> pd.DataFra
     return table.join(gaps.set_axis(["gap of the family", "amortization gap"], axis=1))
 
 
-def main(steps: int = 6000, rows: int = 100, seed: int = 0, out: Path = Path("results/amortization")) -> pd.DataFrame:
+def main(steps: int = 3000, rows: int = 100, seed: int = 0, out: Path = Path("results/amortization")) -> pd.DataFrame:
     """Print the gaps of training and test rows; plot posterior, HMC draws and guides (2 sd) of three test rows."""
     torch.manual_seed(seed)
     digits = load("digits", binarise=True)
@@ -62,16 +62,17 @@ def main(steps: int = 6000, rows: int = 100, seed: int = 0, out: Path = Path("re
     shown = {"narrowest": order[0], "median": order[len(order) // 2], "widest": order[-1]}
     chains = sample(pair.model, x[list(shown.values())], draws=500, warmup=500, seed=seed).draws["z"]
     ends = torch.stack(chains.aminmax(dim=0), -1).transpose(0, 1).tolist()
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     for k, (title, row, axes) in enumerate(zip(shown, shown.values(), figure.subplots(1, 3), strict=True)):
         axes.contourf(SIDE, SIDE, joint(pair, x[row], GRID).exp(), 12, cmap="Blues")
-        axes.plot(*chains[::80, k].T, "k.", markersize=2, label="HMC")
+        axes.plot(*chains[::80, k].T, "k.", markersize=1.5, label="HMC")
         for (name, guide), colour in zip(guides.items(), ("tab:red", "tab:green"), strict=True):
             axes.plot(*(guide.loc[row] + 2 * guide.scale[row] * CIRCLE).T, color=colour, label=name)
-        axes.set(title=f"{title} amortization gap", xlim=ends[0][k], ylim=ends[1][k])
-    axes.legend()
+        axes.set(title=f"{title} gap", xlim=ends[0][k], ylim=ends[1][k], xticks=[], yticks=[])
+    figure.suptitle(f"VAE of digits, {steps:,} steps: posterior of three test rows, and guides (2 sd)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "posteriors.png", dpi=120)
+    figure.savefig(out / "amortization_gap.png", dpi=150)
     return frame
 
 

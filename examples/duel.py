@@ -16,14 +16,14 @@ from inference import Joint, fit, isolated, two_sample
 from inference.objectives import Adversarial
 from ppl_models import GAN, pictures, simulate_modes
 
-STAGES = (0, 200, 1000, 3000, 8000)
+STAGES = (0, 200, 1000, 5000)
 SHARED = {"batch": 256, "progress": False}
 
 
 def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) -> pd.DataFrame:
     """Train in stages, with steps multiplied by ``scale``; plot each stage and print the modes it covers."""
     x, centres, deviation = simulate_modes("ring", 20_000, seed)
-    figure = Figure(figsize=(3 * len(STAGES), 6.4), layout="constrained")
+    figure = Figure(figsize=(7.4, 4.4), layout="constrained")
     panels, rows = figure.subplots(2, len(STAGES)), []
     for line, (name, r1) in zip(panels, {"GAN": 0.0, "GAN, R1": 0.1}.items(), strict=True):
         with isolated(seed):
@@ -36,13 +36,16 @@ def main(scale: float = 1.0, seed: int = 0, out: Path = Path("results/duel")) ->
             seen = two_sample.modes(pair.generate(5000, seed=seed), centres, deviation)
             rows.append((name, done, seen.found, 100 * seen.quality.value))
             surface = pictures.odds(panel, pair, x, seed=seed)
-            panel.set_title(f"{name}, {done:,} steps: {seen.found} of {seen.total} modes", fontsize=9, loc="left")
-    panels[0, 0].legend(fontsize=7, loc="lower left")
-    figure.colorbar(surface, ax=panels, label="q(real | x)", ticks=[0, 0.5, 1], aspect=40)
+            panel.set_title(f"{done:,} steps: {seen.found}/{seen.total}", fontsize=10)
+        line[0].set_ylabel(name)
+    figure.suptitle("GAN of a ring of 8 modes: samples, discriminator, and modes found")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, markerscale=3, frameon=False)
+    figure.colorbar(surface, ax=panels, label="q(real | x)", ticks=[0, 0.5, 1], aspect=30)
     table = pd.DataFrame(rows, columns=["objective", "steps", "modes", "quality, %"])
     print(table.to_string(index=False, float_format=lambda v: f"{v:.1f}"))
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "duel.png", dpi=110)
+    figure.savefig(out / "duel.png", dpi=150)
     return table
 
 

@@ -11,10 +11,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import pandas as pd
 import torch
 import typer
@@ -23,19 +19,19 @@ from matplotlib.figure import Figure
 from ppl_models import find, flow
 
 
-def picture(bound: Any, density: float, path: Path) -> None:
+def picture(bound: Any, title: str, path: Path) -> None:
     """The terms of the bound, in bits per dimension, by step."""
     terms = bound.step_kl.double().mean(0).numpy() / bound.dimensions / math.log(2)
     steps = range(2, len(terms) + 2)
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 3.7), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(steps, terms, width=0.9, color="C0")
     axes.bar(1, bound.bits()["reconstruction"], width=0.9, color="C1", label="reconstruction (step 1)")
     axes.set_xlabel("step, from image (left) to noise (right)")
     axes.set_ylabel("bits per pixel")
-    axes.set_title(f"the bound by step: {bound.bits()['total']:.2f} bits per pixel; flow: {density:.2f}", loc="left")
+    axes.set_title(title)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150)
 
 
 def main(steps: int = 2000, chain: int = 100, rows: int = 200, seed: int = 0, out: Path = Path("results")) -> None:
@@ -65,7 +61,8 @@ def main(steps: int = 2000, chain: int = 100, rows: int = 200, seed: int = 0, ou
     print("standard errors:", {n: round(float(v.double().std()) / len(v) ** 0.5 / scale, 3) for n, v in errors.items()})
     out.mkdir(parents=True, exist_ok=True)
     path = out / "how_likely.png"
-    picture(bound, table["flow"], path)
+    said = f"{table['bound, total']:.2f} bits per pixel by the bound, {table['flow']:.2f} by the flow"
+    picture(bound, f"Diffusion chain of digits, {steps:,} steps of training:\n{said}", path)
     print(path)
 
 

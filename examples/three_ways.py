@@ -60,14 +60,16 @@ def main(rows: int = 60, steps: int = 3000, chains: int = 200, out: Path = Path(
     print(f"log p(x) = {evidence:.3f} nats per row\n{frame.round(3).to_string()}")
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "table.csv")
-    figure = Figure(figsize=(10.5, 4.3), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.3), layout="constrained")
     for axes, (name, value) in zip(figure.subplots(1, 3, sharey=True), estimates.items(), strict=True):
         axes.plot([0, 1], [0, 1], color="0.7")
         axes.plot(exact.flatten(), value.flatten(), ".", alpha=0.4)
-        gap = "" if name == "Gibbs" else f", gap {frame.gap[name]:.2f} nats"
-        axes.set(title=f"{name}: error {frame.error[name]:.3f}{gap}", xlabel="exact probability", aspect="equal")
+        gap = "no bound" if name == "Gibbs" else f"gap {frame.gap[name]:.2f} nats"
+        axes.set(xlabel="exact probability", aspect="equal")
+        axes.set_title(f"{name}:\nerror {frame.error[name]:.3f}, {gap}", fontsize=10)
+    figure.suptitle(f"Causes of {rows} rows of a sigmoid belief net, {steps:,} steps or {chains} chains")
     figure.axes[0].set_ylabel("estimated probability")
-    figure.savefig(out / "three_ways.png", dpi=120)
+    figure.savefig(out / "three_ways.png", dpi=150)
     return frame
 
 

@@ -13,9 +13,11 @@ from inference.comparison.judgement import ksd, loo, sensitivity
 from inference.comparison.methods import Method
 from inference.comparison.scores import Moments
 from inference.comparison.table import COLUMNS, Comparison
+from inference.compression import Compressed, compress, decompress
 from inference.core.files import stem_of, write_whole
 from inference.core.group import launched
 from inference.core.handlers import exclusive, isolated
+from inference.denoising import Denoised, denoise, super_resolve
 from inference.diagnostics import two_sample
 from inference.diagnostics.calibration import Calibration
 from inference.diagnostics.convergence import Diagnosis, diagnose
@@ -42,6 +44,8 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "Comparison",
+    "Compressed",
+    "Denoised",
     "Diagnosis",
     "Evidence",
     "Imputation",
@@ -55,6 +59,9 @@ __all__ = [
     "calibrate",
     "classify",
     "compare",
+    "compress",
+    "decompress",
+    "denoise",
     "diagnose",
     "exclusive",
     "fit",
@@ -77,6 +84,7 @@ __all__ = [
     "sample",
     "sensitivity",
     "stem_of",
+    "super_resolve",
     "two_sample",
     "write_whole",
 ]

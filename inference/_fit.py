@@ -41,6 +41,7 @@ from inference.draws import scoring
 from inference.further import GuideDraws
 from inference.idata import STORED
 from inference.objectives.shared import Shared, over_processes
+from inference.optim import check_rates
 from inference.result import Posterior, Result, conclude
 from inference.runners.asked import asked_of, named
 from inference.runners.descent import Descent, Minibatches
@@ -162,9 +163,8 @@ def fit(
         _check_guide(bound)
     _check_group(bound, asked, batch, steps=steps, seed=seed, learning_rate=learning_rate, patience=patience)
     started = perf_counter()
-    # A caller's no_grad would leave every parameter where it is.
     kept = Checkpoint.of(checkpoint)
-    with isolated(seed), torch.enable_grad(), kept or nullcontext():
+    with isolated(seed), kept or nullcontext():
         chosen = _objective(bound, made)
         plan = _plan(bound, chosen, optimizer, learning_rate, steps, patience, compile)
         run = Descent(plan, Minibatches(bound, batch), f"fit of {bound.name}", started)
@@ -247,6 +247,8 @@ def _check(
         raise ValueError("pair: expected a guide beside the model; give a (model, guide) tuple, or use sample()")
     if optimizer is not None and not isinstance(optimizer, PyroOptim):
         raise TypeError(f"optimizer: expected a pyro.optim.PyroOptim, got {type(optimizer).__name__}")
+    if optimizer is not None:
+        check_rates(optimizer)
     if batch is None:
         return
     if not bound.takes_rows:

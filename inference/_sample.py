@@ -180,8 +180,7 @@ def _check(bound: BoundPair, factory: Any, compile: Any, **lengths: int | None) 
         raise ValueError(f"model: {', '.join(endless)} has infinitely many discrete states; a kernel cannot sum it out")
     if not latent:
         raise ValueError("model: expected a latent site to sample, got none")
-    if bound.subsampled:
-        raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {bound.subsampled[0]}")
+    bound.check_whole()
     _check_observes(bound)
 
 

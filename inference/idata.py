@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from inference.core.files import Lenient
 from inference.core.halves import parameters_of
 from inference.core.lazy import azb, xr
 from inference.core.sites import Site
-from inference.draws import engine, scoring
+from inference.draws import dependence, engine, scoring
+from inference.draws.dependence import by_plates
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
@@ -84,7 +85,8 @@ def to_idata(
         left_out: Takes the reason for each group that is left out.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
-    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and the attribute ``site`` has the name of the site.
+    ``/`` in a name, which NetCDF does not allow, becomes ``_``, and a site with the name of a dimension (``draw``,
+    ``chain``) gets a ``_`` at its end; the attribute ``site`` has the name of the site.
     Deterministic sites and posterior draws of summed-out sites are added. A group that cannot be computed is left out
     with a warning, and so are predictive groups of more than ``STORED`` numbers and a log likelihood that would read
     more than ``SCORED``.
@@ -92,22 +94,25 @@ def to_idata(
     ``log_likelihood`` holds what was observed: entries that a mask hides are dropped, and the rest lies along one
     dimension, ``y_observed`` of the site ``y``. Where a latent site has a value for each observation, the group is left
     out, and ``attrs["log_likelihood"]`` says so: the weights of ``arviz_stats.loo`` would be those of that value, and
-    heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)).
+    heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)). Where ``poutine.scale`` weighs rows,
+    the group is without it, and ``attrs["log_likelihood"]`` says that leaving a row out is then another thing.
     """
     left_out = left_out or LeftOut(bound.name)
     size = len(next(iter(posterior.values()))) if posterior else 1
     groups, dims = {"posterior": posterior}, {n: dims_of(bound, n) for n in bound.sites}
     plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
-    asked = _affordable(bound, size, left_out)
+    asked, derived = _affordable(bound, size, left_out)
     notes = dict(attrs or {})
-    if "functions" in asked:
-        functions = left_out.unless("deterministic sites", lambda: scoring.latent_functions(bound, posterior), {})
+    if derived:
+        functions = left_out.unless(
+            "deterministic sites", lambda: scoring.latent_functions(bound, posterior, derived), {}
+        )
         groups["posterior"] = {**posterior, **functions}
     if "posterior_predictive" in asked:
         groups["posterior_predictive"] = left_out.unless(
             "posterior_predictive", lambda: _replicates(bound, posterior, size), {}
         )
-    own = of_observations(bound, posterior)
+    own = dependence.of_observations(bound, posterior) if bound.source is None else by_plates(bound, posterior)
     if "log_likelihood" in asked and own:
         notes["log_likelihood"] = (
             f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is given "
@@ -118,6 +123,11 @@ def to_idata(
             "log_likelihood", lambda: _likelihood(bound, posterior), ({}, {})
         )
         plates |= flat
+        if weighed := groups["log_likelihood"] and scoring.scaled_sites(bound, posterior):
+            notes["log_likelihood"] = (
+                f"without the scale of {', '.join(weighed)}: arviz_stats.loo would leave out a part of a row, or a row "
+                "that counts many times once"
+            )
     datasets: dict[str, xr.Dataset | None] = {}
     for group, sites in groups.items():
         used = plates if group == "log_likelihood" else dims
@@ -129,6 +139,11 @@ def to_idata(
     if data:
         datasets["observed_data"] = left_out.unless("observed_data", lambda: _observed(bound, data, dims), None)
     kept = {group: dataset for group, dataset in datasets.items() if dataset is not None}
+    if "posterior" in kept:
+        held = {v.attrs.get("site", n) for n, v in kept["posterior"].data_vars.items()}
+        for name in groups["posterior"]:
+            if name not in held:
+                left_out.add(f"{name}: it is in result.draws alone")
     if "posterior" in kept:
         kept["posterior"].attrs.update(notes)
     # A pair without latent sites has no posterior, and so no such group.
@@ -166,42 +181,64 @@ def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
         idata.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
-def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> set[str]:
-    """Groups whose size memory allows; the others are left out with a warning."""
-    observed = bound.select("observed")
-    functions = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
-    replicated, scored, derived = (
-        size * sum(torch.Size(s.shape[:end] if end else s.shape).numel() for s, end in sites)
-        for sites in (
-            [(s, 0) for s in observed.values()],
-            [(s, s.batch) if s.batch else (replace(s, shape=()), 0) for s in observed.values()],
-            [(s, 0) for s in functions],
-        )
-    )
-    asked, refused = set(), []
+def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[set[str], list[str]]:
+    """Groups, and deterministic and summed-out sites, whose size memory allows; the others are left out with a warning.
+
+    Sites are taken from the smallest on: one that is wide costs no other one its place.
+    """
+    observed = bound.select("observed").values()
+    derived = [s for s in bound.sites.values() if s.role == "deterministic" or (s.role == "latent" and s.finite)]
+    numbers = {s.name: size * torch.Size(s.shape).numel() for s in (*observed, *derived)}
+    replicated = sum(numbers[s.name] for s in observed)
+    scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed)
+    kept, total, refused = set[str](), 0, []
+    for site in sorted(derived, key=lambda s: numbers[s.name]):
+        total += numbers[site.name]
+        if total <= STORED and replicated <= SCORED:
+            kept.add(site.name)
+    if wide := [s.name for s in derived if s.name not in kept]:
+        refused.append(f"{', '.join(wide)} ({sum(numbers[n] for n in wide):,} numbers)")
+    asked = set()
     for group, count, reads, verb in (
-        ("functions", derived, replicated, ""),
         ("posterior_predictive", replicated, 0, "posterior_predictive(result, data)"),
         ("log_likelihood", scored, replicated, "pointwise_log_likelihood(result, data)"),
     ):
         if count <= STORED and reads <= SCORED:
             asked.add(group)
-        elif verb:
+        else:
             refused.append(f"{group} ({count:,} numbers; ask {verb})")
-        elif functions:
-            refused.append(f"{', '.join(s.name for s in functions)} ({count:,} numbers)")
     if refused:
         said = f"left out {' and '.join(refused)}, for fewer rows or draws"
         left_out.add(said)
         warnings.warn(f"{bound.name}: {said}", stacklevel=5)
-    return asked
+    return asked, [s.name for s in derived if s.name in kept]
 
 
 def dataset_of(bound: BoundPair, sites: Mapping[str, Tensor], dims: Mapping[str, list[str]], chains: int) -> xr.Dataset:
     r"""Values by site (chains * draws, \*shape), chains one after another, with the pair's names along dimensions."""
     arrays = {n: v.detach().cpu().numpy().reshape(chains, -1, *v.shape[1:]) for n, v in sites.items()}
     used = {n: dims.get(n, ["rows"] * (v.ndim == 3)) for n, v in arrays.items()}
-    return _to_dataset(arrays, dims=used, coords=_coords(bound, used))
+    return _of_sites(bound, arrays, used)
+
+
+def _of_sites(
+    bound: BoundPair, arrays: Mapping[str, np.ndarray], dims: Mapping[str, list[str]], **asked: Any
+) -> xr.Dataset:
+    """A Dataset of sites, none of which is taken for the coordinate of a dimension."""
+    names = variables_of(bound)
+    given = {names.get(n, n): v for n, v in arrays.items()}
+    used = {names.get(n, n): d for n, d in dims.items() if n in arrays}
+    dataset = _to_dataset(given, dims=used, coords=_coords(bound, used), **asked)
+    for site in arrays:
+        if names.get(site, site) != site:
+            dataset[names[site]].attrs["site"] = site
+    return dataset
+
+
+def variables_of(bound: BoundPair) -> dict[str, str]:
+    """Name of each site as a variable: its own, unless a dimension has it."""
+    taken = {"chain", "draw", *(f"{n}_observed" for n in bound.select("observed"))}
+    return allowed_names(bound.sites, taken.union(*(dims_of(bound, n) for n in bound.sites)))
 
 
 def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
@@ -210,21 +247,12 @@ def _to_dataset(arrays: dict[str, np.ndarray], **names: Any) -> xr.Dataset:
 
 
 def _observed(bound: BoundPair, data: dict[str, np.ndarray], dims: dict[str, list[str]]) -> xr.Dataset:
-    return _to_dataset(data, dims=dims, coords=_coords(bound, dims), sample_dims=[])
+    return _of_sites(bound, data, dims, sample_dims=[])
 
 
 def _replicates(bound: BoundPair, posterior: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
     observed = bound.select("observed")
     return scoring.draw_sites(bound.generator(), posterior, size, observed) if observed else {}
-
-
-def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
-    """Latent sites with a value for each observation: in all plates of an observed site, which is in one."""
-    observed = [
-        set(s.plates) - {None} for s in bound.select("observed").values() if torch.Size(s.shape[: s.batch]).numel() > 1
-    ]
-    latent = bound.select("latent").items()
-    return [n for n, s in latent if n in posterior and any(o and o <= set(s.plates) for o in observed)]
 
 
 def _likelihood(bound: BoundPair, posterior: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
@@ -319,13 +347,13 @@ def dims_of(bound: BoundPair, name: str) -> list[str]:
     if site.role == "deterministic" and len(named) == len(site.shape):
         return named
     event = len(site.shape) - site.batch
-    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
-    plates = [p if p not in (None, "chain", "draw") else f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
+    plates = [p or f"{name}_dim_{k}" for k, p in enumerate(site.plates)]
     own = named[-event:] if event and len(named) >= event else []
     if not own and event == 1 and len(bound.names.columns.get(name, ())) == site.shape[-1]:
         own = [f"{name}_columns"]
     rest = own or [f"{name}_dim_{site.batch + k}" for k in range(event)]
-    return [*plates, *rest]  # type: ignore[list-item]
+    # xarray owns no two dimensions of one name, and ArviZ none called chain or draw.
+    return [d if d not in ("chain", "draw") else f"{name}_dim_{k}" for k, d in enumerate([*plates, *rest])]
 
 
 def _coords(bound: BoundPair, dims: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -347,20 +375,20 @@ def coordinates(bound: BoundPair) -> dict[str, Any]:
     return {**fitting, **bound.asked.coords}
 
 
-def allowed_names(names: Iterable[str]) -> dict[str, str]:
-    """Names as NetCDF takes them, without a ``/``, each once.
+def allowed_names(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Names as NetCDF takes them, without a ``/`` and more than dots, each once and none that is taken.
 
     Example:
-        >>> allowed_names(["a/b", "a_b", "c"])
-        {'a/b': 'a_b_2', 'a_b': 'a_b', 'c': 'c'}
+        >>> allowed_names(["a/b", "a_b", "draw", "."], taken=["draw"])
+        {'a/b': 'a_b_2', 'a_b': 'a_b', 'draw': 'draw_', '.': '_'}
     """
     listed = list(dict.fromkeys(names))
-    found = {n: n for n in listed if "/" not in n}
+    found = {n: n for n in listed if "/" not in n and n.strip(".") and n not in taken}
     for name in listed:
-        if "/" in name:
-            plain = name.replace("/", "_")
+        if name not in found:
+            plain = name.replace("/", "_") if "/" in name else f"{name.strip('.')}_"
             tries = itertools.chain([plain], (f"{plain}_{k}" for k in itertools.count(2)))
-            found[name] = next(c for c in tries if c not in found.values())
+            found[name] = next(c for c in tries if c not in found.values() and c not in taken)
     return {n: found[n] for n in listed}
 
 
@@ -376,5 +404,5 @@ def renamed(datasets: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     for dataset in renamed.values():
         for name, new in changed.items():
             if new in dataset.variables:
-                dataset[new].attrs["site"] = name
+                dataset[new].attrs.setdefault("site", name)
     return renamed

@@ -17,28 +17,19 @@ the Exact Likelihood of Deep Latent Variable Models" (https://arxiv.org/abs/1802
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Independent
 from torch import Tensor
 
+from inference.alternation import Given, alternate, said_of
 from inference.core.bound import BoundPair
 from inference.core.checks import check_count
 from inference.core.given import by_name, names_in, to_tensor
 from inference.core.halves import accepted_by, halves_of
-from inference.core.handlers import REFUSALS, exclusive, isolated
-from inference.draws import engine
-from inference.draws.rows import LocalLatents, guide_sites, probe
+from inference.core.handlers import exclusive, isolated
 from inference.result import Result
-
-CHAIN_NUMBERS = 50_000_000
-"""Numbers of the data of all chains at once."""
-
-MIXED = 1.05
-"""R-hat above which chains are said to be too short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +68,8 @@ class Imputation:
         return self.sd / math.sqrt(len(self.draws))
 
     def __str__(self) -> str:
-        said = f"{int(self.missing.sum())} of {self.missing.numel()} entries, {len(self.draws)} draws ({self.method}"
-        if self.acceptance is None:
-            return said + ")"
-        said += f", R-hat {self.r_hat:.2f}, {float(self.acceptance.mean()):.0%} of proposals accepted)"
-        return f"{said}; the chains are too short: raise steps" if self.r_hat >= MIXED else said
+        what = f"{int(self.missing.sum())} of {self.missing.numel()} entries, {len(self.draws)} draws"
+        return said_of(what, self.method, self.acceptance, self.r_hat)
 
 
 @exclusive
@@ -131,7 +119,8 @@ def impute(
             latents = {n: v.to(bound.device) for n, v in result.draws.items()}
             rows = own(**{**bound.data, name: x}, draws=draws, latents=latents)
             return Imputation(rows.cpu(), x.isnan().cpu())
-        return _alternate(bound, x, name, draws, steps)
+        found = alternate(bound, _Missing(x), name, draws, steps)
+        return Imputation(found.draws, x.isnan().cpu(), "Metropolis within Gibbs", found.acceptance, found.r_hat)
 
 
 def _bind(fitted: BoundPair, data: Any, name: str | None) -> tuple[BoundPair, Tensor, str]:
@@ -153,120 +142,16 @@ def _bind(fitted: BoundPair, data: Any, name: str | None) -> tuple[BoundPair, Te
     return bound, filled.masked_fill(missing.to(filled.device), math.nan) if missing.any() else filled, name
 
 
-def _alternate(bound: BoundPair, x: Tensor, name: str, draws: int, steps: int) -> Imputation:
-    """Chains of Metropolis within Gibbs, as many at once as fit into memory."""
-    together = max(1, CHAIN_NUMBERS // max(x.numel(), 1))
-    _check_alternates(bound, x, name)
-    sizes = [len(part) for part in torch.arange(draws).tensor_split(math.ceil(draws / together))]
-    parts = [_chains(bound, x, name, size, steps) for size in sizes]
-    rows = torch.cat([p.draws for p in parts])
-    accepted = [size * p.acceptance for size, p in zip(sizes, parts, strict=True) if p.acceptance is not None]
-    r_hat = max((p.r_hat for p in parts if not math.isnan(p.r_hat)), default=math.nan)
-    return replace(parts[0], draws=rows, acceptance=torch.stack(accepted).sum(0) / draws, r_hat=r_hat)
+class _Missing:
+    """Rows some entries of which are known."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.unknown = x, x.isnan()
 
-def _check_alternates(bound: BoundPair, x: Tensor, name: str) -> None:
-    """Raise a ValueError unless the entries can be drawn in turn with latent sites of a guide of any rows."""
-    refused = f"result: expected a pair that knows its conditionals, or a guide of new rows, got {bound.name}"
-    if bound.guide is None or not bound.select("latent"):
-        raise ValueError(f"{refused}, which has neither")
-    try:
-        rows = probe(bound, True)
-        sites = set(guide_sites(rows))
-    except REFUSALS as error:
-        raise ValueError(f"{refused} ({' '.join(str(error).split())[:160]})") from None
-    if sites != set(bound.select("latent")):
-        raise ValueError(f"{refused}, whose guide does not draw the latent sites of the model alone")
-    node = engine.trace(bound, bound.model, {}).nodes.get(name)
-    if node is None or node["type"] != "sample":
-        raise ValueError(f"name: expected an observed site of {bound.name}, got {name!r}")
-    fn = node["fn"]
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    if fn.event_dim or _reads_missing(bound, x, name):
-        raise ValueError(f"{refused}, whose entries of {name} depend on one another given the latent sites")
+    def start(self) -> None:
+        """Chains start from the prior."""
 
-
-def _reads_missing(bound: BoundPair, x: Tensor, name: str) -> bool:
-    """Whether the density of what is known, or of another site, depends on the missing entries given the latents."""
-    first = engine.trace(bound, bound.model, {})
-    latents = {n: first.nodes[n]["value"] for n in bound.select("latent")}
-    drawn = first.nodes[name]["fn"].sample().to(x)
-    other = replace(bound, data={**bound.data, name: torch.where(x.isnan(), drawn, bound.data[name])}, memo={})
-    second = engine.trace(other, other.model, latents)
-
-    def differs(site: str) -> bool:
-        one, two = (t.nodes[site] for t in (first, second))
-        given = one["value"]
-        return not torch.allclose(one["fn"].log_prob(given), two["fn"].log_prob(given), equal_nan=True)
-
-    return any(differs(n) for n in engine.sample_names(first))
-
-
-def _chains(bound: BoundPair, x: Tensor, name: str, count: int, steps: int) -> Imputation:
-    chains = _Chains(bound, x, name, count)
-    for step in range(steps):
-        if step == steps // 2:
-            chains.forget()
-        chains.advance()
-    rows = chains.x.reshape(count, *x.shape)
-    moved = chains.accepted.reshape(count, -1).mean(0) / (steps - steps // 2)
-    return Imputation(rows.cpu(), x.isnan().cpu(), "Metropolis within Gibbs", moved.cpu(), chains.r_hat())
-
-
-class _Chains:
-    """A chain for each draw and row, started from the prior; all of them are rows of one data set."""
-
-    def __init__(self, bound: BoundPair, x: Tensor, name: str, count: int) -> None:
-        tiled = {n: v.repeat(count, *[1] * (v.dim() - 1)) if n in bound.cut else v for n, v in bound.data.items()}
-        whole = bound.rebound(tiled)
-        self.x = whole.data[name] = whole.data[name].clone()
-        self.shape, self.name = (count, *x.shape), name
-        self.missing = x.isnan().repeat(count, *[1] * (x.dim() - 1))
-        self.pair: LocalLatents = probe(whole, True)
-        self.z: Mapping[str, Tensor] = self.pair.prior(1)
-        self.draw()
-        self.forget()
-
-    def forget(self) -> None:
-        """Start counting anew."""
-        self.accepted = torch.zeros(len(self.x), device=self.x.device)
-        self.total = torch.zeros(self.shape, dtype=torch.float64, device=self.x.device)
-        self.square, self.counted = torch.zeros_like(self.total), 0
-
-    def advance(self) -> None:
-        """Propose z from the guide, accept it or not in each row, and draw the missing entries."""
-        pair = self.pair
-        proposal, forward = pair.guide({}, 1)
-        backward = pair.guide(self.z, 1)[1]
-        ratio = pair.model(proposal, 1)[0] - pair.model(self.z, 1)[0] + backward - forward
-        # A state of density 0, in which the prior may start, is left for any other.
-        taken = ratio[0].nan_to_num(nan=-math.inf, posinf=math.inf).exp() > torch.rand_like(ratio[0])
-        self.z = {n: torch.where(self._by_row(n, taken), v, self.z[n]) for n, v in proposal.items()}
-        self.accepted += taken
-        self.draw()
-        self.counted += 1
-        values = self.x.reshape(self.shape).double()
-        self.total += values
-        self.square += values**2
-
-    def draw(self) -> None:
-        """Draw the missing entries given z, in place."""
-        trace = engine.trace(self.pair.bound, self.pair.bound.model, {n: v[0] for n, v in self.z.items()})
-        drawn = trace.nodes[self.name]["fn"].sample()
-        self.x.copy_(torch.where(self.missing, drawn.to(self.x), self.x))
-
-    def _by_row(self, name: str, taken: Tensor) -> Tensor:
-        """A mask of rows in the shape of a site's draws."""
-        site = self.pair.bound.sites[name]
-        return taken.reshape([-1 if k == self.pair.axis(name) else 1 for k in range(-1, len(site.shape))])
-
-    def r_hat(self) -> float:
-        """Largest R-hat of a missing entry since the last time that was forgotten; nan for a single chain."""
-        count, missing = self.counted, self.missing[: len(self.missing) // self.shape[0]]
-        mean = self.total / count
-        within = ((self.square / count - mean**2).clamp_min(0) * count / max(count - 1, 1)).mean(0)[missing]
-        between = mean.var(0)[missing] if len(mean) > 1 else torch.full_like(within, math.nan)
-        constant = (within <= 0) & (between <= 0)
-        ratio = ((count - 1) / count + between / within).sqrt()
-        return float(torch.where(constant, 1.0, ratio).max()) if missing.any() else 1.0
+    def given(self, fn: Any, count: int) -> Given:
+        known = self.x.repeat(count, *[1] * (self.x.dim() - 1))
+        draw = torch.where(known.isnan(), fn.sample().to(known), known)
+        return Given(draw, draw, 0.0)

@@ -3,6 +3,7 @@ r"""One torch optimizer over all parameters, where Pyro holds one a parameter.""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from inference.core.checks import check_positive
+
+
+def check_rates(optimizer: PyroOptim, params: Iterable[Tensor] = ()) -> None:
+    """Raise a ValueError where an optimizer would climb the loss, or leave every parameter where it is.
+
+    Pyro's own optimizers take any rate, and torch's a rate of zero. A function of parameters gives zero for those that
+    are to stay, but not for all.
+
+    Args:
+        optimizer: The optimizer.
+        params: Parameters that it is to move, for which it may have a function.
+    """
+    given = optimizer.pt_optim_args
+    every = [optimizer._get_optim_args(p) for p in params] if callable(given) else [given]
+    rates = [float(arguments["lr"]) for arguments in every if arguments.get("lr") is not None]
+    wrong = [r for r in rates if not 0 <= r < math.inf] or [r for r in rates if not any(rates)]
+    if wrong:
+        raise ValueError(f"optimizer: expected a positive lr, got {wrong[0]:g}")
 
 
 class Joint(PyroOptim):
@@ -165,6 +184,9 @@ class Joint(PyroOptim):
             self._check(arguments)
             self._valid.append(arguments)
         return arguments
+
+    def _get_optim_args(self, param: Any) -> dict[str, Any]:
+        return self._arguments(self._name(param))
 
     def _check(self, arguments: dict[str, Any]) -> None:
         """Construct the optimizer as its user would: a group of parameters may have any names and numbers."""

@@ -17,7 +17,7 @@ from inference.core.bound import BoundPair
 from inference.core.checks import reason_of
 from inference.core.files import write_whole
 from inference.core.lazy import azb, xr
-from inference.idata import dataset_of, dims_of, renamed, write_netcdf
+from inference.idata import dataset_of, dims_of, renamed, variables_of, write_netcdf
 
 NAME = "draws-{:05d}.nc"
 """Name of the file of a number."""
@@ -107,13 +107,14 @@ def write_draws(path: Path, bound: BoundPair, part: Part, first: int, method: st
     values, stats = part
     sites = {n: torch.from_numpy(v).flatten(0, 1) for n, v in values.items()}
     chains, draws = next(iter(values.values())).shape[:2]
+    names = variables_of(bound)
     try:
         posterior = dataset_of(bound, sites, {n: dims_of(bound, n) for n in sites if n in bound.sites}, chains)
     except ValueError:
         # Names along dimensions that xarray refuses cost no draws.
-        posterior = azb.dict_to_dataset(values, check_conventions=False)
+        posterior = azb.dict_to_dataset({names.get(n, n): v for n, v in values.items()}, check_conventions=False)
     for name in values:
-        posterior[name].attrs["site"] = name
+        posterior[names.get(name, name)].attrs["site"] = name
     groups = renamed({"posterior": posterior, "sample_stats": azb.dict_to_dataset(stats, check_conventions=False)})
     along = {"draw": np.arange(first, first + draws)}
     tree = {g: d.assign_coords(along).assign_attrs(method=method) for g, d in groups.items()}

@@ -73,12 +73,16 @@ class _PairEstimator(BaseEstimator):
             data["y"] = torch.as_tensor(codes, dtype=torch.int64)
         classes = tuple(map(str, getattr(self, "classes_", ())))
         seed = _seed(self.random_state)
-        with isolated(seed):
-            # A pair may draw the initial values of its parameters.
-            dataset = Dataset("rows", data, {}, tuple(map(str, names)), classes)
-            self.pair_ = entry.pair(dataset, **(self.settings or {}))
+        dataset = Dataset("rows", data, {}, tuple(map(str, names)), classes)
+        self.pair_ = self._made(entry, dataset, seed)
         self.result_: Result = method(self.pair_, data, seed=seed, progress=False, **options)
         return self
+
+    @exclusive
+    def _made(self, entry: Entry, dataset: Dataset, seed: int) -> Any:
+        """A pair, which may draw the initial values of its parameters."""
+        with isolated(seed):
+            return entry.pair(dataset, **(self.settings or {}))
 
     def _entry(self) -> Entry:
         """The entry by its name, or of its class; an entry with the defaults of ``fit`` for another class."""

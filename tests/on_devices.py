@@ -33,7 +33,6 @@ from inference.core.handlers import preserved_rng, random_state, set_random_stat
 from inference.kernels import ChEES, Gibbs
 from ppl_models import BayesianNetwork, LogisticRegression
 from ppl_models.models.pair import Pair
-from ppl_models.models.parts.randomness import seeded
 from ppl_models.zoo.entries import ZOO
 from ppl_models.zoo.entry import Entry
 from ppl_models.zoo.methods import settings
@@ -54,7 +53,7 @@ def trained(entry: Entry, pair: Pair, data: dict[str, Tensor], method: str) -> R
     if "batch" in getattr(run, "keywords", {}) or entry.name == "diffusion":
         asked["batch"] = rows // 2
     result = run(pair, data, **asked)
-    assert [said for said in result.diagnosis.unjudged if not said.startswith("Pareto k: 4 draws")] == []
+    assert [said for said in result.diagnosis.unjudged if not said.startswith("Pareto k")] == []
     return result
 
 
@@ -73,7 +72,7 @@ def test_a_pair_runs_on_another_device(case: Case) -> None:
         drawn = {**prior_predictive(pair, data, draws=2), **result.params, **result.draws}
         if entry.name != "sigmoid_belief_net" and case.likelihood:
             # Its guide has a parameter per row. Rows on the CPU are moved to where the pair is.
-            drawn |= posterior_predictive(result, heldout)
+            drawn |= posterior_predictive(result, heldout or None)
         assert all(type(v) is not Pretended for v in drawn.values())
         if continuous:
             potential(pair, data)
@@ -345,14 +344,3 @@ def test_devices_that_are_not_initialised_are_not_asked(monkeypatch) -> None:
     with isolated(3):
         pass
     assert cuda.seeded == seed
-
-
-def test_seeded_draws_leave_all_generators_as_they_were(monkeypatch) -> None:
-    for ready in (True, False):
-        with monkeypatch.context() as patched:
-            torch.manual_seed(4)
-            cuda = Cuda(patched, ready)
-            before, seed = [s.clone() for s in cuda.states], torch.initial_seed()
-            with seeded(0):
-                cuda.draw()
-            assert all(map(torch.equal, cuda.states, before)) if ready else cuda.seeded == seed

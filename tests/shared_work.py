@@ -208,7 +208,8 @@ def hanging(folder: Path, rank: int) -> dict[str, Any]:
     if rank == 1 and not (folder / "kept").exists():
         HANGS.set()
     with patch.object(checkpoint, "SHARE", 0), patch.object(group, "AGREE_STEPS", 1):
-        return noisy(checkpoint=Checkpoint(folder / "kept", every=1e-6))
+        found = noisy(checkpoint=Checkpoint(folder / "kept", every=1e-6))
+    return {**found, "whole": len(noisy()["seen"])}
 
 
 SECONDS = {"hanging": 8}

@@ -58,6 +58,20 @@ def fit(**arguments: Any) -> Any:
 GAPS = torch.tensor([[0.5, NAN], [-0.3, 1.0]])
 
 
+ZEROS = torch.zeros(3, 2)
+
+
+def binary() -> Any:
+    """A Result of an autoregressive pair."""
+    return inference.fit(ppl_models.FVSBN(2), ZEROS, steps=2, draws=2, progress=False)
+
+
+def of_generator() -> Any:
+    """A Result of a pair without a likelihood."""
+    pair = ppl_models.GAN(2, hidden=(3,))
+    return inference.fit(pair, ZEROS, steps=2, objective=objectives.Adversarial(), progress=False)
+
+
 def local() -> Any:
     """A Result with a latent site per row."""
     pair = ppl_models.VAE(2, 1, hidden=(3,), likelihood="gaussian")
@@ -203,6 +217,43 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "name": ("z", 3),
             "seed": SEED,
             "result": (fit(),),
+        },
+    ),
+    "compress": (
+        lambda **arguments: inference.compress(**{"result": binary(), "data": ZEROS} | arguments),
+        {"data": ({"y": ZEROS}, {}, "rows", ZEROS[:0]), "result": (fit(), of_generator())},
+    ),
+    "decompress": (
+        lambda **arguments: inference.decompress(**{"result": binary(), "code": b""} | arguments),
+        {"code": (b"", b"ppl1", b"x" * 16, 3, None, "code")},
+    ),
+    "denoise": (
+        lambda **arguments: inference.denoise(**{"result": local(), "data": X[:, :2], "sd": 0.5} | arguments),
+        {
+            "data": ({"y": X}, {}, "rows", X[:0], X * NAN, X[0]),
+            "sd": (*POSITIVE[:-1], None),
+            "draws": (1, *COUNT),
+            "steps": (1, *COUNT),
+            "seed": SEED,
+            "result": (of_generator(),),
+        },
+    ),
+    "denoise, binary": (
+        lambda **arguments: inference.denoise(**{"result": binary(), "data": ZEROS} | arguments),
+        {"flips": (0.0, 1.0, *CHANCE[:-1])},
+    ),
+    "denoise, grey": (
+        lambda **arguments: inference.denoise(**{"result": binary(), "flips": 0.1} | arguments),
+        {"data": (ZEROS + 0.5,)},
+    ),
+    "super_resolve": (
+        lambda **arguments: inference.super_resolve(
+            **{"result": local(), "data": X[:, :1], "matrix": torch.ones(1, 2)} | arguments
+        ),
+        {
+            "data": ({"y": X}, {}, "rows", X),
+            "matrix": (None, 3, torch.ones(2), torch.ones(1, 3), torch.ones(1, 2) * NAN),
+            "sd": POSITIVE,
         },
     ),
     "outlier_score": (

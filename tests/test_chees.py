@@ -20,6 +20,7 @@ from inference import sample
 from inference.compiler import policy
 from inference.core.handlers import isolated
 from inference.kernels import NUTS, ChEES, trajectory
+from inference.kernels.metric import log_volume
 from inference.result import Result
 
 hamiltonian = importlib.import_module("inference.kernels.hamiltonian")
@@ -256,6 +257,17 @@ def test_a_dense_mode_that_is_correlated_does_not_empty_a_wide_one(share: float)
     assert int((kernel.constrained()["x"].mean(-1) > far / 2).sum()) == 16
 
 
+@pytest.mark.parametrize("draws", [100, 800, 3000])
+def test_the_volume_of_a_correlated_mode_of_many_dimensions_is_that_of_its_covariance(draws: int) -> None:
+    """250 dimensions: half the log determinant is -570, though all marginals are those of a mode of volume zero."""
+    covariance = 0.99 + 0.01 * torch.eye(250).double()
+    exact = 0.5 * float(torch.linalg.slogdet(covariance)[1])
+    dense = torch.distributions.MultivariateNormal(torch.zeros(250).double(), covariance).sample((draws,))
+    assert log_volume(dense, least=True) < exact + 100
+    assert log_volume(dense, least=False) > exact - 30
+    assert log_volume(torch.randn(draws, 250).double(), least=False) == pytest.approx(0.0, abs=40)
+
+
 def test_constrained_sites() -> None:
     """Priors whose means are known: the Jacobians of all transforms are in the density."""
 
@@ -474,7 +486,7 @@ def test_a_model_with_parameters_is_one_program() -> None:
 def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monkeypatch) -> None:
     monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
-    monkeypatch.setattr(ChEES, "fuse", lambda self, calls: asked.append(self.gradients))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: asked.append(self.gradients))
     for step in (0.5, 0.005):
         kernel = partial(ChEES, step_size=step, trajectory_length=1.0)
         quiet(lambda: pyro.sample("x", dist.Normal(double(1.0), 2.0)), None, kernel, draws=24, warmup=0)
@@ -485,7 +497,7 @@ def test_trajectories_longer_than_thought_make_the_program_worth_compiling(monke
 def test_much_arithmetic_makes_the_program_worth_compiling(monkeypatch) -> None:
     monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 10_000)
     asked = []
-    monkeypatch.setattr(ChEES, "fuse", lambda self, calls: asked.append(self.operations))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: asked.append(self.operations))
     for rows in (10, 20_000):
 
         def model(rows: int = rows) -> None:

@@ -78,10 +78,11 @@ def check(
         traces = draw_by_draw(bound, bound.model, draws, count)
         same(scoring.log_joint(bound, draws), [t.log_prob_sum() for t in traces])
         for name, density in scoring.log_likelihood_by_site(bound, draws).items():
+            # The values of rows are without what weighs them, as the evidence is.
             for t in traces:
                 t.compute_log_prob()
-            shape = density.shape[1:]
-            same(density, [t.nodes[name]["log_prob"].expand(shape) for t in traces])
+            shape, nodes = density.shape[1:], [t.nodes[name] for t in traces]
+            same(density, [(n["log_prob"] / torch.as_tensor(n["scale"])).expand(shape) for n in nodes])
         for name, value in scoring.latent_functions(bound, draws).items():
             same(value, [t.nodes[name]["value"] for t in traces])
     else:

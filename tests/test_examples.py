@@ -67,6 +67,7 @@ def test_each_example_is_short_and_tells_its_options(path, monkeypatch, capsys):
 # ArviZ sorts in a way that pandas 3 is about to drop, and smooths the tails of few draws under protest.
 @pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.slow
 def test_bayesian_workflow_prefers_the_gamma(tmp_path, capsys):
     table = load("bayesian_workflow").main(draws=60, warmup=150, chains=2, out=tmp_path)
     assert list(table.index) == ["gamma", "normal"]
@@ -125,22 +126,24 @@ def test_scikit_learn_stands_at_the_mode_of_the_pair(tumours, scale):
     assert max(slope.abs().max() for slope in slopes) < 1e-3
 
 
-def test_your_own_pair_as_a_class_and_as_functions(tmp_path, capsys):
+@pytest.mark.slow
+def test_your_own_pair_as_a_class_and_as_a_function(tmp_path, capsys):
     comparison = load("your_own_pair").main(steps=1000, draws=150, out=tmp_path)
     table = comparison.table
-    assert list(table.index) == ["class", "class, batches of 64", "functions", "chains"]
+    assert list(table.index) == ["class", "class, batches of 64", "function", "chains"]
     assert np.isfinite(table[["lpd", "lpd_se", "error_max", "sd_ratio", "seconds"]].to_numpy()).all()
     assert table["lpd"].between(0, 0.4).all()
     assert table["error_rms"].max() < 1
     # The guide has a third of its steps, and 150 draws tell a standard deviation to 6 %: one seed of fifteen gave 1.42.
     assert 0.6 < table.loc["class", "sd_ratio"] < 1.7
-    assert table.loc["functions", "sd_ratio"] < table.loc["class", "sd_ratio"]
+    assert table.loc["function", "sd_ratio"] < table.loc["class", "sd_ratio"]
     assert 1.8 < comparison.results["class"].draws["nu"].mean() < 4
     assert "mean texture" in comparison.results["class"].idata.posterior.features
     assert "sd_ratio" in capsys.readouterr().out
-    check_image(tmp_path / "your_own_pair" / "posteriors.png")
+    check_image(tmp_path / "your_own_pair.png")
 
 
+@pytest.mark.slow
 def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     table = load("tighter_bounds").main(steps=400, particles=100, out=tmp_path)
     assert list(table.index) == ["ELBO", "IWAE-5", "IWAE-50", "IWAE-50 DReG"]
@@ -148,7 +151,7 @@ def test_tighter_bounds_find_more_factors(tmp_path, capsys):
     # A single particle is the ELBO: it lies below what many give, by the guide's gap.
     assert (table["guide's gap"] > 0).all()
     assert table.loc["IWAE-50", "active factors"] >= table.loc["ELBO", "active factors"]
-    check_image(tmp_path / "bounds.png")
+    check_image(tmp_path / "tighter_bounds.png")
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_an_encoder_misses_the_best_guide_of_its_family(tmp_path, capsys):
         assert found["amortization gap"] > 0
         total = found["log p(x), grid"] - found["ELBO, encoder"]
         assert found["gap of the family"] + found["amortization gap"] == pytest.approx(total, abs=1e-4)
-    check_image(tmp_path / "posteriors.png")
+    check_image(tmp_path / "amortization_gap.png")
 
 
 def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
@@ -169,9 +172,10 @@ def test_em_climbs_the_bound_by_half_steps(tmp_path, capsys):
     ladder = table[["after the M-step", "after the E-step"]].to_numpy().ravel()[1:]
     assert (np.diff(ladder) > 0).all()
     assert np.allclose(table["fit"], table["after the E-step"], rtol=1e-9)
-    check_image(tmp_path / "ladder.png")
+    check_image(tmp_path / "em_is_variational.png")
 
 
+@pytest.mark.slow
 def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
     table = load("three_ways").main(rows=12, steps=900, chains=100, out=tmp_path)
     check_image(tmp_path / "three_ways.png")
@@ -180,9 +184,10 @@ def test_three_ways_err_as_their_divergences_do(tmp_path: Path) -> None:
     assert (table.gap[["SVI", "wake-sleep"]] > 0.05).all()
 
 
+@pytest.mark.slow
 def test_each_way_to_train_the_machine_climbs(tmp_path: Path) -> None:
     table = load("wake_sleep_or_elbo").main(rounds=2, steps=60, batch=50, out=tmp_path)
-    check_image(tmp_path / "bounds.png")
+    check_image(tmp_path / "wake_sleep_or_elbo.png")
     assert len(table) == 10 and np.isfinite(table[["ELBO", "log p(x)"]]).all(axis=None)
     assert (table["log p(x)"] >= table["ELBO"]).all()
     first, last = (table[table.steps == n].set_index("method")["log p(x)"] for n in (60, 120))
@@ -196,7 +201,7 @@ def test_without_likelihood_makes_a_row_a_method_and_set(tmp_path):
     assert len(table) == 12 and list(table.columns[:3]) == ["modes", "quality, %", "reverse KL"]
     assert np.isfinite(table.iloc[:, :3].to_numpy(dtype=float)).all()
     assert table["modes"].between(0, 25).all() and table["quality, %"].between(0, 100).all()
-    check_image(tmp_path / "samples.png")
+    check_image(tmp_path / "without_likelihood.png")
 
 
 def test_how_likely_splits_the_bound_and_sets_the_flow_beside_it(tmp_path, capsys):
@@ -215,11 +220,65 @@ def test_fewer_steps_sets_samplers_side_by_side(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("deterministic") == said.count("stochastic") == 2
     check_image(tmp_path / "fewer_steps.png")
-    assert (tmp_path / "fewer_steps_digits.png").exists()
 
 
 def test_a_duel_is_drawn_stage_by_stage(tmp_path):
     table = load("duel").main(scale=0.005, out=tmp_path)
-    assert table["steps"].tolist() == 2 * [0, 1, 5, 15, 40]
+    assert table["steps"].tolist() == 2 * [0, 1, 5, 25]
     assert table["modes"].between(0, 8).all() and table["quality, %"].between(0, 100).all()
     check_image(tmp_path / "duel.png")
+
+
+def test_infogan_matches_codes_and_digits(tmp_path: Path) -> None:
+    table = load("what_codes_mean").main(steps=20, starts=1, out=tmp_path)
+    assert sorted(table.index) == list(table.columns) == list(range(10))
+    assert table.to_numpy().sum() == 540
+    check_image(tmp_path / "what_codes_mean.png")
+
+
+def test_unpaired_maps_are_measured_by_the_true_one(tmp_path: Path) -> None:
+    example = load("without_pairs")
+    images = data.load("turned_digits", unit=True)
+    # Both directions of the true map undo one another, and b looks like turned rows of a.
+    assert torch.allclose(example.turned(example.turned(images.test["a"], 1), -1), images.test["a"], atol=1e-6)
+    gap = inference.two_sample.energy_distance
+    right, wrong = (gap(example.turned(images.test["a"], k), images.test["b"]).value for k in (1, -1))
+    assert right < wrong
+    table = example.main(steps=10, out=tmp_path)
+    assert table["map"].tolist() == ["a to b", "b to a"] and (table["error, % of variance"] > 0).all()
+    check_image(tmp_path / "without_pairs.png")
+
+
+def test_inpainting_keeps_what_is_seen(tmp_path: Path) -> None:
+    example = load("inpainting")
+    table = example.main(steps=20, chain=12, rows=2, particles=4, out=tmp_path)
+    assert len(table) == 3 and np.isfinite(table.iloc[:, 1:].to_numpy()).all()
+    check_image(tmp_path / "inpainting.png")
+
+
+def test_units_share_fewer_bits_if_they_have_to_be_unpredictable(tmp_path: Path) -> None:
+    table = load("unpredictable").main(steps=1000, out=tmp_path).set_index("objective")
+    plain, minimized = table.loc["autoencoder"], table.loc["predictability minimization"]
+    assert minimized["shared bits"] < 0.8 * plain["shared bits"]
+    assert table["squared error"].between(0, 1).all()
+    check_image(tmp_path / "unpredictable.png")
+
+
+@pytest.mark.slow
+def test_simulations_catch_the_narrow_guide(tmp_path: Path) -> None:
+    example = load("can_you_trust_a_guide")
+    tables = example.main(simulations=12, steps=250, out=tmp_path)
+    assert list(tables) == ["mean field", "full covariance", "chains"]
+    weights = {name: table.loc[["w[0]", "w[1]"], "p"].min() for name, table in tables.items()}
+    assert weights["mean field"] < weights["chains"]
+    check_image(tmp_path / "can_you_trust_a_guide.png")
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+@pytest.mark.slow
+def test_a_csv_file_becomes_a_report_of_the_better_model(tmp_path: Path) -> None:
+    table = load("csv_to_report").main(draws=100, out=tmp_path)
+    assert list(table.index) == ["hierarchical", "pooled"]
+    assert "Radon by county" in (tmp_path / "radon.html").read_text()
+    check_image(tmp_path / "csv_to_report.png")

@@ -1,13 +1,16 @@
 """fit: objectives, minibatches, schedules, early stopping, and what it refuses."""
 
 import importlib.util
+import math
 import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -17,9 +20,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.optim import Adam, ClippedAdam, PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
 from torch import Tensor
 
-from inference import Joint, fit, sample
+from inference import Joint, fit, ksd, log_evidence, pointwise_log_likelihood, prior_predictive, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
 from inference.core.sites import unconstrained
@@ -503,12 +508,39 @@ def test_a_guide_that_leaves_out_or_adds_a_site_is_refused_by_name() -> None:
     quiet((model, draws_an_auxiliary), Y, steps=5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_fit_learns_under_no_grad(compile: bool) -> None:
-    with torch.no_grad():
-        result = quiet((model, guide), Y, steps=600, learning_rate=0.1, compile=compile)
-        assert not torch.is_grad_enabled()
+def test_a_fit_learns_under_no_grad(compile: bool, mode: type) -> None:
+    with mode():
+        result = quiet((model, guide), Y.clone(), steps=600, learning_rate=0.1, compile=compile)
+        assert not torch.is_grad_enabled() and torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
     assert float(result.params["loc"]) == pytest.approx(MEAN, abs=0.5 * SD)
+
+
+class Made(torch.nn.Module):
+    """A pair whose parameter is made with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.model = torch.nn.Parameter(torch.zeros(()).double()), model
+
+    def guide(self, y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("loc", self.loc), 1.0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_chains_and_what_is_asked_of_them_run_under_no_grad(mode: type) -> None:
+    """What was drawn is what is drawn outside of it; a module that was made in it has parameters that cannot learn."""
+    outside = sample(model, Y, chains=8, draws=20, warmup=20, progress=False)
+    with mode():
+        inside = sample(model, Y.clone(), chains=8, draws=20, warmup=20, progress=False)
+        more, judged = inside.extend(10), ksd(inside)
+        made = Made()
+    torch.testing.assert_close(inside.draws, outside.draws, rtol=0, atol=0)
+    assert more.size == 8 * 30 and judged.value == ksd(outside).value
+    if mode is torch.inference_mode:
+        with pytest.raises(ValueError, match="^pair: expected parameters made outside of torch.inference_mode, got l"):
+            quiet(made, Y, steps=5)
 
 
 def test_frozen_parameters_alone_are_nothing_to_fit() -> None:
@@ -518,6 +550,23 @@ def test_frozen_parameters_alone_are_nothing_to_fit() -> None:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match="expected parameters that require gradients, got only frozen ones"):
         quiet((model, frozen), Y, steps=5)
+
+
+@pytest.mark.parametrize("rate", [-0.02, 0.0, math.inf])
+@pytest.mark.parametrize(
+    "optimizer", [ClippedAdam, partial(Joint, TorchClippedAdam), Adam], ids=["clipped", "joint", "adam"]
+)
+def test_the_optimizer_has_a_positive_rate(rate: float, optimizer: Callable[[Any], PyroOptim]) -> None:
+    """Pyro's ClippedAdam ascends with a negative one, and any optimizer rests with zero."""
+    for arguments in ({"lr": rate}, lambda name: {"lr": rate}):
+        with pytest.raises(ValueError, match=rf"^(optimizer: expected a positive lr, got {rate:g}|optim_args: .*)$"):
+            quiet((model, guide), Y, steps=5, optimizer=optimizer(arguments), compile=False)
+
+
+def test_a_rate_of_zero_keeps_one_parameter_where_it_is() -> None:
+    rates = ClippedAdam(lambda name: {"lr": 0.0 if name == "loc" else 0.05})
+    params = quiet((model, guide), Y, steps=20, optimizer=rates, compile=False).params
+    assert float(params["loc"]) == 0.0 and float(params["scale"]) != 1.0
 
 
 @pytest.mark.parametrize(
@@ -557,6 +606,56 @@ def test_what_a_model_that_subsamples_its_own_plate_cannot_say_is_left_out() -> 
     with pytest.warns(UserWarning, match="log_likelihood left out"):
         learned = quiet((subsampling, guide), Y, Trace_ELBO(num_particles=5), steps=1500, learning_rate=0.05)
     assert float(learned.params["loc"]) == pytest.approx(MEAN, abs=0.6 * SD)
+
+
+@pytest.mark.filterwarnings("ignore:picking. .* left out")
+def test_a_batch_that_a_model_picks_itself_is_no_log_likelihood_of_rows() -> None:
+    """As a plate that subsamples, written by hand: each run sees other rows, scaled up."""
+
+    def picking(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        rows = torch.randperm(len(y))[:2]
+        with poutine.scale(scale=len(y) / 2), pyro.plate("rows", 2):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    def exact(y: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(torch.tensor(MEAN).double(), SD))
+
+    with pytest.warns(UserWarning, match="log_likelihood left out: .* got a part that it draws itself: y"):
+        result = quiet((picking, exact), Y, steps=0)
+    assert "log_likelihood" not in result.idata.children
+    assert "part that it draws itself" in str(result.diagnosis)
+    with pytest.raises(ValueError, match="^model: expected the same data in each run, got a part that it draws"):
+        sample(picking, Y, progress=False)
+    with pytest.raises(ValueError, match="^model: expected the same data in each run, got a part that it draws"):
+        pointwise_log_likelihood(result)
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(5, 1), (50_000, 2)])
+def test_draws_and_evidence_take_threads_by_the_size_of_their_work(rows: int, threads: int) -> None:
+    """Where one is chosen, no run of a pass has more; the few looks at the pair, of one draw each, are as they are."""
+    seen: list[int] = []
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if torch._C._functorch.is_functorch_wrapped_tensor(z):
+                seen.append(torch.get_num_threads())
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(y / 2, 0.7))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        log_evidence((model, guide), torch.ones(rows), k=10, progress=False)
+        prior_predictive(model, torch.ones(rows), draws=10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {threads}
 
 
 def far_away() -> None:

@@ -16,7 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 import inference
-from inference import fit, sample
+from inference import fit, idata, sample
 from inference.core.bound import bind
 from inference.idata import allowed_names, seen_of
 from inference.kernels import ChEES, Gibbs
@@ -171,13 +171,59 @@ def groups_of_rows(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta[torch.arange(12) // 4], 0.3), obs=y)
 
 
+def event(y: Tensor) -> None:
+    """A latent value per observation, and two that all of them share."""
+    mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(y) + 2).double(), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu + z[:-2] + z[-2:].sum(), 0.5), obs=y)
+
+
+def other_plate(y: Tensor) -> None:
+    with pyro.plate("latents", len(y)):
+        z = pyro.sample("z", dist.Normal(double(0.0), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(z.flip(0), 0.5), obs=y)
+
+
+def more_weights_than_rows(y: Tensor) -> None:
+    """All rows depend on each weight."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(20).double(), 1.0).to_event(1))
+    x = torch.linspace(-1, 1, 240).reshape(12, 20).double()
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
 def test_a_latent_value_for_each_observation_leaves_the_log_likelihood_out_with_the_reason() -> None:
     own = fit((effects, AutoNormal(effects)), Y, steps=5, draws=30, progress=False)
     assert "log_likelihood" not in own.idata.children
     assert own.idata.attrs["log_likelihood"].startswith("left out: theta has a value for each observation")
+    for model in (event, other_plate):
+        own = fit((model, AutoNormal(model)), Y, steps=5, draws=30, progress=False)
+        assert own.idata.attrs["log_likelihood"].startswith("left out: z has a value for each observation")
+        with pytest.raises(ValueError, match="^result: expected latent sites outside of the plate of rows, got z; "):
+            inference.loo(own)
+    many = fit((more_weights_than_rows, AutoNormal(more_weights_than_rows)), Y, steps=5, draws=30, progress=False)
+    assert "log_likelihood" in many.idata.children
     shared = fit((groups_of_rows, AutoNormal(groups_of_rows)), Y, steps=5, draws=30, progress=False)
     assert shared.idata.log_likelihood["y"].shape == (1, 30, 12)
     assert "log_likelihood" not in shared.idata.attrs
+
+
+def test_a_wide_deterministic_site_costs_a_small_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idata, "STORED", 1000)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        pyro.deterministic("wide", mu * torch.ones(100).double())
+        pyro.deterministic("small", 2 * mu)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match=r"left out wide \(3,000 numbers\), for fewer"):
+        found = fit((model, AutoNormal(model)), Y, steps=1, draws=30, progress=False).idata.posterior
+    assert set(found.data_vars) == {"mu", "small"}
+    np.testing.assert_array_equal(found["small"], 2 * found["mu"])
 
 
 def test_names_with_a_slash_are_written_and_read_back(tmp_path: Path) -> None:
@@ -194,6 +240,57 @@ def test_names_with_a_slash_are_written_and_read_back(tmp_path: Path) -> None:
     assert read.posterior["od280_od315"].attrs["site"] == "od280/od315"
     assert read.log_likelihood["y_z"].dims == ("chain", "draw", "rows_all")
     assert set(read.children) == set(result.idata.children)
+
+
+@pytest.mark.parametrize("name", ["draw", "chain", ".", "..", "rows", "component", "y_dim_1"])
+def test_a_site_with_the_name_of_a_dimension_is_in_every_table_and_file(name: str, tmp_path: Path) -> None:
+    """Nothing of a posterior is lost to a coordinate: the draws are those of the Result, under the attribute site."""
+
+    class Pair:
+        def __init__(self) -> None:
+            self.dims = {"weights": ["component"], name: ["draw"]}
+
+        def model(self, y: Tensor) -> None:
+            mu = pyro.sample(name, dist.Normal(double(0.0, 0.0), 10.0).to_event(1))
+            pyro.sample("weights", dist.Normal(double(0.0, 0.0), 1.0).to_event(1))
+            with pyro.plate("cases" if name == "rows" else "rows", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=torch.stack([y, y], -1))
+
+        def guide(self, y: Tensor) -> None:
+            pyro.sample(name, dist.Normal(double(2.0, 2.0), 0.3).to_event(1))
+            pyro.sample("weights", dist.Normal(double(0.0, 0.0), 1.0).to_event(1))
+
+    result = fit(Pair(), Y, steps=0, draws=30, progress=False)
+    result.save(tmp_path / "kept")
+    for tree in (result.idata, inference.Result.load(tmp_path / "kept", Pair(), Y).idata):
+        sites = {v.attrs.get("site", n): v for n, v in tree.posterior.data_vars.items()}
+        assert set(sites) == {name, "weights"}
+        np.testing.assert_array_equal(sites[name][0], result.draws[name])
+        assert tree.posterior.sizes["draw"] == 30 and tree.posterior.sizes["chain"] == 1
+    assert len(result.summary()) == 4
+    chains = sample(Pair().model, Y, ChEES, draws=6, warmup=4, chains=4, checkpoint=tmp_path / "chains", progress=False)
+    for tree in (chains.idata, inference.open_draws(tmp_path / "chains")):
+        (found,) = (v for n, v in tree["posterior"].data_vars.items() if v.attrs.get("site", n) == name)
+        np.testing.assert_array_equal(found.values.reshape(24, 2), chains.draws[name])
+
+
+def test_a_site_that_is_lost_on_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = idata.dataset_of
+    monkeypatch.setattr(idata, "dataset_of", lambda *given: whole(*given).drop_vars("mu", errors="ignore"))
+    result = fit((effects, AutoNormal(effects)), Y, steps=1, draws=30, progress=False)
+    assert "Not judged: mu: it is in result.draws alone." in str(result.diagnosis)
+
+
+def test_an_observed_site_with_the_name_of_a_dimension_stays() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("draw", dist.Normal(mu, 1.0), obs=y)
+
+    result = fit((model, AutoNormal(model)), Y, steps=1, draws=30, progress=False)
+    for group in ("posterior_predictive", "log_likelihood", "observed_data"):
+        assert result.idata[group]["draw_"].attrs["site"] == "draw"
+    np.testing.assert_array_equal(result.idata.observed_data["draw_"], Y)
 
 
 def test_names_for_netcdf_stay_apart() -> None:

@@ -13,7 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from inference import fit, ksd, loo, sample, sensitivity
+from inference import fit, ksd, log_weights, loo, pointwise_log_likelihood, sample, sensitivity
 from inference.core.bound import bind
 from inference.core.handlers import isolated
 from inference.diagnostics.stein import discrepancy, scores_of, stein_matrix
@@ -154,7 +154,43 @@ def test_leave_one_out_of_latents_of_rows_is_refused() -> None:
         loo(fit((local, AutoNormal(local)), X, steps=1, draws=30, progress=False))
 
 
+def weighed(x: torch.Tensor) -> None:
+    """Each row counts three times, as three copies of it would."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+    with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=3.0):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def test_rows_that_are_weighed_have_the_log_likelihood_of_one() -> None:
+    """Against the density of N(mu, 1) at the draws of the conjugate posterior of three copies."""
+
+    def exact(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(3 * x.sum() / (1 + 3 * len(x)), (1 + 3 * len(x)) ** -0.5))
+
+    result = fit((weighed, exact), X, steps=0, draws=50, progress=False)
+    density = dist.Normal(result.draws["mu"][:, None], 1.0).log_prob(X)
+    np.testing.assert_allclose(result.idata.log_likelihood["x"][0], density)
+    torch.testing.assert_close(pointwise_log_likelihood(result), density)
+    # The guide is the posterior of the model as it is scaled.
+    weights = log_weights(result, 50)
+    torch.testing.assert_close(weights, weights[:1].expand(50))
+    assert result.idata.attrs["log_likelihood"].startswith("without the scale of x: ")
+    with pytest.raises(ValueError, match="^result: expected rows that count once, got a scale of x$"):
+        loo(result)
+
+
 # Sensitivity
+
+
+def test_the_sensitivity_of_weighed_rows_is_that_of_their_copies() -> None:
+    """The prior is what is left of the density without all of the likelihood."""
+    copies, scaled = (
+        sample(m, x, NUTS, draws=300, warmup=200, chains=2, progress=False)
+        for m, x in ((model, X.repeat(3)), (weighed, X))
+    )
+    one, other = sensitivity(copies).loc["mu"], sensitivity(scaled).loc["mu"]
+    assert other["prior"] == pytest.approx(one["prior"], rel=0.5)
+    assert other["likelihood"] == pytest.approx(one["likelihood"], rel=0.5)
 
 
 def test_sensitivity_is_large_where_prior_and_data_disagree() -> None:

@@ -101,6 +101,7 @@ def test_a_killed_run_ends_as_a_whole_one(tmp_path: Path) -> None:
     killed("ChEES", tmp_path / "run", 1)
 
 
+@pytest.mark.slow
 def test_a_killed_group_of_processes_ends_as_a_whole_one(tmp_path: Path) -> None:
     whole, process = started("torchrun", "-"), started("torchrun", str(tmp_path))
     while not any(progress(tmp_path).values()):

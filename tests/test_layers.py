@@ -39,7 +39,16 @@ FLOORS = (
     ("inference/evidence",),
     ("inference/comparison", "inference/_fit.py", "inference/_sample.py"),
     # Their examples fit a pair by the public name.
-    ("inference/__init__.py", "inference/outliers.py", "inference/imputation.py"),
+    (
+        "inference/__init__.py",
+        "inference/outliers.py",
+        "inference/imputation.py",
+        "inference/alternation.py",
+        "inference/compression.py",
+        "inference/denoising.py",
+        "inference/bits_back.py",
+        "inference/coder.py",
+    ),
 )
 MODELS = (
     ("ppl_models/models/checks.py", "ppl_models/models/parts"),

@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 
 from inference import classify, fit, pointwise_log_likelihood, prior_predictive, sample
 from inference.core.handlers import isolated
+from inference.kernels import NUTS
 from inference.objectives import EM
 from ppl_models.models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals
@@ -305,7 +306,12 @@ def test_a_step_of_em_with_a_plate_of_features_has_responsibilities_of_rows() ->
     assert loss == pytest.approx(-float(joint.logsumexp(0).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("verb", [partial(fit, steps=20, draws=20), partial(sample, chains=4, warmup=10, draws=10)])
+SHALLOW = partial(NUTS, max_tree_depth=3)
+
+
+@pytest.mark.parametrize(
+    "verb", [partial(fit, steps=20, draws=20), partial(sample, kernel=SHALLOW, chains=2, warmup=5, draws=5)]
+)
 def test_a_mixture_of_one_component_has_labels_of_zero(verb) -> None:
     pair = GaussianMixture(4, components=1)
     posterior = verb(pair, X[:20].float(), progress=False, compile=False).idata.posterior

@@ -136,7 +136,7 @@ def has_turned(leaves: list[tuple[Tensor, Tensor]]) -> bool:
     return bool(min(first @ between, last @ between) <= 0)
 
 
-@pytest.mark.parametrize("full_mass", [True, False], ids=["dense", "diagonal"])
+@pytest.mark.parametrize("full_mass", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dense", "diagonal"])
 def test_a_correlated_normal(full_mass: bool) -> None:
     apart, scale = torch.arange(5).double(), torch.tensor([0.5, 1.0, 1.5, 2.0, 4.0]).double()
     covariance = scale[:, None] * 0.7 ** (apart[:, None] - apart).abs() * scale

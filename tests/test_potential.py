@@ -207,7 +207,7 @@ def test_a_graph_of_thousands_of_operations_is_not_fused_by_itself() -> None:
 def test_a_loop_over_time_is_not_fused(monkeypatch) -> None:
     monkeypatch.setattr(policy, "MAX_FUSED_NODES", 100)
     monkeypatch.setattr(policy, "FUSE_POTENTIAL_OPERATIONS", 1000)
-    monkeypatch.setattr(ChEES, "fuse", lambda self, calls: pytest.fail("fused"))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: pytest.fail("fused"))
 
     def walk(y: Tensor) -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
@@ -243,13 +243,21 @@ def test_a_frozen_branch_is_found_out() -> None:
         CompiledPotential(counting, {"x": torch.ones(2)})
 
 
+@pytest.mark.filterwarnings("ignore:torch.cholesky is deprecated")
 def test_a_matrix_that_cannot_be_factorised_is_nan_in_its_own_chain() -> None:
     eye = torch.eye(2).double()
     functions = (
         lambda a: torch.linalg.cholesky(a).diagonal().log().sum(),
         lambda a: torch.linalg.inv(a).sum(),
         lambda a: torch.linalg.solve(a, torch.ones(2).double()).sum(),
+        lambda a: torch.cholesky(a).diagonal().log().sum(),
+        lambda a: torch.cholesky(a, upper=True).diagonal().log().sum(),
+        # Of a matrix that is not finite there is no decomposition.
+        lambda a: torch.linalg.eigh(spread / a[0, 0]).eigenvalues.square().sum(),
+        lambda a: torch.linalg.eigvalsh(spread / a[0, 0]).square().sum(),
+        lambda a: torch.linalg.svd(spread / a[0, 0]).S.sum(),
     )
+    spread = torch.tensor([[1.0, 0.3], [0.3, 2.0]]).double()
     for function in functions:
 
         def potential(values, function=function):
@@ -262,6 +270,10 @@ def test_a_matrix_that_cannot_be_factorised_is_nan_in_its_own_chain() -> None:
         one = CompiledPotential(potential, {"shift": torch.ones(()).double()})
         got = one({"shift": torch.tensor(-1.0).double()})
         torch.testing.assert_close(got, energies[1], equal_nan=True)
+        for shift in (0.5, 2.0):
+            truth = potential({"shift": torch.tensor(shift).double()})
+            torch.testing.assert_close(one({"shift": torch.tensor(shift).double()}), truth)
+            torch.testing.assert_close(energies[0 if shift == 0.5 else 2], truth)
 
 
 def test_a_branch_that_the_chains_meet_later_is_found_out() -> None:

@@ -287,6 +287,13 @@ def test_a_page_about_rows_that_are_read_says_which_ones_it_shows(tmp_path: Path
     assert "not all of them scored" in text and "Leave-one-out by Pareto" not in text
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_formulas_of_every_entry_are_drawn(name: str) -> None:
+    kind = getattr(ZOO[name].make, "__self__", ZOO[name].make)
+    for part in story.story(kind.__new__(kind)):
+        assert re.findall(r"<code>[^<]*\\[^<]*</code>", part.html) == []
+
+
 def test_a_formula_is_an_image_that_reads_its_source() -> None:
     drawn = story.formula_of(r"x \sim \mathrm{N}(0, I)")
     assert drawn.startswith("<svg") and r'aria-label="x \sim \mathrm{N}(0, I)"' in drawn

@@ -72,8 +72,17 @@ def test_a_fit_of_plain_pyro_functions_goes_on(guide: Any, tmp_path: Path) -> No
     assert set(pyro.get_param_store().keys()) == before
 
 
-@pytest.mark.parametrize("kernel", [ChEES, NUTS, partial(NUTS, max_tree_depth=4, full_mass=False)])
-@pytest.mark.parametrize("compile", [False, True], ids=["traced", "fused"])
+SHALLOW = partial(NUTS, max_tree_depth=4, full_mass=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "compile"),
+    [
+        *((kernel, False) for kernel in (ChEES, NUTS, SHALLOW)),
+        (ChEES, True),
+        *(pytest.param(kernel, True, marks=pytest.mark.slow) for kernel in (NUTS, SHALLOW)),
+    ],
+)
 def test_chains_go_on_from_a_folder(kernel: Any, compile: bool, tmp_path: Path) -> None:
     result = sample(model, {"y": Y}, kernel, draws=20, warmup=60, chains=3, compile=compile, progress=False)
     loaded = Result.load(result.save(tmp_path / "run"), model, {"y": Y})

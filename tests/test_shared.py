@@ -175,7 +175,7 @@ def test_a_process_that_hangs_ends_the_group_and_the_checkpoint_stands(tmp_path:
     assert ends(together("hanging", tmp_path)) == [(0, "")] * 2
     one, other = results("hanging", tmp_path)
     # It went on from there, to the end of a fit in which no process stood still.
-    assert len(one["seen"]) < 20
+    assert len(one["seen"]) < one["whole"] - taken // 2
     assert one["losses"] == other["losses"]
     assert len(one["losses"]) == 20
 

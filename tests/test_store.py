@@ -233,7 +233,7 @@ def test_work_that_pays_for_half_of_a_program_compiles_one_that_is_kept(
     keeps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused: list[bool] = []
-    monkeypatch.setattr(ChEES, "fuse", lambda self, calls: fused.append(True))
+    monkeypatch.setattr(ChEES, "fuse", lambda self, *_: fused.append(True))
     if not keeps:
         monkeypatch.setenv(store.VARIABLE, "")
     with isolated(0):

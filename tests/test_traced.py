@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import math
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +53,9 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "repr": lambda x: "2." in str(x.detach()),
     "deepcopy": lambda x: bool(copy.deepcopy(x.detach()) > 1),
     "dlpack": lambda x: np.from_dlpack(x.detach()) > 1,
+    "to_dlpack": lambda x: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x.detach())) > 1,
+    "a set": lambda x: x.item() in {2.0},
+    "a dictionary": lambda x: {2.0: True}.get(x.item(), False),
     "equal": lambda x: torch.equal(x, torch.tensor(2.0)),
     "allclose": lambda x: torch.allclose(x, torch.tensor(2.0)),
     "nonzero": lambda x: len((x > 1).nonzero()) > 0,
@@ -198,6 +207,35 @@ def test_numbers_from_globals_attributes_and_entries_are_not_frozen(monkeypatch:
     ):
         assert losses_agree(model, slowly(assign)).state == "traced"
         monkeypatch.undo()
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    beta: float = 1.0
+    __hidden: float = 1.0
+
+    def hide(self, value: float) -> None:
+        self.__hidden = value
+
+    def total(self) -> float:
+        return self.beta + self.__hidden
+
+
+def test_numbers_of_functions_slots_and_queues_are_not_frozen() -> None:
+    slotted, queue = Slotted(), collections.deque([1.0])
+
+    def attribute() -> None:
+        scored(drawn(), Y, attribute.beta)
+
+    attribute.beta = 1.0
+    for model, assign in (
+        (attribute, lambda b: setattr(attribute, "beta", b)),
+        (lambda: scored(drawn(), Y, slotted.total()), lambda b: setattr(slotted, "beta", b)),
+        (lambda: scored(drawn(), Y, slotted.total()), slotted.hide),
+        (lambda: scored(drawn(), Y, queue[-1]), lambda b: queue.__setitem__(0, b)),
+        (lambda: scored(drawn(), Y, queue[-1]), queue.append),
+    ):
+        assert losses_agree(model, slowly(assign)).state == "traced"
 
 
 def test_a_number_of_a_closure_is_not_frozen() -> None:
@@ -452,6 +490,8 @@ def test_a_fit_is_compared_at_its_end() -> None:
 def test_a_cache_that_cannot_be_written_leaves_the_traced_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Torch has made its folder; what is asked of it later is another one.
+    import_module("torch._dynamo")
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("inference.compiler.fuse._PROGRAMS", OrderedDict())
@@ -459,6 +499,27 @@ def test_a_cache_that_cannot_be_written_leaves_the_traced_graph(
     with pytest.warns(UserWarning, match=r"runs traced, but not fused \(.*NotADirectoryError: .*file"):
         result = run(steps=70, compile=True)
     assert result.idata.attrs["execution"] == "traced"
+
+
+def test_a_cache_that_cannot_be_made_is_replaced_before_torch_needs_it(tmp_path: Path) -> None:
+    """In a process of its own: torch makes the folder once, when its compiler is first imported."""
+    (tmp_path / "file").write_text("no folder")
+    work = """
+import os, warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import inference
+import torch
+torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+print(*[str(w.message) for w in said if "TORCHINDUCTOR_CACHE_DIR" in str(w.message)], sep="|")
+print(os.path.isdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    ran = subprocess.run([sys.executable, "-c", work], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    said, there = ran.stdout.splitlines()
+    assert said.startswith("TORCHINDUCTOR_CACHE_DIR: expected a folder that can be made, got ") and there == "True"
+    assert said.count("expected") == 1
 
 
 def scored_rows(y: Tensor) -> None:

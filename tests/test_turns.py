@@ -24,6 +24,7 @@ from inference.compiler import policy
 from inference.core import handlers
 from inference.runners import processes, workers
 from inference.runners.work import _Largest
+from ppl_models import FVSBN, LogisticRegression, SigmoidBeliefNet
 
 Y = torch.tensor([1.0, 2.0, 4.0, 1.5])
 quiet = partial(fit, draws=30, progress=False)
@@ -56,7 +57,27 @@ def drawn(seed: int) -> tuple[np.ndarray, Tensor]:
     return values["mu"].numpy(), values["y"]
 
 
-@pytest.mark.parametrize("verb", [fitted, drawn])
+def moments(seed: int) -> tuple[np.ndarray, Tensor]:
+    """Importance sampling by a method of a pair, or a fit beside it."""
+    if seed % 2:
+        return fitted(seed)
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(seed))
+    found = LogisticRegression(2, 2).moments(x, torch.arange(60) % 2)
+    return found["intercept"][0].numpy(), found["weights"][0]
+
+
+NETS = SigmoidBeliefNet(40, layers=(3,)), FVSBN(40)
+
+
+def pictured(seed: int) -> tuple[np.ndarray, Tensor]:
+    """Pictures that a pair draws, or a fit beside it."""
+    if seed % 2:
+        return fitted(seed)
+    shown = [net.pictures()[name][0] for net, name in zip(NETS, ("prior", "samples"), strict=True)]
+    return shown[0].numpy(), shown[1]
+
+
+@pytest.mark.parametrize("verb", [fitted, drawn, moments, pictured])
 def test_verbs_in_two_threads_give_what_they_give_one_after_another(verb, alone) -> None:
     before = pyro.settings.get("validate_distributions_pyro")
     serial = [verb(seed) for seed in range(4)]

@@ -16,7 +16,8 @@ from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import azb, azs, pd, xr
 from inference.core.spacing import spaced
 from inference.diagnostics.stein import Stein, stein
-from inference.draws.scoring import log_joint, rowwise, sample_guide
+from inference.draws.dependence import of_observations
+from inference.draws.scoring import log_joint, rowwise, sample_guide, scaled_sites
 from inference.idata import seen_rows
 from inference.result import Result
 
@@ -80,17 +81,22 @@ def loo(result: Result, draws: int = 2000, *, seed: int = 1) -> Any:
         ``ELPDData`` of ArviZ, with the Pareto k of each row.
 
     Raises:
-        ValueError: Latent sites have a value for each row; ``log_evidence`` scores new rows then.
+        ValueError: Latent sites have a value for each row; ``log_evidence`` scores new rows then. Or a scale weighs
+            the rows, so that leaving one out leaves out more or less than a row.
     """
     bound = result.bound
     rows = {p for s in bound.select("observed").values() for p in s.plates if p}
     local = [n for n in result.draws if rows & set(bound.sites[n].plates)]
+    with isolated(seed), result.state():
+        local = local or of_observations(bound, result.draws)
     if local:
         raise ValueError(
             f"result: expected latent sites outside of the plate of rows, got {', '.join(local)}; leaving a row out "
             "leaves out its latent; use log_evidence on held-out rows"
         )
     with isolated(seed), result.state():
+        if weighed := scaled_sites(bound, result.draws):
+            raise ValueError(f"result: expected rows that count once, got a scale of {', '.join(weighed)}")
         if "sample_stats" in result.idata.children:
             return azs.loo(_tree(result, _of_seen_rows(bound, result.draws)))
         values, density = sample_guide(bound, draws)
@@ -122,7 +128,7 @@ def sensitivity(result: Result, *, threshold: float = 0.05) -> pd.DataFrame:
         A line per quantity, with ``prior``, ``likelihood`` and ``diagnosis`` (``psense_summary`` of ArviZ).
     """
     with isolated(0), result.state():
-        likelihood = rowwise(result.bound, result.draws)
+        likelihood = rowwise(result.bound, result.draws, scaled=True)
         prior = log_joint(result.bound, result.draws) - likelihood.sum(1)
     if not np.isfinite(_numpy(prior)).all():
         raise ArithmeticError("the log density of the prior is not finite at some draws")

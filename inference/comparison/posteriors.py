@@ -17,8 +17,8 @@ from inference.core.handlers import REFUSALS, isolated
 from inference.core.lazy import azs
 from inference.core.spacing import spaced
 from inference.diagnostics.quantities import quantity as named
+from inference.draws.dependence import by_plates
 from inference.draws.scoring import log_joint
-from inference.idata import of_observations
 from inference.result import Result
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def picks(comparison: Compared, quantities: int) -> list[tuple[str, int]]:
     """The scalar quantities in which the methods differ most, evenly divided over the sites."""
     draws = [r.draws for r in comparison.results.values()]
     names = list(dict.fromkeys(n for d in draws for n in d))
-    own = {n for r in comparison.results.values() for n in of_observations(r.bound, r.draws)}
+    own = {n for r in comparison.results.values() for n in by_plates(r.bound, r.draws)}
     names = [n for n in names if n not in own] or names
     ranked = []
     for name in names:

@@ -2,15 +2,17 @@ r"""Compile a graph into one program by inductor."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -39,6 +41,29 @@ that the processor names, without compiling a test of each: the first program of
 LOOP_OPTIONS: dict[str, Any] = {**OPTIONS, "use_joint_graph_passes": False}
 """Options for loops. The passes over joint graphs are left out: they remove copies from the body of a loop, after which
 inductor (torch 2.13) writes into the values that the loop carries where ``clone().mT`` is written to by indices."""
+
+
+def make_cache() -> None:
+    """Make the folder that ``TORCHINDUCTOR_CACHE_DIR`` names; where that fails, take a temporary one, with a warning.
+
+    Torch makes it when its compiler is imported, which even an optimizer does, and fails where it cannot.
+    """
+    asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not asked or "torch._dynamo" in sys.modules:
+        return
+    try:
+        os.makedirs(asked, exist_ok=True)
+    except OSError as error:
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = mkdtemp(prefix="torchinductor_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        warnings.warn(
+            f"TORCHINDUCTOR_CACHE_DIR: expected a folder that can be made, got {asked} ({reason_of(error)}); programs "
+            "are kept in a temporary one",
+            stacklevel=2,
+        )
+
+
+make_cache()
 
 
 def fused(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

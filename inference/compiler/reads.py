@@ -7,7 +7,7 @@ data of a potential or the indices of a plate, may be read: the value is right a
 place, and the version of each tensor that was read is noted, so that this can be seen.
 
 ``item`` is not refused: Pyro's objectives return their loss by it. Where the value depends on an input it returns a
-tensor, and a branch on that, or a number made of it, is refused.
+tensor, and a branch on that, a number made of it, or its hash (an entry of a set, a key of a dictionary) is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 from torch.fx import Node
 
@@ -66,11 +67,13 @@ class Reads:
     Attributes:
         allowed: Tensors that were read, with their versions at that time.
         refused: The first refusal, which the traced code may have caught.
+        items: Tensors that stand for the numbers which ``item`` would return, by identity.
     """
 
     def __init__(self, *, lift: bool = False) -> None:
         self.allowed: list[tuple[Tensor, int]] = []
         self.refused: ReadsValue | None = None
+        self.items: dict[int, Tensor] = {}
         self._sources: dict[Node, list[Tensor] | None] = {}
         self._recorder = Recorder(self._watch, lambda tensor: self.sources(tensor) is None, lift=lift)
 
@@ -151,6 +154,9 @@ def reads_refused(*, lift: bool = False) -> Iterator[Reads]:
         for name in READING_METHODS:
             stack.enter_context(patch.object(Tensor, name, _watched(name, getattr(Tensor, name), reads)))
         stack.enter_context(patch.object(Tensor, "item", _item(Tensor.item, reads)))
+        stack.enter_context(patch.object(Tensor, "__hash__", _hash(Tensor.__hash__, reads)))
+        export = torch.utils.dlpack.to_dlpack
+        stack.enter_context(patch.object(torch.utils.dlpack, "to_dlpack", _watched("to_dlpack", export, reads)))
         yield reads
     if reads.refused is not None:
         raise reads.refused
@@ -206,12 +212,25 @@ def _item(original: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
         if not reads.recording:
             return original(self)
         if reads.sources(self) is None:
-            return self.detach()
+            found = self.detach()
+            reads.items[id(found)] = found
+            return found
         reads.look(self, "item")
         with without_modes():
             return original(self)
 
     return item
+
+
+def _hash(original: Callable[[Tensor], int], reads: Reads) -> Callable[[Tensor], int]:
+    """The hash of a number is its value's; that of the tensor in its place would be found in no set."""
+
+    def hashed(self: Tensor) -> int:
+        if id(self) in reads.items and reads.recording:
+            reads.look(self, "hash")
+        return original(self)
+
+    return hashed
 
 
 def _called_by(module: str) -> bool:

@@ -1,8 +1,9 @@
 r"""Values that a run takes from outside itself, and whether they are still the same.
 
 A traced program holds as constants the numbers, texts and tensors that the user's code finds in closures, globals,
-default arguments, attributes of modules and objects, and entries of lists and dictionaries. Here each such place is
-remembered with what it held. A call of the program compares identities, which takes about 0.1 us per place.
+default arguments, attributes of modules, objects and functions, and entries of lists, deques and dictionaries. Here
+each such place is remembered with what it held. A call of the program compares identities, which takes about 0.1 us per
+place.
 
 Not seen: entries of containers with more than ``LARGEST`` entries, attributes of objects of other libraries, numbers
 inside NumPy arrays, files, clocks, the environment, and what C code keeps. The comparison with the eager run finds
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -100,17 +102,19 @@ class Watch:
                 get = dict.get if isinstance(item, dict) else getitem
                 self._add(get, item, list(item), item.values(), lambda k: f"{name}[{k!r}]")
                 self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
-        elif isinstance(item, list | tuple):
+        elif isinstance(item, list | tuple | deque):
             if len(item) <= LARGEST:
                 self._add(getitem, item, range(len(item)), item, lambda k: f"{name}[{k}]")
-                if isinstance(item, list):
+                if not isinstance(item, tuple):
                     self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
         elif isinstance(item, nn.Module):
             self._module(item)
         elif isinstance(item, type):
             self._class(item)
-        elif hasattr(item, "__dict__") and (isinstance(item, _BAGS) or not is_foreign(type(item).__module__)):
-            self._attributes(item, vars(item))
+        elif isinstance(item, _BAGS) or not is_foreign(type(item).__module__):
+            self._attributes(item, getattr(item, "__dict__", {}))
+            slots = {n: getattr(item, n) for n in _slots(type(item)) if hasattr(item, n)}
+            self._add(getattr, item, list(slots), slots.values(), lambda k: f"{type(item).__name__}.{k}")
             self._class(type(item))
         elif is_library(type(item).__module__) and callable(item) and hasattr(item, "__dict__"):
             # A handler around a model, such as poutine.scale.
@@ -134,6 +138,8 @@ class Watch:
                     self._put(dict.get, (within, a), within[a], f"{n}.{a}")
         for k, value in enumerate(item.__defaults__ or ()):
             self._put(_default, (item, k), value, f"default {k} of {name}()")
+        own = vars(item)
+        self._add(dict.get, own, list(own), own.values(), lambda k: f"{name}.{k}")
         for key, value in (item.__kwdefaults__ or {}).items():
             self._put(dict.get, (item.__kwdefaults__, key), value, f"the default of {key} of {name}()")
 
@@ -151,7 +157,8 @@ class Watch:
 
     def _attributes(self, item: Any, known: Mapping[str, Any]) -> None:
         kind = type(item).__name__
-        self._add(dict.get, vars(item), list(known), known.values(), lambda k: f"{kind}.{k}")
+        if known:
+            self._add(dict.get, vars(item), list(known), known.values(), lambda k: f"{kind}.{k}")
 
     def _class(self, kind: type) -> None:
         for part in kind.__mro__:
@@ -185,6 +192,16 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _codes(inner)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    """Names of the attributes that the objects of a class hold without a dictionary."""
+    for part in kind.__mro__:
+        slots = vars(part).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            if name not in ("__dict__", "__weakref__"):
+                hidden = name.startswith("__") and not name.endswith("__")
+                yield f"_{part.__name__.lstrip('_')}{name}" if hidden else name
 
 
 def _content(cell: CellType) -> Any:

@@ -30,7 +30,7 @@ from inference.core.given import (
     to_tensor,
 )
 from inference.core.halves import accepted_by, fitted, halves_of, held_by, modules_of, move, name_of, parameters_of
-from inference.core.handlers import REFUSALS, Uncondition, first_valid, isolated
+from inference.core.handlers import REFUSALS, Uncondition, evaluating, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows
 from inference.core.packing import fingerprints
 from inference.core.sites import Site, sites_of
@@ -142,7 +142,8 @@ class BoundPair:
 
     def minibatch(self, rows: Tensor) -> BoundPair:
         """The pair bound to some rows, which count as a part of all."""
-        return replace(self, data=self.arguments(rows), memo={"ways": self.memo.setdefault("ways", {})}, source=None)
+        memo = {"ways": self.memo.setdefault("ways", {})} | {k: v for k, v in self.memo.items() if k == "redrawn"}
+        return replace(self, data=self.arguments(rows), memo=memo, source=None)
 
     def fingerprints(self) -> dict[str, Any]:
         """Shape, type and SHA-256 of the data by name, read by blocks of rows."""
@@ -230,6 +231,26 @@ class BoundPair:
     def subsampled(self) -> tuple[str, ...]:
         """Names of the plates that the model itself subsamples: each of its runs sees other elements of them."""
         return self._structure.subsampled
+
+    @property
+    def redrawn(self) -> tuple[str, ...]:
+        """Observed sites whose values each run draws anew, given the latent ones: rows that a model picks itself."""
+        if "redrawn" not in self.memo:
+            with isolated(0), torch.no_grad(), poutine.block(), evaluating(self.modules):
+                first = first_valid(lambda: poutine.trace(self.model).get_trace(**self.arguments()))
+                again = poutine.trace(poutine.replay(self.model, trace=first)).get_trace(**self.arguments())
+            values = {n: [t.nodes[n]["value"] if n in t.nodes else None for t in (first, again)] for n in self.sites}
+            self.memo["redrawn"] = tuple(n for n in self.select("observed") if not _alike(*values[n]))
+        return self.memo["redrawn"]
+
+    def check_whole(self) -> None:
+        """Raise a ValueError where each run of the model sees other data than the one before."""
+        if self.subsampled:
+            got = f"a plate that it subsamples: {', '.join(self.subsampled)}"
+            raise ValueError(f"model: expected all rows in each run, got {got}")
+        if self.redrawn:
+            got = f"a part that it draws itself: {', '.join(self.redrawn)}"
+            raise ValueError(f"model: expected the same data in each run, got {got}; fit(batch=) draws rows")
 
     @cached_property
     def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...]]:
@@ -336,6 +357,8 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     accepted, free = accepted_by(model)
     given = by_name(data, accepted)
     named = {k: to_tensor(v, k) for k, v in given.items()}
+    # Nothing can be differentiated that depends on a tensor of torch.inference_mode.
+    named = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in named.items()}
     unknown = sorted(set(named) - set(accepted))
     if unknown and not free:
         known = ", ".join(accepted) or "none"
@@ -351,6 +374,9 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     if asked.rowwise:
         check_same_length(named)
     asked.check(**named)
+    made = [n for m in modules_of(pair) for n, p in m.named_parameters() if p.is_inference()]
+    if made:
+        raise ValueError(f"pair: expected parameters made outside of torch.inference_mode, got {', '.join(made)}")
     empty = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() and not len(v)]
     if empty:
         raise ValueError(f"{empty[0]}: expected at least one row, got none")
@@ -402,6 +428,13 @@ def enumerate_finite(bound: BoundPair) -> Callable[..., Any]:
     if not bound.enumerated:
         return bound.model
     return config_enumerate(bound.model, default="parallel")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two values that a site observes are the same numbers."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _check_together(bound: BoundPair, error: RuntimeError) -> None:

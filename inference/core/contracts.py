@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -81,6 +81,14 @@ class Pair:
             of the global latent sites by name as ``latents``, to completed rows (draws, rows, columns): the missing
             entries given the known ones of their row and the data of the fit; None: not known, and model and guide
             alternate where they can.
+        columnwise: From a number of ``rows`` and posterior draws of the global latent sites by name as ``latents``, to
+            a generator of the columns of as many rows, one after another: it yields the column and the unnormalised
+            log probability (rows, states) of each of its states 0, 1, ... given the columns before it, and is sent
+            the states (rows,). Their product is p(x | data of the fit). None: not known.
+        restore: From the data by name with what is seen of rows, (rows, M), as the first, the standard deviation ``sd``
+            of Gaussian noise or the probability ``flips`` of a binary entry, a ``matrix`` A where A x is seen, the
+            number of ``draws`` and ``latents`` as above, to the mean and standard deviation of the rows and the Monte
+            Carlo error of the mean, (rows, columns) each; None: not known, and model and guide alternate if they can.
         generate_like: From the data to as many generated rows by name, of a pair that generates rows from rows; None:
             the model draws them.
         pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
@@ -97,6 +105,8 @@ class Pair:
     conditional: Callable[..., Any] | None = None
     log_evidence: Callable[..., Tensor] | None = None
     impute: Callable[..., Tensor] | None = None
+    columnwise: Callable[..., Generator[tuple[int, Tensor], Tensor, None]] | None = None
+    restore: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     generate_like: Callable[..., Mapping[str, Tensor]] | None = None
     pictures: Callable[..., Mapping[str, tuple[Tensor, str]]] | None = None
     steps: int | None = None

@@ -47,6 +47,9 @@ def exclusive(function: Callable[P, T]) -> Callable[P, T]:
     over. One verb may call another. A ``fit`` that is called by an exclusive function does not turn an interrupt
     (Ctrl-C) into a Result of the steps taken so far: KeyboardInterrupt goes up to whoever called the outermost one.
 
+    It runs with gradients, and with tensors that may have them: under a caller's ``torch.no_grad`` or
+    ``torch.inference_mode`` a fit would leave every parameter where it is.
+
     The turn is taken before anything else. Taken further in, as by ``isolated``, it could be waited for while
     a ``cached_property`` holds its own lock (Python 3.11), for which the thread whose turn it is waits.
 
@@ -59,7 +62,7 @@ def exclusive(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         turn = _turn
-        with turn.lock:
+        with turn.lock, torch.inference_mode(False), torch.enable_grad():
             turn.depth += 1
             try:
                 return function(*args, **kwargs)
@@ -134,6 +137,17 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """Run torch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

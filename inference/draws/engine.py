@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import REFUSALS, equal_states, preserved_rng, random_state, set_random_state
+from inference.core.handlers import (
+    REFUSALS,
+    equal_states,
+    preserved_rng,
+    random_state,
+    set_random_state,
+    threads_set,
+)
 from inference.draws.mapping import InvalidDraw, mapped
 
 Draws = Mapping[str, Tensor]
@@ -60,7 +68,8 @@ def run(
     step = policy.draws_per_pass(_width(bound))
     parts = ({n: v[start : start + step].to(place) for n, v in draws.items()} for start in range(0, total, step))
     sizes = [min(step, total - start) for start in range(0, total, step)]
-    results = [_run_part(bound, half, one, part, size, wrap) for part, size in zip(parts, sizes, strict=True)]
+    with threads_by_size(bound, sizes[0]):
+        results = [_run_part(bound, half, one, part, size, wrap) for part, size in zip(parts, sizes, strict=True)]
     return {n: results[0][n] if len(results) == 1 else torch.cat([r[n] for r in results]) for n in results[0]}
 
 
@@ -173,6 +182,14 @@ def _one_by_one(one: One, draws: Draws, count: int) -> dict[str, Tensor]:
         if same and k == 1 and all(torch.equal(parts[0][n], parts[1][n]) for n in parts[0]):
             return {n: v.expand(count, *v.shape) for n, v in parts[0].items()}
     return {n: torch.stack([part[n] for part in parts]) for n in parts[0]}
+
+
+def threads_by_size(bound: BoundPair, count: int) -> AbstractContextManager[None]:
+    """Run in one thread if the largest operation of a pass over so many draws is too small for several, as in a fit."""
+    weights = max((p.numel() for m in bound.modules for p in m.parameters()), default=0)
+    products = weights * max(1, bound.rows) // policy.PRODUCTS_PER_NUMBER
+    small = policy.threads_of_fit(count * max(_width(bound), weights, products), 2) == 1
+    return threads_set(1) if small else nullcontext()
 
 
 def _width(bound: BoundPair) -> int:

@@ -25,10 +25,13 @@ JOINT_ROWS = 8192
 """Rows that are read at once for the log density of all."""
 
 
-def rowwise(bound: BoundPair, draws: Draws) -> Tensor:
-    """:func:`pointwise_log_likelihood` of given draws, in the current parameter store."""
+def rowwise(bound: BoundPair, draws: Draws, *, scaled: bool = False) -> Tensor:
+    """:func:`pointwise_log_likelihood` of given draws, in the current parameter store.
+
+    ``scaled`` keeps the factors of ``poutine.scale``: rows as they count in the density of all.
+    """
     bound.check_in_memory("the log likelihood of each row")
-    density = score(bound, draws, "rows")
+    density = score(bound, draws, "scaled rows" if scaled else "rows")
     if density.dim() < 2:
         observed = ", ".join(bound.select("observed")) or "nothing"
         outside = [s.name for s in bound.select("latent").values() if s.name not in draws and not any(s.plates)]
@@ -75,19 +78,17 @@ def log_likelihood_by_site(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
 
     That of a finite site of a group sums over it, and has one number per group. All rows depend on one another through
     one that shares no plate with them: it is drawn from its posterior, so that each row has a likelihood given it.
+    What weighs the rows (``poutine.scale``) is left out, as in ``log_evidence``.
     """
     observed, free = bound.select("observed"), [s for s in bound.select("latent").values() if s.name not in draws]
     inside, _ = summed_within(bound, draws)
     if outside := [s.name for s in free if s.name not in inside]:
-        functions = latent_functions(bound, draws)
+        functions = latent_functions(bound, draws, outside)
         draws = {**draws, **{n: functions[n] for n in outside}}
     if len(free) > len(outside):
         return {"_and_".join(observed): score(bound, draws, "rows")}
     return _scored(
-        bound,
-        draws,
-        lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()},
-        unscaled=bound.source is not None,
+        bound, draws, lambda trace: {n: _score_of_site(trace.nodes[n], s) for n, s in observed.items()}, unscaled=True
     )
 
 
@@ -106,10 +107,11 @@ def summed_within(bound: BoundPair, draws: Collection[str]) -> tuple[list[str], 
 
 
 @torch.no_grad()
-def latent_functions(bound: BoundPair, draws: Draws) -> dict[str, Tensor]:
-    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior."""
+def latent_functions(bound: BoundPair, draws: Draws, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Deterministic sites at the draws, and the summed-out sites drawn from their posterior; those of some names."""
     free = [s.name for s in bound.select("latent").values() if s.finite and s.name not in draws]
     wanted = {n: s for n, s in bound.sites.items() if s.role == "deterministic" or n in free}
+    wanted = {n: s for n, s in wanted.items() if names is None or n in names}
 
     def drawn(function: Any, dim: int) -> Any:
         chosen = poutine.infer_config(config_enumerate(function), _drawn_where_certain)
@@ -161,25 +163,27 @@ def values_of(trace: Any, sites: Mapping[str, Site]) -> dict[str, Tensor]:
 
 
 def score(bound: BoundPair, draws: Draws, what: str) -> Tensor:
-    r"""Log density of draws and data: ``joint`` (S,), or ``rows`` (S, \*common plates), without that of the draws."""
+    r"""Log density of draws and data: ``joint`` (S,), or ``rows`` (S, \*common plates), without that of the draws.
+
+    Rows are without the factors that weigh them, unless they are ``scaled rows``.
+    """
 
     def read(trace: Any) -> dict[str, Tensor]:
         names = [n for n in sample_names(trace) if what == "joint" or n not in draws]
         return {"": contract(trace, names, [] if what == "joint" else common_plates(trace, names))}
 
-    return _scored(bound, draws, read, unscaled=what == "rows" and bound.source is not None)[""]
+    return _scored(bound, draws, read, unscaled=what == "rows")[""]
 
 
 @torch.no_grad()
 def _scored(bound: BoundPair, draws: Draws, read: Read, *, unscaled: bool = False) -> dict[str, Tensor]:
     """What is read of a run of the model for each draw, finite sites without draws enumerated.
 
-    ``unscaled`` leaves out the factor by which the plate of some rows scales their densities up to those of all.
+    ``unscaled`` leaves out factors of densities: those of ``poutine.scale``, and that by which the plate of some rows
+    scales them up to those of all.
     """
     check_draws(bound, draws)
-    if bound.subsampled:
-        named = ", ".join(bound.subsampled)
-        raise ValueError(f"model: expected all rows in each run, got a plate that it subsamples: {named}")
+    bound.check_whole()
     free = [s.name for s in bound.select("latent").values() if s.name not in draws]
     unknown = [n for n in free if not bound.sites[n].finite]
     if unknown:
@@ -192,8 +196,17 @@ def _scored(bound: BoundPair, draws: Draws, read: Read, *, unscaled: bool = Fals
     return run(bound, bound.model, draws, None, chosen, wrap=enumerated if free else None)
 
 
+def scaled_sites(bound: BoundPair, draws: Draws) -> list[str]:
+    """Observed sites that count more or less than once in the density of the model, by ``poutine.scale``."""
+    if bound.source is not None:
+        # The plate of some rows scales them.
+        return []
+    nodes = trace(bound, bound.model, {n: v[0] for n, v in draws.items()}).nodes
+    return [n for n in bound.select("observed") if not bool((torch.as_tensor(nodes[n]["scale"]) == 1).all())]
+
+
 def unscale(trace: Any) -> Any:
-    """A trace without the factor by which the plate of a minibatch scales its densities up to those of all rows."""
+    """A trace without the factors that scale its densities: those of ``poutine.scale``, and of a plate of some rows."""
     for node in trace.nodes.values():
         if node["type"] == "sample":
             node["scale"] = 1.0

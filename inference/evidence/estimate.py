@@ -36,7 +36,7 @@ from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import exclusive, isolated
 from inference.draws import engine
-from inference.draws.engine import Draws
+from inference.draws.engine import Draws, threads_by_size
 from inference.draws.rows import LocalLatents, guide_sites, probe
 from inference.evidence.annealed import Densities, anneal, schedule, tune
 from inference.result import Result, State
@@ -209,7 +209,7 @@ def _over(
             part = whole.take(rows)
             # One draw with validation checks these rows; the passes run without it.
             part.model(part.prior(1), 1)
-            with pyro.validation_enabled(False):
+            with pyro.validation_enabled(False), threads_by_size(part.bound, together):
                 estimates.append(run(part, rows, bar.update))
     values, errors = (torch.cat(v).cpu() for v in zip(*estimates, strict=True))
     return Evidence(values, errors, kind)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from inference.core.spacing import spaced
 from inference.kernels.trajectory import Metric
 
 MAX_DENSE_DIM = 200
@@ -15,6 +16,10 @@ MAX_DENSE_DIM = 200
 
 INDEPENDENT_FRACTION = 1 / 3
 """Number of independent draws that one draw of the warmup counts for."""
+
+
+MOST_DRAWS = 1000
+"""Draws that the volume of a mode of more dimensions is taken from."""
 
 
 NARROW = 0.01
@@ -62,27 +67,37 @@ def log_volume(draws: Tensor, *, least: bool) -> float:
 
     By marginal standard deviations alone a correlated mode would pass for a wide one. Few draws do not determine all
     directions: for an upper estimate the correlations are shrunk, for a lower one (``least``) directions without a draw
-    count as narrow (``NARROW``). Above ``MAX_DENSE_DIM`` dimensions correlations are left out.
+    count as narrow (``NARROW``).
 
     Args:
         draws: Draws (S, D).
         least: Whether to estimate the volume from below.
     """
     draws = draws[draws.isfinite().all(-1)]
+    if len(draws) > MOST_DRAWS and draws.shape[1] > MAX_DENSE_DIM:
+        draws = draws[spaced(len(draws), MOST_DRAWS)]
     size, dim = draws.shape
     if size < 2:
         return -math.inf if least else math.inf
     sd = positive_sd(draws)
     volume = float(sd.log().sum())
-    if dim > MAX_DENSE_DIM:
-        return volume
-    shares = torch.linalg.eigvalsh(torch.cov((draws / sd).T).reshape(dim, dim)).clamp(min=torch.finfo(sd.dtype).eps)
+    shares = _shares(draws / sd).clamp(min=torch.finfo(sd.dtype).eps)
     if least:
         shares[: max(0, dim - size + 1)] = NARROW
     else:
         shrinkage = (dim / (size * INDEPENDENT_FRACTION)) ** 2
         shares = (shares + shrinkage) / (1 + shrinkage)
     return volume + 0.5 * float(shares.log().sum())
+
+
+def _shares(draws: Tensor) -> Tensor:
+    """Variances (D,) of draws (S, D) along the axes of their covariance, ascending, by what is smaller of S and D."""
+    size, dim = draws.shape
+    if dim <= size:
+        return torch.linalg.eigvalsh(torch.cov(draws.T).reshape(dim, dim))
+    centred = draws - draws.mean(0)
+    # All but as many are zero.
+    return torch.cat([draws.new_zeros(dim - size), torch.linalg.eigvalsh(centred @ centred.T / (size - 1))])
 
 
 def _largest_sd(draws: Tensor) -> float:

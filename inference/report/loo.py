@@ -56,7 +56,11 @@ class Score:
 
 def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
     """Leave-one-out cross-validation by importance sampling, with its warnings."""
-    scored = {n: r for n, r in results.items() if not r.bound.shown_rows and "log_likelihood" in r.idata.children}
+    scored = {
+        n: r
+        for n, r in results.items()
+        if not r.bound.shown_rows and "log_likelihood" in r.idata.children and "log_likelihood" not in r.idata.attrs
+    }
     yield from _reservations(results, scored)
     scores = []
     for name, result in scored.items():

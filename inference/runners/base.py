@@ -90,17 +90,6 @@ def most_threads() -> int:
     return min(torch.get_num_threads(), cores())
 
 
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """Run torch with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Interrupts:
     """How often Ctrl-C was pressed while it is deferred; a call raises KeyboardInterrupt if it was."""
 

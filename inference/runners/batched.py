@@ -16,7 +16,7 @@ from torch import Tensor
 from inference.checkpoint import Checkpoint
 from inference.compiler import policy
 from inference.core.bound import BoundPair
-from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state
+from inference.core.handlers import called_by_exclusive, preserved_rng, set_random_state, threads_set
 from inference.core.packing import pack, unpack
 from inference.further import RESTORED, Continuation, FurtherDraws, NoDraws
 from inference.kernels import NUTS, ChEES, Gibbs
@@ -30,7 +30,6 @@ from inference.runners.base import (
     lengths,
     method_of,
     most_threads,
-    threads_set,
 )
 from inference.runners.drawn import Drawn, KeptDrawn
 

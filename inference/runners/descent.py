@@ -18,10 +18,10 @@ from inference.checkpoint import Checkpoint
 from inference.compiler.step import numbers
 from inference.core.bound import BoundPair
 from inference.core.group import Agreement, from_first, gathered, ranks
-from inference.core.handlers import called_by_exclusive
+from inference.core.handlers import called_by_exclusive, threads_set
 from inference.core.minibatch import PERMUTED_ROWS, Permutation
 from inference.diagnostics.losses import settled as is_settled
-from inference.runners.base import interrupts_deferred, threads_set
+from inference.runners.base import interrupts_deferred
 from inference.runners.state import of_rank, own_state
 from inference.runners.steps import CHECK_STEPS, CompiledSteps, EagerSteps, Failure
 from inference.runners.work import threads_by_work

@@ -21,7 +21,7 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.compiler.potential import compile_kernel
 from inference.core.bound import BoundPair
-from inference.core.handlers import first_valid, isolated
+from inference.core.handlers import first_valid, isolated, threads_set
 from inference.core.private import lacking
 from inference.further import FurtherDraws
 from inference.runners.base import (
@@ -34,7 +34,6 @@ from inference.runners.base import (
     lengths,
     method_of,
     most_threads,
-    threads_set,
 )
 from inference.runners.chain import Chain, quiet_start, run_chain, set_up
 from inference.runners.work import Counted

@@ -28,7 +28,7 @@ from inference.core.handlers import random_state, set_random_state
 from inference.core.private import copy_all, norms
 from inference.core.sites import unconstrained
 from inference.objectives.shared import Shared, over_processes
-from inference.optim import Joint
+from inference.optim import Joint, check_rates
 from inference.result import dotted
 from inference.runners.state import put, take
 
@@ -141,6 +141,8 @@ class EagerSteps:
                     params[n].copy_(p)
             return []
         self._remember(params)
+        if not self.done:
+            check_rates(self.optimizer, params.values())
         self.optimizer(list(params.values()))
         if isinstance(self.optimizer, PyroLRScheduler):
             self.optimizer.step()

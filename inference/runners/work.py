@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from inference.compiler import policy
+from inference.core.handlers import threads_set
 from inference.core.private import TorchDispatchMode, lacking, tree_leaves
-from inference.runners.base import most_threads, threads_set
+from inference.runners.base import most_threads
 
 T = TypeVar("T")
 

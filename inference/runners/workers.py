@@ -29,7 +29,8 @@ import numpy as np
 import pyro
 import torch
 
-from inference.runners.base import cores, threads_set
+from inference.core.handlers import threads_set
+from inference.runners.base import cores
 
 Say = Callable[[int, str], None]
 """Tells how far a task is: a step, and a text."""

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -38,6 +37,7 @@ from ppl_models.models.pair import Visible
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.grids import Grid
+from ppl_models.models.parts.randomness import bernoulli
 
 
 class Conditionals(Rowwise):
@@ -64,20 +64,25 @@ class Conditionals(Rowwise):
         # The average of densities: an average of log odds over orders would belong to no density.
         return self._repeat(scores.logsumexp(0) - math.log(len(scores)))
 
-    @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.drawn(sample_shape)
+
+    @torch.no_grad()
+    def drawn(self, sample_shape: Any = (), random: torch.Generator | None = None) -> Tensor:
+        """Samples by a random source on the CPU, or torch's own."""
         shape = torch.Size((*sample_shape, *self.batch_shape))
         rows = max(shape.numel(), 1)
         x = torch.full((rows, *self.event_shape), torch.nan, dtype=self.like.dtype, device=self.like.device)
-        drawn, _ = self.complete(x)
+        drawn, _ = self.complete(x, random=random)
         if len(self.logits) > 1:
             # Every row is drawn in every order and takes one: which rows an order has would steer the program.
-            which = torch.randint(len(self.logits), (rows, 1), device=self.like.device)
+            place = self.like.device if random is None else random.device
+            which = torch.randint(len(self.logits), (rows, 1), device=place, generator=random).to(self.like.device)
             for k in range(1, len(self.logits)):
-                drawn = torch.where(which == k, self.complete(x, k)[0], drawn)
+                drawn = torch.where(which == k, self.complete(x, k, random)[0], drawn)
         return drawn.reshape(*shape, *self.event_shape)
 
-    def complete(self, x: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
+    def complete(self, x: Tensor, k: int = 0, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw the features that are nan, in the order of set k.
 
         Returns:
@@ -86,13 +91,17 @@ class Conditionals(Rowwise):
         """
         filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for d in self.order[k].tolist():
-            logits: Any = self.logits[k]
-            # The log odds of one feature, where they can be computed alone, are much cheaper than those of all.
-            logit = logits.one(filled, d) if hasattr(logits, "one") else logits(filled)[:, d]
+            logit = self.logit(filled, d, k)
             missing = x[:, d].isnan()
-            filled[:, d] = torch.where(missing, logit.sigmoid().bernoulli(), x[:, d])
+            filled[:, d] = torch.where(missing, bernoulli(logit.sigmoid(), random), x[:, d])
             weight = weight + torch.where(missing, 0.0, logsigmoid((2 * filled[:, d] - 1) * logit))
         return filled, weight
+
+    def logit(self, x: Tensor, d: int, k: int = 0) -> Tensor:
+        """Log odds (N,) of feature d given those of rows (N, D) that precede it in the order of set k."""
+        logits: Any = self.logits[k]
+        # The log odds of one feature, where they can be computed alone, are much cheaper than those of all.
+        return logits.one(x, d) if hasattr(logits, "one") else logits(x)[:, d]
 
 
 class Autoregressive(Visible):
@@ -144,9 +153,25 @@ class Autoregressive(Visible):
             kept.append(filled[dist.Categorical(logits=weight).sample((draws,))])
         return torch.stack(kept, 1)
 
+    @torch.no_grad()
+    def columnwise(self, rows: int, **_: Any) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before.
+
+        Raises:
+            ValueError: There are several orders: the mean of their densities has no conditionals of one feature.
+        """
+        distribution = self.distribution()
+        if len(self.order) > 1:
+            raise ValueError(f"orders: expected one order to take features in turn, got {len(self.order)}")
+        x = self.origin.new_zeros(rows, self.features)
+        for d in self.order[0].tolist():
+            logit = distribution.logit(x, d)
+            x[:, d] = yield d, torch.stack([torch.zeros_like(logit), logit], -1)
+
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:
         """Rows drawn from the model."""
-        return {"samples": grids.drawn(lambda count: self.distribution().sample((count,)), "drawn from the model")}
+        draw = lambda count, random: self.distribution().drawn((count,), random)  # noqa: E731
+        return {"samples": grids.drawn(draw, "drawn from the model")}
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a binary matrix (rows, D)."""
@@ -173,7 +198,7 @@ class FVSBN(Autoregressive):
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """A linear map to each feature from the preceding ones."""
-        return [partial(linear, weight=self.weight.tril(-1), bias=self.bias)]
+        return [_Masked([self.weight.tril(-1)], [self.bias])]
 
 
 class NADE(Autoregressive):
@@ -198,6 +223,25 @@ class NADE(Autoregressive):
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """Each feature from the hidden layer of the preceding ones."""
         return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """Log odds of all features by layers whose weights are masked, or of one."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(self._below(x), self.weights[-1], self.biases[-1])
+
+    def one(self, x: Tensor, d: int) -> Tensor:
+        return self._below(x) @ self.weights[-1][d] + self.biases[-1][d]
+
+    def _below(self, x: Tensor) -> Tensor:
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = linear(x, weight, bias).relu()
+        return x
 
 
 @dataclass(frozen=True)
@@ -257,15 +301,9 @@ class MADE(Autoregressive):
         """The masked network of each order."""
         weights, biases = list(self.weights), list(self.biases)
         return [
-            partial(_masked, [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
+            _Masked([w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
             for k in range(len(self.order))
         ]
-
-
-def _masked(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:
-    for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = linear(x.relu() if depth else x, weight, bias)
-    return x
 
 
 def _masks(order: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:

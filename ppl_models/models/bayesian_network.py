@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
@@ -277,12 +277,14 @@ class BayesianNetwork(Pair):
         check_count("draws", draws)
         self._check_states(x, missing=True)
         if not self.given:
-            means = {n: (latents or {})[f"{n}_table"].mean(0) for n in self.names}
-            return self.with_tables(means).impute(x, draws)
+            return self._mean_tables(latents or {}).impute(x, draws)
         rows = x.expand(draws, *x.shape).clone()
         for n in x.isnan().any(-1).nonzero().flatten().tolist():
             self._fill(rows[:, n])
         return rows
+
+    def _mean_tables(self, latents: Mapping[str, Tensor]) -> BayesianNetwork:
+        return self.with_tables({n: latents[f"{n}_table"].mean(0) for n in self.names})
 
     def _fill(self, rows: Tensor) -> None:
         """Draw the missing states of rows that are missing the same and know the same, in place."""
@@ -301,6 +303,21 @@ class BayesianNetwork(Pair):
             part[:, columns] = torch.stack(torch.unravel_index(cell, joint.shape)).to(rows)
             self._fill(part)
             rows[alike] = part
+
+    @torch.no_grad()
+    def columnwise(
+        self, rows: int, *, latents: Mapping[str, Tensor] | None = None, **_: Any
+    ) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One variable of rows after another: each with its log weights (rows, states) given its parents.
+
+        Tables that are learnt are replaced by their posterior means, as in :meth:`impute`.
+        """
+        tables = self if self.given else self._mean_tables(latents or {})
+        values: dict[str, Tensor] = {}
+        for name in self.order:
+            row = self._configuration(name, values).expand(rows)
+            table = tables._table(name)
+            values[name] = yield self.columns[name], table.reshape(-1, table.shape[-1])[row].log()
 
     def separated(self, one: str, other: str, given: Sequence[str] = ()) -> bool:
         """Whether the graph makes two variables independent given others (d-separation).

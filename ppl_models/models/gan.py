@@ -3,7 +3,7 @@ r"""Generative adversarial networks: the model generates rows, the guide tells t
 .. math::
 
     y_n \sim \mathrm{Bernoulli}(1/2), \qquad z_n \sim \mathrm{N}(0, I_L), \qquad
-    x_n = \begin{cases} \text{a row of the data} & y_n = 1 \\ G(z_n) & y_n = 0 \end{cases}, \qquad
+    x_n = y_n \, (\mathrm{a\ row\ of\ the\ data}) + (1 - y_n) \, G(z_n), \qquad
     q(y_n \mid x_n) = \mathrm{Bernoulli}(\sigma(D(x_n)))
 
 The site of y is called ``real``, as y is the name of labels in the data. The model observes nothing, so there is no

@@ -35,9 +35,9 @@ class GaussianProcess(Pair):
         y \sim \mathrm{N}(0, \alpha^2 k(x, x) + \sigma^2 I)
 
     with the squared exponential :math:`k = \exp(-d^2 / 2 \rho^2)`, or Matérn's with smoothness 3/2,
-    :math:`k = (1 + \sqrt 3 d / \rho) \exp(-\sqrt 3 d / \rho)`, of the Euclidean distance d. The function is integrated
-    out, so all rows are one observation; predictions without conditioning on y are other functions, and :meth:`predict`
-    conditions on y.
+    :math:`k = (1 + \sqrt{3} d / \rho) \exp(-\sqrt{3} d / \rho)`, of the Euclidean distance d. The function is
+    integrated out, so all rows are one observation; predictions without conditioning on y are other functions, and
+    :meth:`predict` conditions on y.
 
     Args:
         features: Number of inputs D, or their names.
@@ -149,6 +149,8 @@ class GaussianProcess(Pair):
             return total - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - white.square().sum((-1, -2)) / 2
 
         start = torch.stack([self.rate.log() - math.log(5.0), y.std().log(), y.std().log() - 1]).to(y)
-        theta, weights = weighted_draws(density, start, draws, block=4_000_000 // len(x) ** 2, least=LEAST)
+        # Length scales and amplitudes have heavy tails where the data say little.
+        block = 4_000_000 // len(x) ** 2
+        theta, weights = weighted_draws(density, start, draws, freedom=4, block=block, least=LEAST)
         names = ("length", "amplitude", "sigma")
         return {n: moments_of(v, weights) for n, v in zip(names, theta.exp().unbind(1), strict=True)}

@@ -118,7 +118,7 @@ class RaschModel(Pair):
             check_binary("x", x)
 
     @checked
-    def moments(self, x: Tensor, *, draws: int = 20_000) -> Moments:
+    def moments(self, x: Tensor, *, draws: int = 40_000) -> Moments:
         """Posterior mean and standard deviation of each site.
 
         Abilities are integrated out by Gauss-Hermite quadrature; discrimination and difficulties are weighted draws of

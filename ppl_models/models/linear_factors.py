@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ppl_models.models.checks import check_count, check_matrix, known_or_zero
 from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
-from ppl_models.models.parts.completion import Correlated, complete
+from ppl_models.models.parts.completion import Correlated, View, complete, restore
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
 
@@ -140,9 +140,23 @@ class FactorAnalysis(FactorModel):
         """
         check_count("draws", draws)
         self.check(known_or_zero(x))
+        return complete(x, draws, torch.zeros(1, 1, dtype=x.dtype, device=x.device), self._gaussian())
+
+    def restore(self, x: Tensor, **view: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
+
+        Args:
+            x: What is seen.
+            view: ``sd`` and ``matrix`` of a :class:`View`.
+        """
+        seen = View.of(view)
+        check_matrix("x", x, self.features if seen.matrix is None else len(seen.matrix))
+        return restore(x, torch.zeros(1, 1, dtype=x.dtype, device=x.device), self._gaussian(), seen)
+
+    def _gaussian(self) -> Correlated:
+        r"""p(x), as the only component."""
         covariance = self.loadings @ self.loadings.mT + self.noise.expand(self.features).diag()
-        gaussian = Correlated(self.mean[None, None], covariance[None, None])
-        return complete(x, draws, torch.zeros(1, 1, dtype=x.dtype, device=x.device), gaussian)
+        return Correlated(self.mean[None, None], covariance[None, None])
 
 
 class PPCA(FactorAnalysis):
@@ -213,7 +227,7 @@ class Autoencoder(FactorModel):
         p(z_n) \propto 1, \qquad x_n \mid z_n \sim \mathrm{N}(g(z_n), I), \qquad
         q(z_n \mid x_n) = \delta(z_n - f(x_n))
 
-    The ELBO is :math:`-\tfrac12 \sum_n \lVert x_n - g(f(x_n)) \rVert^2` plus a constant. The flat prior is a masked
+    The ELBO is :math:`-\frac{1}{2} \sum_n \| x_n - g(f(x_n)) \|^2` plus a constant. The flat prior is a masked
     N(0, I): it adds nothing to the ELBO, and without data z is drawn from N(0, I).
 
     Args:

@@ -11,7 +11,7 @@ Communication", sections 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
@@ -145,6 +145,14 @@ class MarkovChain(Visible):
         check_count("draws", draws)
         self.check(known_or_zero(x))
         return self.distribution().complete(x.repeat(draws, 1)).reshape(draws, *x.shape)
+
+    @torch.no_grad()
+    def columnwise(self, rows: int, **_: Any) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One symbol of rows after another: each with its log weights (rows, K) given the one sent before."""
+        weights = self.initial.log_softmax(-1).expand(rows, -1)
+        for t in range(self.length):
+            symbol = yield t, weights
+            weights = self.transition.log_softmax(-1)[symbol.long()]
 
     def check(self, x: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a matrix (rows, T) of symbols."""

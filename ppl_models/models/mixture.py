@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,7 +41,7 @@ from ppl_models.models.checks import (
     random_source,
 )
 from ppl_models.models.pair import GuideFactory, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Correlated, Independent, complete
+from ppl_models.models.parts.completion import Components, Correlated, Independent, View, complete, in_turn, restore
 from ppl_models.models.parts.distributions import Gaussians, Occurrences, SortedNormals, occurrence_parameters
 from ppl_models.models.parts.labels import one_hot, rows_by_label
 
@@ -123,6 +123,20 @@ class Mixture(Pair):
         check_count("draws", draws)
         self.check(known_or_zero(x), z)
         return complete(x, draws, latents["weights"].log(), self.distributions(latents), z)
+
+    def restore(
+        self, x: Tensor, z: Tensor | None = None, *, latents: Mapping[str, Tensor], **view: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
+
+        Args:
+            x: What is seen.
+            z: Components (N,), if they are known; else they are summed out.
+            latents: Posterior draws of the parameters by site.
+            view: ``sd``, ``flips`` and ``matrix`` of a :class:`View`.
+        """
+        self.check(None, z)
+        return restore(x, latents["weights"].log(), self.distributions(latents), View.of(view), z)
 
     def model(self, x: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """Draw or score weights, components, labels and rows; return x."""
@@ -360,6 +374,12 @@ class BernoulliMixture(Mixture):
 
     def distributions(self, latents: Mapping[str, Tensor]) -> Components:
         return Independent(dist.Bernoulli, latents["probs"])
+
+    def columnwise(
+        self, rows: int, *, latents: Mapping[str, Tensor], **_: Any
+    ) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before."""
+        return in_turn(rows, latents["weights"].log(), latents["probs"])
 
     def maximise_parameters(self, responsibilities: Tensor, counts: Tensor, x: Tensor) -> dict[str, Tensor]:
         alpha = self.alpha.to(x) if self.prior else torch.zeros_like(x[0])

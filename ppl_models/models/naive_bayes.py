@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -37,7 +37,7 @@ from ppl_models.models.checks import (
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
-from ppl_models.models.parts.completion import Components, Independent, complete
+from ppl_models.models.parts.completion import Components, Independent, View, complete, in_turn, restore
 from ppl_models.models.parts.distributions import (
     Counts,
     LabelledGaussians,
@@ -134,7 +134,9 @@ class NaiveBayes(Pair):
 
     def components(self, latents: Mapping[str, Tensor]) -> Components:
         """The features of each class given posterior draws of the parameters by site."""
-        raise ValueError(f"result: expected independent features to impute, got those of {type(self).__name__}")
+        raise ValueError(
+            f"result: expected independent features to impute or denoise, got those of {type(self).__name__}"
+        )
 
     def impute(
         self, x: Tensor, y: Tensor | None = None, *, latents: Mapping[str, Tensor], draws: int = 1, **_: Any
@@ -150,6 +152,20 @@ class NaiveBayes(Pair):
         check_count("draws", draws)
         self.check(known_or_zero(x), y)
         return complete(x, draws, latents["weights"].log(), self.components(latents), y)
+
+    def restore(
+        self, x: Tensor, y: Tensor | None = None, *, latents: Mapping[str, Tensor], **view: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of rows that are seen through noise (N, M), exactly, and zeros.
+
+        Args:
+            x: What is seen.
+            y: Labels (N,), if they are known; else they are summed out.
+            latents: Posterior draws of the parameters by site.
+            view: ``sd``, ``flips`` and ``matrix`` of a :class:`View`.
+        """
+        self.check(None, y)
+        return restore(x, latents["weights"].log(), self.components(latents), View.of(view), y)
 
     def check(self, x: Any = None, y: Any = None, **_: Any) -> None:
         """Raise ValueError unless x is a finite matrix (rows, D) and y has labels for its rows."""
@@ -276,6 +292,15 @@ class BernoulliNaiveBayes(NaiveBayes):
 
     def components(self, latents: Mapping[str, Tensor]) -> Components:
         return Independent(dist.Bernoulli, latents["probs"])
+
+    def columnwise(
+        self, rows: int, *, latents: Mapping[str, Tensor], **_: Any
+    ) -> Generator[tuple[int, Tensor], Tensor, None]:
+        """One feature of rows after another: each with its log weights (rows, 2) given those sent before.
+
+        The labels are summed out.
+        """
+        return in_turn(rows, latents["weights"].log(), latents["probs"])
 
     def _posterior(self, rows: Tensor, total: Tensor) -> dist.Beta:
         return dist.Beta(self.alpha + 1 + total, self.alpha + 1 + rows[:, None] - total)

@@ -32,6 +32,7 @@ from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import mlp
+from ppl_models.models.parts.randomness import bernoulli
 
 
 class SigmoidBeliefNet(Pair):
@@ -153,12 +154,12 @@ class SigmoidBeliefNet(Pair):
         self.biases[0].copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
 
     @torch.no_grad()
-    def fantasies(self, size: int) -> Tensor:
-        """Means of x (size, D) given latent units drawn from the model."""
+    def fantasies(self, size: int, random: torch.Generator | None = None) -> Tensor:
+        """Means of x (size, D) given latent units drawn from the model, by a source on the CPU or torch's own."""
         check_count("size", size)
         logits = self.biases[-1].expand(size, -1)
         for k in range(len(self.layers), 0, -1):
-            logits = self._below(k, logits.sigmoid().bernoulli())
+            logits = self._below(k, bernoulli(logits.sigmoid(), random))
         return logits.sigmoid()
 
     def pictures(self, *_: Any, **__: Any) -> dict[str, Grid]:

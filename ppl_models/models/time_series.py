@@ -217,8 +217,8 @@ class GARCH(Series):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.register_buffer("zero", torch.tensor(0.0))
         self.register_buffer("ones", torch.ones(3))
-        self.coords["shares"] = ["last return", "last variance", "level"]
-        self.dims |= {"shares": ("shares",), "y": ("time",)}
+        self.coords["share"] = ["last return", "last variance", "level"]
+        self.dims |= {"shares": ("share",), "y": ("time",)}
         self.guide = guide(self.model)
 
     def model(self, y: Tensor | None = None, size: int | None = None) -> Tensor:
@@ -229,7 +229,7 @@ class GARCH(Series):
         return pyro.sample("y", Returns(mu, variance, shares, length_of(y, size)), obs=y)
 
     @checked
-    def moments(self, y: Tensor, *, draws: int = 40_000) -> Moments:
+    def moments(self, y: Tensor, *, draws: int = 100_000) -> Moments:
         """Posterior mean and standard deviation of each site, by importance sampling with the recursion in a loop.
 
         The proposal is a multivariate t around the mode of the unconstrained parameters. Neither a guide nor a chain
@@ -255,7 +255,8 @@ class GARCH(Series):
             return total
 
         start = torch.stack([y.mean(), y.var().log(), *y.new_tensor([0.0, 1.0])])
-        theta, weights = weighted_draws(density, start, draws, block=draws)
+        # The tail of the variance is heavy where the shares of the past are near one.
+        theta, weights = weighted_draws(density, start, draws, freedom=4, block=draws)
         mu, variance, shares = parts(theta)
         found = {"mu": mu, "variance": variance, "shares": shares}
         return {name: moments_of(value, weights) for name, value in found.items()}

@@ -27,7 +27,7 @@ class LDA(Pair):
     .. math::
 
         \phi_k \sim \mathrm{Dirichlet}(\eta), \qquad \theta_n \sim \mathrm{Dirichlet}(\alpha), \qquad
-        x_n \sim \mathrm{Multinomial}(L_n, \textstyle\sum_k \theta_{nk} \phi_k)
+        x_n \sim \mathrm{Multinomial}(L_n, \sum_k \theta_{nk} \phi_k)
 
     The topic of each word is summed out. The length :math:`L_n` of a document is not modelled: it is the sum of x, or
     ``length`` where documents are drawn. The guide has a Dirichlet distribution of each topic, and a network from the

@@ -10,9 +10,12 @@ from torch import nn
 from ppl_models.data.sets import Dataset
 from ppl_models.models.diffusion.denoisers import UNet
 from ppl_models.models.gan import Leaky
-from ppl_models.models.parts.networks import mlp
+from ppl_models.models.parts.networks import LateFusion, conv_decoder, conv_encoder, mlp
 from ppl_models.models.parts.warps import RandomWarp, Warp
 from ppl_models.zoo.entry import labelled
+
+LARGE = (28, 28)
+"""Shape of the images for which networks are convolutional."""
 
 Size = TypeVar("Size")
 
@@ -22,25 +25,71 @@ def sized(dataset: Dataset, small: Size, large: Size) -> Size:
     return small if len(dataset.features) < 784 else large
 
 
+def dcgan(inputs: int, beside: int = 0, *, planes: int = 1) -> dict[str, Any]:
+    """Convolutional networks of images of 28 x 28: a generator of ``inputs``, and a discriminator of images.
+
+    Args:
+        inputs: Width of what the generator reads: noise, and labels or codes.
+        beside: Width of what the discriminator reads beside the pixels, such as labels. It comes after them, where
+            convolutions cannot read it: a dense layer joins both.
+        planes: Image planes.
+    """
+    pixels, outputs = planes * 784, 128 if beside else 1
+    generator = conv_decoder(inputs, LARGE, channels=(64, 32), planes=planes, activation=nn.ReLU, normalise=True)
+    discriminator: nn.Module = conv_encoder(LARGE, outputs, channels=(32, 64), planes=planes, activation=Leaky)
+    if beside:
+        dense = nn.Sequential(Leaky(), nn.Linear(outputs + beside, 128), Leaky(), nn.Linear(128, 1))
+        discriminator = LateFusion(discriminator, pixels, dense)
+    return {"generator": nn.Sequential(generator, nn.Sigmoid()), "discriminator": discriminator}
+
+
 def _generator(dataset: Dataset, inputs: int) -> nn.Module:
     """Dense layers from noise to pixels in (0, 1)."""
     return nn.Sequential(mlp(inputs, 256, 256, len(dataset.features), activation=nn.ReLU), nn.Sigmoid())
 
 
+def _networks(dataset: Dataset, inputs: int, beside: int = 0) -> dict[str, Any]:
+    """Networks of a GAN, as of ``dcgan``: convolutional for images of 28 x 28, dense for others."""
+    if dataset.shape == LARGE:
+        return dcgan(inputs, beside)
+    return {"generator": _generator(dataset, inputs), "hidden": (256, 256)}
+
+
 def gan(dataset: Dataset, noise: int = 16) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"features": dataset.features, "noise": noise, "hidden": (256, 256)}
-    return {**sizes, "generator": _generator(dataset, noise)}
+    return {"features": dataset.features, "noise": noise, **_networks(dataset, noise)}
+
+
+def bigan(dataset: Dataset, noise: int = 16) -> dict[str, Any]:
+    arguments = {"features": dataset.features, "noise": noise, **_networks(dataset, noise, noise)}
+    if dataset.shape == LARGE:
+        arguments["encoder"] = conv_encoder(LARGE, 2 * noise, activation=Leaky)
+    return arguments
 
 
 def conditional_gan(dataset: Dataset) -> dict[str, Any]:
-    return {**gan(dataset, 20), **labelled(dataset), "generator": _generator(dataset, 20 + len(dataset.classes))}
+    noise, labels = 20, len(dataset.classes)
+    return {**labelled(dataset), "noise": noise, **_networks(dataset, noise + labels, labels)}
 
 
 def infogan(dataset: Dataset) -> dict[str, Any]:
-    pixels, shape = len(dataset.features), dataset.shape or (1, len(dataset.features))
+    shape, noise, codes = dataset.shape or (1, len(dataset.features)), 8, 10
+    generator: nn.Module = _generator(dataset, noise + codes)
+    inner: nn.Module = mlp(math.prod(shape), 256, 256, activation=Leaky)
+    if shape == LARGE:
+        generator, inner = dcgan(noise + codes)["generator"], conv_encoder(LARGE, 256, activation=Leaky)
     # Codes that ignore small shifts and turns of an image are nearer to classes.
-    trunk = nn.Sequential(RandomWarp(shape), mlp(pixels, 256, 256, activation=Leaky), Leaky())
-    return {**gan(dataset, 8), "codes": 10, "generator": _generator(dataset, 8 + 10), "trunk": trunk}
+    networks = {"generator": generator, "trunk": nn.Sequential(RandomWarp(shape), inner, Leaky())}
+    return {"features": dataset.features, "codes": codes, "noise": noise, "hidden": (256, 256), **networks}
+
+
+def vaegan(dataset: Dataset) -> dict[str, Any]:
+    factors = sized(dataset, 10, 50)
+    arguments = {"features": dataset.features, "factors": factors}
+    if dataset.shape != LARGE:
+        return arguments
+    encoder = conv_encoder(LARGE, 2 * factors)
+    networks = {"encoder": encoder, "decoder": conv_decoder(factors, LARGE)}
+    return {**arguments, **networks, "discriminator": dcgan(factors)["discriminator"]}
 
 
 def cyclegan(dataset: Dataset) -> dict[str, Any]:

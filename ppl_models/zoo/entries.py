@@ -34,7 +34,7 @@ from ppl_models.models.time_series import GARCH, HiddenMarkovModel
 from ppl_models.models.topics import LDA
 from ppl_models.models.vae import VAE, ConditionalVAE, HierarchicalVAE, SemiSupervisedVAE
 from ppl_models.models.vaegan import VAEGAN, AdversarialAutoencoder
-from ppl_models.zoo.arguments import chain, conditional_gan, cyclegan, gan, infogan, sized
+from ppl_models.zoo.arguments import bigan, chain, conditional_gan, cyclegan, gan, infogan, sized, vaegan
 from ppl_models.zoo.entry import Entry, features, labelled
 from ppl_models.zoo.methods import (
     adversarial,
@@ -461,7 +461,7 @@ ENTRIES = (
     _of(
         _GANS,
         name="gan",
-        title="GAN, dense networks",
+        title="GAN, convolutional on images of 28 x 28",
         make=GAN,
         arguments=gan,
         methods={
@@ -495,7 +495,7 @@ ENTRIES = (
         name="bigan",
         title="GAN with an encoder (BiGAN)",
         make=BiGAN,
-        arguments=gan,
+        arguments=bigan,
         source="two-sample metrics; the encoder inverts the generator in the tests",
     ),
     _of(
@@ -503,7 +503,7 @@ ENTRIES = (
         name="vaegan",
         title="VAE whose decoder also has to fool a discriminator",
         make=VAEGAN,
-        arguments=lambda dataset: {"features": dataset.features, "factors": sized(dataset, 10, 50)},
+        arguments=vaegan,
         methods={"VAE-GAN": _WITH_BOUND, "SVI": by_minibatches()},
     ),
     _of(
@@ -553,7 +553,7 @@ def find(name: str) -> Entry:
     if name not in ZOO:
         near = difflib.get_close_matches(str(name), ZOO, n=3, cutoff=0.4)
         hint = f"nearest: {', '.join(near)}; " if near else ""
-        raise ValueError(f"pair: unknown {name!r}; {hint}known: {', '.join(ZOO)}")
+        raise ValueError(f"pair: unknown {name!r}; {hint}`ppl-models list` shows all {len(ZOO)}")
     return ZOO[name]
 
 

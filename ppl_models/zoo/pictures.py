@@ -59,17 +59,17 @@ def odds(axes: Axes, pair: Any, x: Tensor, *, count: int = 500, seed: int = 0) -
     return filled
 
 
-def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
-    """Draw a grid as one figure, ink on white.
+def show(axes: Axes, images: Tensor, shape: tuple[int, int]) -> None:
+    """Draw a grid of images in axes, ink on white.
 
     Args:
-        grid: Images (rows, columns, height * width) in [0, 1], and a title.
+        axes: Axes, whose ticks are removed.
+        images: Images (rows, columns, height * width) in [0, 1].
         shape: Height and width of an image, in pixels.
 
     Raises:
         ValueError: The images have another number of pixels.
     """
-    images, title = grid
     rows, columns, pixels = images.shape
     height, width = shape
     if pixels != height * width:
@@ -77,11 +77,19 @@ def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
     tiles = images.detach().cpu().clamp(0, 1).reshape(rows, columns, height, width)
     framed = torch.nn.functional.pad(tiles, (1, 1, 1, 1))
     sheet = framed.permute(0, 2, 1, 3).reshape(rows * (height + 2), columns * (width + 2)).numpy()
-    figure = Figure(figsize=(0.6 * columns, 0.6 * rows * (height + 2) / (width + 2) + 0.4), layout="constrained")
-    axes = figure.add_subplot()
     axes.imshow(1 - sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def draw(grid: Grid, shape: tuple[int, int]) -> Figure:
+    """Draw a grid as one figure: images as in :func:`show`, and a title."""
+    images, title = grid
+    rows, columns, _ = images.shape
+    figure = Figure(figsize=(0.6 * columns, 0.6 * rows * (shape[0] + 2) / (shape[1] + 2) + 0.4), layout="constrained")
+    axes = figure.add_subplot()
+    show(axes, images, shape)
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set_axis_off()
     return figure
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from inference import Method, Result, Saved, classify, isolated, log_evidence, sample
+from inference import Method, Result, Saved, classify, exclusive, isolated, log_evidence, sample
 from ppl_models import data
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
@@ -77,6 +77,7 @@ def restore(path: str | Path, pair: Any = None, given: Any = None) -> Result:
     return Result.load(path, pair, given) if pair is not None else opened(path, given).result
 
 
+@exclusive
 def opened(path: str | Path, given: Any = None) -> Restored:
     """The Result of a folder, with its entry and its data set; see :func:`restore`."""
     about = Saved.read(path).about

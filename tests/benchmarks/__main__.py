@@ -5,8 +5,8 @@ Suites are svi, chains, growth, start, series and calls.
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
 ``ranks`` (a fit in two processes against one), ``memory`` (its peak by the number of rows), ``checkpoints`` (what they
-cost), ``outliers`` and
-``imputation`` (beside scikit-learn) stand for themselves.
+cost) and the questions to a fitted pair (``outliers``, ``imputation``, ``compression``, ``denoising_digits``,
+``semi_supervised``) stand for themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .table import SUITES, render
 from .worker import Worker
 
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz-stats")
-ALONE = ("ranks", "memory", "checkpoints", "outliers", "imputation")
+QUESTIONS = ("outliers", "imputation", "compression", "denoising_digits", "semi_supervised")
+ALONE = ("ranks", "memory", "checkpoints", *QUESTIONS)
 Say = Callable[..., None]
 
 

@@ -86,7 +86,7 @@ def summary(frame: pd.DataFrame) -> str:
     """Means over seeds and their standard errors, as a table."""
     groups = frame.groupby(["case", "method"], sort=False)
     mean, error = groups.mean(), groups.sem()
-    shown = mean.map("{:.3f}".format) + error.map(" ± {:.3f}".format)
+    shown = (mean.map("{:.3f}".format) + error.map(" ± {:.3f}".format)).where(mean.notna(), "-")
     return markdown(shown.reset_index())
 
 

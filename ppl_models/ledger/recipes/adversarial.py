@@ -23,8 +23,9 @@ from ppl_models.ledger.recipes.trained import placed, trained
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
-from ppl_models.models.parts.networks import LateFusion, conv_decoder, conv_encoder, mlp
+from ppl_models.models.parts.networks import conv_encoder, mlp
 from ppl_models.models.parts.warps import RandomWarp, Warp
+from ppl_models.zoo.arguments import dcgan
 from ppl_models.zoo.methods import adversaries
 
 duelled = partial(trained, method=adversaries)
@@ -158,21 +159,6 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
         "of the best start": best,
         "of the second": second,
     }
-
-
-def dcgan(inputs: int, labels: int, *, planes: int = 1) -> dict[str, Any]:
-    """Convolutional networks of images of 28 x 28: a generator of noise and labels, a discriminator of image and label.
-
-    Labels come after the pixels, where convolutions cannot read them: a dense layer joins both.
-    """
-    shape, pixels = (28, 28), planes * 784
-    generator = conv_decoder(inputs, shape, channels=(64, 32), planes=planes, activation=nn.ReLU, normalise=True)
-    outputs = 128 if labels else 1
-    discriminator: nn.Module = conv_encoder(shape, outputs, channels=(32, 64), planes=planes, activation=Leaky)
-    if labels:
-        dense = nn.Sequential(Leaky(), nn.Linear(outputs + labels, 128), Leaky(), nn.Linear(128, 1))
-        discriminator = LateFusion(discriminator, pixels, dense)
-    return {"generator": nn.Sequential(generator, nn.Sigmoid()), "discriminator": discriminator}
 
 
 def classifier(x: Tensor, y: Tensor, quick: bool) -> MLPClassifier:

@@ -38,12 +38,13 @@ from ppl_models.models.checks import (
     check_widths,
     known_labels,
 )
-from ppl_models.models.diffusion import sampling
+from ppl_models.models.diffusion import inverse, sampling
 from ppl_models.models.diffusion.denoisers import Denoiser
 from ppl_models.models.diffusion.noising import Noising, normal_event
 from ppl_models.models.diffusion.schedules import alpha_bar_of
 from ppl_models.models.pair import as_matrix
 from ppl_models.models.parts import grids
+from ppl_models.models.parts.completion import View
 from ppl_models.models.parts.distributions import Pixels
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import check_network
@@ -312,6 +313,28 @@ class DiffusionChain(Noising):
             known = (y >= 0) & (y <= self.classes) & (y == y.round())
             check_entries("y", y, ~known, f"labels 0 to {self.classes - 1}")
         return y.long()
+
+    def restore(
+        self, x: Tensor, y: Tensor | None = None, *, draws: int = 16, **view: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation (N, D) of draws of rows seen through noise (N, M), and the error of the mean.
+
+        The chain runs down from the step of that noise; with a matrix it is guided (:mod:`.inverse`).
+
+        Args:
+            x: What is seen.
+            y: Labels (N,), with classes.
+            draws: Number of draws per row.
+            view: ``sd`` and ``matrix`` of a :class:`View`.
+        """
+        seen = View.of(view)
+        check_matrix("x", x, self.features if seen.matrix is None else len(seen.matrix))
+        sd, seed = seen.gaussian(), int(torch.randint(2**31, ()))
+        if seen.matrix is None:
+            drawn = inverse.denoise(self, x, sd, draws=draws, y=y, seed=seed)
+        else:
+            drawn = inverse.restore(self, x, seen.matrix, sd, particles=draws, y=y, seed=seed).draws
+        return drawn.mean(1), drawn.std(1), drawn.std(1) / draws**0.5
 
     def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
         """Generated rows, the chain forward and back, and rows by the number of deterministic steps."""

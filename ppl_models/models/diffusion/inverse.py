@@ -11,7 +11,7 @@ and Cunningham 2023 (https://arxiv.org/abs/2306.17775), the twisted sampler.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from ppl_models.models.checks import (
     known_labels,
     random_source,
 )
-from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.diffusion.noising import noise_like
 from ppl_models.models.parts.networks import evaluation
+
+if TYPE_CHECKING:
+    from ppl_models.models.diffusion.chain import DiffusionChain
 
 
 class Restored(NamedTuple):

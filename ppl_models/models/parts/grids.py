@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_models.models.parts.randomness import seeded
-
 Grid = tuple[Tensor, str]
 """Images (rows, columns, pixels) in [0, 1], and a title."""
 
@@ -81,10 +79,11 @@ def samples_by(pair: Any, name: str, states: int, columns: int = 12, *, seed: in
     return images.unflatten(0, (-1, columns)), f"generated; one line per {'class' if name == 'y' else 'code'}"
 
 
-def drawn(draw: Callable[[int], Tensor], title: str, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
-    """Rows (count, pixels) of a function of the count that uses torch's global random state."""
-    with seeded(seed):
-        return draw(rows * columns).unflatten(0, (rows, columns)), title
+def drawn(
+    draw: Callable[[int, torch.Generator], Tensor], title: str, rows: int = 8, columns: int = 12, *, seed: int = 0
+) -> Grid:
+    """Rows (count, pixels) of a function of the count and a random source."""
+    return draw(rows * columns, torch.Generator().manual_seed(seed)).unflatten(0, (rows, columns)), title
 
 
 def fields(pair: Any, rows: int = 8, columns: int = 12) -> Grid:

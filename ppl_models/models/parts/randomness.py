@@ -1,20 +1,11 @@
-"""Random states of torch."""
+"""Random sources other than torch's own, which all threads of a process share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+from torch import Tensor
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run with torch's global random state from a seed, and leave that of the CPU and of all cuda devices as it was."""
-    initialised = torch.cuda.is_initialized()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if initialised else (), device_type="cuda"):
-        torch.manual_seed(seed)
-        yield
-    if not initialised:
-        # Cuda devices are seeded when they are initialised, as the CPU was.
-        torch.cuda.manual_seed_all(torch.initial_seed())
+def bernoulli(p: Tensor, random: torch.Generator | None = None) -> Tensor:
+    """Zeros and ones by their probabilities, from a source on the CPU or torch's own: the same on every device."""
+    return p.bernoulli() if random is None else (torch.rand(p.shape, generator=random, dtype=p.dtype).to(p) < p).to(p)

@@ -8,8 +8,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_models.models.parts.randomness import seeded
-
 LEAST = 5000
 """Effective draws below which there is no reference."""
 
@@ -19,7 +17,7 @@ def weighted_draws(
     start: Tensor,
     draws: int,
     *,
-    freedom: float = 30.0,
+    freedom: int = 30,
     block: int = 10_000,
     least: float = LEAST,
 ) -> tuple[Tensor, Tensor]:
@@ -49,14 +47,19 @@ def weighted_draws(
         optimiser.step(closure)
         hessian = torch.autograd.functional.hessian(lambda point: density(point[None])[0], mode.detach())
     mean, covariance = mode.detach(), torch.linalg.inv(-hessian)
-    with seeded(0), torch.no_grad():
+    # Not torch's own random state, which a fit in another thread may be drawing from.
+    random, kind = torch.Generator().manual_seed(0), start.dtype
+    with torch.no_grad():
         # Mode and curvature of a skewed posterior are not its mean and covariance: a few rounds move there.
         rounds = [draws // 4] * 5 + [draws]
         while rounds:
             count = rounds.pop(0)
             scale = torch.linalg.cholesky(covariance * (freedom - 2) / freedom)
-            proposal = dist.MultivariateStudentT(start.new_tensor(freedom), mean, scale)
-            theta = proposal.sample(torch.Size([count]))
+            proposal = dist.MultivariateStudentT(start.new_tensor(float(freedom)), mean, scale)
+            # A sum of squares of normals is chi-squared.
+            normal = torch.randn(count, len(start), generator=random, dtype=kind).to(start)
+            squares = torch.randn(count, freedom, generator=random, dtype=kind).square().mean(1).to(start)
+            theta = mean + normal @ scale.mT / squares.sqrt()[:, None]
             logs = torch.cat([density(part) for part in theta.split(max(1, block))])
             weights = (logs - proposal.log_prob(theta)).softmax(0)
             mean = weights @ theta

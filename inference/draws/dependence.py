@@ -1,0 +1,86 @@
+r"""Which latent values one observation alone depends on, by derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from inference.core.bound import BoundPair
+from inference.core.handlers import REFUSALS, preserved_rng
+from inference.core.sites import Site
+from inference.core.spacing import spaced
+from inference.draws import engine
+
+PROBED = 16
+"""Observations of a site that are looked at."""
+
+
+def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
+    """Latent sites with a value for each observation, in the order of the model, with the parameters in the store.
+
+    Either a site lies in all plates of an observed one, or each observation depends on an element of the site on which
+    no other one depends: an event of as many elements, or a plate of another name. The latter is looked for among
+    continuous sites, at the first draw.
+    """
+    found = {*by_plates(bound, posterior), *_by_derivatives(bound, posterior)}
+    return [n for n in bound.sites if n in found]
+
+
+def by_plates(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[str]:
+    """Latent sites in all plates of an observed site, which is in one."""
+    observed = [set(s.plates) - {None} for s in _observed(bound)]
+    latent = bound.select("latent").items()
+    return [n for n, s in latent if n in posterior and any(o and o <= set(s.plates) for o in observed)]
+
+
+def _observed(bound: BoundPair) -> list[Site]:
+    return [s for s in bound.select("observed").values() if _entries(s) > 1]
+
+
+def _entries(site: Site) -> int:
+    return torch.Size(site.shape[: site.batch]).numel()
+
+
+def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
+    known = set(by_plates(bound, posterior))
+    latent = {n: s for n, s in bound.select("latent").items() if n in posterior and n not in known and not s.discrete}
+    sizes = {n: torch.Size(s.shape).numel() for n, s in latent.items()}
+    observed = [s for s in _observed(bound) if any(size >= _entries(s) for size in sizes.values())]
+    if not observed:
+        return set()
+    try:
+        with preserved_rng(), torch.enable_grad():
+            values = {n: v[0].detach().clone().to(bound.device) for n, v in posterior.items()}
+            for n in latent:
+                values[n].requires_grad_()
+            nodes = engine.trace(bound, bound.model, values).nodes
+            scores = {s.name: nodes[s.name]["fn"].log_prob(nodes[s.name]["value"]).flatten() for s in observed}
+            large = {s.name: [values[n] for n in latent if sizes[n] >= _entries(s)] for s in observed}
+            own = {s.name: _owned(scores[s.name], large[s.name]) for s in observed}
+    except REFUSALS:
+        # A model that cannot be differentiated says so where it is sampled.
+        return set()
+    names = {s.name: [n for n in latent if sizes[n] >= _entries(s)] for s in observed}
+    return {n for site, owned in own.items() for n, is_own in zip(names[site], owned, strict=True) if is_own}
+
+
+def _owned(scores: Tensor, latent: list[Tensor]) -> list[bool]:
+    """Whether each observation that is looked at has an element of a site to itself."""
+    if not scores.requires_grad:
+        return [False] * len(latent)
+    owned = [True] * len(latent)
+    # Derivatives of the others do not cancel under any weights.
+    weights = torch.rand(len(scores), dtype=scores.dtype, device=scores.device) + 0.5
+    for k in spaced(len(scores), min(PROBED, len(scores))).tolist():
+        others = weights.clone()
+        others[k] = 0.0
+        mine, theirs = (
+            torch.autograd.grad(s, latent, retain_graph=True, allow_unused=True)
+            for s in (scores[k], (others * scores).sum())
+        )
+        for at, (m, t) in enumerate(zip(mine, theirs, strict=True)):
+            alone = m is not None and bool(((m != 0) & (torch.zeros_like(m) if t is None else t).eq(0)).any())
+            owned[at] = owned[at] and alone
+    return owned
