@@ -123,3 +123,54 @@ def test_a_csv_file_of_which_rows_or_columns_would_be_lost_or_counted_is_refused
     assert load(f"{trees}#digit").features == ("0", "1", "2")
     TREES.assign(height=np.inf).to_csv(trees, index=False)
     assert "--data: expected numbers in column height, got inf in row 1" in refusal(*fit)
+
+
+def test_a_number_is_predicted_in_its_own_units(tmp_path: Path) -> None:
+    """The line of least squares, with noise of known size: priors are wide and rows are many."""
+    random = np.random.default_rng(1)
+    frame = pd.DataFrame({"x": random.normal(10.0, 3.0, 300)})
+    frame["price"] = 1000.0 + 50.0 * frame["x"] + random.normal(0.0, 20.0, 300)
+    frame.to_csv(tmp_path / "prices.csv", index=False)
+    run("fit", "linear_regression", "--data", tmp_path / "prices.csv", "--label", "price", "--out", tmp_path / "out")
+    new = pd.DataFrame({"x": [4.0, 10.0, 16.0]})
+    new.to_csv(tmp_path / "new.csv", index=False)
+    found = pd.read_csv(io.StringIO(run("predict", tmp_path / "out" / "svi", "--data", tmp_path / "new.csv")))
+    slope, start = np.polyfit(frame["x"], frame["price"], 1)
+    # The errors of a fit to 70 % of the rows and of 1,000 draws are two units each.
+    np.testing.assert_allclose(found["mean"], start + slope * new["x"], atol=12.0)
+    np.testing.assert_allclose(found["sd"], 20.0, rtol=0.25)
+    width = found["eti89_ub"] - found["eti89_lb"]
+    np.testing.assert_allclose(width / found["sd"], 2 * 1.598, rtol=0.15)
+
+
+def test_a_series_is_read_whole_and_in_its_order(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"day": [f"d{k}" for k in range(50)], "count": np.random.default_rng(2).poisson(4, 50)})
+    frame.to_csv(tmp_path / "days.csv", index=False)
+    fit = ("fit", "hidden_markov", "--steps", 5, "--data", tmp_path / "days.csv")
+    run(*fit, "--label", "count", "--out", tmp_path / "out")
+    series = restore(tmp_path / "out" / "svi").bound.data["y"]
+    assert series.tolist() == frame["count"].tolist()
+    assert "--label: expected the column of days.csv (day, count) that is to be modelled, got none" in refusal(*fit)
+    said = refusal("predict", tmp_path / "out" / "svi", "--data", tmp_path / "days.csv")
+    assert "--data: expected a pair of rows, got hidden_markov, whose data are one observation" in said
+
+
+def test_groups_are_a_column_of_their_own(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    frame = pd.DataFrame({"group": np.repeat(["b", "a"], 30), "x": random.normal(size=60)})
+    frame["y"] = np.where(frame["group"] == "a", 100.0, -100.0) + random.normal(size=60)
+    path, out = tmp_path / "grouped.csv", tmp_path / "out"
+    frame.to_csv(path, index=False)
+    fit = ("fit", "hierarchical_regression", "--label", "y", "--data", path)
+    run(*fit, "--steps", 1500, "--out", out)
+    result = restore(out / "svi")
+    assert result.bound.asked.coords["groups"] == ["a", "b"]
+    assert (result.bound.data["y"] > 0).tolist() == (result.bound.data["group"] == 0).tolist()
+    found = pd.read_csv(io.StringIO(run("predict", out / "svi", "--data", path)))
+    assert (found["mean"] > 0).tolist() == (frame["group"] == "a").tolist()
+    assert found["mean"].abs().median() == pytest.approx(100.0, abs=10.0)
+    frame.assign(group="c").to_csv(tmp_path / "other.csv", index=False)
+    said = refusal("predict", out / "svi", "--data", tmp_path / "other.csv")
+    assert "--data: expected one of a, b in column group, got c" in said
+    frame.drop(columns="group").to_csv(path, index=False)
+    assert "--data: expected a column group in grouped.csv, got x, y" in refusal(*fit)

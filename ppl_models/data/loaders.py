@@ -10,7 +10,7 @@ import numpy as np
 
 from ppl_models.data import classics, files
 from ppl_models.data.files import Arrays
-from ppl_models.data.frames import columns_of
+from ppl_models.data.frames import ROWS, Columns, Roles, columns_of
 from ppl_models.data.simulate import simulate_returns
 
 _MESSAGE = 160
@@ -44,15 +44,15 @@ class Raw(NamedTuple):
     names: Mapping[str, tuple[str, ...]] = {}
 
 
-def read(name: str, numeric: bool = False) -> Raw:
-    """The data set of a name, as it was read; of a CSV file, with numbers in place of labels where that is asked."""
-    return LOADERS[name]() if name in LOADERS else _from_csv(name, numeric)
+def read(name: str, roles: Roles = ROWS) -> Raw:
+    """The data set of a name, as it was read; of a CSV file by the roles of its columns."""
+    return LOADERS[name]() if name in LOADERS else _from_csv(name, roles)
 
 
-def _from_csv(name: str, numeric: bool) -> Raw:
-    columns = columns_of(name, numeric)
-    if columns.y is not None and numeric:
-        return _numbers(columns.x, columns.y, columns.features)
+def _from_csv(name: str, roles: Roles) -> Raw:
+    columns = columns_of(name, roles)
+    if roles.target != "label":
+        return _numbers(columns, roles.whole)
     if columns.y is None:
         x, _ = _split(columns.x, None)
         return Raw(x, {}, columns.features)
@@ -181,20 +181,28 @@ def _characters(texts: dict[str, Any], length: int) -> Raw:
     return Raw(x, {}, places, symbols=(*_ALPHABET, "other", "end"))
 
 
-def _numbers(x: Any, y: Any, features: Sequence[str]) -> Raw:
-    """Features and a number for each row."""
+def _numbers(given: Columns, whole: bool = False) -> Raw:
+    """Features and a number for each row, and further columns."""
     from sklearn.model_selection import train_test_split
 
-    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.3, random_state=0)
-    columns = {"y": {"train": y_train, "test": y_test}}
-    return Raw({"train": x_train, "test": x_test}, {}, tuple(map(str, features)), columns=columns)
+    assert given.y is not None
+    count = np.arange(len(given.y))
+    at = (
+        {"train": count}
+        if whole
+        else dict(zip(("train", "test"), train_test_split(count, test_size=0.3, random_state=0), strict=True))
+    )
+    columns = {n: {s: v[k] for s, k in at.items()} for n, v in {"y": given.y, **given.own}.items()}
+    x = {s: given.x[k] for s, k in at.items()} if given.features else {}
+    names = {"groups": given.groups} if given.groups else {}
+    return Raw(x, {}, given.features, columns=columns, names=names)
 
 
 def _diabetes() -> Raw:
     import sklearn.datasets
 
     bunch = sklearn.datasets.load_diabetes(scaled=False)
-    return _numbers(bunch.data, bunch.target.astype(float), bunch.feature_names)
+    return _numbers(Columns(bunch.data, bunch.target.astype(float), tuple(map(str, bunch.feature_names)), ()))
 
 
 def _linnerud() -> Raw:
@@ -202,7 +210,8 @@ def _linnerud() -> Raw:
     import sklearn.datasets
 
     bunch = sklearn.datasets.load_linnerud()
-    return _numbers(bunch.target, bunch.data[:, 0].astype(float), [n.lower() for n in bunch.target_names])
+    names = tuple(str(n).lower() for n in bunch.target_names)
+    return _numbers(Columns(bunch.target, bunch.data[:, 0].astype(float), names, ()))
 
 
 def _rats() -> Raw:

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from ppl_models.data import files
 from ppl_models.data.files import Arrays
-from ppl_models.data.frames import check_numbers, is_csv, shown
+from ppl_models.data.frames import ROWS, Roles, check_numbers, group_codes, is_csv, shown
 from ppl_models.data.loaders import LOADERS, Raw, read
 from ppl_models.data.simulate import check_count, check_floating, random_source
 
@@ -68,6 +68,7 @@ class Dataset:
         shape: Of a set of images, height and width in pixels.
         levels: Of a set of images, the number of values of a pixel.
         names: Names along further dimensions, such as ``groups``.
+        units: Of a number y, what was subtracted from it, and by what it was divided then.
         reference: Of a posterior of posteriordb, reference draws (10, 1000) of its parameters, ten chains.
     """
 
@@ -82,6 +83,7 @@ class Dataset:
     levels: int | None = None
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reference: Mapping[str, Tensor] = field(default_factory=dict)
+    units: tuple[float, float] = (0.0, 1.0)
 
     @cached_property
     def repeated(self) -> int:
@@ -140,7 +142,7 @@ def load(
     binarise: bool = False,
     unit: bool = False,
     labels: int | None = None,
-    target: str = "label",
+    roles: Roles = ROWS,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Dataset:
@@ -158,8 +160,8 @@ def load(
         unit: Scale pixels to [0, 1], also those of ``digits``, which are 0 to 16 otherwise.
         labels: Number of training rows that keep their label, the same number per class; y is then floating
             point, nan where hidden. None: all.
-        target: What y is: "label"; "number", which is standardised with x; or "count", which is not. It says so of the
-            column of labels of a CSV file, too.
+        roles: What the columns of a CSV file are: what is to be modelled, groups, and whether rows are held out. A
+            ``target`` that is a "number" is standardised with x, also that of other sets, and a "count" is not.
         dtype: Floating point type of ``x``. Pixels are scaled to [0, 1], except those of ``digits``.
         device: Where the rows are, such as "cuda".
 
@@ -187,9 +189,9 @@ def load(
             f"standardise, binarise, unit: expected at most one of them to be True, got {', '.join(chosen)}"
         )
     check_floating(dtype)
-    if target not in ("label", "number", "count"):
-        raise ValueError(f"target: expected label, number or count, got {target!r}")
-    raw = read(name, target != "label")
+    if roles.target not in ("label", "number", "count"):
+        raise ValueError(f"roles: expected a target label, number or count, got {roles.target!r}")
+    raw = read(name, roles)
     if unit and raw.shape is None:
         raise ValueError(f"unit: expected images, got {name}")
     splits: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
@@ -199,8 +201,11 @@ def load(
             splits.setdefault(split, {})[column] = x
     for split, y in raw.y.items():
         splits[split]["y"] = torch.tensor(y, dtype=torch.int64)
+    units = (0.0, 1.0)
+    if standardise and roles.target == "number":
+        units = _units(raw.columns["y"]["train"])
     for column, arrays in raw.columns.items():
-        for split, values in _column(column, arrays, standardise and target != "count", dtype).items():
+        for split, values in _column(arrays, units if column == "y" else (0.0, 1.0), dtype).items():
             splits[split][column] = values
     if labels is not None:
         if not raw.classes:
@@ -218,6 +223,7 @@ def load(
         raw.shape,
         2 if binarise and raw.shape else raw.levels,
         raw.names,
+        units=units,
     ).to(place)
 
 
@@ -236,33 +242,43 @@ def prepared_rows(
     standardise: bool = False,
     binarise: bool = False,
     unit: bool = False,
+    roles: Roles = ROWS,
     dtype: torch.dtype = torch.float32,
     **_: Any,
-) -> Tensor:
-    """Rows of a frame (rows, features) as :func:`load` prepares those of a set: by the numbers of its training split.
+) -> dict[str, Tensor]:
+    """Rows of a frame as :func:`load` prepares those of a set, without y: by the numbers of its training split.
 
     Args:
         name: The set.
-        frame: A pandas DataFrame with a column per feature; other columns are left out.
+        frame: A pandas DataFrame with a column per feature, and those of the set that are arguments of their own; other
+            columns are left out.
         standardise: As for :func:`load`.
         binarise: As for :func:`load`.
         unit: As for :func:`load`.
+        roles: As for :func:`load`.
         dtype: As for :func:`load`.
 
     Raises:
         ValueError: The set has two domains, or a column is missing, is no number or has missing values.
     """
-    raw = read(name)
+    raw = read(name, roles)
     if raw.b is not None:
         raise ValueError(f"data: expected a set of rows, got {name} of two domains")
-    missing = [f for f in raw.features if f not in frame.columns]
+    needed = [*raw.features, *(n for n in roles.own if n != "group")]
+    missing = [f for f in needed if f not in frame.columns]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"data: expected columns {', '.join(missing[:3])}{more}, got {shown(frame.columns)}")
-    chosen = frame[list(raw.features)]
-    check_numbers(chosen)
-    arrays = {"train": raw.x["train"], "rows": chosen.to_numpy(float)}
-    return _transformed(raw, arrays, standardise, binarise, unit, dtype)["rows"]
+    chosen = frame[needed]
+    if needed:
+        check_numbers(chosen)
+    found = {n: torch.tensor(frame[n].to_numpy(float), dtype=dtype) for n in roles.own if n != "group"}
+    if "group" in roles.own:
+        found["group"] = torch.tensor(group_codes(frame, raw.names["groups"]))
+    if raw.features:
+        arrays = {"train": raw.x["train"], "rows": frame[list(raw.features)].to_numpy(float)}
+        found["x"] = _transformed(raw, arrays, standardise, binarise, unit, dtype)["rows"]
+    return found
 
 
 def hide_labels(y: Tensor, count: int, *, seed: int = 0) -> Tensor:
@@ -300,13 +316,16 @@ def _transformed(
     return {split: values.to(dtype) for split, values in x.items()}
 
 
-def _column(name: str, arrays: Arrays, standardise: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A further column: codes as they are, a number y in units of its standard deviation where that is asked for."""
+def _column(arrays: Arrays, units: tuple[float, float], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A further column: codes as they are, numbers in such units."""
     if all(v.dtype.kind in "iu" for v in arrays.values()):
         return {split: torch.tensor(v, dtype=torch.int64) for split, v in arrays.items()}
-    values = {split: torch.tensor(v, dtype=torch.float64) for split, v in arrays.items()}
-    values = _standardised(values) if standardise and name == "y" else values
-    return {split: v.to(dtype) for split, v in values.items()}
+    return {split: torch.tensor((v - units[0]) / units[1], dtype=dtype) for split, v in arrays.items()}
+
+
+def _units(y: Any) -> tuple[float, float]:
+    """Mean and standard deviation of a number; 1 where it is constant."""
+    return float(y.mean()), float(y.std()) if y.max() > y.min() else 1.0
 
 
 def _standardised(x: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from inference import Method, Moments, fit, sample
 from inference.kernels import NUTS
 from inference.objectives import RWS, VIMCO, WakeSleep
+from ppl_models.data.frames import Roles
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.cyclegan import CycleGAN
@@ -110,6 +111,9 @@ _GANS: dict[str, Any] = {
 }
 
 
+_SERIES = Roles("count", inputs=False, whole=True)
+
+
 _LABELLED: dict[str, Any] = {"also": ("mnist", "fashion_mnist")}
 
 
@@ -132,7 +136,11 @@ _ANALYSIS: dict[str, Any] = {
 """Shared by models of Bayesian data analysis."""
 
 
-_NUMBERS: dict[str, Any] = {**_ANALYSIS, "arguments": features, "prepare": {"standardise": True, "target": "number"}}
+_NUMBERS: dict[str, Any] = {
+    **_ANALYSIS,
+    "arguments": features,
+    "prepare": {"standardise": True, "roles": Roles("number")},
+}
 
 
 _CLASSIFIERS: dict[str, Any] = {
@@ -207,6 +215,7 @@ ENTRIES = (
         title="Normal means with known errors, partially pooled",
         make=NormalMeans,
         data="eight_schools",
+        prepare={"roles": Roles("number", own=("error",), inputs=False, whole=True)},
         source="quadrature over tau",
     ),
     _of(
@@ -216,7 +225,7 @@ ENTRIES = (
         make=HierarchicalRegression,
         arguments=lambda dataset: {"features": dataset.features, "groups": dataset.names["groups"]},
         data="rats",
-        prepare={"standardise": True},
+        prepare={"standardise": True, "roles": Roles("number", own=("group",))},
     ),
     _of(
         _NUMBERS,
@@ -239,7 +248,7 @@ ENTRIES = (
         title="Poisson regression",
         make=PoissonRegression,
         data="linnerud",
-        prepare={"standardise": True, "target": "count"},
+        prepare={"standardise": True, "roles": Roles("count")},
     ),
     _of(
         _ANALYSIS,
@@ -255,6 +264,7 @@ ENTRIES = (
         title="Hidden Markov model of counts, two states",
         make=HiddenMarkovModel,
         data="earthquakes",
+        prepare={"roles": _SERIES},
         source="its own importance sampling; published likelihood in the tests",
     ),
     _of(
@@ -263,6 +273,7 @@ ENTRIES = (
         title="GARCH(1, 1) of returns",
         make=GARCH,
         data="returns",
+        prepare={"roles": _SERIES},
     ),
     _of(
         _ANALYSIS,
@@ -271,7 +282,7 @@ ENTRIES = (
         make=GaussianProcess,
         arguments=features,
         data="nile",
-        prepare={"standardise": True},
+        prepare={"standardise": True, "roles": Roles("number", whole=True)},
     ),
     _of(
         _IMAGES,

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from inference import Method, Result, Saved, classify, exclusive, isolated, log_evidence, sample
+from inference import Method, Result, Saved, classify, exclusive, isolated, log_evidence, posterior_predictive, sample
 from ppl_models import data
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
@@ -44,19 +46,33 @@ class Restored:
 
         Returns:
             For a pair with labels, the probability :math:`p(y \\mid x, D)` of each class and the class of the largest
-            one; for others :math:`\\log p(x \\mid D)` of each row, in nats, with its standard error.
+            one; for a pair of a number y, the mean, standard deviation and central 89 % interval of a new y, in its own
+            units; for others :math:`\\log p(x \\mid D)` of each row, in nats, with its standard error.
 
         Raises:
-            ValueError: A column is missing or has no numbers, or the pair has no likelihood.
+            ValueError: A column is missing or has no numbers, or the pair has no likelihood, or its rows are one
+                observation.
         """
         rows = data.prepared_rows(self.dataset.name, frame, dtype=self.entry.dtype, **self.entry.prepare)
-        if "y" in self.entry.takes and self.dataset.classes:
-            probabilities = classify(self.result, {"x": rows})
+        if "y" in self.entry.takes and not self.dataset.classes:
+            return self._numbers(rows, frame.index, seed)
+        if "y" in self.entry.takes:
+            probabilities = classify(self.result, rows)
             table = pd.DataFrame(probabilities.numpy(), frame.index, [f"p({c})" for c in self.dataset.classes])
             table.insert(0, "class", [self.dataset.classes[k] for k in probabilities.argmax(-1).tolist()])
             return table
-        found = log_evidence(self.result, {"x": rows}, seed=seed)
+        found = log_evidence(self.result, rows, seed=seed)
         return pd.DataFrame({"log_evidence": found.values.numpy(), "error": found.errors.numpy()}, frame.index)
+
+    def _numbers(self, rows: dict[str, Tensor], index: pd.Index, seed: int) -> pd.DataFrame:
+        """Mean, standard deviation and interval of y of new rows."""
+        if "rows" not in self.result.bound.sites["y"].plates:
+            raise ValueError(f"data: expected a pair of rows, got {self.entry.name}, whose data are one observation")
+        centre, scale = self.dataset.units
+        drawn = centre + scale * posterior_predictive(self.result, rows, seed=seed)["y"].double().numpy()
+        low, high = np.quantile(drawn, [0.055, 0.945], axis=0)
+        columns = {"mean": drawn.mean(0), "sd": drawn.std(0, ddof=1), "eti89_lb": low, "eti89_ub": high}
+        return pd.DataFrame(columns, index)
 
 
 def restore(path: str | Path, pair: Any = None, given: Any = None) -> Result:
