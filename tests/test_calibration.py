@@ -1,10 +1,12 @@
 """Ranks of exact posteriors are uniform at the stated rate, and those of broken ones are told, with what is wrong."""
 
+import errno
 import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from pyro import poutine
 from torch import nn
 
 from inference import Calibration, Result, calibrate, fit, sample
+from inference.comparison import calibrate as calibrating
 from inference.diagnostics import calibration
 from inference.kernels import NUTS
 
@@ -257,6 +260,11 @@ def test_a_calibration_goes_on_from_its_folder(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(found.ranks, whole.ranks)
     with pytest.raises(ValueError, match="is of a run with seed 3, got 4; .*use another folder"):
         run(seed=4)
+    # A full disk loses the file, not the ranks.
+    (tmp_path / "ranks-5.safetensors").unlink()
+    full = patch.object(calibrating, "write_packed", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.warns(UserWarning, match="ranks-5.safetensors cannot be written .*No space.*goes on"):
+        pd.testing.assert_frame_equal(run().ranks, whole.ranks)
     (tmp_path / "ranks-2.safetensors").write_bytes(b"no ranks")
     with pytest.raises(ValueError, match="ranks-2.safetensors: expected the ranks of a data set, got a file"):
         run()

@@ -246,10 +246,11 @@ class _Kept:
         if path.exists():
             return self._read(path)
         found = self.run(task)
-        if isinstance(found, str):
-            write_packed(path, {"failed": found})
-        else:
-            write_packed(path, {"ranks": {n: torch.from_numpy(v) for n, v in found[0].items()}, "draws": found[1]})
+        kept = {"failed": found} if isinstance(found, str) else {"ranks": found[0], "draws": found[1]}
+        try:
+            write_packed(path, kept)
+        except OSError as error:
+            warnings.warn(f"checkpoint: {path} cannot be written ({error}); the calibration goes on", stacklevel=2)
         return found
 
     def _read(self, path: Path) -> _Outcome:
@@ -257,7 +258,7 @@ class _Kept:
             held = read_packed(path)
             if "failed" in held:
                 return str(held["failed"])
-            return {n: v.numpy() for n, v in held["ranks"].items()}, int(held["draws"])
+            return dict(held["ranks"]), int(held["draws"])
         except DAMAGED as error:
             got = f"a file that cannot be read ({reason_of(error)})"
             raise CheckpointError(f"checkpoint: {path}: expected the ranks of a data set, got {got}") from None
