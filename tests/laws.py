@@ -334,6 +334,20 @@ def test_a_verb_leaves_the_store_alone_when_it_fails(case: Case, occupied_store)
     occupied_store()
 
 
+def test_whole_numbers_and_booleans_are_the_floats_that_they_stand_for(case: Case) -> None:
+    def log_prob(data: dict[str, Tensor]) -> Tensor:
+        bound = bind(case.pair(), data)
+        with isolated(0), torch.no_grad():
+            return poutine.trace(bound.model).get_trace(**bound.arguments()).log_prob_sum()
+
+    floats = {n: v.nan_to_num().round() if v.is_floating_point() else v for n, v in case.data.items()}
+    kinds = [torch.int64, torch.int32]
+    kinds += [torch.bool] if all(((v == 0) | (v == 1)).all() for v in floats.values()) else []
+    for kind in kinds:
+        found = log_prob({n: v.to(kind) for n, v in floats.items()})
+        assert float(found) == pytest.approx(float(log_prob(floats)), rel=1e-5), kind
+
+
 def test_two_pairs_of_a_class_train_apart(case: Case) -> None:
     first = case.pair()
     case.fit(first, steps=20, draws=1)

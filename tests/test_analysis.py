@@ -94,6 +94,24 @@ def test_coefficients_given_the_rest_are_those_of_dense_algebra() -> None:
     assert ratio == pytest.approx(exact, rel=1e-9)
 
 
+def test_moments_of_coefficients_are_those_of_chains() -> None:
+    rng, group = np.random.default_rng(0), np.arange(36) % 6
+    x = np.linspace(-1.5, 1.5, 36)
+    start, slope = np.array([-1, 0.5, 1.2, -0.4, 0.8, -1.1]), np.array([0.3, -1, 0.6, 1.3, -0.6, 0.9])
+    y = start[group] + slope[group] * x + 0.3 * rng.normal(size=36)
+    rows = {n: torch.tensor(v) for n, v in (("x", x[:, None]), ("group", group), ("y", y))}
+    pair = HierarchicalRegression(1, 6).double()
+    found = pair.moments(**rows)
+    chains = sample(pair, rows, chains=32, draws=150, warmup=200, compile=False, progress=False)
+    assert chains.diagnosis.worst_r_hat < 1.1
+    for name in ("mean", "spread", "sigma"):
+        mean, sd = (v.reshape(-1) for v in found[name])
+        drawn = chains.draws[name].reshape(chains.size, -1)
+        ess = chains.diagnosis.table["ess_bulk"].filter(like=name).min()
+        assert ess > 1000
+        assert float(((drawn.mean(0) - mean) / sd).abs().max()) < 5 / ess**0.5 + 5 / 5000**0.5
+
+
 def test_rats_grow_as_published() -> None:
     """Gelfand et al. 1990: the mean rat weighs 106.6 g at birth and grows by 6.19 g a day, with noise of 6.1 g."""
     entry = ZOO["hierarchical_regression"]

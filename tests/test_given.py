@@ -14,6 +14,8 @@ from torch import Tensor
 
 from inference import fit, sample
 from inference.core.bound import bind
+from ppl_models.models.linear_models import LinearRegression
+from ppl_models.models.regression import LogisticRegression
 
 quiet = partial(fit, progress=False)
 RANDOM = np.random.default_rng(0)
@@ -109,8 +111,25 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_column() -> None:
 
 def test_numbers_whose_differences_would_be_rounded_away_are_refused() -> None:
     times = 1.7e9 + np.arange(50.0)
-    with pytest.raises(ValueError, match=r"X: expected numbers that differ in their first six digits, got 1.7e"):
+    with pytest.raises(ValueError, match=r"X: expected numbers that differ in their first six digits, got 1700000000,"):
         bind(regression, {"X": times[:, None], "y": TARGET})
+    seconds = times.astype("int64")[:, None]
+    with pytest.raises(ValueError, match=r"X: expected numbers that differ in their first six digits, got 1700000000,"):
+        bind(regression, {"X": seconds, "y": TARGET})
+    assert bind(regression, {"X": seconds - seconds[0], "y": TARGET}).data["X"].dtype == torch.float32
+
+
+def test_whole_numbers_that_the_checks_of_a_pair_refuse_become_floats() -> None:
+    pair, x = LinearRegression(2), np.arange(12).reshape(6, 2)
+    bound = bind(pair, {"x": x, "y": torch.tensor([3, 1, 4, 1, 5, 9])})
+    assert bound.data["x"].dtype == bound.data["y"].dtype == torch.float32
+    assert torch.equal(bound.data["x"], torch.tensor(x).float())
+    assert bind(pair.double(), {"x": x, "y": x[:, 0]}).data["y"].dtype == torch.float64
+    # What is wrong with them is said of them as they came.
+    with pytest.raises(ValueError, match=r"y: expected a number per row \(6,\), got \(5,\)"):
+        pair.check(torch.ones(6, 2), torch.arange(5.0))
+    with pytest.raises(ValueError, match="y: expected labels 0 to 2, got 3"):
+        bind(LogisticRegression(2, 3), {"x": x, "y": np.arange(6)})
 
 
 @pytest.mark.parametrize("kind", [AutoNormalMessenger, AutoHierarchicalNormalMessenger])

@@ -471,7 +471,6 @@ def test_data_that_do_not_fit_are_refused_in_one_line(build: Callable[[], Factor
         (random(6, 4), r"x: expected \(rows, 5\), got \(6, 4\)"),
         (random(5), r"x: expected \(rows, 5\), got \(5,\)"),
         (random(0, 5), r"x: expected at least one row, got \(0, 5\)"),
-        (torch.ones(6, 5).long(), "x: expected floating point numbers, got int64"),
         (x, r"x: expected finite numbers, got nan at row 2, column 3 \(1 in all\)"),
     ):
         refuses(lambda data=data: fit(build(), data), line)

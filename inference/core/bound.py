@@ -25,6 +25,7 @@ from inference.core.given import (
     check_rounding,
     check_same_length,
     doubtful,
+    is_whole,
     names_in,
     readings,
     to_tensor,
@@ -373,7 +374,7 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     asked = Pair.of(owner)
     if asked.rowwise:
         check_same_length(named)
-    asked.check(**named)
+    taken = _checked(asked, named, _precision(pair))
     made = [n for m in modules_of(pair) for n, p in m.named_parameters() if p.is_inference()]
     if made:
         raise ValueError(f"pair: expected parameters made outside of torch.inference_mode, got {', '.join(made)}")
@@ -385,22 +386,53 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
         name=name_of(pair),
         model=fitted(model),
         guide=None if guide is None else fitted(guide),
-        data=named,
+        data=taken,
         takes_rows={"size", "rows"} <= set(accepted),
         asked=asked,
         names=names_in(given),
     )
-    return _typed(bound, given) if doubtful(named) else bound
+    if doubtful(taken):
+        bound = _typed(bound, given)
+    check_rounding(named, bound.data)
+    return bound
+
+
+def _precision(pair: Any) -> torch.dtype:
+    """Type of the numbers that a pair holds; torch's default where it holds none."""
+    halves = pair if isinstance(pair, tuple) else (pair,)
+    held = [t.dtype for t in chain.from_iterable(map(held_by, halves)) if t.is_floating_point()]
+    return torch.float64 if torch.float64 in held else torch.get_default_dtype()
+
+
+def _checked(asked: Pair, named: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
+    """The data in types that the pair's own checks take: whole numbers and booleans that they refuse, as floats.
+
+    Raises:
+        ValueError: The checks refuse them as floats too.
+    """
+    refused: dict[str, ValueError] = {}
+    while True:
+        try:
+            asked.check(**named)
+            return named
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            if name in refused:
+                raise refused[name] from None
+            if not is_whole(named.get(name)):
+                raise
+            refused[name] = error
+            named = {**named, name: named[name].to(precision)}
 
 
 def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
     """The pair bound to its data in types that the model takes.
 
     Raises:
-        ValueError: The model takes the data in no type, or they do not bear the rounding.
+        ValueError: The model takes the data in no type.
     """
     failure, made = "", None
-    for data, rounds in readings(given, bound.data):
+    for data, rounds in readings(given, bound.data, _precision(bound.pair)):
         reading = replace(bound, data=data, memo={})
         try:
             found = reading.memo["structure"] = reading.run(scored=True)
@@ -408,7 +440,6 @@ def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
             failure = failure or str(error)
             continue
         if not rounds or not found.double:
-            check_rounding({n: bound.data[n] for n in rounds}, {n: data[n] for n in rounds})
             return reading
         made = made or reading
     said = " ".join(failure.split("Trace Shapes")[0].split())

@@ -141,41 +141,51 @@ def doubtful(named: Mapping[str, Any]) -> bool:
     return any(isinstance(v, Tensor) and v.dtype != torch.get_default_dtype() for v in named.values())
 
 
-def readings(given: Mapping[str, Any], named: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+def readings(
+    given: Mapping[str, Any], named: Mapping[str, Any], precision: torch.dtype
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Types in which a model may take the data, the likeliest first, each with the names of what it rounds.
 
     Floats of arrays and frames take torch's default precision; tensors keep theirs. Whole numbers and booleans become
-    floats where the model does not take them as they are: one of them, or all.
+    floats of the model's precision where it does not take them as they are: one of them, or all.
 
     Args:
         given: Data as they came.
         named: The same as tensors.
+        precision: Type of the model's own numbers.
     """
     default, plain = torch.get_default_dtype(), dict(named)
     numbers = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     long = tuple(k for k, v in numbers.items() if _wider(v, default) and not isinstance(given.get(k), Tensor))
-    whole = [k for k, v in numbers.items() if not (v.is_floating_point() or v.is_complex())]
+    whole = [k for k, v in numbers.items() if is_whole(v)]
     starts = [({**plain, **{k: plain[k].to(default) for k in long}}, long), (plain, ())] if long else [(plain, ())]
     yield from starts
     for start, rounds in starts:
         for chosen in ([[k] for k in whole] if len(whole) > 1 else []) + [whole] * bool(whole):
-            yield {**start, **{k: start[k].to(default) for k in chosen}}, rounds
+            yield {**start, **{k: start[k].to(precision) for k in chosen}}, rounds
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a tensor of integers or booleans."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _wider(value: Tensor, dtype: torch.dtype) -> bool:
     return value.is_floating_point() and value.dtype.itemsize > dtype.itemsize
 
 
-def check_rounding(named: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError where rounding has taken the differences between the entries of a column."""
+def check_rounding(named: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a change of type has taken the differences between the entries of a column."""
     for name, value in named.items():
-        columns = value.reshape(len(value), -1) if value.dim() and value.numel() else value.reshape(1, -1)
-        error = (rounded[name].to(value.dtype).reshape(columns.shape) - columns).abs().nan_to_num(0, 0, 0).amax(0)
+        if not isinstance(value, Tensor) or not value.numel() or taken[name].dtype == value.dtype:
+            continue
+        columns = (value.reshape(len(value), -1) if value.dim() else value.reshape(1, -1)).double()
+        error = (taken[name].double().reshape(columns.shape) - columns).abs().nan_to_num(0, 0, 0).amax(0)
         spread = columns.std(0, correction=0)
         if ((error > ROUNDED * spread) & (spread > 0)).any():
             raise ValueError(
                 f"{name}: expected numbers that differ in their first six digits, got "
-                f"{columns.flatten()[0].item():.9g}, ...; subtract their mean, or give a float64 tensor"
+                f"{columns.flatten()[0].item():.10g}, ...; subtract their mean, or give a float64 tensor"
             )
 
 

@@ -54,7 +54,7 @@ def advise_guide(check: GuideCheck, weighted: pd.DataFrame | None) -> tuple[str,
     if k > usable:
         return (
             f"Pareto k of the guide is {k:.2f}, above {usable}: its posterior is unreliable; "
-            "use sample(), or a richer guide (AutoMultivariateNormal, a flow).",
+            "use sample(), or a richer guide (full covariances where it has none, a flow).",
         )
     if k > good and not check.rows:
         return (

@@ -107,7 +107,7 @@ def _guide_rows(result: Reported) -> list[list[Cell]]:
                 "0.7 or less",
                 found.pareto_k <= PARETO_K[1],
                 "Tail of the importance weights of the guide's draws: how far the guide is from the posterior.",
-                "A richer guide (AutoMultivariateNormal, a flow), or sample().",
+                "A richer guide (full covariances where it has none, a flow), or sample().",
             )
         )
     if found.effective is not None:

@@ -41,6 +41,7 @@ from ppl_models.models.checks import (
     check_matrix,
     check_positive,
     count_of,
+    fractional,
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous, nothing
@@ -156,7 +157,7 @@ class BayesianNetwork(Pair):
         """
         check_matrix("x", x, count_of("names", names))
         check_count("states", states, 2)
-        check_entries("x", x, (x < 0) | (x >= states) | (x != x.floor()), f"states 0 to {states - 1}")
+        check_entries("x", x, (x < 0) | (x >= states) | fractional(x), f"states 0 to {states - 1}")
         information = pairwise_information(x, states)
         # The solver minimises, and takes a zero for a missing edge.
         tree = minimum_spanning_tree((information.max() + 1 - information).triu(1).cpu().numpy())
@@ -344,7 +345,7 @@ class BayesianNetwork(Pair):
             column = x[:, k]
             known = column[~column.isnan()] if x.is_floating_point() else column
             last, hint = len(self.states[name]) - 1, ", or nan where one is missing" if missing else ""
-            wrong = (known < 0) | (known > last) | (known != known.round())
+            wrong = (known < 0) | (known > last) | fractional(known)
             check_entries("x", known, wrong, f"states 0 to {last} of {name}{hint}")
 
     def _observe(self, name: str, distribution: dist.Categorical, column: Tensor | None) -> Tensor:

@@ -108,9 +108,22 @@ def check_matrix(name: str, value: Any, width: int) -> None:
         raise ValueError(f"{name}: expected finite numbers, got {got}")
 
 
+def check_numbers(name: str, value: Any, length: int) -> None:
+    """Raise ValueError unless the value is a finite float vector with an entry for each of so many rows."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != (length,):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a number per row ({length},), got {got}")
+    check_matrix(name, value.reshape(-1, 1), 1)
+
+
 def known_or_zero(value: Any) -> Any:
     """A tensor with zeros in place of nan, where these are no error; anything else as it is."""
     return value.nan_to_num() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def fractional(value: Tensor) -> Tensor:
+    """Which entries are no whole numbers."""
+    return value != value.floor() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
 
 
 def check_binary(name: str, value: Tensor | None) -> None:
@@ -147,6 +160,5 @@ def check_labels(name: str, value: Any, length: int, classes: int, *, missing: b
     if not missing and len(known) < length:
         raise ValueError(f"{name}: expected a label for every row, got nan in {length - len(known)} rows")
     wrong = (known < 0) | (known >= classes)
-    if value.is_floating_point():
-        wrong |= known != known.floor()
+    wrong |= fractional(known)
     check_entries(name, known, wrong, f"labels 0 to {classes - 1}{', or nan where one is missing' if missing else ''}")

@@ -12,8 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
-from ppl_models.models.checks import check_count, check_guide, check_matrix, check_one_of, check_positive
-from ppl_models.models.linear_models import check_numbers
+from ppl_models.models.checks import check_count, check_guide, check_matrix, check_numbers, check_one_of, check_positive
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 from ppl_models.models.parts.weighted import moments_of, weighted_draws
 

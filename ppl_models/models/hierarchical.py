@@ -20,8 +20,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor, nn
 from torch.distributions.transforms import CumulativeDistributionTransform
 
-from ppl_models.models.checks import check_count, check_guide, check_labels, check_matrix, check_positive
-from ppl_models.models.linear_models import check_numbers
+from ppl_models.models.checks import check_count, check_guide, check_labels, check_matrix, check_numbers, check_positive
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 from ppl_models.models.parts.weighted import moments_of, weighted_draws
 

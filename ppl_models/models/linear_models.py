@@ -20,18 +20,19 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
-from ppl_models.models.checks import check_count, check_entries, check_guide, check_matrix, check_one_of, check_positive
+from ppl_models.models.checks import (
+    check_count,
+    check_entries,
+    check_guide,
+    check_matrix,
+    check_numbers,
+    check_one_of,
+    check_positive,
+    fractional,
+)
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 from ppl_models.models.parts.weighted import moments_of, weighted_draws
 from ppl_models.models.regression import affine, draw_weights
-
-
-def check_numbers(name: str, value: Any, length: int) -> None:
-    """Raise ValueError unless the value is a finite float vector with an entry for each of so many rows."""
-    if not isinstance(value, Tensor) or tuple(value.shape) != (length,):
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: expected a number per row ({length},), got {got}")
-    check_matrix(name, value.reshape(-1, 1), 1)
 
 
 class Regression(Pair):
@@ -187,4 +188,4 @@ class PoissonRegression(Regression):
         """Raise ValueError unless x is a finite matrix (rows, D) and y has a count for each of its rows."""
         super().check(x, y)
         if y is not None:
-            check_entries("y", y, (y < 0) | (y != y.floor()), "counts (0, 1, 2, ...)")
+            check_entries("y", y, (y < 0) | fractional(y), "counts (0, 1, 2, ...)")

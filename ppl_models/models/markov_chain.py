@@ -18,7 +18,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_models.models.checks import check_count, check_entries, check_matrix, check_positive, count_of, known_or_zero
+from ppl_models.models.checks import (
+    check_count,
+    check_entries,
+    check_matrix,
+    check_positive,
+    count_of,
+    fractional,
+    known_or_zero,
+)
 from ppl_models.models.pair import Visible, checked
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.labels import one_hot
@@ -158,5 +166,5 @@ class MarkovChain(Visible):
         """Raise ValueError unless x is a matrix (rows, T) of symbols."""
         if x is not None:
             check_matrix("x", x, self.length)
-            wrong = (x < 0) | (x >= self.symbols) | (x != x.round())
+            wrong = (x < 0) | (x >= self.symbols) | fractional(x)
             check_entries("x", x, wrong, f"symbols 0 to {self.symbols - 1}")

@@ -34,6 +34,7 @@ from ppl_models.models.checks import (
     check_matrix,
     check_number,
     check_positive,
+    fractional,
     known_or_zero,
 )
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked, continuous
@@ -350,7 +351,7 @@ class MultinomialNaiveBayes(NaiveBayes):
         """Raise ValueError unless x is a matrix of counts (rows, D) and y has labels for its rows."""
         super().check(x, y)
         if x is not None:
-            check_entries("x", x, (x < 0) | (x != x.floor()), "counts (0, 1, 2, ...)")
+            check_entries("x", x, (x < 0) | fractional(x), "counts (0, 1, 2, ...)")
 
     def draw_parameters(self) -> tuple[Tensor]:
         return (pyro.sample("probs", dist.Dirichlet(self.alpha + 1)),)

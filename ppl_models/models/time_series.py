@@ -14,8 +14,15 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import Tensor
 
-from ppl_models.models.checks import check_count, check_entries, check_guide, check_one_of, check_positive
-from ppl_models.models.linear_models import check_numbers
+from ppl_models.models.checks import (
+    check_count,
+    check_entries,
+    check_guide,
+    check_numbers,
+    check_one_of,
+    check_positive,
+    fractional,
+)
 from ppl_models.models.pair import GuideFactory, Moments, Pair, checked
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.weighted import moments_of, weighted_draws
@@ -115,7 +122,7 @@ class HiddenMarkovModel(Series):
         """Raise ValueError unless y is a series of finite numbers, of counts for Poisson noise."""
         super().check(y)
         if y is not None and self.counts:
-            check_entries("y", y, (y < 0) | (y != y.floor()), "counts (0, 1, 2, ...)")
+            check_entries("y", y, (y < 0) | fractional(y), "counts (0, 1, 2, ...)")
 
     @checked
     def moments(self, y: Tensor, *, draws: int = 20_000) -> Moments:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ppl_models.models.checks import check_count, check_entries, check_matrix, check_positive, check_widths
+from ppl_models.models.checks import check_count, check_entries, check_matrix, check_positive, check_widths, fractional
 from ppl_models.models.pair import Pair
 from ppl_models.models.parts.distributions import Counts
 from ppl_models.models.parts.grids import Grid
@@ -90,7 +90,7 @@ class LDA(Pair):
         """Raise ValueError unless x is a matrix (rows, V) of counts."""
         if x is not None:
             check_matrix("x", x, self.features)
-            check_entries("x", x, (x < 0) | (x != x.floor()), "counts (0, 1, 2, ...)")
+            check_entries("x", x, (x < 0) | fractional(x), "counts (0, 1, 2, ...)")
 
     def mean_topics(self) -> Tensor:
         """Mean of the topics under the guide, (K, V)."""
