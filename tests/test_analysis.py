@@ -271,13 +271,33 @@ def test_returns_have_the_density_of_a_loop(length: int) -> None:
 def test_returns_are_drawn_as_they_are_scored() -> None:
     """The expectation of p'(y) / p(y) is one for any other density p'."""
     one, other = (
-        Returns(torch.tensor(0.1), torch.tensor(v), torch.tensor(s), 6)
+        Returns(torch.tensor(0.8), torch.tensor(v), torch.tensor(s), 6)
         for v, s in ((1.0, [0.2, 0.5, 0.3]), (0.9, [0.15, 0.5, 0.35]))
     )
     y = one.sample((40_000,))
     ratio = (other.log_prob(y) - one.log_prob(y)).exp().double()
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / 200
     assert float(ratio.std()) > 0.1
+
+
+def test_moments_of_returns_are_those_of_weighted_prior_draws() -> None:
+    rng, y = np.random.default_rng(0), np.array([0.3, -0.8, 1.1, 0.2, -1.6, 1.9, -0.4, 0.7])
+    count = 200_000
+    mu, variance, shares = rng.normal(size=count), np.exp(rng.normal(size=count)), rng.dirichlet(np.ones(3), count)
+    logs, now = np.zeros(count), variance
+    for t, value in enumerate(y):
+        if t:
+            now = (shares * np.stack([(y[t - 1] - mu) ** 2, now, variance], 1)).sum(1)
+        logs += scipy.stats.norm(mu, np.sqrt(now)).logpdf(value)
+    weights = np.exp(logs - scipy.special.logsumexp(logs))
+    effective = 1 / (weights**2).sum()
+    found = GARCH().double().moments(torch.tensor(y))
+    for name, draws in (("mu", mu[:, None]), ("shares", shares)):
+        exact = weights @ draws
+        sd = np.sqrt(weights @ (draws - exact) ** 2)
+        centre, width = (v.numpy().reshape(-1) for v in found[name])
+        assert (abs(centre - exact) < 5 * sd * (effective**-0.5 + 5000**-0.5)).all(), name
+        np.testing.assert_allclose(width, sd, rtol=0.1, err_msg=name)
 
 
 def test_a_gaussian_process_is_scikit_learns() -> None:

@@ -160,7 +160,8 @@ def test_bad_input_gets_one_line_and_a_non_zero_exit(run, arguments, message, tm
     assert answer.exit_code == 2
     assert message in answer.stderr
     assert answer.stderr.count("\n") == 1
-    assert answer.stdout == ""
+    # What a method alone can check is found after it was announced.
+    assert not answer.stdout or (answer.stdout.startswith("fitting ") and answer.stdout.count("\n") == 1)
     assert list(tmp_path.iterdir()) == [], "a folder was made, or something was written"
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from inference import Joint, fit, ksd, log_evidence, pointwise_log_likelihood, prior_predictive, sample
 from inference.compiler.block import Block
 from inference.compiler.step import TracedStep
+from inference.core import progress
 from inference.core.sites import unconstrained
 from inference.diagnostics.losses import fall, still_falling
 from inference.diagnostics.losses import settled as losses_settled
@@ -793,3 +794,17 @@ def test_parameters_that_appear_in_a_later_step_are_fitted_too(compile: bool) ->
     result = fit((model, lambda y, **_: None), y, compile=compile, **fixed)
     found = torch.stack([result.params[f"mu{k}"] for k in range(6)])
     torch.testing.assert_close(found, y, rtol=0, atol=0.1)
+
+
+def test_progress_is_lines_of_their_own_where_standard_error_is_no_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    with progress.bar(4, "fit of model") as shown:
+        for step in range(4):
+            shown.set_postfix(loss=step, refresh=False)
+            shown.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[-4:]] == [f"fit of model: {k} of 4 ({25 * k} %)" for k in (1, 2, 3, 4)]
+    assert lines[-1].endswith("left, loss=3")
+    with progress.bar(4, "fit of model", shown=False) as hidden:
+        hidden.update(4)
+    assert not capsys.readouterr().err

@@ -27,7 +27,6 @@ import pyro
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from tqdm.auto import tqdm
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
@@ -35,6 +34,7 @@ from inference.compiler.supports import support_of
 from inference.core.bound import BoundPair, bind
 from inference.core.checks import check_count, check_one_of, check_positive
 from inference.core.handlers import exclusive, isolated
+from inference.core.progress import bar
 from inference.draws import engine
 from inference.draws.engine import Draws, threads_by_size
 from inference.draws.rows import LocalLatents, guide_sites, probe
@@ -204,13 +204,13 @@ def _over(
         raise ValueError("batch: expected a model and a guide that take size and rows (their plate's), got one without")
     default = policy.latents_per_pass(whole.width * together) if whole.splits else count
     estimates = []
-    with tqdm(total=count * rounds, desc=f"log p(x) of {name}", disable=None if progress else True, leave=False) as bar:
+    with bar(count * rounds, f"log p(x) of {name}", shown=progress) as shown:
         for rows in torch.arange(count, device=whole.bound.device).split(batch or default):
             part = whole.take(rows)
             # One draw with validation checks these rows; the passes run without it.
             part.model(part.prior(1), 1)
             with pyro.validation_enabled(False), threads_by_size(part.bound, together):
-                estimates.append(run(part, rows, bar.update))
+                estimates.append(run(part, rows, shown.update))
     values, errors = (torch.cat(v).cpu() for v in zip(*estimates, strict=True))
     return Evidence(values, errors, kind)
 

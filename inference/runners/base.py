@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from inference.core.bound import BoundPair
 from inference.core.handlers import DrawMissing
+from inference.core.progress import bar
 from inference.further import FurtherDraws
 
 LENGTHS = (1000, 1000, 4)
@@ -129,9 +129,7 @@ class Bars:
     """One progress bar per chain."""
 
     def __init__(self, bound: BoundPair, chains: int, length: int, progress: bool) -> None:
-        self._make = lambda k: tqdm(
-            total=length, desc=f"{bound.name} chain {k}", disable=None if progress else True, leave=False
-        )
+        self._make = lambda k: bar(length, f"{bound.name} chain {k}", shown=progress)
         self._chains, self._stack = chains, ExitStack()
 
     def __enter__(self) -> Callable[[int, int, str], None]:
@@ -139,10 +137,10 @@ class Bars:
         return self._show
 
     def _show(self, chain: int, step: int, text: str) -> None:
-        bar = self._bars[chain]
-        if not bar.disable:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(step - bar.n)
+        shown = self._bars[chain]
+        if not shown.disable:
+            shown.set_postfix_str(text, refresh=False)
+            shown.update(step - shown.n)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()

@@ -12,7 +12,6 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from inference.checkpoint import Checkpoint
 from inference.compiler.step import numbers
@@ -20,6 +19,7 @@ from inference.core.bound import BoundPair
 from inference.core.group import Agreement, from_first, gathered, ranks
 from inference.core.handlers import called_by_exclusive, threads_set
 from inference.core.minibatch import PERMUTED_ROWS, Permutation
+from inference.core.progress import bar
 from inference.diagnostics.losses import settled as is_settled
 from inference.runners.base import interrupts_deferred
 from inference.runners.state import of_rank, own_state
@@ -70,11 +70,10 @@ class Descent:
         """Take the steps; return the losses of those that were finite, and why the fit ended early."""
         losses, first, failure, ended, agreed = self.losses, not self.losses, None, "", False
         validate = first and pyro.settings.get("validate_distributions_pyro")
-        shown = progress and ranks()[0] == 0
-        bar = tqdm(total=count, initial=len(losses), desc=self.name, disable=None if shown else True, leave=False)
+        shown = bar(count, self.name, shown=progress and ranks()[0] == 0, initial=len(losses))
         validated = pyro.validation_enabled(validate)
         with (
-            bar,
+            shown,
             warnings.catch_warnings(),
             validated,
             interrupts_deferred() as interrupts,
@@ -98,7 +97,7 @@ class Descent:
                     if failure is not None:
                         break
                     first, self._setup = False, self.elapsed if self._setup is None else self._setup
-                    _show(bar, losses, len(taken))
+                    _show(shown, losses, len(taken))
                     if ends or keeps:
                         self._keep(over=ends)
                     if stops:
@@ -221,11 +220,11 @@ def _share_of(rows: Tensor) -> Tensor:
     return rows if count == 1 else rows.tensor_split(count)[rank]
 
 
-def _show(bar: Any, losses: list[Any], taken: int) -> None:
+def _show(shown: Any, losses: list[Any], taken: int) -> None:
     """Move the progress bar, with a new loss after every twenty steps."""
-    bar.update(taken)
-    if (len(losses) - 1) % 20 < taken and not bar.disable:
-        bar.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
+    shown.update(taken)
+    if (len(losses) - 1) % 20 < taken and not shown.disable:
+        shown.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
 
 
 def _read(loss: Any) -> Any:

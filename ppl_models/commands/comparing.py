@@ -9,7 +9,7 @@ from rich.table import Table
 
 from inference import COLUMNS, Comparison, Method
 from ppl_models.commands.arguments import about, changed, named, prepare
-from ppl_models.commands.printing import frame, out, print_whole
+from ppl_models.commands.printing import announce, frame, out, print_whole
 from ppl_models.commands.writing import say_page, unfit
 from ppl_models.data.sets import Dataset
 from ppl_models.zoo.entries import find
@@ -36,6 +36,8 @@ def compare(
     names = list(dict.fromkeys(named("methods", name.strip(), entry.methods) for name in asked))
     dataset, folder = prepare(entry, data_name, out_dir, device, label)
     seeded: dict[str, Method] = {name: partial(entry.methods[name], seed=seed) for name in names}
+    runs = f", {seeds} runs each" if seeds > 1 else ""
+    announce(f"comparing {', '.join(names)} on {dataset.name}: {dataset.rows:,} rows{runs}")
     comparison = entry.compare(dataset, seeded, seed=seed, seeds=seeds, jobs=jobs, checkpoint=checkpoint)
     show(comparison, entry, dataset)
     for path in comparison.save(folder, lambda name: about(entry, dataset, name, seed)):
@@ -49,8 +51,7 @@ def compare(
 
 def show(comparison: Comparison, entry: Entry, dataset: Dataset) -> None:
     table = comparison.table.dropna(axis=1, how="all")
-    rows = len(next(iter(dataset.train.values())))
-    out.print(f"[bold]{entry.title}[/] on {dataset.name}: {rows} rows", highlight=False)
+    out.print(f"[bold]{entry.title}[/] on {dataset.name}: {dataset.rows:,} rows", highlight=False)
     # One column per method: there are too many measures for the width of a terminal.
     shown = table if comparison.errors is None else comparison.shown()
     print_whole(frame(shown.T.rename_axis("measure").reset_index()))

@@ -10,7 +10,7 @@ import inference
 from inference import launched
 from ppl_models.commands.arguments import named, taken
 from ppl_models.commands.job import Job
-from ppl_models.commands.printing import frame, out, print_whole
+from ppl_models.commands.printing import announce, frame, out, print_whole
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.pictures import save
 from ppl_models.zoo.restore import opened
@@ -33,6 +33,8 @@ def _fit(job: Job, first: bool, method: str | None, **options: Any) -> None:
     chosen = taken(name, job.entry.fits[name], {n: v for n, v in options.items() if v is not None})
     dataset, folder = job.prepared
     model = job.new_pair() if job.start is None else _fitted(job.start, name).to(job.device)
+    if first:
+        announce(f"fitting {job.entry.title} to {dataset.name} by {name}: {dataset.rows:,} rows")
     result = job.entry.fits[name](model, dataset.train, seed=job.seed, **chosen)
     if not first:
         return
@@ -82,14 +84,16 @@ def sample(**arguments: Any) -> None:
     with launched(job.device) as first:
         if not first:
             warnings.simplefilter("ignore")
-        result = _chains(job, **own)
+        result = _chains(job, first, **own)
         if first:
             job.conclude(result, "chains", result.method)
 
 
-def _chains(job: Job, kernel: str | None, **options: Any) -> inference.Result:
+def _chains(job: Job, first: bool, kernel: str | None, **options: Any) -> inference.Result:
     chosen = None if kernel is None else getattr(inference.kernels, named("kernel", kernel, inference.kernels.__all__))
     dataset, _ = job.prepared
+    if first:
+        announce(f"sampling {job.entry.title} on {dataset.name}: {dataset.rows:,} rows")
     return inference.sample(job.new_pair(), dataset.train, chosen, seed=job.seed, **options)
 
 

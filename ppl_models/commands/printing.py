@@ -23,6 +23,11 @@ out = Console()
 err = Console(stderr=True)
 
 
+def announce(work: str) -> None:
+    """Say what is about to be done, so that a long run is not silent where it is logged."""
+    out.print(f"[dim]{escape(work)}[/]", highlight=False, soft_wrap=True)
+
+
 def complain(text: str) -> None:
     err.print(f"[red]error:[/] {escape(' '.join(text.split()))}", highlight=False, soft_wrap=True)
 

@@ -96,6 +96,11 @@ class Dataset:
         return sum(row in one for one, rows in zip(known, found, strict=True) for row in rows)
 
     @property
+    def rows(self) -> int:
+        """Number of rows of ``train``."""
+        return len(next(iter(self.train.values())))
+
+    @property
     def device(self) -> torch.device:
         """Where the rows are."""
         return next(iter(self.train.values())).device
