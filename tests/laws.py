@@ -261,6 +261,8 @@ def test_no_fit_of_the_entry_falls_back_from_its_program(case: Case, execution: 
     that to the eager run.
     """
     monkeypatch.setattr(policy, "TRACE_FIT_STEPS", 1)
+    # Its cache is small in a script, and so would be watched if Python's own modules were.
+    re.purge()
     mode = {"traced": "auto", "fused": True}[execution]
     for method in case.trainings:
         run = partial(method, batch=case.batch, steps=9, draws=1, compile=mode, progress=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -33,6 +34,8 @@ from inference.core.private import current_mode, tree_leaves, without_modes
 
 PACKAGE = Path(__file__).parent.parent
 """Folder of this package."""
+STANDARD = Path(sysconfig.get_path("stdlib"))
+"""Folder of Python's own modules."""
 
 
 LONGEST_LINE = 100
@@ -173,10 +176,18 @@ def is_library(module: str) -> bool:
 
 def is_foreign(module: str) -> bool:
     """Whether a module is a library's, of this package or another, or Python's own."""
-    if is_library(module) or module.partition(".")[0] in sys.stdlib_module_names:
+    if is_library(module) or is_standard(module):
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
     return file is not None and "site-packages" in file
+
+
+def is_standard(module: str) -> bool:
+    """Whether a module is one of Python's own, and not a file of the user's with such a name."""
+    if module.partition(".")[0] not in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is None or (Path(file).is_relative_to(STANDARD) and "site-packages" not in file)
 
 
 def users_line() -> str:

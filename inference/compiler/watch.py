@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inference.compiler.reads import is_foreign, is_library
+from inference.compiler.reads import is_foreign, is_library, is_standard
 
 LARGEST, MOST = 256, 4096
 """Entries of a container up to which it is watched, and places that are watched at most."""
@@ -125,7 +125,8 @@ class Watch:
         for cell, variable in zip(item.__closure__ or (), item.__code__.co_freevars, strict=True):
             with contextlib.suppress(ValueError):
                 self._put(_content, (cell,), cell.cell_contents, f"{variable} of {name}()")
-        if is_library(item.__module__ or ""):
+        if is_library(item.__module__ or "") or is_standard(item.__module__ or ""):
+            # Caches of Python's own modules, such as that of ``re``, change at any time.
             self._waiting += [(item.__wrapped__, name)] if hasattr(item, "__wrapped__") else []
             return
         names = list(dict.fromkeys(n for code in _codes(item.__code__) for n in code.co_names))
