@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from inference.core.bound import BoundPair
 from inference.core.checks import reason_of
 from inference.core.files import Lenient
 from inference.core.halves import parameters_of
+from inference.core.handlers import exclusive, isolated
 from inference.core.lazy import azb, xr
 from inference.core.sites import Site
 from inference.draws import dependence, engine, scoring
@@ -26,6 +28,9 @@ from inference.draws.dependence import by_plates
 
 STORED, SCORED = 20_000_000, 500_000_000
 """Largest size of a predictive group of a Result, and largest input of its log likelihood, in numbers."""
+
+ORDER = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data")
+"""Groups in the order of the DataTree."""
 
 FILTERS = ("zlib", "shuffle")
 """By which numbers in a NetCDF file are compressed."""
@@ -65,16 +70,133 @@ class LeftOut:
         self.said.append(reason)
 
 
-def to_idata(
+@dataclass(eq=False)
+class Groups:
+    r"""Groups of the DataTree of a Result, by name: those of the draws are there, others are made when asked for.
+
+    ``posterior_predictive`` and ``log_likelihood`` are functions of the draws and the data which may take longer than
+    the method itself. ``groups[name]`` is a Dataset, and :attr:`tree` the DataTree of all.
+
+    Attributes:
+        bound: The pair and its data.
+        draws: Draws of the latent sites (chains * draws, \*shape), chains one after another.
+        chains: Number of chains.
+        within: Restores the parameters that the draws belong to.
+        seed: Seed of the predictive draws.
+        made: What was made, by group; None for a group that is left out.
+        later: Groups that were not asked for yet.
+        attrs: Attributes of the DataTree and of its posterior group.
+        left_out: Takes the reason for each group that is left out.
+    """
+
+    bound: BoundPair
+    draws: Mapping[str, Tensor]
+    chains: int
+    within: Callable[[], AbstractContextManager[None]]
+    seed: int
+    made: dict[str, xr.Dataset | None]
+    later: list[str]
+    attrs: dict[str, Any]
+    left_out: LeftOut
+    _tree: Any = None
+
+    @classmethod
+    def of(cls, tree: xr.DataTree) -> Groups:
+        """Those of a DataTree that is whole."""
+        made: dict[str, xr.Dataset | None] = {str(n): g.to_dataset() for n, g in tree.children.items()}
+        attrs = {str(n): v for n, v in tree.attrs.items()}
+        nothing: Any = None
+        return cls(nothing, {}, 1, nullcontext, 0, made, [], attrs, LeftOut(""), tree)
+
+    def __contains__(self, name: object) -> bool:
+        return self._get(str(name)) is not None
+
+    def __getitem__(self, name: str) -> xr.Dataset:
+        found = self._get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def get(self, name: str) -> xr.Dataset | None:
+        """A group; None where there is none."""
+        return self._get(name)
+
+    def __bool__(self) -> bool:
+        return bool(self.later) or any(group is not None for group in self.made.values())
+
+    @property
+    def drawn(self) -> xr.DataTree:
+        """The DataTree of the groups that are there."""
+        return self.joined(self.made)
+
+    def joined(self, names: Collection[str]) -> xr.DataTree:
+        """The DataTree of some groups, as far as there are any."""
+        kept = {n: group for n in ORDER if n in names and (group := self._get(n)) is not None}
+        # A pair without latent sites has no posterior, and so no such group.
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attrs), **renamed(kept)})
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """The DataTree of all groups, always the same one."""
+        if self._tree is None:
+            self._tree = self.joined(ORDER)
+        return self._tree
+
+    @exclusive
+    def _get(self, name: str) -> xr.Dataset | None:
+        if name in self.later:
+            said = len(self.left_out.said)
+            make = {"posterior_predictive": self._predictive, "log_likelihood": self._likelihood}[name]
+            with isolated(self.seed), self.within():
+                found = self.left_out.unless(name, make, None)
+            self.made[name] = found
+            self.later.remove(name)
+            if found is None and len(self.left_out.said) > said:
+                self.attrs[name] = f"left out: {self.left_out.said[-1].removeprefix(f'{name}: ')}"
+            posterior = self.made.get("posterior")
+            if posterior is not None:
+                posterior.attrs.update(self.attrs)
+        return self.made.get(name)
+
+    def _predictive(self) -> xr.Dataset | None:
+        draws = self.draws
+        size = len(next(iter(draws.values()))) if draws else 1
+        found = _replicates(self.bound, draws, size)
+        return dataset_of(self.bound, found, _dims(self.bound), self.chains) if found else None
+
+    def _likelihood(self) -> xr.Dataset | None:
+        bound, draws = self.bound, {n: v.to(self.bound.device) for n, v in self.draws.items()}
+        own = dependence.of_observations(bound, draws) if bound.source is None else by_plates(bound, draws)
+        if own:
+            self.attrs["log_likelihood"] = (
+                f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is "
+                "given it, log_evidence(result) integrates it out"
+            )
+            return None
+        scores, flat = _likelihood(bound, draws)
+        if not scores:
+            return None
+        if weighed := scoring.scaled_sites(bound, draws):
+            self.attrs["log_likelihood"] = (
+                f"without the scale of {', '.join(weighed)}: arviz_stats.loo would leave out a part of a row, or a row "
+                "that counts many times once"
+            )
+        plates = {n: d[: bound.sites[n].batch] for n, d in _dims(bound).items()}
+        return dataset_of(bound, scores, plates | flat, self.chains)
+
+
+def groups_of(
     bound: BoundPair,
     posterior: Mapping[str, Tensor],
     sample_stats: Mapping[str, np.ndarray] | None = None,
     *,
     chains: int = 1,
     attrs: Mapping[str, Any] | None = None,
-    left_out: LeftOut | None = None,
-) -> xr.DataTree:
-    r"""Convert draws of any method to a DataTree, with the parameters that are in the store.
+    left_out: LeftOut,
+    within: Callable[[], AbstractContextManager[None]],
+    seed: int,
+) -> Groups:
+    r"""The groups of draws of any method, with the parameters that are in the store.
 
     Args:
         bound: The pair and its data.
@@ -83,6 +205,8 @@ def to_idata(
         chains: Number of chains.
         attrs: Attributes of the DataTree and of its posterior group.
         left_out: Takes the reason for each group that is left out.
+        within: Restores the parameters for what is made later.
+        seed: Seed of predictive draws.
 
     Dimensions are named after the plates (``rows``) and the pair's ``dims``; coordinates are the pair's ``coords``. A
     ``/`` in a name, which NetCDF does not allow, becomes ``_``, and a site with the name of a dimension (``draw``,
@@ -97,57 +221,33 @@ def to_idata(
     heavy-tailed (for z ~ N(0, 1) and x ~ N(z, s) their Pareto k is 1 / (1 + s^2)). Where ``poutine.scale`` weighs rows,
     the group is without it, and ``attrs["log_likelihood"]`` says that leaving a row out is then another thing.
     """
-    left_out = left_out or LeftOut(bound.name)
     size = len(next(iter(posterior.values()))) if posterior else 1
-    groups, dims = {"posterior": posterior}, {n: dims_of(bound, n) for n in bound.sites}
-    plates = {n: d[: bound.sites[n].batch] for n, d in dims.items()}
-    asked, derived = _affordable(bound, size, left_out)
-    notes = dict(attrs or {})
+    values, dims = dict(posterior), _dims(bound)
+    affordable, derived = _affordable(bound, size, left_out)
+    later = affordable if bound.select("observed") else []
     if derived:
-        functions = left_out.unless(
-            "deterministic sites", lambda: scoring.latent_functions(bound, posterior, derived), {}
-        )
-        groups["posterior"] = {**posterior, **functions}
-    if "posterior_predictive" in asked:
-        groups["posterior_predictive"] = left_out.unless(
-            "posterior_predictive", lambda: _replicates(bound, posterior, size), {}
-        )
-    own = dependence.of_observations(bound, posterior) if bound.source is None else by_plates(bound, posterior)
-    if "log_likelihood" in asked and own:
-        notes["log_likelihood"] = (
-            f"left out: {', '.join(own)} has a value for each observation; pointwise_log_likelihood(result) is given "
-            "it, log_evidence(result) integrates it out"
-        )
-    elif "log_likelihood" in asked:
-        groups["log_likelihood"], flat = left_out.unless(
-            "log_likelihood", lambda: _likelihood(bound, posterior), ({}, {})
-        )
-        plates |= flat
-        if weighed := groups["log_likelihood"] and scoring.scaled_sites(bound, posterior):
-            notes["log_likelihood"] = (
-                f"without the scale of {', '.join(weighed)}: arviz_stats.loo would leave out a part of a row, or a row "
-                "that counts many times once"
-            )
-    datasets: dict[str, xr.Dataset | None] = {}
-    for group, sites in groups.items():
-        used = plates if group == "log_likelihood" else dims
-        if sites:
-            datasets[group] = left_out.unless(group, partial(dataset_of, bound, sites, used, chains), None)
+        functions = partial(scoring.latent_functions, bound, posterior, derived)
+        values |= left_out.unless("deterministic sites", functions, {})
+    made: dict[str, xr.Dataset | None] = {}
+    if values:
+        made["posterior"] = left_out.unless("posterior", partial(dataset_of, bound, values, dims, chains), None)
     if sample_stats:
-        datasets["sample_stats"] = _to_dataset(dict(sample_stats))
+        made["sample_stats"] = _to_dataset(dict(sample_stats))
     data = {n: v.detach().cpu().numpy() for n, v in bound.observations.items()}
     if data:
-        datasets["observed_data"] = left_out.unless("observed_data", lambda: _observed(bound, data, dims), None)
-    kept = {group: dataset for group, dataset in datasets.items() if dataset is not None}
-    if "posterior" in kept:
-        held = {v.attrs.get("site", n) for n, v in kept["posterior"].data_vars.items()}
-        for name in groups["posterior"]:
-            if name not in held:
-                left_out.add(f"{name}: it is in result.draws alone")
-    if "posterior" in kept:
-        kept["posterior"].attrs.update(notes)
-    # A pair without latent sites has no posterior, and so no such group.
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=notes), **renamed(kept)})
+        made["observed_data"] = left_out.unless("observed_data", lambda: _observed(bound, data, dims), None)
+    drawn = made.get("posterior")
+    if drawn is not None:
+        held = {v.attrs.get("site", n) for n, v in drawn.data_vars.items()}
+        for name in (n for n in values if n not in held):
+            left_out.add(f"{name}: it is in result.draws alone")
+        drawn.attrs.update(attrs or {})
+    kept = {n: v.cpu() for n, v in posterior.items()}
+    return Groups(bound, kept, chains, within, seed, made, later, dict(attrs or {}), left_out)
+
+
+def _dims(bound: BoundPair) -> dict[str, list[str]]:
+    return {n: dims_of(bound, n) for n in bound.sites}
 
 
 def prior_idata(bound: BoundPair, draws: Mapping[str, Tensor]) -> xr.DataTree:
@@ -181,7 +281,7 @@ def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
         idata.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
-def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[set[str], list[str]]:
+def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[list[str], list[str]]:
     """Groups, and deterministic and summed-out sites, whose size memory allows; the others are left out with a warning.
 
     Sites are taken from the smallest on: one that is wide costs no other one its place.
@@ -198,13 +298,13 @@ def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[set[str
             kept.add(site.name)
     if wide := [s.name for s in derived if s.name not in kept]:
         refused.append(f"{', '.join(wide)} ({sum(numbers[n] for n in wide):,} numbers)")
-    asked = set()
+    asked = []
     for group, count, reads, verb in (
         ("posterior_predictive", replicated, 0, "posterior_predictive(result, data)"),
         ("log_likelihood", scored, replicated, "pointwise_log_likelihood(result, data)"),
     ):
         if count <= STORED and reads <= SCORED:
-            asked.add(group)
+            asked.append(group)
         else:
             refused.append(f"{group} ({count:,} numbers; ask {verb})")
     if refused:

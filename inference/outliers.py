@@ -158,7 +158,7 @@ def _scores(result: Result, data: Any, k: int, seed: int) -> tuple[Tensor, Tenso
     bound = result.bound
     if _global(bound):
         density = pointwise_log_likelihood(result, data).double()
-        chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.children else 1
+        chains = result.groups["posterior"].sizes["chain"] if "sample_stats" in result.groups else 1
         values, errors = density.logsumexp(0) - math.log(len(density)), _errors(density, chains)
     else:
         exact = bound.asked.log_evidence is not None or not (bound.guided or bound.unguided)

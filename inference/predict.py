@@ -108,7 +108,7 @@ def _draws_at(result: Result, data: Any) -> Draws:
     if not local or not set(old.select("observed")) <= set(new.data):
         return {n: v for n, v in result.draws.items() if n not in local}
     names = ", ".join(sorted(local))
-    if "sample_stats" in result.idata.children:
+    if "sample_stats" in result.groups:
         raise ValueError(f"data: expected the rows of the chains, which have no {names} of other rows; fit a guide")
     try:
         # One run shows whether the guide takes other rows.

@@ -26,9 +26,12 @@ from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.diagnostics.losses import rise
 from inference.further import RESTORED, FurtherDraws, NoDraws
-from inference.idata import LeftOut, to_idata, write_netcdf
+from inference.idata import Groups, LeftOut, groups_of, write_netcdf
 from inference.report.page import excerpt, page_of_result
 from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters, versions_of_packages
+
+PREDICTIVE = 2**32 - 1
+"""What stands in place of a number of draws in the seed of predictive draws."""
 
 
 class State:
@@ -82,13 +85,13 @@ class Result:
     r"""A fitted posterior.
 
     Attributes:
-        idata: ``xarray.DataTree`` that ``arviz_base``, ``arviz_stats``, ``arviz_plots`` and ``arviz`` 1.x read. Its
-            groups are ``posterior``, ``posterior_predictive``, ``log_likelihood``, ``sample_stats`` and
-            ``observed_data``, as far as the method has them and memory allows; ``idata.children`` has their names.
+        groups: The groups of ``idata`` by name. ``posterior``, ``sample_stats`` and ``observed_data`` are there;
+            ``posterior_predictive`` and ``log_likelihood`` are made when they are first asked for, from the data as
+            they are then.
         params: Constrained parameters by dotted name, on the CPU; empty for chains without parameters.
         losses: Loss of each step (steps,), or (steps, 2) for an objective with two losses; empty for chains.
         seconds: ``setup`` (until the first step or transition is done), ``run`` (the other steps or transitions) and
-            ``draws`` (posterior draws, predictions and diagnostics).
+            ``draws`` (posterior draws and diagnosis).
         method: Name of the method, for tables: ``SVI (Trace_ELBO)``, ``NUTS``.
         diagnosis: R-hat, effective sample sizes, divergences, Pareto k, each with advice.
         draws: Posterior draws of the latent sites, (S, \*shape), chains one after another, on the CPU.
@@ -97,7 +100,7 @@ class Result:
         more: How it draws more.
     """
 
-    idata: xr.DataTree
+    groups: Groups = field(repr=False)
     params: dict[str, Tensor]
     losses: np.ndarray
     seconds: Mapping[str, float]
@@ -109,6 +112,15 @@ class Result:
     more: FurtherDraws = field(repr=False)
 
     @property
+    def idata(self) -> xr.DataTree:
+        """``xarray.DataTree`` that ``arviz_base``, ``arviz_stats``, ``arviz_plots`` and ``arviz`` 1.x read.
+
+        It has all groups, as far as the method has them and memory allows; ``idata.children`` has their names. Those
+        that were not asked for yet are made: predictions and log likelihoods of all rows.
+        """
+        return self.groups.tree
+
+    @property
     def size(self) -> int:
         """Number of posterior draws S."""
         return len(next(iter(self.draws.values()))) if self.draws else 1
@@ -116,7 +128,7 @@ class Result:
     @property
     def ended(self) -> str:
         """Why and where the run ended early, ``interrupted at step 20 of 100``; empty if it did not."""
-        return str(self.idata.attrs.get("ended", ""))
+        return str(self.groups.attrs.get("ended", ""))
 
     @property
     def loss_rise(self) -> tuple[float, float] | None:
@@ -200,7 +212,7 @@ class Result:
             held = [chains[str(k)] for k in range(len(chains))]
             more = NoDraws(saved.method) if restore is None else restore(bound, saved.more, held)
             return cls(
-                idata=saved.idata,
+                groups=Groups.of(saved.idata),
                 params=state.values(),
                 losses=saved.tensors["losses"].numpy(),
                 seconds=saved.seconds,
@@ -247,16 +259,16 @@ class Result:
             new = self.more.extend(draws)
             count = next(iter(new.stats.values())).shape[0]
             values = {n: _after(self.draws[n], v.cpu(), count) for n, v in new.draws.items() if n in self.draws}
-            before = self.idata["sample_stats"]
+            before = self.groups["sample_stats"]
             stats = {n: np.concatenate([before[n].values, v], axis=1) for n, v in new.stats.items() if n in before}
-            attrs = {"restarted": self.idata.attrs.get("restarted", 0), "seed": seed}
+            attrs = {"restarted": self.groups.attrs.get("restarted", 0), "seed": seed}
             return conclude(
                 self.bound,
                 lambda: Posterior(values, count, stats, attrs=attrs),
                 new.more,
                 {"setup": self.seconds["setup"], "run": self.seconds["run"] + new.seconds},
                 method=self.method,
-                execution=str(self.idata.attrs["execution"]),
+                execution=str(self.groups.attrs["execution"]),
             )
 
     def summary(self, prob: float = 0.89) -> pd.DataFrame:
@@ -275,7 +287,7 @@ class Result:
         if not 0 < prob < 1:
             raise ValueError(f"prob: expected a probability between 0 and 1, got {prob!r}")
         table = self.diagnosis.table
-        return table if table.empty else with_intervals(table, self.idata, prob)
+        return table if table.empty else with_intervals(table, self.groups.drawn, prob)
 
     @exclusive
     def report(
@@ -360,16 +372,24 @@ def conclude(
     with state():
         made = left_out.unless("posterior", make, ())
         if isinstance(made, Posterior):
-            idata = to_idata(
-                bound, made.draws, made.stats, chains=made.chains, attrs={**attrs, **made.attrs}, left_out=left_out
+            groups = groups_of(
+                bound,
+                made.draws,
+                made.stats,
+                chains=made.chains,
+                attrs={**attrs, **made.attrs},
+                left_out=left_out,
+                within=state,
+                seed=_seed_after(seed, PREDICTIVE),
             )
-            diagnosis = left_out.unless("diagnosis", partial(_judge, bound, made, idata, losses, left_out), _unknown())
+            judge = partial(_judge, bound, made, groups.drawn, losses, left_out)
+            diagnosis = left_out.unless("diagnosis", judge, _unknown())
         else:
-            idata = xr.DataTree(xr.Dataset(attrs=attrs))
+            groups = Groups.of(xr.DataTree(xr.Dataset(attrs=attrs)))
             diagnosis = replace(_unknown(), advice=tuple(made))
     advice = (f"The run was {ended}: what it returns is not finished.",) if ended else ()
     return Result(
-        idata=idata,
+        groups=groups,
         params=state.values(),
         losses=np.zeros(0) if losses is None else losses,
         seconds={**seconds, "draws": perf_counter() - started},

@@ -165,4 +165,4 @@ def test_a_new_pair_is_one_file_one_entry_and_one_test_file(tmp_path) -> None:
     command = [sys.executable, "-m", "pytest", *quiet, str(tmp_path / "test_poisson_rates.py")]
     answer = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
-    assert "21 passed, 2 skipped" in answer.stdout, answer.stdout
+    assert "22 passed, 2 skipped" in answer.stdout, answer.stdout

@@ -267,7 +267,7 @@ REFUSED = [
     (lambda: SemiSupervisedVAE(6, 2, 3, auxiliary=-1.0), "auxiliary: expected zero or a positive number, got -1.0"),
     (lambda: SemiSupervisedVAE(6, 2, 3, encoder=nn.Linear(6, 4)), "encoder: expected inputs of width 9, got an error"),
     (
-        lambda: fit(labelled()[0], {"x": labelled()[1], "y": torch.ones(5).long()}),
+        lambda: labelled()[0].check(labelled()[1], torch.ones(5).long()),
         "y: expected floats, with nan where the label is missing, got integers",
     ),
     (

@@ -51,10 +51,10 @@ def ksd(result: Result, draws: int = 500, *, seed: int = 0) -> Stein:
 
 def independent(result: Result) -> int:
     """Number of independent draws: of chains the smallest bulk effective sample size, at most all of them."""
-    if "sample_stats" not in result.idata.children:
+    if "sample_stats" not in result.groups:
         return result.size
     size = result.diagnosis.min_ess_bulk
-    chains = result.idata["posterior"].sizes["chain"]
+    chains = result.groups["posterior"].sizes["chain"]
     return max(1, min(result.size, int(size) if math.isfinite(size) else chains))
 
 
@@ -97,7 +97,7 @@ def loo(result: Result, draws: int = 2000, *, seed: int = 1) -> Any:
     with isolated(seed), result.state():
         if weighed := scaled_sites(bound, result.draws):
             raise ValueError(f"result: expected rows that count once, got a scale of {', '.join(weighed)}")
-        if "sample_stats" in result.idata.children:
+        if "sample_stats" in result.groups:
             return azs.loo(_tree(result, _of_seen_rows(bound, result.draws)))
         values, density = sample_guide(bound, draws)
         tree = azb.from_dict({"log_likelihood": {"data": _numpy(_of_seen_rows(bound, values))[None]}})
@@ -137,7 +137,7 @@ def sensitivity(result: Result, *, threshold: float = 0.05) -> pd.DataFrame:
 
 def _tree(result: Result, likelihood: Tensor, prior: Tensor | None = None) -> xr.DataTree:
     """The posterior of a Result with the log likelihood of its rows, and the log prior."""
-    posterior = result.idata["posterior"].to_dataset()
+    posterior = result.groups["posterior"]
     shape = posterior.sizes["chain"], posterior.sizes["draw"]
     groups = {"log_likelihood": {"data": _numpy(likelihood).reshape(*shape, -1)}}
     if prior is not None:

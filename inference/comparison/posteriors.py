@@ -31,7 +31,7 @@ DENSITY_DRAWS, DENSITY_NUMBERS = 200, 20_000_000
 
 def quantity(result: Result, name: str, index: int) -> str:
     """Name of an element of a latent site, as in the table of the posterior."""
-    arrays = result.idata["posterior"].data_vars
+    arrays = result.groups["posterior"].data_vars
     # A name that NetCDF does not take is written otherwise.
     array = next(v for n, v in arrays.items() if v.attrs.get("site", n) == name)
     place = tuple(map(int, np.unravel_index(index, array.shape[2:]))) if array.shape[2:] else ()

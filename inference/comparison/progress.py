@@ -92,9 +92,9 @@ def _error(result: Result, truth: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[
     """Seconds, gradients, and the error of the means of the draws until then: of a fit at its end alone."""
     setup, run, gradients = result.seconds["setup"], result.seconds["run"], gradients_of(result)
     errors = abs(standardised_errors(result, truth)[0])
-    if "sample_stats" not in result.idata.children or not len(errors):
+    if "sample_stats" not in result.groups or not len(errors):
         return np.array([setup + run]), np.array([gradients]), np.array([errors.max(initial=0.0)])
-    chains, draws = (result.idata["posterior"].sizes[d] for d in ("chain", "draw"))
+    chains, draws = (result.groups["posterior"].sizes[d] for d in ("chain", "draw"))
     places = np.unique(np.geomspace(1, draws, POINTS).astype(int))
     found = np.zeros(len(places))
     for name, (mean, sd) in truth.items():

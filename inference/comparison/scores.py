@@ -78,7 +78,7 @@ def run_scores(result: Result) -> dict[str, float]:
 
 def gradients_of(result: Result) -> float:
     """Gradient evaluations: of chains those of the draws that were kept, of a fit one per step; nan if unknown."""
-    stats = result.idata.get("sample_stats")
+    stats = result.groups.get("sample_stats")
     if stats is None:
         return float(len(result.losses)) if len(result.losses) else math.nan
     return float(stats["n_steps"].sum()) if "n_steps" in stats else math.nan
@@ -234,7 +234,7 @@ def _density(result: Result, heldout: Any) -> Densities:
     exact = _exact(result, heldout, score[:2])
     if exact is not None:
         return Densities(exact, 0.0, 0)
-    chains = result.idata["posterior"].sizes["chain"] if "sample_stats" in result.idata.children else 1
+    chains = result.groups["posterior"].sizes["chain"] if "sample_stats" in result.groups else 1
     values = score.logsumexp(0) - math.log(len(score))
     return Densities(values, monte_carlo_error(score, chains) if len(score) > 1 else 0.0, _decided_by_few(score))
 

@@ -157,7 +157,7 @@ class Comparison:
         paths = [folder / "table.csv"]
         spread = self.table[[]] if self.errors is None else self.errors.add_suffix("_error")
         write_whole(paths[0], self.table.join(spread).to_csv)
-        kept = {name: result for name, result in self.results.items() if result.idata.children}
+        kept = {name: result for name, result in self.results.items() if result.groups}
         if kept:
             paths.append(folder / "posteriors.png")
             write_whole(paths[1], partial(self.plot().savefig, dpi=110))

@@ -10,16 +10,17 @@ import numpy as np
 from torch import Tensor
 
 from inference.core.bound import BoundPair
-from inference.core.lazy import pd, xr
+from inference.core.lazy import pd
 from inference.diagnostics.convergence import Diagnosis
 from inference.diagnostics.quantities import quantity
+from inference.idata import Groups
 
 
 class Reported(Protocol):
     """A Result, as a page sees it."""
 
     @property
-    def idata(self) -> xr.DataTree:
+    def groups(self) -> Groups:
         """Groups of draws, statistics and data."""
 
     @property
@@ -56,12 +57,12 @@ class Reported(Protocol):
 
 def is_chains(result: Reported) -> bool:
     """Whether it is of Markov chains."""
-    return "sample_stats" in result.idata.children
+    return "sample_stats" in result.groups
 
 
 def quantities(result: Reported) -> dict[str, np.ndarray]:
     """Draws (chains, draws) of the quantities in the table of a Result, by their names."""
-    posterior = result.idata.get("posterior")
+    posterior = result.groups.get("posterior")
     if posterior is None:
         return {}
     wanted, found = set(result.diagnosis.table.index), {}
@@ -76,5 +77,5 @@ def quantities(result: Reported) -> dict[str, np.ndarray]:
 
 def about_of(result: Reported, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """What made the Result: what the caller says, and the seed."""
-    attrs = result.idata.attrs
+    attrs = result.groups.attrs
     return {**({"seed": int(attrs["seed"])} if "seed" in attrs else {}), **(about or {})}

@@ -132,7 +132,7 @@ def chains(result: Reported) -> Iterator[Block]:
     """Traces and ranks of the quantities that mix worst, and the energies."""
     draws, table = quantities(result), result.diagnosis.table
     order = [n for n in table["r_hat"].sort_values(ascending=False, na_position="last").index if n in draws]
-    group = result.idata["sample_stats"].to_dataset()
+    group = result.groups["sample_stats"]
     size = f"{group.sizes['chain']} chains of {group.sizes['draw']} draws"
     yield note(
         f"{size}; the quantities of the largest R-hat. Traces of chains that agree look alike and go nowhere; lines of "
@@ -162,7 +162,7 @@ def origin(result: Reported, about: Mapping[str, Any], versions: Mapping[str, st
     rows = [[cell(str(n)), cell(str(v))] for n, v in about.items() if n not in skipped]
     rows += [[cell("commit"), cell(commit)]] if commit else []
     rows += [[cell(n), cell(v)] for n, v in versions.items()]
-    attrs = result.idata.attrs
+    attrs = result.groups.attrs
     rows += [[cell("execution"), cell(str(attrs["execution"]))]] if "execution" in attrs else []
     place = "cuda" if torch.device(result.bound.device).type == "cuda" else "cpu"
     yield Table(["", ""], [*rows, [cell("device"), cell(place)]], "What made this page")

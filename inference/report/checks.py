@@ -40,8 +40,8 @@ def replicas(result: Reported, *, prior: bool) -> dict[str, np.ndarray]:
     count = max(2, min(REPLICAS, NUMBERS // max(numbers, 1)))
     if not names:
         return {}
-    if not prior and "posterior_predictive" in result.idata.children and not bound.generated:
-        group = result.idata["posterior_predictive"]
+    if not prior and "posterior_predictive" in result.groups and not bound.generated:
+        group = result.groups["posterior_predictive"]
         # A name may be written otherwise for NetCDF; the order is that of the sites.
         arrays = [v.values.reshape(-1, *v.shape[2:]) for v in group.data_vars.values()]
         at = spaced(len(arrays[0]), count).numpy()

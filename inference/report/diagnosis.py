@@ -44,7 +44,7 @@ def _row(name: str, value: float, wanted: str, good: bool | None, means: str, re
 
 
 def _chain_rows(result: Reported) -> list[list[Cell]]:
-    found, group = result.diagnosis, result.idata["sample_stats"].to_dataset()
+    found, group = result.diagnosis, result.groups["sample_stats"]
     return [*_agreement(found, group), *_sizes(found.table, group), *_transitions(found, group)]
 
 

@@ -59,12 +59,12 @@ def loo(results: Mapping[str, Reported]) -> Iterator[Block]:
     scored = {
         n: r
         for n, r in results.items()
-        if not r.bound.shown_rows and "log_likelihood" in r.idata.children and "log_likelihood" not in r.idata.attrs
+        if not r.bound.shown_rows and "log_likelihood" in r.groups and "log_likelihood" not in r.groups.attrs
     }
     yield from _reservations(results, scored)
     scores = []
     for name, result in scored.items():
-        sites = [str(n) for n in result.idata["log_likelihood"].data_vars]
+        sites = [str(n) for n in result.groups["log_likelihood"].data_vars]
         for site in sites:
             label = name if len(sites) == 1 else f"{name}, {site}"
             try:
@@ -88,7 +88,7 @@ def _reservations(results: Mapping[str, Reported], scored: Mapping[str, Reported
                 f"{name}: rows are read by minibatches, and not all of them scored; score held-out rows instead."
             )
         elif name not in scored:
-            why = result.idata.attrs.get("log_likelihood", "no log likelihood of observations")
+            why = result.groups.attrs.get("log_likelihood", "no log likelihood of observations")
             yield note(f"{name}: {why}.")
     guides = [n for n, r in scored.items() if not is_chains(r)]
     if guides:
@@ -99,13 +99,13 @@ def _reservations(results: Mapping[str, Reported], scored: Mapping[str, Reported
 
 
 def _score(label: str, result: Reported, site: str) -> Score:
-    draws = result.idata["log_likelihood"].to_dataset()[site].values
+    draws = result.groups["log_likelihood"][site].values
     if (draws == draws[:1, :1]).all():
         raise ValueError("a point estimate, whose draws are equal.")
     with warnings.catch_warnings():
         # What ArviZ warns of is in the table.
         warnings.simplefilter("ignore")
-        found = azs.loo(result.idata, var_name=site, pointwise=True)
+        found = azs.loo(result.groups.joined(("posterior", "log_likelihood")), var_name=site, pointwise=True)
     values, k = (np.asarray(v).ravel() for v in (found.elpd_i, found.pareto_k))
     return Score(label, site, float(found.elpd), float(found.se), float(found.p), values, k)
 

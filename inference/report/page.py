@@ -186,7 +186,7 @@ def _used(sections: Sequence[Section | None]) -> list[Section]:
 
 
 def _scored(result: Reported) -> bool:
-    return bool(result.bound.select("observed")) and "posterior" in result.idata.children
+    return bool(result.bound.select("observed")) and "posterior" in result.groups
 
 
 def _verdict(warned: Mapping[str, int]) -> tuple[str, str]:

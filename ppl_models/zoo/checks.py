@@ -197,7 +197,7 @@ def _same_likelihood(chains: Result, reference: Result) -> tuple[bool, str]:
 
     The standard error is that over chains, whose number is small: the limit is that of Student's t.
     """
-    count = chains.idata["posterior"].sizes["chain"]
+    count = chains.groups["posterior"].sizes["chain"]
     one, other = (pointwise_log_likelihood(r).double().sum(1).numpy() for r in (chains, reference))
     means = one.reshape(count, -1).mean(1)
     error = math.hypot(means.std(ddof=1) / count**0.5, other.std() / len(other) ** 0.5)
