@@ -33,8 +33,12 @@ EXACT_ROWS = 5000
 
 PARTICLES, LEAST_PARTICLES, PARTICLE_NUMBERS = 500, 4, 300_000_000
 """Particles of the guide per held-out row, for pairs with latent sites per row: at most, at least, and the numbers that
-those of all rows may have between. A diffusion chain of 100 steps has 6,400 numbers per row of 64: with 500 particles
-540 rows took half an hour, with 20 still ten minutes."""
+those of all rows may have between."""
+
+WIDE_ROW = 1000
+"""Latent numbers per row above which a row has the least number of particles. With so many numbers one particle
+outweighs the others, and more of them buy little: a diffusion chain of 100 steps has 6,400 numbers per row of 64, and
+its 540 rows take half an hour with 86 particles."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +246,8 @@ def _density(result: Result, heldout: Any) -> Densities:
 def _particles(bound: BoundPair, heldout: Any) -> int:
     """Particles for each held-out row, by the numbers that the guide draws for a row and the number of rows."""
     width = sum(torch.Size(bound.sites[n].shape).numel() for n in bound.guided) / max(bound.rows, 1)
+    if width > WIDE_ROW:
+        return LEAST_PARTICLES
     tensors = heldout.values() if isinstance(heldout, Mapping) else [heldout]
     rows = max((len(v) for v in tensors if isinstance(v, Tensor) and v.dim()), default=1)
     return max(LEAST_PARTICLES, min(PARTICLES, int(PARTICLE_NUMBERS / max(width * rows, 1))))

@@ -62,6 +62,7 @@ class Recipe:
         sure: A key of ``GRADES``.
         better: ``lower`` or ``higher``.
         seeds: Number of seeds of a full run.
+        entry: The entry of the zoo that it is a figure of.
     """
 
     name: str
@@ -73,11 +74,20 @@ class Recipe:
     sure: str
     better: str = "lower"
     seeds: int = 1
+    entry: str = ""
 
     @property
     def known(self) -> str:
         """The published figure, or a dash."""
         return "-" if self.published is None else f"{self.published:g}"
+
+    def met(self, record: Mapping[str, Any]) -> bool | None:
+        """Whether a record is at or beyond the published figure, within two standard errors; None if there is none."""
+        if self.published is None:
+            return None
+        ahead = record["figure"] - self.published
+        ahead = ahead if self.better == "higher" else -ahead
+        return bool(ahead >= -2 * (record["standard_error"] or 0.0))
 
     @property
     def origin(self) -> str:

@@ -84,16 +84,18 @@ class Check:
         name: What was checked.
         passed: Whether the figures agree; None: it could not be checked.
         figure: The figures, or why there are none.
+        word: The verdict where it is none of ``ok``, ``FAILED`` and ``not checked``.
     """
 
     name: str
     passed: bool | None
     figure: str
+    word: str = ""
 
     @property
     def verdict(self) -> str:
-        """``ok``, ``FAILED`` or ``not checked``."""
-        return {True: "ok", False: "FAILED", None: "not checked"}[self.passed]
+        """``ok``, ``FAILED`` or ``not checked``, or another word."""
+        return self.word or {True: "ok", False: "FAILED", None: "not checked"}[self.passed]
 
 
 def verify(entry: Entry, method: str | None = None, *, quick: bool = False, seed: int = 0) -> Iterator[Check]:

@@ -16,17 +16,31 @@ from torch import Tensor
 from inference import Result, fit, log_evidence, pointwise_log_likelihood
 from inference.objectives import EM, IWAE
 from ppl_models import data
-from ppl_models.ledger.recipes.trained import placed, trained
+from ppl_models.ledger.recipes.trained import placed, trained, trained_by_stages
 from ppl_models.models.autoregressive import Autoregressive
 from ppl_models.models.mixture import BernoulliMixture
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
 from ppl_models.models.vae import VAE
+
+BURDA = tuple((3**k, 0.001 * 10 ** (-k / 7)) for k in range(8))
+"""Epochs and learning rates of Burda et al. 2016: 3,280 epochs in eight stages."""
+
+
+Stages = Sequence[tuple[int, float]]
 
 
 def _rows(train: int | None, test: int | None) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Names of the pixels, and so many training and test images (None: all)."""
     images = data.load("binarized_mnist")
     return images.features, placed(images.train["x"][:train]), placed(images.test["x"][:test])
+
+
+def _valid(count: int | None) -> Tensor:
+    """So many validation images (None: all)."""
+    images = data.load("binarized_mnist").valid
+    if images is None:
+        raise ValueError("binarized_mnist: expected validation images, got none")
+    return placed(images["x"][:count])
 
 
 def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
@@ -47,30 +61,54 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
     }
 
 
-def vae(quick: bool, seed: int, *, particles: int) -> dict[str, float]:
-    """Test NLL of a VAE with one stochastic layer, by importance sampling with 5,000 particles."""
-    few, steps, k, rows = (300, 20, 20, 20) if quick else (None, 100 * 500, 5000, None)
+def vae(quick: bool, seed: int, *, particles: int, stages: Stages = BURDA) -> dict[str, float]:
+    """Test NLL of a VAE with one stochastic layer, by importance sampling with 5,000 particles.
+
+    The stage is chosen by 1,000 validation images and 200 particles.
+    """
+    few, k, rows, some = (300, 20, 20, 20) if quick else (None, 5000, None, 1000)
     pixels, x, test = _rows(few, rows)
+    valid = _valid(some)
     objective = IWAE(particles) if particles > 1 else Trace_ELBO()
-    schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": 0.002, "draws": 1}
-    pair, result = trained(lambda: VAE(pixels, 50), x, objective, seed=seed, **schedule)
+    made: list[VAE] = []
+
+    def make() -> VAE:
+        made.append(VAE(pixels, 50))
+        return made[0]
+
+    result, found = trained_by_stages(
+        make,
+        x,
+        objective,
+        stages=stages[:2] if quick else stages,
+        score=lambda result: log_evidence(result, valid, k=min(k, 200), progress=False).mean,
+        seed=seed,
+    )
     evidence = log_evidence(result, test, k=k)
-    with torch.no_grad():
-        active = int(pair.active(x).sum())
-    bound = result.losses[-max(1, steps // 100) :].mean() / len(x)
-    return {"figure": -evidence.mean, "train bound": float(bound), "active factors": active}
+    with torch.no_grad(), result.state():
+        active = int(made[0].active(x).sum())
+    return {"figure": -evidence.mean, **found, "active factors": active}
 
 
 def autoregressive(
-    quick: bool, seed: int, *, make: Callable[..., Autoregressive], epochs: int, learning_rate: float
+    quick: bool, seed: int, *, make: Callable[..., Autoregressive], stages: Stages, weight_decay: float = 0.0
 ) -> dict[str, float]:
-    """Exact test NLL of an autoregressive pair fitted by maximum likelihood."""
-    few, steps, rows = (100, 4, 20) if quick else (None, epochs * 500, None)
+    """Exact test NLL of an autoregressive pair, at the mode under a normal prior of precision ``weight_decay``.
+
+    The stage is chosen by the validation images.
+    """
+    few, rows = (100, 20) if quick else (None, None)
     pixels, x, test = _rows(few, rows)
-    schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": learning_rate, "draws": 1}
-    _, result = trained(lambda: make(pixels), x, seed=seed, **schedule)
-    bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
-    return {"figure": -log_evidence(result, test, "exact", batch=100).mean, "train": float(bound)}
+    valid = _valid(rows)
+    result, found = trained_by_stages(
+        lambda: make(pixels),
+        x,
+        stages=((2, 0.001),) if quick else stages,
+        score=lambda result: log_evidence(result, valid, "exact", batch=100, progress=False).mean,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    return {"figure": -log_evidence(result, test, "exact", batch=100).mean, **found}
 
 
 def belief_net(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from inference import Checkpoint, Result, fit, isolated
@@ -73,3 +76,57 @@ def trained(
     if kept is not None:
         arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
     return pair, method(pair, data, *objective, seed=seed, **arguments)
+
+
+def trained_by_stages(
+    make: Callable[[], P],
+    data: Tensor,
+    *objective: Any,
+    stages: Sequence[tuple[int, float]],
+    score: Callable[[Result], float],
+    weight_decay: float = 0.0,
+    batch: int = 100,
+    seed: int,
+) -> tuple[Result, dict[str, float]]:
+    """Fit a pair in stages, each by an Adam of its own, until one is worse on validation rows; keep the best.
+
+    Args:
+        make: Builds the pair.
+        data: Rows of the fit.
+        objective: The objective, unless it is the default one.
+        stages: Epochs and learning rate of each stage.
+        score: From a Result to its mean log density of validation rows, in nats.
+        weight_decay: Precision of a normal prior of all parameters, whose mode Adam looks for.
+        batch: Rows of a step.
+        seed: Seed of the pair and of the fits.
+
+    Returns:
+        The Result of the best stage, and ``valid``, its negative score, ``epochs`` until its end, and ``train``, its
+        mean loss per row in its last epoch.
+    """
+    best, found, done, made = None, {"valid": math.inf}, 0, make
+    for k, (epochs, rate) in enumerate(stages):
+        per_epoch = max(1, len(data) // batch)
+        pair, result = trained(
+            made,
+            data,
+            *objective,
+            seed=seed * len(stages) + k,
+            steps=epochs * per_epoch,
+            batch=batch,
+            draws=1,
+            optimizer=PyroOptim(torch.optim.Adam, {"lr": rate, "weight_decay": weight_decay}),
+        )
+        made, done = partial(_itself, pair), done + epochs
+        valid = -score(result)
+        if valid >= found["valid"]:
+            break
+        best = result
+        found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
+    if best is None:
+        raise ArithmeticError("valid: expected a finite score of the first stage, got none")
+    return best, found
+
+
+def _itself(pair: P) -> P:
+    return pair
