@@ -226,7 +226,12 @@ def reproduce(
     missing: Annotated[bool, typer.Option("--missing", help="Seeds recorded by other commits count as well.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds that run side by side, in processes.")] = 1,
     device: Device = "cpu",
-    out_dir: Annotated[str, typer.Option("--out", help="Directory of the records.")] = "results/ledger",
+    again: Annotated[
+        bool, typer.Option("--check", help="Evaluate again by the weights on record, and train nothing.")
+    ] = False,
+    out_dir: Annotated[
+        str | None, typer.Option("--out", help="Directory of the records; default: results/ledger.")
+    ] = None,
 ) -> None:
     """Reproduce a published figure and append the result to a ledger.
 

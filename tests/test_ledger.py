@@ -16,13 +16,14 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from typer.testing import CliRunner
 
-from inference import fit
+from inference import fit, log_evidence
 from ppl_models import data, ledger
 from ppl_models.cli import app
 from ppl_models.ledger import record
 from ppl_models.ledger.entries import RECIPES
-from ppl_models.ledger.recipes.trained import placed, trained
+from ppl_models.ledger.recipes.trained import placed, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
+from ppl_models.models.autoregressive import FVSBN
 
 README = Path(__file__).parent.parent / "README.md"
 FOUND = {0: {"figure": 1.0, "train": 0.5}, 1: {"figure": 3.0, "train": 0.25}}
@@ -134,6 +135,51 @@ def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> No
     record = ledger.reproduce(recipe(run=run), tmp_path / "killed", seeds=1)
     assert record["details"] == expected["details"]
     assert not kept.exists()
+
+
+def staged(scores: list[float], tmp_path: Path, *, read: bool = False) -> tuple[float, dict[str, float]]:
+    """Density of a small pair that was fitted in stages which have these scores on validation rows."""
+    x = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    given = iter(scores)
+    with weights_at(tmp_path / "weights" / "made.safetensors", read=read):
+        result, found = trained_by_stages(
+            lambda: FVSBN(6), x, stages=((1, 0.1),) * 4, score=lambda _: next(given), batch=50, seed=0
+        )
+    return log_evidence(result, x, "exact").mean, found
+
+
+@pytest.mark.parametrize(("scores", "epochs"), [([-3, -2, -2.5], 2), ([-3, -2, -1, -1.5], 3), ([-1, -2], 1)])
+def test_the_stage_before_the_first_that_is_worse_is_kept(scores: list[float], epochs: int, tmp_path) -> None:
+    value, found = staged(scores, tmp_path)
+    assert (found["epochs"], found["valid"]) == (epochs, -max(scores))
+    shorter, _ = staged([*scores[:epochs], -9], tmp_path / "other")
+    assert value == shorter
+    again, trained_again = staged([], tmp_path, read=True)
+    assert again == pytest.approx(value, rel=1e-3) and trained_again == {}
+
+
+def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypatch) -> None:
+    def evaluated(quick: bool, seed: int) -> dict[str, float]:
+        x = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+        result, _ = trained_by_stages(
+            lambda: FVSBN(6), x, stages=((1, 0.1),) * 2, score=lambda r: log_evidence(r, x).mean, batch=50, seed=seed
+        )
+        return {"figure": -log_evidence(result, x, "exact").mean}
+
+    monkeypatch.setattr("ppl_models.ledger.RECIPES", {"made": recipe(run=evaluated, seeds=1)})
+    answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
+    assert answer.exit_code == 2 and "recipe: expected weights on record, got none of made" in answer.stderr
+    ledger.reproduce(recipe(run=evaluated, seeds=2), tmp_path)
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["made.safetensors"]
+    answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
+    assert answer.exit_code == 0, answer.stderr
+    now, then = map(float, re.findall(r"(\d+\.\d+) (?:now|on record)", answer.stdout))
+    assert now == pytest.approx(then, abs=0.002)
+    line = json.loads((tmp_path / "made.jsonl").read_text())
+    line["details"]["figure"][0] += 0.1
+    (tmp_path / "made.jsonl").write_text(json.dumps(line) + "\n")
+    answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
+    assert answer.exit_code == 1 and "which is on record, got" in answer.stderr
 
 
 def test_quick_records_stay_out_of_the_table(tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +24,7 @@ import torch
 
 from inference import exclusive
 from ppl_models.data.sets import usable
-from ppl_models.ledger.recipes.trained import checkpoints_in, running_on
+from ppl_models.ledger.recipes.trained import checkpoints_in, running_on, weights_at
 
 try:
     import fcntl
@@ -155,13 +156,40 @@ def reproduce(
 
 
 @exclusive
+def check(
+    recipe: Recipe, directory: Path = RECORDS, *, device: str | torch.device | None = None
+) -> tuple[float, float]:
+    """Evaluate a recipe again by the weights that its first seed has left.
+
+    Args:
+        recipe: What to evaluate.
+        directory: Where the records are, with ``weights`` beside them.
+        device: Where to run, such as "cuda". Default: the CPU.
+
+    Returns:
+        The figure now, and that of the first seed on record.
+
+    Raises:
+        ValueError: There are no weights, or no record.
+    """
+    path, records = directory / "weights" / f"{recipe.name}.safetensors", directory / f"{recipe.name}.jsonl"
+    kept = [r for r in read_lines(records) if not r["quick"]] if records.exists() else []
+    if not path.exists() or not kept:
+        raise ValueError(f"recipe: expected weights on record, got none of {recipe.name} in {directory}")
+    with running_on(None if device is None else usable(device)), weights_at(path, read=True):
+        return float(recipe.run(False, 0)["figure"]), float(kept[-1]["details"]["figure"][0])
+
+
+@exclusive
 def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: torch.device | None) -> None:
     """Run one seed and append its line."""
     started = perf_counter()
     commit = _commit()
     # Of one code only: what another has begun it must not end.
     folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}-{commit}"
-    with checkpoints_in(folder), running_on(place):
+    # Weights of the first seed are kept, with which ``check`` evaluates again.
+    keeps = nullcontext() if quick or seed else weights_at(directory / "weights" / f"{recipe.name}.safetensors")
+    with checkpoints_in(folder), running_on(place), keeps:
         found = dict(recipe.run(quick, seed))
     if not math.isfinite(found["figure"]):
         shutil.rmtree(folder, ignore_errors=True)
