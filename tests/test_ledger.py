@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -21,6 +22,7 @@ from ppl_models import data, ledger
 from ppl_models.cli import app
 from ppl_models.ledger import record
 from ppl_models.ledger.entries import RECIPES
+from ppl_models.ledger.recipes.posteriors import R_HAT, SPREAD, WORST_Z, judged
 from ppl_models.ledger.recipes.trained import placed, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
@@ -282,9 +284,9 @@ def by_function(name: str) -> Any:
 @pytest.mark.parametrize("name", [by_function(name) for name in RECIPES])
 def test_the_quick_size_of_a_recipe_runs_from_the_command_line(name: str, tmp_path, monkeypatch) -> None:
     try:
-        data.load("binarized_mnist"), data.load("mnist")
+        data.load("binarized_mnist"), data.load("mnist"), data.load("posteriordb/sblri-blr")
     except FileNotFoundError:
-        pytest.skip("MNIST is not at hand")
+        pytest.skip("MNIST, or posteriordb, is not at hand")
     answer = CliRunner().invoke(app, ["reproduce", name, "--quick", "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.output
     assert "quick: not comparable" in answer.stdout
@@ -306,3 +308,20 @@ def test_the_command_lists_recipes_and_refuses_others(tmp_path) -> None:
 
 def test_the_readme_has_the_ledger_as_it_is() -> None:
     assert ledger.table() in README.read_text()
+
+
+def test_posteriors_are_judged_by_their_means_spreads_and_chains() -> None:
+    rng = np.random.default_rng(0)
+    theirs, ours = rng.normal(size=(10, 1000)), rng.normal(size=(64, 250))
+    reference = {"beta[1]": torch.tensor(theirs), "sigma": torch.tensor(theirs + 3)}
+
+    def judge(one: np.ndarray, other: np.ndarray) -> tuple[bool, ...]:
+        z, spread, r_hat = judged({"beta[1]": one, "sigma": other}, reference)
+        return z < WORST_Z, spread < SPREAD, r_hat < R_HAT
+
+    assert judge(ours, ours + 3) == (True, True, True)
+    # The standard error of the difference of means is 0.013.
+    assert judge(ours, ours + 3.1) == (False, True, True)
+    assert judge(1.2 * ours, ours + 3) == (True, False, True)
+    apart = ours + 0.5 * (-1) ** np.arange(64)[:, None]
+    assert judge(apart / apart.std(), ours + 3) == (True, True, False)

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from inference.kernels import NUTS
 from inference.objectives import RWS, WakeSleep
-from ppl_models.ledger.recipes import adversarial, bars, diffusion, likelihood, semi_supervised
+from ppl_models.ledger.recipes import adversarial, bars, diffusion, likelihood, posteriors, semi_supervised
 from ppl_models.ledger.record import RECORDS, Recipe, read_lines, shown_figure
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE
 
@@ -248,6 +249,26 @@ RECIPES: dict[str, Recipe] = {
             published=1000,
             source="Lin et al. 2018, table of PacDCGAN",
             protocol="three digits in three planes, 26,000 samples; here R1 and a classifier of our own",
+        ),
+        Recipe(
+            name="posteriordb_chees",
+            title="posteriors right of 9",
+            run=posteriors.posteriors,
+            published=9,
+            source="Magnusson et al. 2024, reference draws of posteriordb",
+            protocol="default ChEES; R-hat below 1.01, means within 4 standard errors, sds within 10 %",
+            sure="checked",
+            better="higher",
+        ),
+        Recipe(
+            name="posteriordb_nuts",
+            title="posteriors right of 9",
+            run=partial(posteriors.posteriors, kernel=NUTS),
+            published=9,
+            source="Magnusson et al. 2024, reference draws of posteriordb",
+            protocol="NUTS, 4 chains; R-hat below 1.01, means within 4 standard errors, sds within 10 %",
+            sure="checked",
+            better="higher",
         ),
     )
 }

@@ -94,7 +94,7 @@ def posterior_of(case: str) -> Posterior:
     series = SERIES[case]
     sites = tuple(series.columns({n: np.zeros((1, 1)) for n in ("mu", "alpha0", "alpha1", "beta1")}))
     numpyro: Any = series.numpyro
-    return Posterior(case, sites, series.data, lambda: series.pyro, numpyro, lambda **_: None)
+    return Posterior(case, sites, series.data, series.pyro, numpyro, lambda **_: None)
 
 
 def prepare(case: str, contender: str, *more: str) -> Callable[[int], dict[str, Any]]:

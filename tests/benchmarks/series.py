@@ -40,7 +40,7 @@ def ours(series: Series, seed: int, **settings: Any) -> Arrays:
     from inference import sample
 
     data = {n: torch.as_tensor(v) for n, v in series.data().items()}
-    result = sample(series.pyro, data, seed=seed, progress=False, **settings)
+    result = sample(series.pyro(), data, seed=seed, progress=False, **settings)
     return {n: result.idata.posterior[n].values for n in result.draws}
 
 

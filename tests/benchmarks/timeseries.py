@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-ODE_STEPS = 10
-"""Steps per year of the ODE solver: its error is far below the noise of the data."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class Series:
 
     Attributes:
         data: Makes the data by name, float64.
-        pyro: The Pyro model of these data.
+        pyro: Makes the Pyro model of these data.
         numpyro: Makes the NumPyro model; None: not written.
         columns: From draws by site (chain, draw, ...) to the quantities that are judged, (chain, draw).
         reference: Makes reference draws of the quantities: (chain, draw) each.
     """
 
     data: Callable[[], Arrays]
-    pyro: Callable[..., Any]
+    pyro: Callable[[], Callable[..., Any]]
     numpyro: Callable[[], Callable[..., Any]] | None
     columns: Callable[[Arrays], Arrays]
     reference: Callable[[], Arrays]
@@ -64,6 +62,17 @@ def _stored(name: str, *keys: str) -> Arrays:
 def _stored_draws(name: str, names: dict[str, str]) -> Arrays:
     chains = _read(f"{name}.draws")
     return {ours: np.array([c[theirs] for c in chains]) for ours, theirs in names.items()}
+
+
+def _of_the_ledger(name: str) -> Callable[[], Callable[..., Any]]:
+    """A model that the ledger has too, imported where it is run: the peers go without torch."""
+
+    def make() -> Callable[..., Any]:
+        from ppl_models.ledger.recipes import posteriors
+
+        return getattr(posteriors, name)
+
+    return make
 
 
 def _plain(*names: str) -> Callable[[Arrays], Arrays]:
@@ -177,22 +186,6 @@ def garch_reference(rounds: int = 4000) -> Arrays:
     )
 
 
-def arma(y: Any) -> None:
-    import pyro
-    import pyro.distributions as dist
-
-    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 10.0))
-    phi = pyro.sample("phi", dist.Normal(y.new_tensor(0.0), 2.0))
-    theta = pyro.sample("theta", dist.Normal(y.new_tensor(0.0), 2.0))
-    sigma = pyro.sample("sigma", dist.HalfCauchy(y.new_tensor(2.5)))
-    error = y[0] - (mu + phi * mu)
-    pyro.sample("y_0", dist.Normal(mu + phi * mu, sigma), obs=y[0])
-    for t in range(1, len(y)):
-        mean = mu + phi * y[t - 1] + theta * error
-        error = y[t] - mean
-        pyro.sample(f"y_{t}", dist.Normal(mean, sigma), obs=y[t])
-
-
 def arma_numpyro() -> Callable[..., Any]:
     import jax
     import numpyro
@@ -238,21 +231,13 @@ def _hmm_priors(y: Any) -> tuple[Any, Any]:
     return rows, torch.stack([mu, mu + gap], -1)
 
 
-def _forward(rows: Any, scores: Any) -> None:
-    """The forward algorithm in a loop over time: scores (T, 2) of both states."""
-    import pyro
-
-    alpha = scores[0]
-    for t in range(1, len(scores)):
-        alpha = (alpha[..., None] + rows.log()).logsumexp(-2) + scores[t]
-    pyro.factor("y", alpha.logsumexp(-1))
-
-
 def hmm_loop(y: Any) -> None:
     import pyro.distributions as dist
 
+    from ppl_models.ledger.recipes.posteriors import forward
+
     rows, means = _hmm_priors(y)
-    _forward(rows, dist.Normal(means, 1.0).log_prob(y[:, None]))
+    forward(rows, dist.Normal(means, 1.0).log_prob(y[:, None]))
 
 
 def hmm_markov(y: Any) -> None:
@@ -327,54 +312,6 @@ def hmm_reference(rounds: int = 4000) -> Arrays:
     return dict(zip(("stay0", "stay1", "mu", "gap"), drawn, strict=True))
 
 
-def _positive_ordered(name: str, first: Any, second: Any) -> Any:
-    """Two ordered positive numbers with a normal density on each, as Stan's ``positive_ordered`` has it."""
-    import pyro
-    import pyro.distributions as dist
-    import torch
-
-    low = pyro.sample(f"{name}1", dist.HalfNormal(first[1]).mask(False))
-    high = pyro.sample(f"{name}2", dist.Uniform(low, 1e3).mask(False))
-    for value, (mean, sd) in ((low, first), (high, second)):
-        pyro.factor(f"{name}_{mean}", dist.Normal(mean, sd).log_prob(value))
-    return torch.stack([low, high], -1)
-
-
-def hmm_example(y: Any) -> None:
-    import pyro
-    import pyro.distributions as dist
-
-    rows = pyro.sample("rows", dist.Dirichlet(y.new_ones(2, 2)).to_event(1))
-    one = y.new_tensor(1.0)
-    means = _positive_ordered("mu", (3 * one, one), (10 * one, one))
-    _forward(rows, dist.Normal(means, 1.0).log_prob(y[:, None]))
-
-
-def hmm_drive(u: Any, v: Any, alpha: Any) -> None:
-    import pyro
-    import pyro.distributions as dist
-
-    rows = pyro.sample("rows", dist.Dirichlet(alpha).to_event(1))
-    one = u.new_tensor(1.0)
-    phi = _positive_ordered("phi", (0 * one, one), (3 * one, one))
-    rate = _positive_ordered("lambda", (0 * one, one), (3 * one, one))
-    scores = dist.Exponential(phi).log_prob(u[:, None]) + dist.Exponential(rate).log_prob(v[:, None])
-    _forward(rows, scores)
-
-
-def gp(x: Any, y: Any) -> None:
-    import pyro
-    import pyro.distributions as dist
-    import torch
-
-    rho = pyro.sample("rho", dist.Gamma(x.new_tensor(25.0), 4.0))
-    alpha = pyro.sample("alpha", dist.HalfNormal(x.new_tensor(2.0)))
-    sigma = pyro.sample("sigma", dist.HalfNormal(x.new_tensor(1.0)))
-    square = (x[:, None] - x) ** 2
-    covariance = alpha**2 * torch.exp(-square / (2 * rho**2)) + sigma * torch.eye(len(x), dtype=x.dtype)
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(x), covariance), obs=y)
-
-
 def gp_numpyro() -> Callable[..., Any]:
     import jax.numpy as jnp
     import numpyro
@@ -391,49 +328,13 @@ def gp_numpyro() -> Callable[..., Any]:
     return model
 
 
-def _rates(state: Any, theta: Any) -> tuple[Any, Any]:
-    (u, v), (a, b, c, d) = state, theta
-    return (a - b * v) * u, (-c + d * u) * v
-
-
-def _runge_kutta(state: Any, theta: Any, step: float) -> tuple[Any, Any]:
-    def moved(by: Any, size: float) -> tuple[Any, Any]:
-        return state[0] + size * by[0], state[1] + size * by[1]
-
-    one = _rates(state, theta)
-    two = _rates(moved(one, step / 2), theta)
-    three = _rates(moved(two, step / 2), theta)
-    four = _rates(moved(three, step), theta)
-    total = (one[k] + 2 * two[k] + 2 * three[k] + four[k] for k in (0, 1))
-    return tuple(s + step / 6 * t for s, t in zip(state, total, strict=True))  # type: ignore[return-value]
-
-
-def lotka_volterra(y: Any, y_init: Any) -> None:
-    """The truncated normal priors of the rates are half normal by a factor: their constants do not matter."""
-    import pyro
-    import pyro.distributions as dist
-    import torch
-
-    like = y.new_tensor
-    theta = pyro.sample("theta", dist.LogNormal(like([0.0, -3.0, 0.0, -3.0]), 1.0).to_event(1))
-    prior = dist.Normal(like([1.0, 0.05, 1.0, 0.05]), like([0.5, 0.05, 0.5, 0.05])).log_prob(theta)
-    pyro.factor("theta_prior", (prior - dist.LogNormal(like([0.0, -3.0, 0.0, -3.0]), 1.0).log_prob(theta)).sum(-1))
-    start = pyro.sample("z_init", dist.LogNormal(like([10.0, 10.0]).log(), 1.0).to_event(1))
-    sigma = pyro.sample("sigma", dist.LogNormal(like([-1.0, -1.0]), 1.0).to_event(1))
-    state, path = start.unbind(-1), []
-    for _ in range(len(y)):
-        for _ in range(ODE_STEPS):
-            state = _runge_kutta(state, theta.unbind(-1), 1.0 / ODE_STEPS)
-        path.append(torch.stack(state, -1))
-    pyro.sample("y_init", dist.LogNormal(start.log(), sigma).to_event(1), obs=y_init)
-    pyro.sample("y", dist.LogNormal(torch.stack(path, -2).log(), sigma).to_event(2), obs=y)
-
-
 def lotka_volterra_numpyro() -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
+
+    from ppl_models.ledger.recipes.posteriors import ODE_STEPS, runge_kutta
 
     def model(y: Any, y_init: Any) -> None:
         location, scale = jnp.array([1.0, 0.05, 1.0, 0.05]), jnp.array([0.5, 0.05, 0.5, 0.05])
@@ -442,7 +343,7 @@ def lotka_volterra_numpyro() -> Callable[..., Any]:
         sigma = numpyro.sample("sigma", dist.LogNormal(-jnp.ones(2), 1.0).to_event(1))
 
         def step(state: Any, _: Any) -> Any:
-            state = _runge_kutta(state, theta, 1.0 / ODE_STEPS)
+            state = runge_kutta(state, theta, 1.0 / ODE_STEPS)
             return state, jnp.stack(state)
 
         path = jax.lax.scan(step, (start[0], start[1]), None, length=len(y) * ODE_STEPS)[1][ODE_STEPS - 1 :: ODE_STEPS]
@@ -471,26 +372,28 @@ _STAYS = {"stay0": "theta1[1]", "stay1": "theta2[2]"}
 _LOTKA = {f"theta{k}": f"theta[{k}]" for k in range(1, 5)}
 _LOTKA |= {f"{n}{k}": f"{n}[{k}]" for n in ("z_init", "sigma") for k in (1, 2)}
 SERIES = {
-    "garch": Series(garch_data, garch, garch_numpyro, _plain("mu", "alpha0", "alpha1", "beta1"), garch_reference),
+    "garch": Series(
+        garch_data, lambda: garch, garch_numpyro, _plain("mu", "alpha0", "alpha1", "beta1"), garch_reference
+    ),
     "arma": Series(
         partial(_stored, "arma", "y"),
-        arma,
+        _of_the_ledger("arma"),
         arma_numpyro,
         _plain("mu", "phi", "theta", "sigma"),
         partial(_stored_draws, "arma-arma11", {n: n for n in ("mu", "phi", "theta", "sigma")}),
     ),
-    "hmm_loop": Series(hmm_data, hmm_loop, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
-    "hmm_markov": Series(hmm_data, hmm_markov, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
+    "hmm_loop": Series(hmm_data, lambda: hmm_loop, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
+    "hmm_markov": Series(hmm_data, lambda: hmm_markov, hmm_numpyro, _stays("mu", "gap"), hmm_reference),
     "hmm_example": Series(
         partial(_stored, "hmm_example", "y"),
-        hmm_example,
+        _of_the_ledger("hmm_example"),
         None,
         _stays("mu1", "mu2"),
         partial(_stored_draws, "hmm_example-hmm_example", {**_STAYS, "mu1": "mu[1]", "mu2": "mu[2]"}),
     ),
     "hmm_drive_0": Series(
         partial(_stored, "bball_drive_event_0", "u", "v", "alpha"),
-        hmm_drive,
+        _of_the_ledger("hmm_drive"),
         None,
         _stays("phi1", "phi2", "lambda1", "lambda2"),
         partial(
@@ -501,14 +404,14 @@ SERIES = {
     ),
     "gp_regr": Series(
         partial(_stored, "gp_pois_regr", "x", "y"),
-        gp,
+        _of_the_ledger("gaussian_process"),
         gp_numpyro,
         _plain("rho", "alpha", "sigma"),
         partial(_stored_draws, "gp_pois_regr-gp_regr", {n: n for n in ("rho", "alpha", "sigma")}),
     ),
     "lotka_volterra": Series(
         partial(_stored, "hudson_lynx_hare", "y", "y_init"),
-        lotka_volterra,
+        _of_the_ledger("lotka_volterra"),
         lotka_volterra_numpyro,
         _elements(theta=4, z_init=2, sigma=2),
         partial(_stored_draws, "hudson_lynx_hare-lotka_volterra", _LOTKA),
