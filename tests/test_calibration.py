@@ -311,7 +311,7 @@ def test_a_fit_that_stops_early_is_one_that_failed() -> None:
     def method(pair: Any, data: Any, seed: int) -> Result:
         result = fit(pair, data, steps=0, draws=50, seed=seed, progress=False)
         if seed % 4 == 0:
-            result.idata.attrs["ended"] = "stopped at step 7 of 100, where loss or gradient is not finite"
+            result.groups.attrs["ended"] = "stopped at step 7 of 100, where loss or gradient is not finite"
         return result
 
     found = calibrate(lambda: (model, guide), torch.zeros(ROWS, 2), method, simulations=8, alpha=STRICT)

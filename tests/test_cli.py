@@ -210,7 +210,7 @@ def test_a_fit_that_diverges_fails_and_is_written_as_partial(run, tmp_path, monk
 
     def stopping(pair, given, **arguments):
         result = exact(pair, given, draws=20)
-        result.idata.attrs["ended"] = "stopped at step 3 of 9, where loss or gradient is not finite"
+        result.groups.attrs["ended"] = "stopped at step 3 of 9, where loss or gradient is not finite"
         return result
 
     methods = {"SVI": diverging, "MAP": stopping, "exact": exact}

@@ -194,7 +194,9 @@ def test_chains_that_are_interrupted_raise_and_leave_nothing(kernel, ctrl_c, mon
 
 
 @pytest.mark.parametrize(("rows", "compile", "expected"), [(40, False, 1), (40, True, 1), (300_000, False, 2)])
-def test_a_fit_takes_threads_by_the_size_of_its_work(rows: int, compile: bool, expected: int) -> None:
+def test_a_fit_takes_threads_by_the_size_of_its_work(rows: int, compile: bool, expected: int, monkeypatch) -> None:
+    # Beside another worker a test has one core.
+    monkeypatch.setattr("inference.runners.base.cores", lambda: 2)
     model, guide = pair()
     # Runs by number of threads, in an array: a list that grows is a change of which a recorded step would be told.
     seen = np.zeros(3, dtype=int)
