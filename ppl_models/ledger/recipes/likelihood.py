@@ -61,7 +61,7 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
     }
 
 
-def vae(quick: bool, seed: int, *, particles: int, stages: Stages = BURDA) -> dict[str, float]:
+def vae(quick: bool, seed: int, *, particles: int, stages: Stages) -> dict[str, float]:
     """Test NLL of a VAE with one stochastic layer, by importance sampling with 5,000 particles.
 
     The stage is chosen by 1,000 validation images and 200 particles.
