@@ -144,18 +144,27 @@ def staged(scores: list[float], tmp_path: Path, *, read: bool = False) -> tuple[
     x = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     given = iter(scores)
     with weights_at(tmp_path / "weights" / "made.safetensors", read=read):
+        stages = ((1, 0.1), (1, 0.1), (1, 0.1), (1, 0.01), (1, 0.01))
         result, found = trained_by_stages(
-            lambda: FVSBN(6), x, stages=((1, 0.1),) * 4, score=lambda _: next(given), batch=50, seed=0
+            lambda: FVSBN(6), x, stages=stages, score=lambda _: next(given), batch=50, seed=0
         )
     return log_evidence(result, x, "exact").mean, found
 
 
-@pytest.mark.parametrize(("scores", "epochs"), [([-3, -2, -2.5], 2), ([-3, -2, -1, -1.5], 3), ([-1, -2], 1)])
-def test_the_stage_before_the_first_that_is_worse_is_kept(scores: list[float], epochs: int, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "epochs"),
+    [([-3, -2, -2.5, -9], 2), ([-3, -2, -1, -1.5, -4], 3), ([-1, -2, -3], 1), ([-2, -3, -1, -2], 3)],
+)
+def test_the_best_stage_is_kept_and_lower_rates_begin_there(scores: list[float], epochs: int, tmp_path) -> None:
     value, found = staged(scores, tmp_path)
     assert (found["epochs"], found["valid"]) == (epochs, -max(scores))
-    shorter, _ = staged([*scores[:epochs], -9], tmp_path / "other")
-    assert value == shorter
+    if epochs < 3 or scores[1] > scores[0]:
+        # As if all that came after had not been run.
+        shorter, _ = staged([*scores[:epochs], *[-9] * 4], tmp_path / "other")
+        assert value == shorter
+    else:
+        # The second stage, which was worse, has left no trace but its epochs.
+        assert value == pytest.approx(staged([-2, -3, -1, -9, -9], tmp_path / "other")[0], rel=1e-6)
     again, trained_again = staged([], tmp_path, read=True)
     assert again == pytest.approx(value, rel=1e-3) and trained_again == {}
 
@@ -325,3 +334,10 @@ def test_posteriors_are_judged_by_their_means_spreads_and_chains() -> None:
     assert judge(1.2 * ours, ours + 3) == (True, False, True)
     apart = ours + 0.5 * (-1) ** np.arange(64)[:, None]
     assert judge(apart / apart.std(), ours + 3) == (True, True, False)
+
+
+def test_a_record_keeps_the_protocol_that_it_was_obtained_by(tmp_path, monkeypatch) -> None:
+    ledger.reproduce(recipe(protocol="ten epochs"), tmp_path)
+    monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe(protocol="fifty epochs")})
+    assert "| ten epochs |" in ledger.table(tmp_path) and "fifty" not in ledger.table(tmp_path)
+    assert "| fifty epochs |" in ledger.table(tmp_path / "none")

@@ -36,7 +36,7 @@ def latest(directory: Path = RECORDS) -> dict[str, dict[str, Any]]:
 
 
 def table(directory: Path = RECORDS) -> str:
-    """The last full record of each recipe as a Markdown table; a dash where there is none."""
+    """The last full record of each recipe as a Markdown table, with the protocol of its run; a dash: none."""
     found = latest(directory)
     lines = [
         "| recipe | figure | published | obtained | seeds | protocol | source |",
@@ -45,7 +45,8 @@ def table(directory: Path = RECORDS) -> str:
     for recipe in RECIPES.values():
         record = found.get(recipe.name)
         got, seeds = (shown_figure(record), record["seeds"]) if record else ("-", "-")
-        cells = f"`{recipe.name}`", recipe.title, recipe.known, got, str(seeds), recipe.protocol, recipe.origin
+        protocol = (record or {}).get("protocol", recipe.protocol)
+        cells = f"`{recipe.name}`", recipe.title, recipe.known, got, str(seeds), protocol, recipe.origin
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -56,7 +57,7 @@ def _mnist(source: str, protocol: str, sure: str = "recalled") -> Callable[..., 
     return partial(Recipe, title="test NLL, nats", source=source, protocol=full, sure=sure)
 
 
-_BY_RATES = partial(likelihood.autoregressive, stages=((10, 0.001),) * 8 + ((10, 0.0003),) * 2 + ((10, 0.0001),) * 2)
+_BY_RATES = partial(likelihood.autoregressive, stages=((10, 0.001),) * 6 + ((10, 0.0001),) * 2)
 
 
 _BELIEF_NET = _mnist(

@@ -103,7 +103,9 @@ def trained_by_stages(
     batch: int = 100,
     seed: int,
 ) -> tuple[Result, dict[str, float]]:
-    """Fit a pair in stages, each by an Adam of its own, until one is worse on validation rows; keep the best.
+    """Fit a pair in stages, each by an Adam of its own, and keep the best by validation rows.
+
+    After a stage that is no better, the next one with a lower rate begins at the best so far.
 
     Args:
         make: Builds the pair.
@@ -125,8 +127,10 @@ def trained_by_stages(
             kept = placed(make())
         kept.load_state_dict({n: v.to(kept.state_dict()[n].dtype) for n, v in load_file(path).items()}, strict=False)
         return fit(kept, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
-    best, found, done, made = None, {"valid": math.inf}, 0, make
-    for k, (epochs, rate) in enumerate(stages):
+    best, held, done, left, made = None, dict[str, Tensor](), 0, list(enumerate(stages)), make
+    found = {"valid": math.inf}
+    while left:
+        k, (epochs, rate) = left.pop(0)
         per_epoch = max(1, len(data) // batch)
         pair, result = trained(
             made,
@@ -138,12 +142,13 @@ def trained_by_stages(
             draws=1,
             optimizer=PyroOptim(torch.optim.Adam, {"lr": rate, "weight_decay": weight_decay}),
         )
-        made, done = partial(_itself, pair), done + epochs
-        valid = -score(result)
-        if valid >= found["valid"]:
-            break
-        best = result
-        found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
+        made, done, valid = partial(_itself, pair), done + epochs, -score(result)
+        if valid < found["valid"]:
+            best, held = result, {n: v.detach().clone() for n, v in pair.state_dict().items()}
+            found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
+        elif best is not None:
+            pair.load_state_dict(held)
+            left = [stage for stage in left if stage[1][1] < rate]
     if best is None:
         raise ArithmeticError("valid: expected a finite score of the first stage, got none")
     if path is not None:
