@@ -84,7 +84,7 @@ class Groups:
         within: Restores the parameters that the draws belong to.
         seed: Seed of the predictive draws.
         made: What was made, by group; None for a group that is left out.
-        later: Groups that were not asked for yet.
+        later: Groups that were not asked for yet, each with the reason why it is too large, if it is.
         attrs: Attributes of the DataTree and of its posterior group.
         left_out: Takes the reason for each group that is left out.
     """
@@ -95,7 +95,7 @@ class Groups:
     within: Callable[[], AbstractContextManager[None]]
     seed: int
     made: dict[str, xr.Dataset | None]
-    later: list[str]
+    later: dict[str, str]
     attrs: dict[str, Any]
     left_out: LeftOut
     _tree: Any = None
@@ -106,7 +106,7 @@ class Groups:
         made: dict[str, xr.Dataset | None] = {str(n): g.to_dataset() for n, g in tree.children.items()}
         attrs = {str(n): v for n, v in tree.attrs.items()}
         nothing: Any = None
-        return cls(nothing, {}, 1, nullcontext, 0, made, [], attrs, LeftOut(""), tree)
+        return cls(nothing, {}, 1, nullcontext, 0, made, {}, attrs, LeftOut(""), tree)
 
     def __contains__(self, name: object) -> bool:
         return self._get(str(name)) is not None
@@ -145,13 +145,16 @@ class Groups:
     @exclusive
     def _get(self, name: str) -> xr.Dataset | None:
         if name in self.later:
-            said = len(self.left_out.said)
-            make = {"posterior_predictive": self._predictive, "log_likelihood": self._likelihood}[name]
-            with isolated(self.seed), self.within():
-                found = self.left_out.unless(name, make, None)
-            self.made[name] = found
-            self.later.remove(name)
-            if found is None and len(self.left_out.said) > said:
+            said, refused = len(self.left_out.said), self.later.pop(name)
+            if refused:
+                self.made[name] = None
+                self.left_out.add(f"{name}: {refused}")
+                warnings.warn(f"{self.bound.name}: {name} left out: {refused}", stacklevel=5)
+            else:
+                make = {"posterior_predictive": self._predictive, "log_likelihood": self._likelihood}[name]
+                with isolated(self.seed), self.within():
+                    self.made[name] = self.left_out.unless(name, make, None)
+            if len(self.left_out.said) > said:
                 self.attrs[name] = f"left out: {self.left_out.said[-1].removeprefix(f'{name}: ')}"
             posterior = self.made.get("posterior")
             if posterior is not None:
@@ -224,7 +227,7 @@ def groups_of(
     size = len(next(iter(posterior.values()))) if posterior else 1
     values, dims = dict(posterior), _dims(bound)
     affordable, derived = _affordable(bound, size, left_out)
-    later = affordable if bound.select("observed") else []
+    later = affordable if bound.select("observed") else {}
     if derived:
         functions = partial(scoring.latent_functions, bound, posterior, derived)
         values |= left_out.unless("deterministic sites", functions, {})
@@ -281,8 +284,8 @@ def write_netcdf(idata: xr.DataTree, path: Path, compress: bool = True) -> None:
         idata.to_netcdf(file, engine="h5netcdf", encoding=encoding)
 
 
-def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[list[str], list[str]]:
-    """Groups, and deterministic and summed-out sites, whose size memory allows; the others are left out with a warning.
+def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[dict[str, str], list[str]]:
+    """Groups, each with why memory does not allow it, and those deterministic and summed-out sites that it allows.
 
     Sites are taken from the smallest on: one that is wide costs no other one its place.
     """
@@ -291,26 +294,22 @@ def _affordable(bound: BoundPair, size: int, left_out: LeftOut) -> tuple[list[st
     numbers = {s.name: size * torch.Size(s.shape).numel() for s in (*observed, *derived)}
     replicated = sum(numbers[s.name] for s in observed)
     scored = size * sum(torch.Size(s.shape[: s.batch]).numel() for s in observed)
-    kept, total, refused = set[str](), 0, []
+    kept, total = set[str](), 0
     for site in sorted(derived, key=lambda s: numbers[s.name]):
         total += numbers[site.name]
         if total <= STORED and replicated <= SCORED:
             kept.add(site.name)
     if wide := [s.name for s in derived if s.name not in kept]:
-        refused.append(f"{', '.join(wide)} ({sum(numbers[n] for n in wide):,} numbers)")
-    asked = []
+        said = f"left out {', '.join(wide)} ({sum(numbers[n] for n in wide):,} numbers), for fewer rows or draws"
+        left_out.add(said)
+        warnings.warn(f"{bound.name}: {said}", stacklevel=5)
+    asked = {}
     for group, count, reads, verb in (
         ("posterior_predictive", replicated, 0, "posterior_predictive(result, data)"),
         ("log_likelihood", scored, replicated, "pointwise_log_likelihood(result, data)"),
     ):
-        if count <= STORED and reads <= SCORED:
-            asked.append(group)
-        else:
-            refused.append(f"{group} ({count:,} numbers; ask {verb})")
-    if refused:
-        said = f"left out {' and '.join(refused)}, for fewer rows or draws"
-        left_out.add(said)
-        warnings.warn(f"{bound.name}: {said}", stacklevel=5)
+        fits = count <= STORED and reads <= SCORED
+        asked[group] = "" if fits else f"{count:,} numbers, for fewer rows or draws; ask {verb}"
     return asked, [s.name for s in derived if s.name in kept]
 
 

@@ -246,9 +246,11 @@ def test_large_groups_are_left_out_aloud(monkeypatch) -> None:
     import inference.result
 
     monkeypatch.setattr(inference.idata, "STORED", 100)
-    with pytest.warns(UserWarning, match=r"left out posterior_predictive \(720 numbers; .* log_likelihood \(720 num"):
-        result = fitted()
-    assert set(result.idata.children) == {"posterior", "observed_data"}
+    result = fitted()
+    with pytest.warns(UserWarning, match="left out: 720 numbers, for fewer rows or draws; ask") as said:
+        assert set(result.idata.children) == {"posterior", "observed_data"}
+    groups = [str(w.message).split(": ")[1].split()[0] for w in said]
+    assert groups == ["posterior_predictive", "log_likelihood"]
     assert pointwise_log_likelihood(result).shape == (60, 12)
 
 
@@ -261,9 +263,10 @@ def test_a_log_likelihood_is_kept_where_wide_replicates_are_not(monkeypatch) -> 
             pyro.sample("x", dist.Normal(z, 1.0).expand([len(x), 9]).to_event(1), obs=x)
 
     monkeypatch.setattr(inference.idata, "STORED", 1000)
-    with pytest.warns(UserWarning, match=r"left out posterior_predictive \(6,480 numbers; ask posterior_predictive"):
-        result = fitted(wide, X[:, None].expand(-1, 9))
-    assert result.idata["log_likelihood"]["x"].shape == (1, 60, 12)
+    result = fitted(wide, X[:, None].expand(-1, 9))
+    assert result.groups["log_likelihood"]["x"].shape == (1, 60, 12)
+    with pytest.warns(UserWarning, match=r"posterior_predictive left out: 6,480 numbers, .* ask posterior_predictive"):
+        assert result.idata["log_likelihood"]["x"].shape == (1, 60, 12)
 
 
 class Coded(Pair):
