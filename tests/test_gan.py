@@ -128,6 +128,7 @@ def test_an_encoder_inverts_the_generator() -> None:
     assert float(code.mean()) == pytest.approx(0, abs=0.3) and float(code.std()) == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.slow
 def test_codes_of_an_adversarial_autoencoder_pass_for_the_prior() -> None:
     x, _, _ = data.simulate_modes("ring", 2000)
     apart, errors = {}, {}

@@ -203,7 +203,7 @@ def test_sensitivity_is_large_where_prior_and_data_disagree() -> None:
     assert "prior-data conflict" in lines[0.1]["diagnosis"] and lines[10.0]["likelihood"] > 0.05
 
 
-@pytest.mark.parametrize("by_chains", [False, True])
+@pytest.mark.parametrize("by_chains", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_leave_one_out_of_masked_rows_is_that_of_the_rows_that_are_seen(by_chains: bool) -> None:
     """The conjugate leave-one-out density of the eight rows that are seen, and ArviZ's standard error over them."""
     y = normal(7, 12).double()

@@ -517,7 +517,7 @@ def test_nuts_with_labels_missing_agrees_with_the_sum_over_all_ways_to_label(fam
     assert ((ones[hidden] > 0.1) & (ones[hidden] < 0.9)).sum() >= 2  # the labels of these rows are uncertain
 
 
-@pytest.mark.parametrize("known", ["partly", "not at all"])
+@pytest.mark.parametrize("known", ["partly", pytest.param("not at all", marks=pytest.mark.slow)])
 def test_labels_of_separated_classes_are_recovered(known: str) -> None:
     # Class k has the mean 3 in four features of its own: two classes are 3 * sqrt(8) = 8.5 standard deviations apart.
     truth = 3.0 * torch.eye(3, dtype=torch.float64).repeat_interleave(4, 1)
