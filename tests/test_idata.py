@@ -1,6 +1,7 @@
 """A DataTree of draws: masks by a conjugate leave-one-out, names for NetCDF, and what a failure at the end leaves."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import arviz_stats as azs
@@ -192,6 +193,28 @@ def more_weights_than_rows(y: Tensor) -> None:
     x = torch.linspace(-1, 1, 240).reshape(12, 20).double()
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def states_in_another_plate(y: Tensor) -> None:
+    with pyro.plate("units", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(double(0.5)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(4 * z.flip(0), 1.0), obs=y)
+
+
+def states_of_neighbours(y: Tensor) -> None:
+    """Each state says something of two observations."""
+    with pyro.plate("units", len(y) + 1):
+        z = pyro.sample("z", dist.Bernoulli(double(0.5)))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(2 * (z[1:] + z[:-1]), 1.0), obs=y)
+
+
+def test_a_drawn_state_for_each_observation_leaves_the_log_likelihood_out() -> None:
+    chains = partial(sample, kernel=Gibbs, draws=8, warmup=8, chains=4, compile=False, progress=False)
+    own = chains(states_in_another_plate, Y)
+    assert own.idata.attrs["log_likelihood"].startswith("left out: z has a value for each observation")
+    assert "log_likelihood" in chains(states_of_neighbours, Y).idata.children
 
 
 def test_a_latent_value_for_each_observation_leaves_the_log_likelihood_out_with_the_reason() -> None:

@@ -1,8 +1,9 @@
-r"""Which latent values one observation alone depends on, by derivatives."""
+r"""Which latent values one observation alone depends on, by derivatives, or by changes of finite ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[s
     """Latent sites with a value for each observation, in the order of the model, with the parameters in the store.
 
     Either a site lies in all plates of an observed one, or each observation depends on an element of the site on which
-    no other one depends: an event of as many elements, or a plate of another name. The latter is looked for among
-    continuous sites, at the first draw.
+    no other one depends: an event of as many elements, or a plate of another name. The latter is looked for at the
+    first draw.
     """
-    found = {*by_plates(bound, posterior), *_by_derivatives(bound, posterior)}
+    found = {*by_plates(bound, posterior), *_by_derivatives(bound, posterior), *_by_changes(bound, posterior)}
     return [n for n in bound.sites if n in found]
 
 
@@ -64,6 +65,42 @@ def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[st
         return set()
     names = {s.name: [n for n in latent if sizes[n] >= _entries(s)] for s in observed}
     return {n for site, owned in own.items() for n, is_own in zip(names[site], owned, strict=True) if is_own}
+
+
+def _by_changes(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
+    known = set(by_plates(bound, posterior))
+    sizes = {s.name: torch.Size(s.shape).numel() for s in bound.select("latent").values() if s.finite}
+    observed = _observed(bound)
+    least = min(map(_entries, observed), default=0)
+    names = [n for n, size in sizes.items() if n in posterior and n not in known and least and size >= least]
+    if not names:
+        return set()
+    values = {n: v[0].detach().clone().to(bound.device) for n, v in posterior.items()}
+
+    def scores(changed: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
+        nodes = engine.trace(bound, bound.model, {**values, **changed}).nodes
+        return torch.cat([nodes[s.name]["fn"].log_prob(nodes[s.name]["value"]).flatten() for s in observed]), nodes
+
+    with preserved_rng(), torch.no_grad():
+        try:
+            before, nodes = scores({})
+            return {n for n in names if _one_each(n, values[n], nodes[n]["fn"], before, lambda c: scores(c)[0])}
+        except REFUSALS:
+            return set()
+
+
+def _one_each(name: str, value: Tensor, fn: Any, before: Tensor, scores: Callable[[dict[str, Tensor]], Tensor]) -> bool:
+    """Whether another state of an element changes the density of one observation, whichever element it is."""
+    states = fn.enumerate_support(expand=False)
+    if states.numel() != len(states):
+        return False
+    counts = []
+    for k in spaced(value.numel(), min(PROBED, value.numel())).tolist():
+        other = next(s for s in states.flatten() if s != value.flatten()[k])
+        changed = value.flatten().clone()
+        changed[k] = other
+        counts.append(int((scores({name: changed.reshape(value.shape)}) != before).sum()))
+    return max(counts) == 1
 
 
 def _owned(scores: Tensor, latent: list[Tensor]) -> list[bool]:
