@@ -195,24 +195,22 @@ def more_weights_than_rows(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
 
-def states_in_another_plate(y: Tensor) -> None:
-    with pyro.plate("units", len(y)):
-        z = pyro.sample("z", dist.Bernoulli(double(0.5)))
+def states_of_rows(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Bernoulli(double(0.5)).expand([len(y)]).to_event(1))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(4 * z.flip(0), 1.0), obs=y)
 
 
 def states_of_neighbours(y: Tensor) -> None:
     """Each state says something of two observations."""
-    with pyro.plate("units", len(y) + 1):
-        z = pyro.sample("z", dist.Bernoulli(double(0.5)))
+    z = pyro.sample("z", dist.Bernoulli(double(0.5)).expand([len(y) + 1]).to_event(1))
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(2 * (z[1:] + z[:-1]), 1.0), obs=y)
 
 
 def test_a_drawn_state_for_each_observation_leaves_the_log_likelihood_out() -> None:
     chains = partial(sample, kernel=Gibbs, draws=8, warmup=8, chains=4, compile=False, progress=False)
-    own = chains(states_in_another_plate, Y)
+    own = chains(states_of_rows, Y)
     assert own.idata.attrs["log_likelihood"].startswith("left out: z has a value for each observation")
     assert "log_likelihood" in chains(states_of_neighbours, Y).idata.children
 

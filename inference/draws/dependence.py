@@ -69,7 +69,7 @@ def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[st
 
 def _by_changes(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
     known = set(by_plates(bound, posterior))
-    sizes = {s.name: torch.Size(s.shape).numel() for s in bound.select("latent").values() if s.finite}
+    sizes = {s.name: torch.Size(s.shape).numel() for s in bound.select("latent").values() if s.units}
     observed = _observed(bound)
     least = min(map(_entries, observed), default=0)
     names = [n for n, size in sizes.items() if n in posterior and n not in known and least and size >= least]
@@ -91,8 +91,11 @@ def _by_changes(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
 
 def _one_each(name: str, value: Tensor, fn: Any, before: Tensor, scores: Callable[[dict[str, Tensor]], Tensor]) -> bool:
     """Whether another state of an element changes the density of one observation, whichever element it is."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
     states = fn.enumerate_support(expand=False)
     if states.numel() != len(states):
+        # A state is itself several numbers.
         return False
     counts = []
     for k in spaced(value.numel(), min(PROBED, value.numel())).tolist():
