@@ -13,8 +13,8 @@ tensor, and a branch on that, a number made of it, or its hash (an entry of a se
 from __future__ import annotations
 
 import linecache
+import os
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -34,7 +34,7 @@ from inference.core.private import current_mode, tree_leaves, without_modes
 
 PACKAGE = Path(__file__).parent.parent
 """Folder of this package."""
-STANDARD = Path(sysconfig.get_path("stdlib"))
+STANDARD = Path(os.__file__).parent
 """Folder of Python's own modules."""
 
 
