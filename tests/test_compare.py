@@ -733,7 +733,7 @@ def test_a_guide_of_the_fitted_rows_alone_scores_no_others_and_says_so() -> None
     assert found.table.loc["SVI", "seconds"] > 0
 
 
-@pytest.mark.parametrize(("steps", "rows", "particles"), [(1, 30, 500), (100, 1000, 150), (100, 100_000, 4)])
+@pytest.mark.parametrize(("steps", "rows", "particles"), [(1, 30, 500), (50, 1000, 300), (50, 100_000, 4), (51, 30, 4)])
 def test_rows_with_many_latents_have_fewer_particles(steps: int, rows: int, particles: int) -> None:
     def model(x: Tensor | None = None, size: int = 5) -> None:
         with pyro.plate("rows", size):

@@ -16,8 +16,7 @@ from pyro.optim import PyroOptim
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from inference import Checkpoint, Result, fit, isolated
-from inference.core.files import write_whole
+from inference import Checkpoint, Result, fit, isolated, write_whole
 from ppl_models.models.pair import Pair
 
 P = TypeVar("P", bound=Pair)
