@@ -39,7 +39,7 @@ from inference.core.handlers import (
 from inference.core.precision import PRECISIONS, with_precision
 from inference.draws import scoring
 from inference.further import GuideDraws
-from inference.idata import STORED
+from inference.groups import STORED
 from inference.objectives.shared import Shared, over_processes
 from inference.optim import check_rates
 from inference.result import Posterior, Result, conclude

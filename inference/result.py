@@ -26,7 +26,8 @@ from inference.diagnostics.guides import GuideCheck, judge_guide
 from inference.diagnostics.latents import local_latent_kl
 from inference.diagnostics.losses import rise
 from inference.further import RESTORED, FurtherDraws, NoDraws
-from inference.idata import Groups, LeftOut, groups_of, write_netcdf
+from inference.groups import Groups, LeftOut, groups_of
+from inference.idata import write_netcdf
 from inference.report.page import excerpt, page_of_result
 from inference.saved import Saved, buffers_of, compare_data, dotted, put_parameters, versions_of_packages
 

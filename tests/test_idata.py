@@ -17,7 +17,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 import inference
-from inference import fit, idata, sample
+from inference import fit, sample
 from inference.core.bound import bind
 from inference.idata import allowed_names, seen_of
 from inference.kernels import ChEES, Gibbs
@@ -232,7 +232,7 @@ def test_a_latent_value_for_each_observation_leaves_the_log_likelihood_out_with_
 
 
 def test_a_wide_deterministic_site_costs_a_small_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idata, "STORED", 1000)
+    monkeypatch.setattr(inference.groups, "STORED", 1000)
 
     def model(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
@@ -296,8 +296,8 @@ def test_a_site_with_the_name_of_a_dimension_is_in_every_table_and_file(name: st
 
 
 def test_a_site_that_is_lost_on_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = idata.dataset_of
-    monkeypatch.setattr(idata, "dataset_of", lambda *given: whole(*given).drop_vars("mu", errors="ignore"))
+    whole = inference.groups.dataset_of
+    monkeypatch.setattr(inference.groups, "dataset_of", lambda *given: whole(*given).drop_vars("mu", errors="ignore"))
     result = fit((effects, AutoNormal(effects)), Y, steps=1, draws=30, progress=False)
     assert "Not judged: mu: it is in result.draws alone." in str(result.diagnosis)
 
@@ -392,7 +392,7 @@ def test_deterministic_sites_do_not_depend_on_the_length_of_the_data(monkeypatch
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    monkeypatch.setattr(inference.idata, "STORED", 100)
+    monkeypatch.setattr(inference.groups, "STORED", 100)
     result = fit((model, AutoNormal(model)), Y, steps=5, draws=30, progress=False)
     with pytest.warns(UserWarning, match="left out: 360 numbers, for fewer rows or draws; ask"):
         np.testing.assert_allclose(result.idata.posterior["twice"][0], 2 * result.draws["mu"])
@@ -516,9 +516,9 @@ def test_groups_of_the_data_are_made_when_they_are_asked_for_and_once() -> None:
     def model(y: Tensor) -> None:
         nonlocal runs
         runs += 1
-        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        mu, sd = pyro.sample("mu", dist.Normal(double(0.0), 3.0)), pyro.param("sd", double(1.2))
         with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            pyro.sample("y", dist.Normal(mu, sd), obs=y)
 
     def guide(y: Tensor) -> None:
         loc = pyro.param("loc", double(2.0))
@@ -529,13 +529,14 @@ def test_groups_of_the_data_are_made_when_they_are_asked_for_and_once() -> None:
     assert set(one.groups.drawn.children) == {"posterior", "observed_data"}
     assert one.groups["posterior"]["mu"].shape == (1, 200) and runs == before
     # They belong to the parameters, and to the seed, of the fit, whatever comes before they are asked for.
+    assert abs(float(one.params["sd"]) - 1.2) > 1e-3
     pyro.get_param_store().setdefault("loc", double(50.0))
     torch.manual_seed(9)
     state = torch.get_rng_state()
     score = one.groups["log_likelihood"]["y"].values
     assert torch.equal(torch.get_rng_state(), state) and runs > before
     mu = one.draws["mu"][:, None].numpy()
-    exact = dist.Normal(one.draws["mu"][:, None], 1.0).log_prob(Y)
+    exact = dist.Normal(one.draws["mu"][:, None], one.params["sd"]).log_prob(Y)
     np.testing.assert_allclose(score[0], exact.numpy(), rtol=1e-6)
     assert list(one.idata.children) == ["posterior", "posterior_predictive", "log_likelihood", "observed_data"]
     after = runs
@@ -544,5 +545,27 @@ def test_groups_of_the_data_are_made_when_they_are_asked_for_and_once() -> None:
     predicted = [r.idata["posterior_predictive"]["y"].values for r in (one, two)]
     np.testing.assert_array_equal(*predicted)
     assert abs(predicted[0].mean() - mu.mean()) < 5 * 1.2 / predicted[0].size ** 0.5 + 5 * 0.5 / 200**0.5
-    # Predictive draws are no draws of the posterior's stream once more.
+    # The noise of the predictions is not that of the posterior once more.
     assert abs(np.corrcoef(predicted[0][0, :, 0] - mu[:, 0], mu[:, 0])[0, 1]) < 5 / 200**0.5
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("change", ["new values", "new order"])
+def test_groups_of_data_that_were_changed_in_place_are_left_out(numpy: bool, change: str) -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(double(0.0), 3.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = torch.arange(12.0).double()
+    given = y.numpy() if numpy else y
+    result, kept = (fit((model, AutoNormal(model)), given, steps=2, draws=20, progress=False) for _ in range(2))
+    score = kept.groups["log_likelihood"]["y"].values.copy()
+    y.copy_(y.flip(0) if change == "new order" else y + 1)
+    if not torch.equal(result.bound.data["y"], y):
+        pytest.skip("the fit has a copy")
+    with pytest.warns(UserWarning, match="left out: expected the data as they were, got them changed in place since"):
+        assert set(result.idata.children) == {"posterior", "observed_data"}
+    assert "changed in place" in result.idata.attrs["log_likelihood"]
+    # What was asked for before stays.
+    np.testing.assert_array_equal(kept.groups["log_likelihood"]["y"].values, score)

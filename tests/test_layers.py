@@ -24,7 +24,7 @@ FLOORS = (
     ("inference/optim.py",),
     ("inference/compiler",),
     ("inference/draws",),
-    ("inference/kernels", "inference/diagnostics", "inference/idata.py"),
+    ("inference/kernels", "inference/diagnostics", "inference/idata.py", "inference/groups.py"),
     ("inference/report",),
     (
         "inference/objectives",

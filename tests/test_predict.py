@@ -245,7 +245,7 @@ def test_latents_of_rows_that_were_not_fitted_are_told() -> None:
 def test_large_groups_are_left_out_aloud(monkeypatch) -> None:
     import inference.result
 
-    monkeypatch.setattr(inference.idata, "STORED", 100)
+    monkeypatch.setattr(inference.groups, "STORED", 100)
     result = fitted()
     with pytest.warns(UserWarning, match="left out: 720 numbers, for fewer rows or draws; ask") as said:
         assert set(result.idata.children) == {"posterior", "observed_data"}
@@ -262,7 +262,7 @@ def test_a_log_likelihood_is_kept_where_wide_replicates_are_not(monkeypatch) -> 
         with pyro.plate("rows", len(x), dim=-1):
             pyro.sample("x", dist.Normal(z, 1.0).expand([len(x), 9]).to_event(1), obs=x)
 
-    monkeypatch.setattr(inference.idata, "STORED", 1000)
+    monkeypatch.setattr(inference.groups, "STORED", 1000)
     result = fitted(wide, X[:, None].expand(-1, 9))
     assert result.groups["log_likelihood"]["x"].shape == (1, 60, 12)
     with pytest.warns(UserWarning, match=r"posterior_predictive left out: 6,480 numbers, .* ask posterior_predictive"):

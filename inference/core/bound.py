@@ -24,13 +24,23 @@ from inference.core.given import (
     by_name,
     check_rounding,
     check_same_length,
+    checked,
     doubtful,
-    is_whole,
     names_in,
     readings,
     to_tensor,
 )
-from inference.core.halves import accepted_by, fitted, halves_of, held_by, modules_of, move, name_of, parameters_of
+from inference.core.halves import (
+    accepted_by,
+    fitted,
+    halves_of,
+    held_by,
+    modules_of,
+    move,
+    name_of,
+    parameters_of,
+    precision_of,
+)
 from inference.core.handlers import REFUSALS, Uncondition, evaluating, first_valid, isolated
 from inference.core.minibatch import count_rows, cut_by_rows
 from inference.core.packing import fingerprints
@@ -374,7 +384,7 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     asked = Pair.of(owner)
     if asked.rowwise:
         check_same_length(named)
-    taken = _checked(asked, named, _precision(pair))
+    taken = checked(asked, named, precision_of(pair))
     made = [n for m in modules_of(pair) for n, p in m.named_parameters() if p.is_inference()]
     if made:
         raise ValueError(f"pair: expected parameters made outside of torch.inference_mode, got {', '.join(made)}")
@@ -397,34 +407,6 @@ def _bind(pair: Any, data: Any, place: torch.device | None) -> BoundPair:
     return bound
 
 
-def _precision(pair: Any) -> torch.dtype:
-    """Type of the numbers that a pair holds; torch's default where it holds none."""
-    halves = pair if isinstance(pair, tuple) else (pair,)
-    held = [t.dtype for t in chain.from_iterable(map(held_by, halves)) if t.is_floating_point()]
-    return torch.float64 if torch.float64 in held else torch.get_default_dtype()
-
-
-def _checked(asked: Pair, named: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
-    """The data in types that the pair's own checks take: whole numbers and booleans that they refuse, as floats.
-
-    Raises:
-        ValueError: The checks refuse them as floats too.
-    """
-    refused: dict[str, ValueError] = {}
-    while True:
-        try:
-            asked.check(**named)
-            return named
-        except ValueError as error:
-            name = str(error).partition(":")[0]
-            if name in refused:
-                raise refused[name] from None
-            if not is_whole(named.get(name)):
-                raise
-            refused[name] = error
-            named = {**named, name: named[name].to(precision)}
-
-
 def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
     """The pair bound to its data in types that the model takes.
 
@@ -432,7 +414,7 @@ def _typed(bound: BoundPair, given: Mapping[str, Any]) -> BoundPair:
         ValueError: The model takes the data in no type.
     """
     failure, made = "", None
-    for data, rounds in readings(given, bound.data, _precision(bound.pair)):
+    for data, rounds in readings(given, bound.data, precision_of(bound.pair)):
         reading = replace(bound, data=data, memo={})
         try:
             found = reading.memo["structure"] = reading.run(scored=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from inference.core.contracts import Pair
 from inference.core.memory import aligned
 from inference.core.minibatch import lengths
 
@@ -172,6 +173,27 @@ def readings(
 def is_whole(value: Any) -> bool:
     """Whether it is a tensor of integers or booleans."""
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
+def checked(asked: Pair, named: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
+    """The data in types that the pair's own checks take: whole numbers and booleans that they refuse, as floats.
+
+    Raises:
+        ValueError: The checks refuse them as floats too.
+    """
+    refused: dict[str, ValueError] = {}
+    while True:
+        try:
+            asked.check(**named)
+            return named
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            if name in refused:
+                raise refused[name] from None
+            if not is_whole(named.get(name)):
+                raise
+            refused[name] = error
+            named = {**named, name: named[name].to(precision)}
 
 
 def _wider(value: Tensor, dtype: torch.dtype) -> bool:

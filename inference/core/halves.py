@@ -68,6 +68,13 @@ def held_by(half: Any) -> Iterator[Tensor]:
             return
 
 
+def precision_of(pair: Any) -> torch.dtype:
+    """Type of the numbers that a pair holds; torch's default where it holds none."""
+    halves = pair if isinstance(pair, tuple) else (pair,)
+    held = [t.dtype for t in chain.from_iterable(map(held_by, halves)) if t.is_floating_point()]
+    return torch.float64 if torch.float64 in held else torch.get_default_dtype()
+
+
 def own_sites(guide: Callable[..., Any]) -> Callable[..., Any]:
     """A guide that is a messenger, as a plain one; any other as it is.
 

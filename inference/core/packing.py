@@ -16,6 +16,7 @@ from torch import Tensor
 
 from inference.core.files import write_whole
 from inference.core.memory import aligned
+from inference.core.spacing import spaced
 
 VALUE = "value"
 """Key of the metadata of a file under which the JSON stands."""
@@ -23,6 +24,13 @@ VALUE = "value"
 
 BLOCK_ROWS = 65_536
 """Rows of a tensor that are hashed at once."""
+
+
+STAMPED = 1000
+"""Entries of a tensor that its stamp holds."""
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of as many bytes."""
 
 
 def pack(value: Any) -> tuple[Any, list[Tensor]]:
@@ -95,6 +103,22 @@ def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
                 content: Any = block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 digest.update(content)
             found[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()}
+    return found
+
+
+def stamp(data: Mapping[str, Any]) -> dict[str, tuple[int, bytes]]:
+    """What tells whether tensors were changed in place: the sum of their bits, and a thousand of their entries.
+
+    It takes milliseconds where a hash takes a second per gigabyte, and does not depend on the number of threads.
+    """
+    found = {}
+    for name, value in data.items():
+        if isinstance(value, Tensor) and value.numel():
+            real = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
+            flat = real.reshape(-1)
+            some = flat[spaced(len(flat), STAMPED).to(flat.device)].cpu().contiguous()
+            content: Any = some.view(torch.uint8).numpy()
+            found[name] = int(flat.view(BITS[flat.element_size()]).sum()), content.tobytes()
     return found
 
 

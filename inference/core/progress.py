@@ -27,9 +27,9 @@ class _Lines:
         self._stream.flush()
 
 
-def bar(total: int, name: str, *, shown: bool = True, initial: int = 0, **further: Any) -> tqdm:
+def bar(total: int, name: str, *, shown: bool = True, initial: int = 0) -> tqdm:
     """A progress bar; where standard error is a file or a pipe, a line for each ``INTERVAL`` seconds of work."""
-    common = {"total": total, "desc": name, "initial": initial, "leave": False, "disable": not shown, **further}
+    common: dict[str, Any] = {"total": total, "desc": name, "initial": initial, "leave": False, "disable": not shown}
     if not shown or tqdm is not tqdm_asyncio or sys.stderr.isatty():
         return tqdm(**common)
     # Each update looks at the clock, for the first may stand for a block of many steps.

@@ -25,7 +25,9 @@ def of_observations(bound: BoundPair, posterior: Mapping[str, Tensor]) -> list[s
     no other one depends: an event of as many elements, or a plate of another name. The latter is looked for at the
     first draw.
     """
-    found = {*by_plates(bound, posterior), *_by_derivatives(bound, posterior), *_by_changes(bound, posterior)}
+    known = by_plates(bound, posterior)
+    rest = {n: s for n, s in bound.select("latent").items() if n in posterior and n not in known}
+    found = {*known, *_by_derivatives(bound, posterior, rest), *_by_changes(bound, posterior, rest)}
     return [n for n in bound.sites if n in found]
 
 
@@ -44,9 +46,14 @@ def _entries(site: Site) -> int:
     return torch.Size(site.shape[: site.batch]).numel()
 
 
-def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
-    known = set(by_plates(bound, posterior))
-    latent = {n: s for n, s in bound.select("latent").items() if n in posterior and n not in known and not s.discrete}
+def _scores(bound: BoundPair, values: Mapping[str, Tensor], observed: list[Site]) -> tuple[dict[str, Tensor], Any]:
+    """Log density of each observation by site, flat, and the trace."""
+    nodes = engine.trace(bound, bound.model, values).nodes
+    return {s.name: nodes[s.name]["fn"].log_prob(nodes[s.name]["value"]).flatten() for s in observed}, nodes
+
+
+def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor], among: Mapping[str, Site]) -> set[str]:
+    latent = {n: s for n, s in among.items() if not s.discrete}
     sizes = {n: torch.Size(s.shape).numel() for n, s in latent.items()}
     observed = [s for s in _observed(bound) if any(size >= _entries(s) for size in sizes.values())]
     if not observed:
@@ -56,8 +63,7 @@ def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[st
             values = {n: v[0].detach().clone().to(bound.device) for n, v in posterior.items()}
             for n in latent:
                 values[n].requires_grad_()
-            nodes = engine.trace(bound, bound.model, values).nodes
-            scores = {s.name: nodes[s.name]["fn"].log_prob(nodes[s.name]["value"]).flatten() for s in observed}
+            scores, _ = _scores(bound, values, observed)
             large = {s.name: [values[n] for n in latent if sizes[n] >= _entries(s)] for s in observed}
             own = {s.name: _owned(scores[s.name], large[s.name]) for s in observed}
     except REFUSALS:
@@ -67,24 +73,21 @@ def _by_derivatives(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[st
     return {n for site, owned in own.items() for n, is_own in zip(names[site], owned, strict=True) if is_own}
 
 
-def _by_changes(bound: BoundPair, posterior: Mapping[str, Tensor]) -> set[str]:
-    known = set(by_plates(bound, posterior))
-    sizes = {s.name: torch.Size(s.shape).numel() for s in bound.select("latent").values() if s.units}
+def _by_changes(bound: BoundPair, posterior: Mapping[str, Tensor], among: Mapping[str, Site]) -> set[str]:
     observed = _observed(bound)
     least = min(map(_entries, observed), default=0)
-    names = [n for n, size in sizes.items() if n in posterior and n not in known and least and size >= least]
+    names = [n for n, s in among.items() if s.units and least and torch.Size(s.shape).numel() >= least]
     if not names:
         return set()
     values = {n: v[0].detach().clone().to(bound.device) for n, v in posterior.items()}
 
-    def scores(changed: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
-        nodes = engine.trace(bound, bound.model, {**values, **changed}).nodes
-        return torch.cat([nodes[s.name]["fn"].log_prob(nodes[s.name]["value"]).flatten() for s in observed]), nodes
+    def scores(changed: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([*_scores(bound, {**values, **changed}, observed)[0].values()])
 
     with preserved_rng(), torch.no_grad():
         try:
-            before, nodes = scores({})
-            return {n for n in names if _one_each(n, values[n], nodes[n]["fn"], before, lambda c: scores(c)[0])}
+            before, (_, nodes) = scores({}), _scores(bound, values, observed)
+            return {n for n in names if _one_each(n, values[n], nodes[n]["fn"], before, scores)}
         except REFUSALS:
             return set()
 

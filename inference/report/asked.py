@@ -13,7 +13,7 @@ from inference.core.bound import BoundPair
 from inference.core.lazy import pd
 from inference.diagnostics.convergence import Diagnosis
 from inference.diagnostics.quantities import quantity
-from inference.idata import Groups
+from inference.groups import Groups
 
 
 class Reported(Protocol):

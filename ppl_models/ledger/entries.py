@@ -89,6 +89,19 @@ _MODES = partial(Recipe, sure="checked", better="higher")
 _UNPUBLISHED = partial(Recipe, published=None, source="no canonical figure", sure="recalled")
 
 
+_RIGHT = "R-hat below 1.01, means within 4 standard errors, sds within 10 %"
+
+
+_POSTERIORDB = partial(
+    Recipe,
+    title="posteriors right of 9",
+    published=9,
+    source="Magnusson et al. 2024, reference draws of posteriordb",
+    sure="checked",
+    better="higher",
+)
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -254,25 +267,11 @@ RECIPES: dict[str, Recipe] = {
             source="Lin et al. 2018, table of PacDCGAN",
             protocol="three digits in three planes, 26,000 samples; here R1 and a classifier of our own",
         ),
-        Recipe(
-            name="posteriordb_chees",
-            title="posteriors right of 9",
-            run=posteriors.posteriors,
-            published=9,
-            source="Magnusson et al. 2024, reference draws of posteriordb",
-            protocol="default ChEES; R-hat below 1.01, means within 4 standard errors, sds within 10 %",
-            sure="checked",
-            better="higher",
-        ),
-        Recipe(
+        _POSTERIORDB(name="posteriordb_chees", run=posteriors.posteriors, protocol=f"default ChEES; {_RIGHT}"),
+        _POSTERIORDB(
             name="posteriordb_nuts",
-            title="posteriors right of 9",
             run=partial(posteriors.posteriors, kernel=NUTS),
-            published=9,
-            source="Magnusson et al. 2024, reference draws of posteriordb",
-            protocol="NUTS, 4 chains; R-hat below 1.01, means within 4 standard errors, sds within 10 %",
-            sure="checked",
-            better="higher",
+            protocol=f"NUTS, 4 chains; {_RIGHT}",
         ),
     )
 }

@@ -70,14 +70,8 @@ def vae(quick: bool, seed: int, *, particles: int, stages: Stages) -> dict[str, 
     pixels, x, test = _rows(few, rows)
     valid = _valid(some)
     objective = IWAE(particles) if particles > 1 else Trace_ELBO()
-    made: list[VAE] = []
-
-    def make() -> VAE:
-        made.append(VAE(pixels, 50))
-        return made[0]
-
     result, found = trained_by_stages(
-        make,
+        lambda: VAE(pixels, 50),
         x,
         objective,
         stages=stages[:2] if quick else stages,
@@ -86,7 +80,7 @@ def vae(quick: bool, seed: int, *, particles: int, stages: Stages) -> dict[str, 
     )
     evidence = log_evidence(result, test, k=k)
     with torch.no_grad(), result.state():
-        active = int(made[0].active(x).sum())
+        active = int(result.bound.pair.active(x).sum())
     return {"figure": -evidence.mean, **found, "active factors": active}
 
 

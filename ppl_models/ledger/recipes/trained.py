@@ -84,12 +84,21 @@ def trained(
         seed: Seed of the pair and of the fit.
         **arguments: Those of the method.
     """
+    pair = _built(make, seed)
+    return pair, _fitted(pair, data, *objective, method=method, seed=seed, **arguments)
+
+
+def _built(make: Callable[[], P], seed: int) -> P:
     with isolated(seed):
-        pair = placed(make())
+        return placed(make())
+
+
+def _fitted(pair: P, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
+    """Fit a pair, from where it was if it was killed."""
     kept = _KEPT.get()
     if kept is not None:
         arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
-    return pair, method(pair, data, *objective, seed=seed, **arguments)
+    return method(pair, data, *objective, **arguments)
 
 
 def trained_by_stages(
@@ -120,19 +129,17 @@ def trained_by_stages(
         The Result of the best stage, and ``valid``, its negative score, ``epochs`` until its end, and ``train``, its
         mean loss per row in its last epoch.
     """
+    pair = _built(make, seed)
     path, read = _WEIGHTS.get() or (None, False)
     if path is not None and read:
-        with isolated(seed):
-            kept = placed(make())
-        kept.load_state_dict({n: v.to(kept.state_dict()[n].dtype) for n, v in load_file(path).items()}, strict=False)
-        return fit(kept, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
-    best, held, done, left, made = None, dict[str, Tensor](), 0, list(enumerate(stages)), make
-    found = {"valid": math.inf}
+        pair.load_state_dict(load_file(path), strict=False)
+        return fit(pair, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
+    best, held, done, left = None, dict[str, Tensor](), 0, list(enumerate(stages))
+    found, per_epoch = {"valid": math.inf}, max(1, len(data) // batch)
     while left:
         k, (epochs, rate) = left.pop(0)
-        per_epoch = max(1, len(data) // batch)
-        pair, result = trained(
-            made,
+        result = _fitted(
+            pair,
             data,
             *objective,
             seed=seed * len(stages) + k,
@@ -141,7 +148,7 @@ def trained_by_stages(
             draws=1,
             optimizer=PyroOptim(torch.optim.Adam, {"lr": rate, "weight_decay": weight_decay}),
         )
-        made, done, valid = partial(_itself, pair), done + epochs, -score(result)
+        done, valid = done + epochs, -score(result)
         if valid < found["valid"]:
             best, held = result, {n: v.detach().clone() for n, v in pair.state_dict().items()}
             found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
@@ -151,13 +158,8 @@ def trained_by_stages(
     if best is None:
         raise ArithmeticError("valid: expected a finite score of the first stage, got none")
     if path is not None:
-        with best.state():
-            # In half precision, which changes a log density by less than a thousandth of a nat per row.
-            weights = {n: p.detach().half().cpu().contiguous() for n, p in pair.named_parameters()}
+        # In half precision, which changes a log density by less than a thousandth of a nat per row.
+        names = {n for n, _ in pair.named_parameters()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(save_file, weights))
+        write_whole(path, partial(save_file, {n: v.half().cpu().contiguous() for n, v in held.items() if n in names}))
     return best, found
-
-
-def _itself(pair: P) -> P:
-    return pair
