@@ -342,3 +342,21 @@ def test_a_record_keeps_the_protocol_that_it_was_obtained_by(tmp_path, monkeypat
     monkeypatch.setattr("ppl_models.ledger.entries.RECIPES", {"made": recipe(protocol="fifty epochs")})
     assert "| ten epochs |" in ledger.table(tmp_path) and "fifty" not in ledger.table(tmp_path)
     assert "| fifty epochs |" in ledger.table(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("better", "figure", "error", "met"),
+    [
+        ("lower", 2.4, None, True),
+        ("lower", 2.6, None, False),
+        ("lower", 2.6, 0.06, True),
+        ("lower", 2.6, 0.04, False),
+        ("higher", 2.6, None, True),
+        ("higher", 2.4, None, False),
+        ("higher", 2.4, 0.06, True),
+    ],
+)
+def test_a_figure_is_met_at_or_beyond_the_published_one(better: str, figure: float, error: Any, met: bool) -> None:
+    record = {"figure": figure, "standard_error": error}
+    assert recipe(better=better).met(record) is met
+    assert recipe(better=better, published=None).met(record) is None
