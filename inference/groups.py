@@ -110,9 +110,11 @@ class Groups:
     def get(self, name: str) -> xr.Dataset | None:
         """A group; None where there is none."""
         if name in self.later:
-            make, said = self.later.pop(name), len(self.left_out.said)
+            make, said = self.later[name], len(self.left_out.said)
             with isolated(self.seed), self.within():
                 self.made[name], note = self.left_out.unless(name, make, (None, ""))
+            # Not before: an interrupt leaves it to be asked for again.
+            del self.later[name]
             if len(self.left_out.said) > said:
                 note = f"left out: {self.left_out.said[-1].removeprefix(f'{name}: ')}"
             self.attrs |= {name: note} if note else {}

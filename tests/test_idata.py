@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import arviz_stats as azs
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 import inference
 from inference import fit, sample
 from inference.core.bound import bind
+from inference.draws import scoring
 from inference.idata import allowed_names, seen_of
 from inference.kernels import ChEES, Gibbs
 
@@ -569,3 +571,16 @@ def test_groups_of_data_that_were_changed_in_place_are_left_out(numpy: bool, cha
     assert "changed in place" in result.idata.attrs["log_likelihood"]
     # What was asked for before stays.
     np.testing.assert_array_equal(kept.groups["log_likelihood"]["y"].values, score)
+
+
+def test_a_group_whose_making_was_interrupted_is_made_when_it_is_asked_for_again(monkeypatch) -> None:
+    result, scores = fit((effects, AutoNormal(effects)), Y, steps=1, draws=30, progress=False), scoring.draw_sites
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "draw_sites", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _ = result.idata
+    monkeypatch.setattr(scoring, "draw_sites", scores)
+    assert "posterior_predictive" in result.idata.children
