@@ -145,7 +145,7 @@ def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> No
 def staged(scores: list[float], tmp_path: Path, *, read: bool = False) -> tuple[float, dict[str, float]]:
     """Density of a small pair that was fitted in stages which have these scores on validation rows."""
     given = iter(scores)
-    with weights_at(tmp_path / "weights" / "made.safetensors", read=read):
+    with weights_at(tmp_path / "weights" / "made.safetensors.gz", read=read):
         result, found = trained_by_stages(
             lambda: FVSBN(6), ROWS, stages=STAGES, score=lambda _: next(given), batch=50, seed=0
         )
@@ -182,7 +182,7 @@ def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypa
     answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
     assert answer.exit_code == 2 and "recipe: expected weights on record, got none of made" in answer.stderr
     ledger.reproduce(recipe(run=evaluated, seeds=2), tmp_path)
-    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["made.safetensors"]
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["made.safetensors.gz"]
     answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.stderr
     now, then = map(float, re.findall(r"(\d+\.\d+) (?:now|on record)", answer.stdout))

@@ -96,8 +96,8 @@ class Descent:
                     failure = self.steps.check(now=ends or first or keeps, compare=ends or first)
                     if failure is not None:
                         break
+                    _show(shown, losses, len(taken), first)
                     first, self._setup = False, self.elapsed if self._setup is None else self._setup
-                    _show(shown, losses, len(taken))
                     if ends or keeps:
                         self._keep(over=ends)
                     if stops:
@@ -220,9 +220,9 @@ def _share_of(rows: Tensor) -> Tensor:
     return rows if count == 1 else rows.tensor_split(count)[rank]
 
 
-def _show(shown: Any, losses: list[Any], taken: int) -> None:
+def _show(shown: Any, losses: list[Any], taken: int, first: bool) -> None:
     """Move the progress bar, with a new loss after every twenty steps."""
-    shown.update(taken)
+    (shown.first if first else shown.update)(taken)
     if (len(losses) - 1) % 20 < taken and not shown.disable:
         shown.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
 

@@ -172,7 +172,7 @@ def check(
     Raises:
         ValueError: There are no weights, or no record.
     """
-    path, records = directory / "weights" / f"{recipe.name}.safetensors", directory / f"{recipe.name}.jsonl"
+    path, records = directory / "weights" / f"{recipe.name}.safetensors.gz", directory / f"{recipe.name}.jsonl"
     kept = [r for r in read_lines(records) if not r["quick"]] if records.exists() else []
     if not path.exists() or not kept:
         raise ValueError(f"recipe: expected weights on record, got none of {recipe.name} in {directory}")
@@ -188,7 +188,7 @@ def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: to
     # Of one code only: what another has begun it must not end.
     folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}-{commit}"
     # Weights of the first seed are kept, with which ``check`` evaluates again.
-    keeps = nullcontext() if quick or seed else weights_at(directory / "weights" / f"{recipe.name}.safetensors")
+    keeps = nullcontext() if quick or seed else weights_at(directory / "weights" / f"{recipe.name}.safetensors.gz")
     with checkpoints_in(folder), running_on(place), keeps:
         found = dict(recipe.run(quick, seed))
     if not math.isfinite(found["figure"]):

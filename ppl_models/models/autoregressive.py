@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import linear, logsigmoid, pad
 
 from ppl_models.models.checks import (
     check_binary,
@@ -38,6 +38,9 @@ from ppl_models.models.parts import grids
 from ppl_models.models.parts.distributions import Rowwise
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.randomness import bernoulli
+
+GROUP = 14
+"""Features that NADE takes at once."""
 
 
 class Conditionals(Rowwise):
@@ -227,16 +230,19 @@ class NADE(Autoregressive):
 
 @dataclass(frozen=True)
 class _Masked:
-    """Log odds of all features by layers whose weights are masked, or of one."""
+    """Log odds of all features by layers whose weights are masked, or of one; ``direct``: from the inputs, besides."""
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
+    direct: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(self._below(x), self.weights[-1], self.biases[-1])
+        out = linear(self._below(x), self.weights[-1], self.biases[-1])
+        return out if self.direct is None else out + linear(x, self.direct)
 
     def one(self, x: Tensor, d: int) -> Tensor:
-        return self._below(x) @ self.weights[-1][d] + self.biases[-1][d]
+        out = self._below(x) @ self.weights[-1][d] + self.biases[-1][d]
+        return out if self.direct is None else out + x @ self.direct[d]
 
     def _below(self, x: Tensor) -> Tensor:
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -254,9 +260,18 @@ class _Hidden:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        steps = x[..., None] * self.inward
-        before = steps.cumsum(-2) - steps
-        return ((before + self.threshold).sigmoid() * self.outward).sum(-1) + self.bias
+        # Features in groups of F: the sum before a group is cumulative, that within it a product with a triangle.
+        size, width = self.inward.shape
+        fill = -size % GROUP
+        inward, outward = (pad(w, (0, 0, 0, fill)).reshape(-1, GROUP, width) for w in (self.inward, self.outward))
+        rows = pad(x.reshape(-1, size), (0, fill)).reshape(-1, len(inward), GROUP).transpose(0, 1)
+        sums = rows @ inward
+        before = sums.cumsum(0) - sums + self.threshold
+        preceding = rows[:, :, None] * torch.ones(GROUP, GROUP, dtype=x.dtype, device=x.device).tril(-1)
+        within = (preceding.reshape(len(inward), -1, GROUP) @ inward).reshape(*preceding.shape[:3], width)
+        hidden = (before[:, :, None] + within).sigmoid()
+        logits = (hidden * outward[:, None]).sum(-1).transpose(0, 1).reshape(-1, size + fill)
+        return logits[:, :size].reshape(x.shape) + self.bias
 
     def one(self, x: Tensor, d: int) -> Tensor:
         hidden = (x[:, :d] @ self.inward[:d] + self.threshold).sigmoid()
@@ -267,10 +282,12 @@ class MADE(Autoregressive):
     r"""Masked autoencoder for distribution estimation: each output sees only the preceding inputs in some order.
 
     Each hidden unit has a random degree from 1 to D - 1 and is connected to units of the same or a smaller degree below
-    it. The output for the d-th feature of the order is connected to units of degree smaller than d.
+    it. The output for the d-th feature of the order is connected to units of degree smaller than d, and, directly, to
+    the preceding features, as in the runs of the paper; without hidden layers this is the :class:`FVSBN`.
 
     Args:
         hidden: Widths of the hidden layers.
+        direct: Whether features are connected to the outputs directly as well.
         orders: Number of orders, each with its own masks on the same weights; their densities are averaged. The first
             is the order of the columns.
         seed: Seed of the masks and orders.
@@ -279,7 +296,13 @@ class MADE(Autoregressive):
     """
 
     def __init__(
-        self, features: int | Sequence[str], *, hidden: Sequence[int] = (500,), orders: int = 1, seed: int = 0
+        self,
+        features: int | Sequence[str],
+        *,
+        hidden: Sequence[int] = (500,),
+        direct: bool = True,
+        orders: int = 1,
+        seed: int = 0,
     ) -> None:
         count_of("features", features, 2)
         check_widths("hidden", hidden, 0)
@@ -293,25 +316,34 @@ class MADE(Autoregressive):
             torch.randperm(self.features, generator=random) if k else torch.arange(self.features) for k in range(orders)
         ]
         self.order = torch.stack(order)
+        self.direct = nn.Parameter(torch.zeros(self.features, self.features)) if direct and hidden else None
+        masks = list[list[Tensor]]()
         for k in range(orders):
-            for depth, mask in enumerate(_masks(self.order[k], hidden, random)):
+            place = torch.empty_like(self.order[k])
+            place[self.order[k]] = torch.arange(1, self.features + 1)
+            masks.append(_masks(place, hidden, random))
+            for depth, mask in enumerate(masks[k]):
                 self.register_buffer(f"mask_{k}_{depth}", mask)
+            if self.direct is not None:
+                self.register_buffer(f"mask_{k}_direct", (place[:, None] > place).float())
+        with torch.no_grad():
+            # What no order uses stays at zero.
+            for weight, *used in zip(self.weights, *masks, strict=True):
+                weight.mul_(torch.stack(used).amax(0))
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """The masked network of each order."""
-        weights, biases = list(self.weights), list(self.biases)
-        return [
-            _Masked([w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(weights)], biases)
-            for k in range(len(self.order))
-        ]
+        return [self._network(k) for k in range(len(self.order))]
+
+    def _network(self, k: int) -> _Masked:
+        weights = [w * getattr(self, f"mask_{k}_{depth}") for depth, w in enumerate(self.weights)]
+        direct = None if self.direct is None else self.direct * getattr(self, f"mask_{k}_direct")
+        return _Masked(weights, list(self.biases), direct)
 
 
-def _masks(order: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:
-    """Mask of the weights of each layer, (outputs, inputs) of zeros and ones."""
-    count = len(order)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(1, count + 1)
-    degrees, masks = place, []
+def _masks(place: Tensor, hidden: Sequence[int], random: torch.Generator) -> list[Tensor]:
+    """Mask of the weights of each layer, (outputs, inputs) of zeros and ones, by the features' places in the order."""
+    count, degrees, masks = len(place), place, []
     for width in hidden:
         # A unit whose degree is smaller than all of the layer below would have no inputs.
         low = int(degrees.min())

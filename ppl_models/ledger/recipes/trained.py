@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pyro.optim import PyroOptim
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from inference import Checkpoint, Result, fit, isolated, write_whole
@@ -132,7 +132,7 @@ def trained_by_stages(
     pair = _built(make, seed)
     path, read = _WEIGHTS.get() or (None, False)
     if path is not None and read:
-        pair.load_state_dict(load_file(path), strict=False)
+        pair.load_state_dict(load(gzip.decompress(path.read_bytes())), strict=False)
         return fit(pair, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
     best, held, done, left = None, dict[str, Tensor](), 0, list(enumerate(stages))
     found, per_epoch = {"valid": math.inf}, max(1, len(data) // batch)
@@ -161,5 +161,6 @@ def trained_by_stages(
         # In half precision, which changes a log density by less than a thousandth of a nat per row.
         names = {n for n, _ in pair.named_parameters()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(save_file, {n: v.half().cpu().contiguous() for n, v in held.items() if n in names}))
+        halves = save({n: v.half().cpu().contiguous() for n, v in held.items() if n in names})
+        write_whole(path, lambda file: file.write_bytes(gzip.compress(halves, mtime=0)))
     return best, found
