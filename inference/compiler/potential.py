@@ -217,7 +217,8 @@ class BatchedPotential:
         order = energies.nan_to_num(math.inf, math.inf).argsort()
         pick = order[torch.linspace(0, len(order) - 1, CHECKED).long()].unique()
         try:
-            expected = self._loop(positions[pick], *(g[pick] for g in self.held[: self._given]))[0]
+            given = (g[pick] for g in self.held[: self._given])
+            expected = torch.stack([self._energy_or_nan(*one) for one in zip(positions[pick], *given, strict=True)])
         except (RuntimeError, ValueError):
             # A model that fails at remote positions says nothing about its graph.
             return
@@ -233,14 +234,25 @@ class BatchedPotential:
         r"""Positions (chains, D) from values by name (chains, \*shape)."""
         return torch.cat([values[n].reshape(len(values[n]), -1).to(self.like) for n in self._example], -1)
 
+    def _energy(self, leaf: Tensor, *given: Tensor) -> Tensor:
+        energy = self._potential(self.unpack(leaf), *given)
+        # Pyro's kernels take an energy (1,) too.
+        return energy.reshape(()) if energy.dim() else energy
+
     def _one(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         leaf = position.detach().requires_grad_()
         with torch.enable_grad():
-            energy = self._potential(self.unpack(leaf), *given)
-            # Pyro's kernels take an energy (1,) too.
-            energy = energy.reshape(()) if energy.dim() else energy
+            energy = self._energy(leaf, *given)
             (gradient,) = torch.autograd.grad(energy, leaf)
         return energy.detach().to(position.dtype), gradient
+
+    def _energy_or_nan(self, position: Tensor, *given: Tensor) -> Tensor:
+        try:
+            # A model may differentiate by itself.
+            with torch.enable_grad():
+                return self._energy(position.detach().requires_grad_(), *given).detach().to(position.dtype)
+        except torch.linalg.LinAlgError:
+            return position.new_tensor(math.nan)
 
     def _one_or_nan(self, position: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         try:

@@ -194,7 +194,11 @@ def _summary(posterior: xr.Dataset, chains: bool, ensembles: int = 1) -> pd.Data
 
 def _columns(draws: xr.Dataset, chains: bool, ensembles: int) -> pd.DataFrame:
     """The table of some quantities."""
-    over = ("chain", "draw")
+    over, names = ("chain", "draw"), [str(n) for n in draws.data_vars]
+    if len(names) > 1:
+        # One array of all: what is computed of each array costs more to begin than to do.
+        flat = np.concatenate([v.values.reshape(*v.shape[:2], -1) for v in draws.data_vars.values()], -1)
+        draws, names = xr.Dataset({"all": ((*over, "quantity"), flat)}), ["all"]
     # A constant quantity has a standard deviation of about 1e-17 by rounding.
     columns = {"mean": draws.mean(over), "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0)}
     if chains:
@@ -207,7 +211,7 @@ def _columns(draws: xr.Dataset, chains: bool, ensembles: int) -> pd.DataFrame:
     each = draws.sizes["chain"] // ensembles
     if ensembles > 1 and each > 1:
         columns["r_hat_nested"] = azs.rhat_nested(draws, superchain_ids=np.repeat(np.arange(ensembles), each))
-    return pd.DataFrame({k: _flat(v, [str(n) for n in draws.data_vars]) for k, v in columns.items()})
+    return pd.DataFrame({k: _flat(v, names) for k, v in columns.items()})
 
 
 def with_intervals(table: pd.DataFrame, idata: xr.DataTree, prob: float) -> pd.DataFrame:
