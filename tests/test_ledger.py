@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 from typer.testing import CliRunner
@@ -21,10 +22,10 @@ from typer.testing import CliRunner
 from inference import fit, isolated, log_evidence
 from ppl_models import data, ledger
 from ppl_models.cli import app
-from ppl_models.ledger import record
+from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes.posteriors import R_HAT, SPREAD, WORST_Z, judged
-from ppl_models.ledger.recipes.trained import placed, trained, trained_by_stages, weights_at
+from ppl_models.ledger.recipes.trained import placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
 
@@ -183,6 +184,7 @@ def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypa
     assert answer.exit_code == 2 and "recipe: expected weights on record, got none of made" in answer.stderr
     ledger.reproduce(recipe(run=evaluated, seeds=2), tmp_path)
     assert [p.name for p in (tmp_path / "weights").iterdir()] == ["made.safetensors.gz"]
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["made.png"]
     answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
     assert answer.exit_code == 0, answer.stderr
     now, then = map(float, re.findall(r"(\d+\.\d+) (?:now|on record)", answer.stdout))
@@ -192,6 +194,24 @@ def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypa
     (tmp_path / "made.jsonl").write_text(json.dumps(line) + "\n")
     answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
     assert answer.exit_code == 1 and "which is on record, got" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "curve"), [("bars", True, 50), ("gan_ring", False, 60), ("infogan_digits", True, 20)]
+)
+def test_a_run_is_drawn_with_its_losses_and_rows(name: str, image: bool, curve: int, tmp_path) -> None:
+    with seen() as shown:
+        ledger.RECIPES[name].run(True, 0)
+    (one,) = shown
+    assert len(one.losses) == curve
+    # The losses of the figure's own pair, per row: of several starts the one that was taken.
+    np.testing.assert_allclose(one.losses * len(one.rows["x"]), one.result.losses)
+    axes = Figure().subplots(1, 2)
+    pictures.learning_curve(axes[0], one)
+    pictures.rows_made(axes[1], one.result.bound.pair, one.rows)
+    assert len(axes[0].lines) == 1 and bool(axes[1].images) is image and bool(axes[1].collections) is not image
+    path = pictures.write(one, "a run", tmp_path / "pictures" / f"{name}.png")
+    assert path.stat().st_size < 200_000
 
 
 def test_quick_records_stay_out_of_the_table(tmp_path, monkeypatch) -> None:

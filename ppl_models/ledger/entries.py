@@ -131,7 +131,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         _mnist(
             "Germain et al. 2015, as karpathy/pytorch-made quotes it",
-            "exact; one hidden layer of 500 units, direct connections, one mask, fixed order; here a normal prior, sd 0.45",
+            "exact; 500 hidden units, direct connections, one mask, fixed order; here a normal prior, sd 0.45",
             "quoted",
         )(
             name="made",

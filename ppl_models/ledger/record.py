@@ -24,7 +24,7 @@ import torch
 
 from inference import exclusive
 from ppl_models.data.sets import usable
-from ppl_models.ledger.recipes.trained import checkpoints_in, running_on, weights_at
+from ppl_models.ledger.recipes.trained import checkpoints_in, running_on, seen, weights_at
 
 try:
     import fcntl
@@ -189,7 +189,7 @@ def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: to
     folder = directory / ".running" / f"{recipe.name}-{seed}{'-quick' if quick else ''}-{commit}"
     # Weights of the first seed are kept, with which ``check`` evaluates again.
     keeps = nullcontext() if quick or seed else weights_at(directory / "weights" / f"{recipe.name}.safetensors.gz")
-    with checkpoints_in(folder), running_on(place), keeps:
+    with checkpoints_in(folder), running_on(place), keeps, seen() as shown:
         found = dict(recipe.run(quick, seed))
     if not math.isfinite(found["figure"]):
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,6 +209,12 @@ def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: to
     }
     directory.mkdir(parents=True, exist_ok=True)
     append_line(directory / f"{recipe.name}.seeds.jsonl", json.dumps(line))
+    if shown and not quick and not seed:
+        # A second to import.
+        from ppl_models.ledger.pictures import write
+
+        title = f"{recipe.name}: {recipe.title} {found['figure']:.2f}, published {recipe.known}"
+        write(shown[0], title, directory / "pictures" / f"{recipe.name}.png")
     shutil.rmtree(folder, ignore_errors=True)
 
 

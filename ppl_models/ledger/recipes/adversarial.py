@@ -19,7 +19,7 @@ from inference import isolated, two_sample
 from inference.objectives import Adversarial
 from ppl_models import data
 from ppl_models.data import simulate_modes
-from ppl_models.ledger.recipes.trained import placed, trained
+from ppl_models.ledger.recipes.trained import fitted, placed, show, trained
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.gan import GAN, ConditionalGAN, InfoGAN, Leaky
 from ppl_models.models.parts.information import mutual_information
@@ -97,16 +97,18 @@ def coded(quick: bool, seed: int) -> dict[str, float]:
         return InfoGAN(digits.features, 10, 8, generator=generator, trunk=trunk)
 
     schedule: dict[str, Any] = {"steps": steps, "batch": 64, "learning_rate": 0.001, "draws": 1}
-    runs: list[tuple[float, float]] = []
+    runs, results = list[tuple[float, float]](), []
     for start in range(starts * seed, starts * (seed + 1)):
-        pair, _ = duelled(make, x, Adversarial(r1=1.0, information=("c",)), seed=start, **schedule)
+        pair, result = duelled(make, x, Adversarial(r1=1.0, information=("c",)), seed=start, **schedule)
         predicted = machine.predict(pair.generate(drawn, seed=seed).cpu().numpy())
         table = confusion_matrix(asked, predicted, labels=range(10), normalize="all")
         with isolated(start), torch.no_grad():
             one, other = (pair.reader(pair.trunk(x)).softmax(-1).double() for _ in range(2))
         information = float(mutual_information(one.mT @ other + other.mT @ one))
+        results.append(result)
         runs.append((information, 100 * float(table[linear_sum_assignment(-table)].sum())))
     rows = digits.test["x"].numpy() / 16, digits.test["y"].numpy()
+    show(results[runs.index(max(runs))], x)
     figures = sorted(figure for _, figure in runs)
     return {
         "figure": max(runs)[1],
@@ -134,7 +136,8 @@ def unpaired(quick: bool, seed: int) -> dict[str, float]:
 
     def train(pair: CycleGAN, steps: int, learning_rate: float) -> float:
         schedule: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch": 64, "draws": 1}
-        adversaries(pair, {"a": a, "b": b}, Adversarial(r1=0.1), seed=seed, **schedule)
+        result = fitted(pair, {"a": a, "b": b}, Adversarial(r1=0.1), method=adversaries, seed=seed, **schedule)
+        show(result, {"a": a, "b": b})
         there, back = pair.translate(a[:rows]), pair.translate(b[:rows], back=True)
         return two_sample.energy_distance(there, b[:rows]).value + two_sample.energy_distance(back, a[:rows]).value
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference import fit, isolated
 from inference.objectives import RWS
-from ppl_models.ledger.recipes.trained import placed
+from ppl_models.ledger.recipes.trained import fitted, placed, show
 from ppl_models.models.pair import nothing
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
 
@@ -50,17 +50,19 @@ def bars(quick: bool, seed: int) -> dict[str, float]:
         with torch.no_grad():
             return float((probability * (probability.log() - pair.log_evidence(images.float()).double())).sum()) / LN2
 
-    runs: list[dict[str, float]] = []
+    runs, results = list[dict[str, float]](), []
     for start in range(starts):
         with isolated(1000 * seed + start):
             pair = placed(HelmholtzMachine(16, (8, 1)))
         pair.centre(x)
         exact = deepcopy(pair)
-        result = fit(pair, x, partial(RWS, 10), steps=steps, batch=100, learning_rate=0.02, draws=1, seed=start)
+        result = fitted(pair, x, partial(RWS, 10), steps=steps, batch=100, learning_rate=0.02, draws=1, seed=start)
         fit((exactly(exact, probability), nothing), images.float(), steps=steps // 5, learning_rate=0.05, draws=1)
         bound = result.losses[-max(1, steps // 10) :].mean() / len(x)
+        results.append(result)
         runs.append({"bound": float(bound), "kl": divergence(pair), "exact": divergence(exact)})
     best = min(runs, key=lambda run: run["bound"])
+    show(results[runs.index(best)], x)
     return {
         "figure": best["kl"],
         "first start": runs[0]["kl"],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pyro.optim import PyroOptim
 from safetensors.torch import load, save
@@ -32,6 +34,55 @@ _WEIGHTS: ContextVar[tuple[Path, bool] | None] = ContextVar("weights", default=N
 
 
 _KEPT: ContextVar[tuple[Checkpoint, Iterator[int]] | None] = ContextVar("kept", default=None)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A fit that is drawn.
+
+    Attributes:
+        result: The Result.
+        rows: The data, by name.
+        losses: Loss per row of each step.
+        valid: Steps, and the loss per validation row after them.
+    """
+
+    result: Result
+    rows: Mapping[str, Tensor]
+    losses: np.ndarray
+    valid: Sequence[tuple[int, float]] = ()
+
+
+_SHOWN: ContextVar[list[Shown] | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def seen() -> Iterator[list[Shown]]:
+    """Collect the fit that is to be drawn of the recipes in the block: the last that they show, else their first."""
+    held: list[Shown] = []
+    token = _SHOWN.set(held)
+    try:
+        yield held
+    finally:
+        _SHOWN.reset(token)
+
+
+def show(
+    result: Result,
+    data: Any,
+    losses: np.ndarray | None = None,
+    valid: Sequence[tuple[int, float]] = (),
+    *,
+    first: bool = False,
+) -> None:
+    """Let a fit be drawn, in place of another, or (``first``) if there is no other."""
+    held = _SHOWN.get()
+    if held is None or (first and held):
+        return
+    rows = data if isinstance(data, Mapping) else {"x": data}
+    count = len(next(iter(rows.values())))
+    losses = np.asarray(result.losses if losses is None else losses) / count
+    held[:] = [Shown(result, rows, losses, tuple(valid))]
 
 
 @contextmanager
@@ -85,7 +136,7 @@ def trained(
         **arguments: Those of the method.
     """
     pair = _built(make, seed)
-    return pair, _fitted(pair, data, *objective, method=method, seed=seed, **arguments)
+    return pair, fitted(pair, data, *objective, method=method, seed=seed, **arguments)
 
 
 def _built(make: Callable[[], P], seed: int) -> P:
@@ -93,12 +144,22 @@ def _built(make: Callable[[], P], seed: int) -> P:
         return placed(make())
 
 
-def _fitted(pair: P, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
-    """Fit a pair, from where it was if it was killed."""
+def fitted(pair: Pair, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
+    """Fit a pair, from where it was if it was killed.
+
+    Args:
+        pair: The pair.
+        data: Data of the fit.
+        objective: The objective, unless it is the default one.
+        method: ``fit``, or another method of the same arguments.
+        **arguments: Those of the method.
+    """
     kept = _KEPT.get()
     if kept is not None:
         arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
-    return method(pair, data, *objective, **arguments)
+    result = method(pair, data, *objective, **arguments)
+    show(result, data, first=True)
+    return result
 
 
 def trained_by_stages(
@@ -135,10 +196,11 @@ def trained_by_stages(
         pair.load_state_dict(load(gzip.decompress(path.read_bytes())), strict=False)
         return fit(pair, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
     best, held, done, left = None, dict[str, Tensor](), 0, list(enumerate(stages))
+    losses, scores = list[np.ndarray](), list[tuple[int, float]]()
     found, per_epoch = {"valid": math.inf}, max(1, len(data) // batch)
     while left:
         k, (epochs, rate) = left.pop(0)
-        result = _fitted(
+        result = fitted(
             pair,
             data,
             *objective,
@@ -149,6 +211,8 @@ def trained_by_stages(
             optimizer=PyroOptim(torch.optim.Adam, {"lr": rate, "weight_decay": weight_decay}),
         )
         done, valid = done + epochs, -score(result)
+        losses.append(np.asarray(result.losses))
+        scores.append((done * per_epoch, valid))
         if valid < found["valid"]:
             best, held = result, {n: v.detach().clone() for n, v in pair.state_dict().items()}
             found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
@@ -157,6 +221,7 @@ def trained_by_stages(
             left = [stage for stage in left if stage[1][1] < rate]
     if best is None:
         raise ArithmeticError("valid: expected a finite score of the first stage, got none")
+    show(best, data, np.concatenate(losses), scores)
     if path is not None:
         # In half precision, which changes a log density by less than a thousandth of a nat per row.
         names = {n for n, _ in pair.named_parameters()}
