@@ -31,6 +31,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 # SHA-256, size in bytes and path in the layout: upstream's files and those made from them.
 _TABLE = """\
+12ecc6b4d327b92f9225f08faa6405e4274fb8e75943d86a53157d1b1bcfaf74  18594167  sbibm/sbibm-1.1.0-py2.py3-none-any.whl
 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609   9912422  mnist/train-images-idx3-ubyte.gz
 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c     28881  mnist/train-labels-idx1-ubyte.gz
 8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6   1648877  mnist/t10k-images-idx3-ubyte.gz
@@ -111,6 +112,13 @@ _SMS = (
 )
 
 
+SBIBM = "sbibm/sbibm-1.1.0-py2.py3-none-any.whl"
+"""The wheel that holds observations and reference draws of simulators, under ``sbibm/tasks``."""
+
+
+_WHEEL = "6a/3d/ca6a49f7d8ad77f274087b58584eb61e7d13d2c52181386a4fb29caa897f"
+
+
 IDX = tuple(f"{f}-ubyte.gz" for f in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"))
 
 
@@ -130,6 +138,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     **{f"fashion_mnist/{file}": (f"{_FASHION}/{file}",) for file in IDX},
     "binarized_mnist/binarized_mnist.npz": tuple(f"{_AMAT}_{s}.amat" for s in ("train", "valid", "test")),
     "omniglot/omniglot_28x28.npz": (),
+    SBIBM: (f"https://files.pythonhosted.org/packages/{_WHEEL}/{Path(SBIBM).name}",),
     "text/xwindows.npz": (f"{_MAT}/XwindowsDocData.mat",),
     "text/news20_w100.npz": (f"{_MAT}/20news_w100.mat",),
     "text/SMSSpamCollection.gz": (_SMS,),

@@ -64,6 +64,7 @@ class Recipe:
         better: ``lower`` or ``higher``.
         seeds: Number of seeds of a full run.
         entry: The entry of the zoo that it is a figure of.
+        limits: What keeps its figure from the published one, or it from being run.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Recipe:
     better: str = "lower"
     seeds: int = 1
     entry: str = ""
+    limits: str = ""
 
     @property
     def known(self) -> str:
