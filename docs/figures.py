@@ -53,8 +53,8 @@ def current(script: Path) -> bool:
     return figure_of(script).exists() and record_of(script).get("script") == digest(script)
 
 
-def shrink(picture: Path, path: Path) -> None:
-    """Write a small copy of a picture: at most ``WIDTH`` wide, with as many colours as ``LARGEST`` bytes hold.
+def shrink(picture: Path, path: Path, largest: int = LARGEST) -> None:
+    """Write a small copy of a picture: at most ``WIDTH`` wide, with as many colours as ``largest`` bytes hold.
 
     Raises:
         ValueError: Sixteen colours take more bytes.
@@ -66,10 +66,10 @@ def shrink(picture: Path, path: Path) -> None:
     for colours in (256, 128, 64, 32, 16):
         small = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         small.save(written := BytesIO(), format="PNG", optimize=True)
-        if written.tell() <= LARGEST:
+        if written.tell() <= largest:
             write_whole(path, lambda p: p.write_bytes(written.getvalue()))
             return
-    raise ValueError(f"{picture.name}: expected at most {LARGEST:,} bytes, got {written.tell():,}")
+    raise ValueError(f"{picture.name}: expected at most {largest:,} bytes, got {written.tell():,}")
 
 
 def run(script: Path) -> None:

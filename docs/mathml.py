@@ -9,6 +9,8 @@ from typing import Any
 from docutils import nodes
 from latex2mathml.converter import convert
 
+UNKNOWN = re.compile(r"\\[A-Za-z]+")
+
 UPRIGHT = re.compile(r"\\(?:mathrm|operatorname)\{([A-Za-z][A-Za-z ]*)\}")
 
 SPACED = {
@@ -26,6 +28,9 @@ def mathml(latex: str, display: str) -> str:
     body = convert(UPRIGHT.sub(r"\\text{\1}", source), display=display)
     for wrong, right in SPACED.items():
         body = body.replace(wrong, right)
+    unknown = UNKNOWN.search(body)
+    if unknown:
+        raise ValueError(f"formula: expected commands that can be drawn, got {unknown[0]} in {latex}")
     return body
 
 

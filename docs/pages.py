@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import gallery
+from cards import class_of, picture_of
 from gallery import toctree
 
 import inference
@@ -23,8 +24,9 @@ import ppl_models
 from inference.core.bound import bind
 from inference.report.graph import graph
 from ppl_models import ZOO, Entry
-from ppl_models.ledger import RECIPES, table
+from ppl_models.ledger import RECIPES
 from ppl_models.ledger.entries import latest, records
+from ppl_models.ledger.record import shown_figure
 
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^(Args|Data|Sites|Attributes|Example|Raises|Returns|Arguments|The other arguments)\b", re.M)
@@ -34,6 +36,8 @@ DATA = {
     "ZOO": "The entries of the zoo, by name.",
 }
 """What the public names that are data hold."""
+MET = {True: "yes", False: "no", None: "-"}
+"""Whether a figure is at or beyond the published one, within two standard errors."""
 LEDGER = Path(__file__).parent / "ledger"
 """Pictures of the recipes' runs."""
 MISSING = (
@@ -59,11 +63,6 @@ def write(folder: Path) -> None:
 
 
 # ---- The zoo
-
-
-def class_of(entry: Entry) -> type:
-    """The class of an entry's pair."""
-    return getattr(entry.make, "__self__", entry.make)
 
 
 def head(doc: str) -> list[str]:
@@ -105,7 +104,7 @@ def card(entry: Entry) -> str:
 
 {graph_of(entry)}
 
-## What comes with it
+{picture(entry)}## What comes with it
 
 | | |
 | --- | --- |
@@ -113,6 +112,7 @@ def card(entry: Entry) -> str:
 | methods | {", ".join(entry.methods)} (`ppl-models fit` runs {next(iter(entry.fits))}) |
 | compared with | {entry.source} |
 | exact posterior | {"known; `compare` shows each error" if entry.truth else "not known in closed form"} |
+| [ledger](../ledger.md) | {figures_of(entry)} |
 
 ## Run it
 
@@ -135,6 +135,23 @@ ppl-models compare {entry.name}
 
 Arguments, shapes and errors: {{py:class}}`ppl_models.{kind.__name__}`.
 """
+
+
+def picture(entry: Entry) -> str:
+    """What the entry makes, fitted to its default data; nothing where no picture was made."""
+    path = picture_of(entry)
+    return f"![What {entry.name} makes](../../static/zoo/{path.name})\n\n" if path.exists() else ""
+
+
+def figures_of(entry: Entry) -> str:
+    """The published figures of an entry, and those obtained here."""
+    found = latest()
+    told = [
+        f"`{r.name}`: {shown_figure(found[r.name]) if r.name in found else 'not run'} (published {r.known})"
+        for r in RECIPES.values()
+        if r.entry == entry.name
+    ]
+    return "; ".join(told) or "none"
 
 
 def graph_of(entry: Entry) -> str:
@@ -196,6 +213,15 @@ def ledger() -> str:
         cells = (f"`{r['recipe']}`", r["date"], r["seeds"], f"{r['seconds']:,.0f}", r["machine"])
         rows.append(f"| {' | '.join(map(str, (*cells, r['versions']['torch'], r['commit'])))} |")
     nl, found = "\n", latest()
+    figures = ["| recipe | figure | published | obtained | seeds | at or beyond |", "| --- " * 6 + "|"]
+    for recipe in RECIPES.values():
+        record = found.get(recipe.name)
+        got = (shown_figure(record), record["seeds"], MET[recipe.met(record)]) if record else ("-", "-", "-")
+        cells = f"[`{recipe.name}`](#protocols)", recipe.title, recipe.known, *map(str, got)
+        figures.append(f"| {' | '.join(cells)} |")
+    protocols = [
+        f"`{r.name}`\n: {found.get(r.name, {}).get('protocol', r.protocol)}. {r.origin}.\n" for r in RECIPES.values()
+    ]
     open_ones = [r for r in RECIPES.values() if r.limits and (r.name not in found or not r.met(found[r.name]))]
     limits = [f"| `{r.name}` | {'not run' if r.name not in found else 'not met'} | {r.limits} |" for r in open_ones]
     drawn = [
@@ -207,7 +233,7 @@ def ledger() -> str:
 `--quick` runs it at a size that takes seconds. A dash: not run yet. "Recalled" figures have not been checked against
 their source. How to run many seeds: [Many runs](../many_runs.md).
 
-{table()}
+{nl.join(figures)}
 
 ## What limits the others
 
@@ -215,6 +241,10 @@ their source. How to run many seeds: [Many runs](../many_runs.md).
 | --- | --- | --- |
 {nl.join(limits)}
 {nl.join(MISSING)}
+
+## Protocols
+
+{nl.join(protocols)}
 
 ## Learning curves and samples
 

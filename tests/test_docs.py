@@ -9,6 +9,7 @@ import pytest
 from test_layers import check_public
 
 from ppl_models import ZOO
+from ppl_models.ledger import RECIPES
 
 pytest.importorskip("sphinx", reason="sphinx is not installed (the extra docs)")
 pytest.importorskip("latex2mathml", reason="latex2mathml is not installed (the extra docs)")
@@ -23,6 +24,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages that the build writes, without the graphs, which take the data."""
     folder = tmp_path_factory.mktemp("generated")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
         patch.syspath_prepend(str(DOCS))
         pages = importlib.import_module("pages")
         patch.setattr(pages, "graph_of", lambda entry: "")
@@ -50,6 +52,21 @@ def test_the_zoo_has_a_card_per_entry_with_its_story_data_and_methods(generated:
         card = (generated / f"zoo/{entry.name}.md").read_text()
         assert f":link: {entry.name}\n" in tiles
         assert all(said in card for said in (entry.title, ".. math::", entry.data, entry.source, *entry.methods))
+        shown = (DOCS / f"static/zoo/{entry.name}.png").exists()
+        assert (f"static/zoo/{entry.name}.png" in card) is shown
+        assert all(f"`{r.name}`" in card for r in RECIPES.values() if r.entry == entry.name)
+
+
+def test_formulas_with_commands_that_cannot_be_drawn_are_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        mathml = importlib.import_module("mathml").mathml
+    assert "argmax" in mathml(r"\operatorname{argmax}_\theta f(\theta)", "block")
+    with pytest.raises(ValueError, match=r"commands that can be drawn, got \\arg in"):
+        mathml(r"\arg\max_\theta f(\theta)", "block")
+    for page in WRITTEN:
+        for formula in re.findall(r"\$\$(.+?)\$\$", page.read_text(), re.DOTALL):
+            mathml(formula, "block")
 
 
 def test_every_example_has_a_page(generated: Path) -> None:

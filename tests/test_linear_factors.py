@@ -273,7 +273,7 @@ def test_a_fit_has_the_dimensions_and_the_exact_guide(kind: str) -> None:
     close(numpy(pointwise), numpy(expected))
 
 
-@pytest.mark.parametrize("factors", [1, 2, 3])
+@pytest.mark.parametrize("factors", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_fit_reaches_scikit_learns_maximum_likelihood(factors: int) -> None:
     """Theirs by EM, until a step gains less than 1e-10 nats; ours by gradients, within 1e-6 nats a row.
 

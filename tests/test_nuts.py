@@ -159,7 +159,10 @@ def test_a_correlated_normal(full_mass: bool) -> None:
 
 @pytest.mark.parametrize(
     ("model", "chains"),
-    [(gaussian, 3), (lambda: pyro.sample("x", dist.Normal(torch.zeros(()).double(), 2.0)), 1)],
+    [
+        (gaussian, 3),
+        pytest.param(lambda: pyro.sample("x", dist.Normal(torch.zeros(()).double(), 2.0)), 1, marks=pytest.mark.slow),
+    ],
     ids=["six dimensions", "one"],
 )
 def test_fused_blocks_are_the_traced_ones(model: Any, chains: int) -> None:

@@ -216,6 +216,7 @@ def test_moments_agree_with_nuts_on_breast_cancer_within_a_tenth() -> None:
     np.testing.assert_allclose(np.concatenate(ratios), 1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_full_gaussian_guide_is_near_the_moments() -> None:
     # The more rows, the nearer the posterior is to a normal one.
     data = draw(2, rows=1000)

@@ -77,13 +77,13 @@ class NUTS(Hamiltonian):
     Example:
         >>> import pyro, torch, pyro.distributions as dist
         >>> def model():
-        ...     pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 100.0])).to_event(1))
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([1.0, 3.0])).to_event(1))
         >>> pyro.set_rng_seed(0)
-        >>> mcmc = pyro.infer.MCMC(NUTS(model, jit_compile=False), num_samples=100, warmup_steps=200,
+        >>> mcmc = pyro.infer.MCMC(NUTS(model, jit_compile=False), num_samples=50, warmup_steps=100,
         ...     disable_progbar=True)
         >>> mcmc.run()
         >>> mcmc.get_samples()["x"].shape
-        torch.Size([100, 4, 2])
+        torch.Size([50, 4, 2])
     """
 
     lengths = (1000, 1000, 4)

@@ -3,7 +3,8 @@ r"""Expectation maximisation: coordinate ascent on the ELBO with the exact poste
 .. math::
 
     \text{E-step: } q(z_n = k) = p(z_n = k \mid x_n, \theta), \qquad
-    \text{M-step: } \theta \leftarrow \arg\max_\theta \sum_n \mathrm{E}_q[\log p(x_n, z_n \mid \theta)] + \log p(\theta)
+    \text{M-step: } \theta \leftarrow \operatorname{argmax}_\theta
+    \sum_n \mathrm{E}_q[\log p(x_n, z_n \mid \theta)] + \log p(\theta)
 
 After an E-step the bound equals :math:`\log p(x \mid \theta) + \log p(\theta)`, so the loss never increases.
 

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -360,6 +361,13 @@ class HierarchicalVAE(VAE):
         """Means of the rows (..., D) given the top layer (..., L_K), through the means of the layers below."""
         for network in reversed(self.falling):
             z = network(z).chunk(2, -1)[0]
+        return super().decode(z)
+
+    def falls(self, z: Tensor, random: np.random.Generator) -> Tensor:
+        """Means of the rows (..., D) given the top layer (..., L_K), through draws of the layers below."""
+        for network in reversed(self.falling):
+            below = normal(network(z))
+            z = below.mean + below.stddev * torch.as_tensor(random.standard_normal(below.mean.shape)).to(z)
         return super().decode(z)
 
 
