@@ -61,7 +61,7 @@ ABOVE = (
     ("ppl_models/zoo",),
     ("ppl_models/zoo/__main__.py", "ppl_models/sklearn.py"),
     ("ppl_models/ledger/recipes",),
-    ("ppl_models/ledger/record.py",),
+    ("ppl_models/ledger/record.py", "ppl_models/ledger/pictures.py"),
     ("ppl_models/ledger",),
     ("ppl_models/__init__.py",),
     ("ppl_models/commands",),
