@@ -50,6 +50,10 @@ from inference.saved import make_parameters
 
 LEARNING_RATE = 0.02
 """Initial learning rate of pairs that say nothing."""
+NETWORK_RATE = 0.002
+"""The same where model and guide hold networks."""
+NETWORK_LAYERS = 2
+"""Layers from which they do: one layer is a linear map."""
 
 
 @exclusive
@@ -93,7 +97,8 @@ def fit(
             one, advances at each step. Default: Adam with a learning rate that falls from ``learning_rate`` to a
             hundredth of it on a half cosine, inside the program where the steps are compiled.
         learning_rate: Initial rate of the default schedule, in units of the unconstrained parameters. Default: the
-            pair's own (``pair.learning_rate``: 0.002 for a VAE), or 0.02.
+            pair's own (``pair.learning_rate``), or 0.002 where model and guide hold networks (two or more layers of
+            torch's modules, autoguides apart), or 0.02.
         patience: Stop when the mean loss of the last ``patience`` steps is not below that of the ``patience`` steps
             before by more than its standard error. Default: never.
         draws: Number of posterior draws to keep.
@@ -140,7 +145,8 @@ def fit(
         made, compile = made.objective, compile if compile is False else True
     whole = bind(pair, data, device) if batch is None else bind_by_rows(pair, data, device)
     if learning_rate is None:
-        learning_rate = whole.asked.learning_rate or LEARNING_RATE
+        own = NETWORK_RATE if whole.layers >= NETWORK_LAYERS else LEARNING_RATE
+        learning_rate = whole.asked.learning_rate or own
     probe = {} if made is None else Objective.of(made).probe
     bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(

@@ -19,10 +19,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam, ClippedAdam, PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam as TorchClippedAdam
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference import Joint, fit, ksd, log_evidence, pointwise_log_likelihood, prior_predictive, sample
 from inference.compiler.block import Block
@@ -807,3 +808,67 @@ def test_progress_is_lines_of_their_own_where_standard_error_is_no_terminal(monk
     with progress.bar(4, "fit of model", shown=False) as hidden:
         hidden.update(4)
     assert not capsys.readouterr().err
+
+
+def amortized(encoder: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+    """z_n ~ N(0, 1), y_n ~ N(z_n, 1), with a network in the guide."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0)), 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(encoder(y[:, None])[:, 0], scale))
+
+    return model, guide
+
+
+class Matrices(PyroModule):
+    """A hand-written mean-field guide of a matrix: two matrices, and no network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = PyroParam(torch.zeros(3, 2))
+        self.scale = PyroParam(torch.ones(3, 2), dist.constraints.positive)
+
+    def forward(self) -> None:
+        pyro.sample("w", dist.Normal(self.loc, self.scale).to_event(2))
+
+
+def matrix() -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+    pyro.factor("far", -((w - 9.0) ** 2).sum())
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+RATES = {
+    "a network that a function registers": (lambda: (*amortized(two_layers()), Y.float()), 0.002),
+    "layers of Pyro": (
+        lambda: (
+            *amortized(PyroModule[nn.Sequential](PyroModule[nn.Linear](1, 4), PyroModule[nn.Linear](4, 1))),
+            Y.float(),
+        ),
+        0.002,
+    ),
+    "a linear map": (lambda: (*amortized(nn.Linear(1, 1)), Y.float()), 0.02),
+    "matrices of a mean-field guide": (lambda: (matrix, Matrices(), None), 0.02),
+    "a flow of an autoguide": (lambda: (matrix, AutoIAFNormal(matrix), None), 0.02),
+    "plain functions": (lambda: (model, guide, Y), 0.02),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_default_rate_is_that_of_networks_where_there_are_some(name: str) -> None:
+    make, rate = RATES[name]
+    torch.manual_seed(0)
+    *pair, data = make()
+    before, after = (quiet(tuple(pair), data, steps=steps, draws=1).params for steps in (0, 1))
+    # The first step of Adam moves each parameter, where it is unconstrained, by the rate.
+    moved = max(float((after[n] - v).abs().max()) for n, v in before.items())
+    assert moved == pytest.approx(rate, rel=0.3)

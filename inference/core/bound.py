@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from inference.core.checks import check_count, check_device
@@ -57,6 +58,7 @@ class _Structure(NamedTuple):
     observations: dict[str, Any]
     subsampled: tuple[str, ...]
     double: bool
+    layers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +218,7 @@ class BoundPair:
             if node["is_observed"] and isinstance(node["value"], Tensor) and not node["value"].is_floating_point():
                 # A distribution that does not take them says so.
                 node["fn"].log_prob(node["value"])
-        return _Structure(sites, max(dims + batch, default=0), observes, values, subsampled, double)
+        return _Structure(sites, max(dims + batch, default=0), observes, values, subsampled, double, _layers(trace))
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -264,9 +266,9 @@ class BoundPair:
             raise ValueError(f"model: expected the same data in each run, got {got}; fit(batch=) draws rows")
 
     @cached_property
-    def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...]]:
+    def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...], int]:
         if self.guide is None:
-            return frozenset(), False, ()
+            return frozenset(), False, (), 0
         with isolated(0), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         sites = sites_of(trace)
@@ -276,7 +278,13 @@ class BoundPair:
         marked = any(n["type"] == "sample" and n["infer"].get("enumerate") for n in nodes.values())
         extra = observed | (latent - set(self.select("latent")))
         alien = tuple(n for n in sorted(extra) if not nodes[n]["infer"].get("is_auxiliary"))
-        return latent & set(self.sites), marked, alien
+        layers = 0 if isinstance(getattr(self.guide, "__self__", self.guide), AutoGuide) else _layers(trace)
+        return latent & set(self.sites), marked, alien, layers
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of networks in model and guide, autoguides apart: matrices of torch modules."""
+        return self._structure.layers + self._guide_structure[3]
 
     @property
     def guided(self) -> frozenset[str]:
@@ -460,3 +468,11 @@ def _check_together(bound: BoundPair, error: RuntimeError) -> None:
         raise ValueError(
             f"device: expected pair and data on one device, got {', '.join(found)}; device= moves both"
         ) from error
+
+
+def _layers(trace: poutine.Trace) -> int:
+    """Layers of networks in a run: parameters of torch's modules that are matrices, by the names of torch."""
+    params = [(str(n["name"]), n["value"]) for n in trace.nodes.values() if n["type"] == "param"]
+    # ``encoder$$$0.weight`` of a module that a function registers, ``encoder.0.weight`` of a Pyro module.
+    weights = [v for name, v in params if ".weight" in name.replace("$$$", ".")]
+    return sum(isinstance(v, Tensor) and v.dim() > 1 for v in weights)

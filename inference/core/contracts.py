@@ -94,7 +94,8 @@ class Pair:
         pictures: From data by name to grids of images by name, each (rows, columns, pixels) in [0, 1] with a title;
             None: the pair draws none.
         steps: Number of steps of a diffusion chain; None for other pairs.
-        learning_rate: Initial rate of the default schedule of ``fit``, at which the pair trains well; None: 0.02.
+        learning_rate: Initial rate of the default schedule of ``fit``, at which the pair trains well; None: 0.002 for
+            networks, else 0.02.
     """
 
     model: Callable[..., Any]

@@ -246,6 +246,8 @@ class Autoencoder(FactorModel):
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__(features, factors)
+        # Two linear maps are no network.
+        self.learning_rate = 0.02 if encoder is None and decoder is None else None
         self.encoder = nn.Linear(self.features, self.factors) if encoder is None else encoder
         self.decoder = nn.Linear(self.factors, self.features) if decoder is None else decoder
         check_network("encoder", self.encoder, self.features, self.factors)
