@@ -144,9 +144,6 @@ def fit(
     if isinstance(made, Compiled):
         made, compile = made.objective, compile if compile is False else True
     whole = bind(pair, data, device) if batch is None else bind_by_rows(pair, data, device)
-    if learning_rate is None:
-        own = NETWORK_RATE if whole.layers >= NETWORK_LAYERS else LEARNING_RATE
-        learning_rate = whole.asked.learning_rate or own
     probe = {} if made is None else Objective.of(made).probe
     bound = replace(whole, data={**whole.data, **probe}, memo={}) if probe else whole
     _check(
@@ -156,7 +153,7 @@ def fit(
         draws=draws,
         patience=patience,
         optimizer=optimizer,
-        learning_rate=learning_rate,
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
         compile=compile,
     )
     check_one_of("precision", precision, PRECISIONS)
@@ -167,6 +164,8 @@ def fit(
         raise ValueError(f"batch: {type(made).__name__} expected all rows at every step: {asked.all_rows}")
     if asked.has_posterior:
         _check_guide(bound)
+    if learning_rate is None:
+        learning_rate = bound.asked.learning_rate or _rate(bound, asked)
     _check_group(bound, asked, batch, steps=steps, seed=seed, learning_rate=learning_rate, patience=patience)
     started = perf_counter()
     kept = Checkpoint.of(checkpoint)
@@ -200,6 +199,13 @@ def fit(
                 f"{run.name}: left out parameters that did not appear again: {', '.join(plan.pending)}", stacklevel=3
             )
         return _conclude(whole, chosen, run.how, losses, draws, run.seconds, ended)
+
+
+def _rate(bound: BoundPair, asked: Objective) -> float:
+    """The default learning rate of a pair that says nothing of its own."""
+    # A guide that is no posterior was not run by the checks either.
+    layers = bound.layers + (bound.guide_layers if asked.has_posterior else 0)
+    return NETWORK_RATE if layers >= NETWORK_LAYERS else LEARNING_RATE
 
 
 def _plan(

@@ -283,8 +283,13 @@ class BoundPair:
 
     @property
     def layers(self) -> int:
-        """Number of layers of networks in model and guide, autoguides apart: matrices of torch modules."""
-        return self._structure.layers + self._guide_structure[3]
+        """Number of layers of networks in the model: matrices of torch modules."""
+        return self._structure.layers
+
+    @property
+    def guide_layers(self) -> int:
+        """The same of the guide; none of an autoguide."""
+        return self._guide_structure[3]
 
     @property
     def guided(self) -> frozenset[str]:
