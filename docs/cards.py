@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from docs.figures import ROOT, shrink
 from inference import Result, write_whole
-from ppl_models import ZOO, Dataset, Entry, Pair
+from ppl_models import ZOO, Dataset, Entry, Pair, load
 from ppl_models.zoo.pictures import show
 
 CARDS = ROOT / "docs" / "static" / "zoo"
@@ -83,8 +83,6 @@ def draw(entry: Entry, data: Dataset, made: Any, result: Result) -> Figure:
 
 def scatter(axes: Axes, codes: torch.Tensor, entry: Entry) -> None:
     """Codes of rows in the plane, in the colours of their labels, which the pair has not seen."""
-    from ppl_models import load
-
     whole = load(entry.data)
     for k, label in enumerate(whole.classes):
         across, up = codes[whole.train["y"] == k].cpu().numpy().T

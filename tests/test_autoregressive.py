@@ -70,6 +70,19 @@ def test_made_whose_hidden_units_are_off_is_a_sigmoid_belief_net() -> None:
     assert [tuple(p.shape) for p in MADE(6, hidden=()).parameters()] == [(6, 6), (6,)]
 
 
+@PAIRS
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
+def test_rows_may_have_another_precision_than_the_pair(name: str, own: torch.dtype, given: torch.dtype) -> None:
+    pair, rows = pairs()[name].to(own), ALL[::5].to(given)
+    row = rows[:1].clone()
+    row[0, 3:] = torch.nan
+    with torch.no_grad():
+        expected = pairs()[name].log_evidence(ALL[::5])
+        torch.testing.assert_close(pair.log_evidence(rows).double(), expected, rtol=1e-5, atol=1e-5)
+    assert pair.impute(row, draws=2, particles=5).shape == (2, 1, 6)
+
+
 def test_nade_is_the_loop_of_its_paper() -> None:
     pair = pairs()["NADE"]
     with torch.no_grad():

@@ -807,7 +807,24 @@ def test_progress_is_lines_of_their_own_where_standard_error_is_no_terminal(monk
     assert lines[-1].endswith("left, loss=3")
     with progress.bar(4, "fit of model", shown=False) as hidden:
         hidden.update(4)
+        hidden.advance(1)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("initial", [0, 300], ids=["new", "gone on"])
+def test_the_time_left_is_that_of_steps_without_compiling(initial: int, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "time", lambda: clock[0])
+    with progress.bar(1000, "fit of model", initial=initial) as shown:
+        shown._time = lambda: clock[0]
+        shown.start_t = shown.last_print_t = 0.0
+        # Sixty seconds of compiling in the first step, then ten steps a second.
+        for steps, seconds in ((1, 60.0), (10, 1.0), (10, 1.0)):
+            clock[0] += seconds
+            shown.advance(steps)
+        assert shown.n == initial + 21
+        assert shown.format_dict["rate"] == pytest.approx(10.0)
 
 
 def amortized(encoder: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -7,6 +7,7 @@ import math
 import zipfile
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -128,6 +129,12 @@ def test_a_neural_posterior_is_a_density_and_draws_from_it(estimated: NeuralPost
     )
     inside = drawn(estimated, TASKS["two_moons"].prior, x, 500, seed=0)
     assert inside.shape == (500, 2) and bool((inside.abs() <= 1).all())
+
+
+def test_a_posterior_outside_of_the_prior_is_told(estimated: NeuralPosterior) -> None:
+    elsewhere = dist.Uniform(torch.full((2,), 90.0), 91.0).to_event(1)
+    with pytest.raises(ArithmeticError, match=r"theta: expected draws inside the prior, got 0 of 550"):
+        drawn(estimated, elsewhere, torch.zeros(2), 50, seed=0)
 
 
 def test_the_classifier_tells_samples_apart() -> None:

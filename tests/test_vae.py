@@ -322,7 +322,7 @@ def test_grids_show_what_they_say() -> None:
     assert torch.equal(moved[0][:, [0, 1, 3]], x[0, [0, 1, 3]].expand(3, -1))
 
 
-def test_prior_samples_of_layers_are_draws_of_the_model() -> None:
+def test_prior_samples_of_layers_are_draws_of_the_model(monkeypatch) -> None:
     torch.manual_seed(0)
     pair = HierarchicalVAE(16, (3, 2))
     with torch.no_grad():
@@ -331,7 +331,8 @@ def test_prior_samples_of_layers_are_draws_of_the_model() -> None:
         # The top layer says nothing of the one below: through means all images would be the same.
         pair.falling[0][-1].weight.zero_()
         pair.falling[0][-1].bias.zero_()
-        shown, _ = grids.prior_samples(pair, 200, 50)
+        monkeypatch.setattr(grids.prior_samples, "__defaults__", (200, 50))
+        shown, _ = pair.pictures(torch.rand(20, 16).round())["prior"]
         expected = torch.stack([pair.likelihood(z).mean for z in torch.randn(10_000, 3).split(1000)]).flatten(0, 1)
     for moment in (Tensor.mean, Tensor.std):
         torch.testing.assert_close(moment(shown.flatten(0, 1), 0), moment(expected, 0), rtol=0, atol=0.02)

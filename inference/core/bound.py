@@ -61,6 +61,15 @@ class _Structure(NamedTuple):
     layers: int
 
 
+class _GuideStructure(NamedTuple):
+    """What one run of the guide on the data shows."""
+
+    latent: frozenset[str] = frozenset()
+    enumerated: bool = False
+    alien: tuple[str, ...] = ()
+    layers: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class BoundPair:
     """A model, a guide and data by name.
@@ -266,9 +275,9 @@ class BoundPair:
             raise ValueError(f"model: expected the same data in each run, got {got}; fit(batch=) draws rows")
 
     @cached_property
-    def _guide_structure(self) -> tuple[frozenset[str], bool, tuple[str, ...], int]:
+    def _guide_structure(self) -> _GuideStructure:
         if self.guide is None:
-            return frozenset(), False, (), 0
+            return _GuideStructure()
         with isolated(0), torch.no_grad(), poutine.block():
             trace = poutine.trace(self.guide).get_trace(**self.arguments())
         sites = sites_of(trace)
@@ -279,7 +288,7 @@ class BoundPair:
         extra = observed | (latent - set(self.select("latent")))
         alien = tuple(n for n in sorted(extra) if not nodes[n]["infer"].get("is_auxiliary"))
         layers = 0 if isinstance(getattr(self.guide, "__self__", self.guide), AutoGuide) else _layers(trace)
-        return latent & set(self.sites), marked, alien, layers
+        return _GuideStructure(latent & set(self.sites), marked, alien, layers)
 
     @property
     def layers(self) -> int:
@@ -289,12 +298,12 @@ class BoundPair:
     @property
     def guide_layers(self) -> int:
         """The same of the guide; none of an autoguide."""
-        return self._guide_structure[3]
+        return self._guide_structure.layers
 
     @property
     def guided(self) -> frozenset[str]:
         """Names of the latent sites that the guide draws."""
-        return self._guide_structure[0]
+        return self._guide_structure.latent
 
     @property
     def unguided(self) -> tuple[str, ...]:
@@ -304,12 +313,12 @@ class BoundPair:
     @property
     def alien(self) -> tuple[str, ...]:
         """Sites of the guide that are no latent sites of the model: not auxiliary ones, or observed in both."""
-        return self._guide_structure[2]
+        return self._guide_structure.alien
 
     @property
     def summed(self) -> bool:
         """Whether a finite site is summed out: the guide leaves it out, or marks it for enumeration."""
-        return self._guide_structure[1] or bool(self.enumerated)
+        return self._guide_structure.enumerated or bool(self.enumerated)
 
     @cached_property
     def enumerated(self) -> tuple[str, ...]:

@@ -15,12 +15,15 @@ LINE = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f} %), {elapsed} so far, {
 
 
 class Bar(tqdm):
-    """A bar whose first steps can be counted apart, for compiling in them would pass for the speed of the others."""
+    """A bar that can count its first steps apart, for compiling in them would pass for the speed of the others."""
 
-    def first(self, steps: int) -> None:
-        """Count steps that say nothing of the time of others."""
-        self.n += steps
-        self.last_print_n, self.last_print_t = self.n, time()
+    def advance(self, steps: int) -> None:
+        """Count steps; the time of the first ones says nothing of that of others."""
+        if self.disable or self.n > self.initial:
+            self.update(steps)
+        else:
+            self.n += steps
+            self.last_print_n, self.last_print_t = self.n, time()
 
 
 class _Lines:

@@ -19,7 +19,7 @@ from inference.core.bound import BoundPair
 from inference.core.group import Agreement, from_first, gathered, ranks
 from inference.core.handlers import called_by_exclusive, threads_set
 from inference.core.minibatch import PERMUTED_ROWS, Permutation
-from inference.core.progress import bar
+from inference.core.progress import Bar, bar
 from inference.diagnostics.losses import settled as is_settled
 from inference.runners.base import interrupts_deferred
 from inference.runners.state import of_rank, own_state
@@ -96,8 +96,8 @@ class Descent:
                     failure = self.steps.check(now=ends or first or keeps, compare=ends or first)
                     if failure is not None:
                         break
-                    _show(shown, losses, len(taken), first)
                     first, self._setup = False, self.elapsed if self._setup is None else self._setup
+                    _show(shown, losses, len(taken))
                     if ends or keeps:
                         self._keep(over=ends)
                     if stops:
@@ -220,9 +220,9 @@ def _share_of(rows: Tensor) -> Tensor:
     return rows if count == 1 else rows.tensor_split(count)[rank]
 
 
-def _show(shown: Any, losses: list[Any], taken: int, first: bool) -> None:
+def _show(shown: Bar, losses: list[Any], taken: int) -> None:
     """Move the progress bar, with a new loss after every twenty steps."""
-    (shown.first if first else shown.update)(taken)
+    shown.advance(taken)
     if (len(losses) - 1) % 20 < taken and not shown.disable:
         shown.set_postfix(loss=f"{sum(numbers(losses[-1])):.5g}", refresh=False)
 

@@ -363,12 +363,17 @@ class HierarchicalVAE(VAE):
             z = network(z).chunk(2, -1)[0]
         return super().decode(z)
 
-    def falls(self, z: Tensor, random: np.random.Generator) -> Tensor:
-        """Means of the rows (..., D) given the top layer (..., L_K), through draws of the layers below."""
-        for network in reversed(self.falling):
-            below = normal(network(z))
-            z = below.mean + below.stddev * torch.as_tensor(random.standard_normal(below.mean.shape)).to(z)
-        return super().decode(z)
+    def pictures(self, x: Tensor, **_: Any) -> dict[str, Grid]:
+        """Those of a VAE, with prior samples through draws of the layers between the top and x."""
+        random = np.random.default_rng(1)
+
+        def drawn(z: Tensor) -> Tensor:
+            for network in reversed(self.falling):
+                below = normal(network(z))
+                z = below.mean + below.stddev * torch.as_tensor(random.standard_normal(below.mean.shape)).to(z)
+            return VAE.decode(self, z)
+
+        return {**super().pictures(x), "prior": grids.prior_samples(self, image=drawn)}
 
 
 def normal(out: Tensor) -> dist.TorchDistribution:

@@ -207,10 +207,16 @@ def c2st(x: Tensor, y: Tensor, seed: int = 1) -> float:
 
 @torch.no_grad()
 def drawn(pair: NeuralPosterior, prior: dist.TorchDistribution, x: Tensor, count: int, seed: int) -> Tensor:
-    """Draws (count, D) of q(theta | x) inside the support of the prior."""
+    """Draws (count, D) of q(theta | x) inside the support of the prior.
+
+    Raises:
+        ArithmeticError: Of so many draws fewer than one in a hundred lie in it.
+    """
     kept, support = list[Tensor](), cast(Constraint, prior.support)
     with isolated(seed):
-        while sum(map(len, kept)) < count:
+        while (inside := sum(map(len, kept))) < count:
+            if len(kept) > 10 and inside < len(kept) * count / 100:
+                raise ArithmeticError(f"theta: expected draws inside the prior, got {inside} of {len(kept) * count:,}")
             theta = pair.given(x).sample((count,)).cpu()
             kept.append(theta[support.check(theta) & theta.isfinite().all(-1)])
     return torch.cat(kept)[:count]

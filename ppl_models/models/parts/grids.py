@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ Grid = tuple[Tensor, str]
 """Images (rows, columns, pixels) in [0, 1], and a title."""
 
 
-def prior_samples(pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0) -> Grid:
-    """Means of x at codes drawn from N(0, I)."""
+def prior_samples(
+    pair: Any, rows: int = 8, columns: int = 12, *, seed: int = 0, image: Callable[[Tensor], Tensor] | None = None
+) -> Grid:
+    """Means of x at codes drawn from N(0, I), by ``pair.decode`` or another ``image`` of codes."""
     z = _normal((rows, columns, pair.factors), seed).to(pair.origin)
-    # Layers between the top and x are drawn as well: their means would hide what varies in them.
-    image = partial(pair.falls, random=np.random.default_rng(seed + 1)) if hasattr(pair, "falls") else pair.decode
-    return image(z), "samples from the prior"
+    return (image or pair.decode)(z), "samples from the prior"
 
 
 def reconstructions(pair: Any, x: Tensor, columns: int = 12) -> Grid:
