@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from inference import fit, log_evidence, prior_predictive
-from ppl_models import data
+from ppl_models import ZOO, data
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE, Autoregressive
 
 ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).double()
@@ -57,6 +57,33 @@ def test_each_feature_reads_those_before_it_alone(name: str) -> None:
             direct = not isinstance(pair, MADE) or pair.direct is not None
             assert slopes[feature, order[:k]].all() or not direct
         assert slopes.count_nonzero() >= 6
+
+
+@PAIRS
+def test_a_centred_pair_begins_at_the_means_of_the_features(name: str) -> None:
+    pair, rows = pairs()[name], torch.tensor([[1.0, 0, 0, 1, 1, 0]] * 3 + [[1.0, 1, 0, 0, 1, 0]]).double()
+    with torch.no_grad():
+        for p in pair.parameters():
+            p.zero_()
+    pair.centre(rows)
+    # Half a zero and half a one more than the four rows have.
+    means = torch.tensor([4.5, 1.5, 0.5, 3.5, 4.5, 0.5]).double() / 5
+    expected = torch.distributions.Bernoulli(means).log_prob(ALL).sum(-1)
+    torch.testing.assert_close(pair.log_evidence(ALL).detach(), expected)
+    with pytest.raises(ValueError, match=r"x: expected zeros and ones, got 0\.5"):
+        pair.centre(rows / 2)
+
+
+def test_entries_of_binary_rows_begin_centred() -> None:
+    for name in ("made", "nade", "fvsbn", "helmholtz_machine"):
+        entry = ZOO[name]
+        data = entry.load()
+        means = (data.train["x"].double().sum(0) + 0.5) / (len(data.train["x"]) + 1)
+        for method in entry.methods.values():
+            pair = entry.pair(data)
+            method(pair, data.train, steps=0, draws=1, progress=False)
+            bias = pair.biases[0] if name == "helmholtz_machine" else pair.bias
+            torch.testing.assert_close(bias.detach().double().sigmoid(), means, rtol=1e-4, atol=1e-5)
 
 
 def test_made_whose_hidden_units_are_off_is_a_sigmoid_belief_net() -> None:

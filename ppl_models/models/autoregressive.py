@@ -33,9 +33,9 @@ from ppl_models.models.checks import (
     known_or_zero,
     random_source,
 )
-from ppl_models.models.pair import Visible
+from ppl_models.models.pair import Visible, checked
 from ppl_models.models.parts import grids
-from ppl_models.models.parts.distributions import Rowwise
+from ppl_models.models.parts.distributions import Rowwise, log_odds_of_means
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.randomness import bernoulli
 
@@ -119,6 +119,9 @@ class Autoregressive(Visible):
     Data: x (N, D), zeros and ones. Sites: x (D,) of each row.
     """
 
+    bias: Tensor
+    """Biases b (D,) of the log odds."""
+
     def __init__(self, features: int | Sequence[str]) -> None:
         super().__init__()
         self.features = self.name_dimension("features", features)
@@ -129,6 +132,15 @@ class Autoregressive(Visible):
     @abstractmethod
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """The ``logits`` of :class:`Conditionals`. Reads all parameters when called."""
+
+    @checked
+    @torch.no_grad()
+    def centre(self, x: Tensor) -> None:
+        """Initialise the biases by the log odds of the feature means of rows (N, D).
+
+        Features that hardly vary, as the edges of images, are then right before the first step.
+        """
+        self.bias.copy_(log_odds_of_means(x))
 
     def distribution(self) -> Conditionals:
         """p(x), an event (D,)."""
@@ -333,6 +345,11 @@ class MADE(Autoregressive):
             # What no order uses stays at zero.
             for weight, *used in zip(self.weights, *masks, strict=True):
                 weight.mul_(torch.stack(used).amax(0))
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """Biases b (D,) of the log odds."""
+        return self.biases[-1]
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """The masked network of each order."""

@@ -30,6 +30,7 @@ from torch.nn.functional import linear, softplus
 from ppl_models.models.checks import MAX_TABLE, check_binary, check_count, check_matrix, check_widths
 from ppl_models.models.pair import Pair, checked
 from ppl_models.models.parts import grids
+from ppl_models.models.parts.distributions import log_odds_of_means
 from ppl_models.models.parts.grids import Grid
 from ppl_models.models.parts.networks import mlp
 from ppl_models.models.parts.randomness import bernoulli
@@ -151,7 +152,7 @@ class SigmoidBeliefNet(Pair):
     @torch.no_grad()
     def centre(self, x: Tensor) -> None:
         """Initialise the biases of x by the log odds of the feature means of rows (N, D)."""
-        self.biases[0].copy_(torch.logit((x.sum(0) + 0.5) / (len(x) + 1)))
+        self.biases[0].copy_(log_odds_of_means(x))
 
     @torch.no_grad()
     def fantasies(self, size: int, random: torch.Generator | None = None) -> Tensor:

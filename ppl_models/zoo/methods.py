@@ -80,6 +80,16 @@ def by_minibatches(**arguments: Any) -> Method:
     return partial(fit, **{"steps": 3000, "batch": 100, "learning_rate": 0.002, "draws": 20, **arguments})
 
 
+def centred(method: Method) -> Method:
+    """The method, from biases of a pair that are the log odds of the feature means."""
+
+    def begun(pair: Any, given: Any, **arguments: Any) -> Result:
+        pair.centre(given["x"])
+        return method(pair, given, **arguments)
+
+    return begun
+
+
 def adversaries(
     pair: Any,
     given: Any,

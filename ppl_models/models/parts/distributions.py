@@ -193,6 +193,11 @@ class Occurrences(Rowwise):
         return self.logits.detach().sigmoid().expand(*sample_shape, *self.batch_shape, *self.event_shape).bernoulli()
 
 
+def log_odds_of_means(x: Tensor) -> Tensor:
+    """Log odds (D,) of the means of binary rows (N, D), each with half a zero and half a one more."""
+    return torch.logit((x.sum(0) + 0.5) / (len(x) + 1))
+
+
 def occurrence_parameters(probs: Tensor) -> tuple[Tensor, Tensor]:
     """Log odds (..., D) and log probability of a row of zeros (..., 1), from probabilities (..., D)."""
     probs = probs.clamp(1e-7, 1 - 1e-7)
