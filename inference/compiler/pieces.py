@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,14 @@ class Pieces:
             if id(piece.program) in chosen and piece.program.run == piece.program.graph.forward:
                 piece.program.run = fused(piece.program.graph, [values[k] for k in piece.inputs])
             self._run_piece(piece, values)
+
+    def again(self) -> Pieces:
+        """The same pieces, none of them compiled."""
+        made = copy(self)
+        made._programs = {k: replace(p, run=p.graph.forward) for k, p in self._programs.items()}
+        renewed = {id(p): made._programs[k] for k, p in self._programs.items()}
+        made._pieces = [replace(piece, program=renewed[id(piece.program)]) for piece in self._pieces]
+        return made
 
     def unfuse(self) -> None:
         """Run the graphs of the programs again."""

@@ -10,6 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 import torch
@@ -135,6 +136,9 @@ class BatchedPotential:
             replaced.
         eager: Call the potential for one chain after another; slow, for potentials that cannot be traced.
 
+    Attributes:
+        outside: Tensors from outside the potential that its graph holds, or whose values were read.
+
     Raises:
         Untraceable: The potential reads values of its tensors, or its graph differs from it around ``example``.
     """
@@ -160,10 +164,12 @@ class BatchedPotential:
         self.forward: Callable[..., Any] = chains_last(self._loop)
         self.code, self.operations, self.nodes = "", 0, 0
         self.pieces: Pieces | None = None
+        self.outside: list[Tensor] = []
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
             recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
+            self.outside = [*recorded.parameters(), *recorded.buffers(), *(v for v, _ in recorded.meta["read"])]
             self.pieces = self._cut(recorded, (many, *given))
         if not eager and self.pieces is None:
             one = recorded if is_pure(recorded) else traced(functionalize(recorded), *inputs)
@@ -191,6 +197,16 @@ class BatchedPotential:
         self.forward = chains_last(pieces)
         self.operations, self.nodes = pieces.operations, pieces.nodes
         return pieces
+
+    def again(self, potential: Potential, example: dict[str, Tensor]) -> BatchedPotential:
+        """The graph, not fused, for a potential function from which the same graph would be recorded."""
+        made = copy(self)
+        made._potential, made._example, made.held = potential, example, list(self.held)
+        if self.pieces is not None:
+            made.pieces = self.pieces.again()
+            made._traced = chains_last(made.pieces)
+        made.forward = made._traced
+        return made
 
     def unfuse(self) -> None:
         """Run the graph, or the graphs of its pieces, again."""

@@ -18,10 +18,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, Signature
 from operator import getitem
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from inference.compiler.reads import is_foreign, is_library, is_standard
@@ -31,10 +33,22 @@ LARGEST, MOST = 256, 4096
 
 
 PLAIN = (int, float, complex, str, bytes, type(None))
+FIXED = (*PLAIN, torch.dtype, torch.device, torch.layout, Parameter, Signature)
+SHOWN = ("__repr__", "__str__", "__format__")
+HIDDEN = ("__", "_abc_")
 _GONE = (ValueError, KeyError, IndexError, AttributeError)
 _CONSTANT = (ModuleType, type, BuiltinFunctionType)
 _BAGS = (Namespace, SimpleNamespace)
-_UNWATCHED = frozenset(("training", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks"))
+_UNWATCHED = frozenset(
+    (
+        "training",
+        "_backward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_non_persistent_buffers_set",
+    )
+)
 
 
 @dataclass(slots=True)
@@ -55,20 +69,35 @@ class Place:
 
 
 class Watch:
-    """The places from which some functions, modules and objects take values."""
+    """The places from which some functions, modules and objects take values.
+
+    Attributes:
+        places: The places.
+        whole: Whether all of them are known: outside other libraries' functions nothing was met that cannot be looked
+            into, or that is too large.
+    """
 
     def __init__(self, *roots: Any) -> None:
         self.places: list[Place] = []
+        self.whole = True
         self._seen: dict[int, Any] = {}
+        self._libraries = set[int]()
         self._classes: set[type] = set()
         self._waiting: list[tuple[Any, str]] = [(r, getattr(r, "__name__", type(r).__name__)) for r in roots]
         while self._waiting and len(self.places) < MOST:
             item, name = self._waiting.pop()
             if id(item) not in self._seen:
                 self._seen[id(item)] = item
-                # An object that does not let itself be looked at is not watched.
-                with contextlib.suppress(Exception):
+                known = len(self._waiting)
+                try:
                     self._visit(item, name)
+                except Exception:  # an object that does not let itself be looked at is not watched
+                    self._leave_out(item)
+                if id(item) in self._libraries or (
+                    isinstance(item, FunctionType) and is_foreign(item.__module__ or "")
+                ):
+                    self._libraries |= {id(v) for v, _ in self._waiting[known:]}
+        self.whole &= not self._waiting
 
     def changed(self) -> list[Place]:
         """Places that hold something else than they did."""
@@ -98,12 +127,18 @@ class Watch:
         elif isinstance(item, partial):
             self._waiting += [(v, name) for v in (item.func, *item.args, *item.keywords.values())]
         elif isinstance(item, Mapping) and type(item).__module__ in ("builtins", "collections"):
-            if len(item) <= LARGEST:
+            if len(item) > LARGEST:
+                self._leave_out(item)
+            else:
                 get = dict.get if isinstance(item, dict) else getitem
                 self._add(get, item, list(item), item.values(), lambda k: f"{name}[{k!r}]")
                 self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
         elif isinstance(item, list | tuple | deque):
-            if len(item) <= LARGEST:
+            if isinstance(item, tuple) and all(isinstance(v, PLAIN) for v in item):
+                return
+            if len(item) > LARGEST:
+                self._leave_out(item)
+            else:
                 self._add(getitem, item, range(len(item)), item, lambda k: f"{name}[{k}]")
                 if not isinstance(item, tuple):
                     self.places.append(Place(len, (item,), len(item), f"the length of {name}"))
@@ -119,6 +154,11 @@ class Watch:
         elif is_library(type(item).__module__) and callable(item) and hasattr(item, "__dict__"):
             # A handler around a model, such as poutine.scale.
             self._waiting += [(v, name) for v in vars(item).values() if callable(v)]
+        elif not (isinstance(item, FIXED) or is_library(type(item).__module__)):
+            self._leave_out(item)
+
+    def _leave_out(self, item: Any) -> None:
+        self.whole &= id(item) in self._libraries
 
     def _function(self, item: FunctionType, name: str) -> None:
         name = item.__name__ or name
@@ -169,8 +209,8 @@ class Watch:
             for key, value in vars(part).items():
                 value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 if isinstance(value, FunctionType):
-                    self._waiting.append((value, key))
-                elif not key.startswith("__") and not isinstance(value, _CONSTANT) and not hasattr(value, "__get__"):
+                    self._waiting += [(value, key)] if key not in SHOWN else []
+                elif not (key.startswith(HIDDEN) or isinstance(value, _CONSTANT) or hasattr(value, "__get__")):
                     self._put(getitem, (vars(part), key), value, f"{part.__name__}.{key}")
 
     def _add(self, get: Any, owner: Any, keys: Any, values: Any, named: Callable[[Any], str]) -> None:

@@ -18,6 +18,7 @@ from inference.compiler import policy
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
 from inference.compiler.potential import BatchedPotential
+from inference.compiler.recorded import recorded
 from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
 from inference.core.checks import check_chance, check_count, check_positive
 from inference.core.contracts import BatchedKernel
@@ -128,12 +129,7 @@ class Hamiltonian(BatchedKernel):
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Trace the model, draw starts of finite density, and plan the warmup."""
         example = self._one_chain(args, kwargs)
-        self._density = self._trace(example)
-        position = self._start_position()
-        try:
-            self._density.check(position)
-        except Untraceable as error:
-            self._density = self._untraced(example, error)
+        position = self._traced_start(example, args, kwargs)
         self.execution = "traced" if self._density.traced else "eager"
         self.operations, self.nodes = self._density.operations + self.overhead, self._density.nodes
         self._run: Callable[..., Any] = self._plain()
@@ -432,12 +428,31 @@ class Hamiltonian(BatchedKernel):
             self.potential_fn = moving
             self.transforms = {n: t for n, t in self.transforms.items() if n not in moving.names}
 
-    def _trace(self, example: dict[str, Tensor]) -> BatchedPotential:
-        given = tuple(self._given.values())
+    def _traced_start(self, example: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+        """Record the potential, or take what was recorded before, and place the chains where both agree."""
+        potential, given = self.potential_fn, tuple(self._given.values())
+        model, begun, forget = None, random_state(), None
+        if self.model is not None and self._given_transforms is None and self._nesting is None:
+            model = partial(self.model, *args, **kwargs)
         try:
-            return BatchedPotential(self.potential_fn, example, self.num_chains, given=given)  # type: ignore[arg-type]
+            if given:
+                self._density = BatchedPotential(potential, example, self.num_chains, given=given)  # type: ignore[arg-type]
+            else:
+                self._density, forget = recorded(model, potential, example, self.num_chains)  # type: ignore[arg-type]
         except Untraceable as error:
-            return self._untraced(example, error)
+            self._density = self._untraced(example, error)
+            return self._start_position()
+        position = self._start_position()
+        try:
+            self._density.check(position)
+        except Untraceable as error:
+            if forget is not None:
+                # Something has changed that cannot be seen from outside.
+                forget()
+                set_random_state(begun)
+                return self._traced_start(example, args, kwargs)
+            self._density = self._untraced(example, error)
+        return position
 
     def _untraced(self, example: dict[str, Tensor], error: Untraceable) -> BatchedPotential:
         if not self._eager:

@@ -1,0 +1,141 @@
+r"""Potentials that were recorded in this process: a second call with the same model and data records nothing.
+
+A graph is used again where recording it once more would give the same: the model is the same function (or one of the
+same code and the same closure, as when a cell of a notebook is run again), its arguments are equal, and all that it
+takes from outside itself is known (:class:`Watch`) and unchanged. Models of which this cannot be told are recorded at
+each call. What is used again is compared with the model where the chains are, as what is new.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import FunctionType, MethodType
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from inference.compiler import policy
+from inference.compiler.capture import Untraceable
+from inference.compiler.form import Form
+from inference.compiler.potential import BatchedPotential
+from inference.compiler.watch import FIXED, Watch
+from inference.core.packing import fingerprints
+
+
+@dataclass
+class _Recorded:
+    """A potential, what it was recorded from, and what tells whether that has changed."""
+
+    density: BatchedPotential
+    model: Callable[..., Any]
+    kind: Any
+    watch: Watch
+    values: dict[str, Any]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that the model takes from outside."""
+        return not self.watch.changed() and self.values == _values(self.density, self.watch)
+
+
+_RECORDED: OrderedDict[int, _Recorded] = OrderedDict()
+"""Recorded potentials by numbers of their own, the last used last; at most ``policy.RECORDED_POTENTIALS``."""
+
+
+_NUMBERS = count()
+
+
+def recorded(
+    model: Callable[..., Any] | None, potential: Callable[..., Tensor], example: dict[str, Tensor], chains: int
+) -> tuple[BatchedPotential, Callable[[], None] | None]:
+    """The graph of a potential, recorded now or before.
+
+    Args:
+        model: The model that is called without arguments, for instance a partial function with its data; None: it is
+            not known, and the potential is recorded.
+        potential: Its potential function.
+        example: Unconstrained values of one chain by name.
+        chains: Number of chains.
+
+    Returns:
+        The graph, and a function that forgets it if it was recorded before; None if it is new.
+
+    Raises:
+        Untraceable: The potential cannot be recorded.
+    """
+    if model is None or am_i_wrapped():
+        return BatchedPotential(potential, example, chains), None
+    shapes = tuple((n, Form.of(v)) for n, v in example.items())
+    kind = shapes, chains, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+    for number, known in [*_RECORDED.items()]:
+        if known.kind != kind or not same(model, known.model):
+            continue
+        if known.holds():
+            _RECORDED.move_to_end(number)
+            return known.density.again(potential, example), partial(_forget, number)
+        del _RECORDED[number]
+    density = BatchedPotential(potential, example, chains)
+    watch = Watch(model)
+    if watch.whole and sum(v.numel() for v in _tensors(density, watch).values()) <= policy.RECORDED_NUMBERS:
+        # What runs from now on is a copy: this one is never fused.
+        kept = density.again(_forgotten, {n: torch.empty_like(v) for n, v in example.items()})
+        _RECORDED[next(_NUMBERS)] = _Recorded(kept, model, kind, watch, _values(density, watch))
+        while len(_RECORDED) > policy.RECORDED_POTENTIALS:
+            _RECORDED.popitem(last=False)
+    return density, None
+
+
+def _forget(number: int) -> None:
+    _RECORDED.pop(number, None)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two callables, or their arguments, are the same: one object, or equal in code, closures and values."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, FIXED):
+        return bool(a == b)
+    if isinstance(a, Tensor):
+        alike = Form.of(a) == Form.of(b) is not None and not (a.requires_grad or b.requires_grad)
+        return alike and type(a) is Tensor and fingerprints({"": a}) == fingerprints({"": b})
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, partial):
+        return same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, MethodType):
+        return a.__self__ is b.__self__ and same(a.__func__, b.__func__)
+    if isinstance(a, FunctionType):
+        return a.__code__ == b.__code__ and a.__globals__ is b.__globals__ and same(_parts(a), _parts(b))
+    return False
+
+
+def _parts(function: FunctionType) -> tuple[Any, ...]:
+    """What a function has besides its code and its globals."""
+    cells = [c.cell_contents for c in function.__closure__ or ()]
+    return cells, function.__defaults__, function.__kwdefaults__, vars(function)
+
+
+def _tensors(density: BatchedPotential, watch: Watch) -> dict[str, Tensor]:
+    """Tensors on which a recorded potential may depend, those of Pyro's store as they are now."""
+    places = [p.value for p in watch.places if isinstance(p.value, Tensor)]
+    held = {str(k): v for k, v in enumerate({id(v): v for v in [*density.outside, *places]}.values())}
+    return held | {f"parameter {n}": v for n, v in pyro.get_param_store().named_parameters()}
+
+
+def _values(density: BatchedPotential, watch: Watch) -> dict[str, Any]:
+    """What tells whether they are the same: memory may be changed without a trace."""
+    return fingerprints(_tensors(density, watch))
+
+
+def _forgotten(*_: Any) -> Tensor:
+    raise Untraceable("a recorded potential was called without its function")

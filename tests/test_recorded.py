@@ -1,0 +1,251 @@
+"""Recorded potentials that are used again: nothing is recorded twice, and whatever changes is seen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from inference import sample
+from inference.compiler import policy, potential
+from inference.compiler.recorded import _RECORDED, same
+from inference.kernels import NUTS
+from ppl_models import GaussianNaiveBayes
+
+Y = torch.tensor([0.5, 1.5, -0.3, 2.0]).double()
+SCALE = 1.0
+
+
+@pytest.fixture(autouse=True)
+def empty() -> Iterator[None]:
+    _RECORDED.clear()
+    pyro.clear_param_store()
+    yield
+    _RECORDED.clear()
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def count(monkeypatch) -> Callable[[], int]:
+    """How many graphs have been recorded since it was last asked."""
+    own, calls = potential.traced, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return own(*arguments, **named)
+
+    def since() -> int:
+        found = len(calls)
+        calls.clear()
+        return found
+
+    monkeypatch.setattr(potential, "traced", counted)
+    return since
+
+
+def drawn(model: Any, y: Tensor = Y, seed: int = 0, **settings: Any) -> Tensor:
+    result = sample(model, {"y": y}, draws=8, warmup=8, seed=seed, progress=False, **{"chains": 2, **settings})
+    return next(iter(result.draws.values()))
+
+
+def agree_with_new(model: Any, count: Callable[[], int], y: Tensor = Y, *, records: bool) -> None:
+    """Draws are those of a process that has recorded nothing, and whether a graph was recorded is as it should be."""
+    count()
+    found = drawn(model, y)
+    assert (count() > 0) == records
+    _RECORDED.clear()
+    assert torch.equal(found, drawn(model, y))
+    count()
+
+
+def normal(scale: Any, y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+
+def plain(y: Tensor) -> None:
+    normal(SCALE, y)
+
+
+@pytest.mark.parametrize("settings", [{"chains": 2}, {"chains": 8}], ids=["NUTS", "ChEES"])
+def test_a_second_call_records_nothing(settings: dict[str, Any], count) -> None:
+    first = drawn(plain, **settings)
+    assert count() > 0
+    # Equal data are the same data.
+    assert torch.equal(first, drawn(plain, Y.clone(), **settings))
+    assert not torch.equal(first, drawn(plain, seed=1, **settings))
+    assert count() == 0
+    drawn(plain, **{**settings, "chains": settings["chains"] + 1})
+    assert count() > 0
+
+
+def test_a_pair_is_known_by_itself(count) -> None:
+    x, y = torch.randn(12, 2).double(), torch.arange(12) % 2
+    pair = GaussianNaiveBayes(["a", "b"], ["no", "yes"]).double()
+    go = partial(sample, pair, {"x": x, "y": y}, draws=4, warmup=4, chains=2, seed=0, progress=False)
+    first = go()
+    assert count() > 0
+    again = go()
+    assert count() == 0
+    assert all(torch.equal(v, again.draws[n]) for n, v in first.draws.items())
+
+
+def test_other_data_are_other_graphs(count) -> None:
+    drawn(plain)
+    for other in (Y + 1, Y[:3], Y * 2):
+        agree_with_new(plain, count, other, records=True)
+    agree_with_new(plain, count, records=True)
+
+
+def test_data_changed_in_place_are_seen(count) -> None:
+    y = Y.clone()
+    drawn(plain, y)
+    y[0] = 9.0
+    agree_with_new(plain, count, y, records=True)
+    y.data[1] = 7.0
+    agree_with_new(plain, count, y, records=True)
+    agree_with_new(plain, count, y, records=False)
+
+
+class Box:
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+def changes() -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Models, each with what changes it between two calls."""
+    number, held, mapping, box = [1.0], torch.ones(()).double(), {"scale": 1.0}, Box()
+    module, default = nn.Linear(1, 1).double(), 1.0
+    nn.init.constant_(module.weight, 1.0)
+
+    def by_module(y: Tensor) -> None:
+        normal(module.weight.exp().squeeze(), y)
+
+    def by_default(y: Tensor, scale: float = default) -> None:
+        normal(scale, y)
+
+    def by_variable(y: Tensor) -> None:
+        nonlocal_scale = float(os.environ.get("SCALE_OF_A_TEST", "1"))
+        normal(nonlocal_scale, y)
+
+    def set_default() -> None:
+        by_default.__defaults__ = (0.5,)
+
+    return {
+        "entry of a list": (lambda y: normal(number[0], y), lambda: number.__setitem__(0, 0.5)),
+        "entry of a mapping": (lambda y: normal(mapping["scale"], y), lambda: mapping.update(scale=0.5)),
+        "attribute": (lambda y: normal(box.scale, y), lambda: setattr(box, "scale", 0.5)),
+        "tensor": (lambda y: normal(held, y), lambda: held.fill_(0.5)),
+        "memory of a tensor": (lambda y: normal(held * 1.0, y), lambda: held.data.fill_(0.25)),
+        "weights": (by_module, lambda: module.weight.data.fill_(-1.0)),
+        "default": (by_default, set_default),
+        # Nothing tells of it: the comparison with the model does.
+        "environment": (by_variable, lambda: os.environ.update(SCALE_OF_A_TEST="0.5")),
+    }
+
+
+@pytest.mark.parametrize("name", list(changes()))
+def test_what_a_model_takes_from_outside_is_watched(name: str, count, monkeypatch) -> None:
+    monkeypatch.delenv("SCALE_OF_A_TEST", raising=False)
+    model, change = changes()[name]
+    drawn(model)
+    agree_with_new(model, count, records=False)
+    drawn(model)
+    change()
+    agree_with_new(model, count, records=True)
+
+
+def test_parameters_of_the_store_are_watched(count) -> None:
+    def model(y: Tensor) -> None:
+        normal(pyro.param("scale", torch.ones(()).double()), y)
+
+    def energy() -> float:
+        kernel = NUTS(model, num_chains=2, jit_compile=False)
+        kernel.setup(0, Y)
+        return float(kernel._density.run(torch.ones(2, 1).double())[0][0])
+
+    first = energy()
+    assert count() > 0 and energy() == first and count() == 0
+    with torch.no_grad():
+        pyro.param("scale").fill_(0.5)
+    expected = -dist.Normal(0.0, 3.0).log_prob(torch.ones(())).double() - dist.Normal(1.0, 0.5).log_prob(Y).sum()
+    assert energy() == pytest.approx(float(expected), rel=1e-6)
+    pyro.get_param_store().setdefault("another", torch.ones(2))
+    assert energy() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_globals_are_watched(count, monkeypatch) -> None:
+    drawn(plain)
+    monkeypatch.setattr(f"{__name__}.SCALE", 0.5)
+    agree_with_new(plain, count, records=True)
+
+
+def test_a_function_defined_again_is_the_same(count) -> None:
+    def make(scale: float) -> Callable[[Tensor], None]:
+        return lambda y: normal(scale, y)
+
+    drawn(make(1.0))
+    agree_with_new(make(1.0), count, records=False)
+    agree_with_new(make(2.0), count, records=True)
+
+
+def test_what_cannot_be_looked_into_is_recorded_anew(count) -> None:
+    array, many = np.ones(2), [1.0] * 1000
+    for model in (lambda y: normal(float(array[0]), y), lambda y: normal(many[0], y)):
+        for _ in range(2):
+            agree_with_new(model, count, records=True)
+    assert not _RECORDED
+
+
+def test_handlers_of_the_caller_are_not_passed_over(count) -> None:
+    drawn(plain)
+    with poutine.scale(scale=2.0):
+        agree_with_new(plain, count, records=True)
+    assert not _RECORDED
+
+
+def test_potentials_are_kept_in_a_bounded_number(monkeypatch) -> None:
+    monkeypatch.setattr(policy, "RECORDED_POTENTIALS", 2)
+    for scale in (1.0, 2.0, 3.0):
+        drawn(partial(normal, scale))
+    assert len(_RECORDED) == 2
+    monkeypatch.setattr(policy, "RECORDED_NUMBERS", 3)
+    _RECORDED.clear()
+    drawn(plain)
+    assert not _RECORDED
+
+
+def test_a_fused_kernel_leaves_what_is_kept_unfused(count) -> None:
+    def kernel(fused: bool) -> NUTS:
+        made = NUTS(plain, num_chains=2, jit_compile=fused)
+        made.setup(0, Y)
+        return made
+
+    assert kernel(fused=True).execution == "fused"
+    count()
+    again = kernel(fused=False)
+    assert count() == 0 and again.execution == "traced"
+    assert again._run is not kernel(fused=True)._run
+
+
+def test_same_tells_callables_apart() -> None:
+    one, other = (lambda y, s=s: normal(s, y) for s in (1.0, 2.0))
+    again = FunctionType(one.__code__, one.__globals__, one.__name__, (1.0,), one.__closure__)
+    assert same(one, again) and not same(one, other)
+    assert same(partial(one, y=Y), partial(again, y=Y.clone()))
+    assert not same(partial(one, y=Y), partial(again, y=Y.float()))
+    first, second = Box(), Box()
+    assert same([first, {"a": 1.0}], [first, {"a": 1.0}]) and not same(first, second)
+    grown = Y.clone().requires_grad_()
+    assert same(grown, grown) and not same(grown, Y.clone().requires_grad_())
