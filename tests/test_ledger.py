@@ -210,7 +210,7 @@ def test_a_run_is_drawn_with_its_losses_and_rows(name: str, image: bool, curve: 
     np.testing.assert_allclose(one.losses * len(one.rows["x"]), one.result.losses)
     axes = Figure().subplots(1, 2)
     pictures.learning_curve(axes[0], one)
-    pictures.rows_made(axes[1], one.result.bound.pair, one.rows)
+    pictures.rows_made(one.result.bound.pair, one.rows)(axes[1])
     assert len(axes[0].lines) == 1 and bool(axes[1].images) is image and bool(axes[1].collections) is not image
     path = pictures.write(one, "a run", tmp_path / "pictures" / f"{name}.png")
     assert path.stat().st_size < 200_000

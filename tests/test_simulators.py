@@ -16,8 +16,10 @@ from torch import Tensor
 from inference import fit, isolated
 from ppl_models.data.files import SBIBM, SHA256
 from ppl_models.data.sbibm import Benchmark, read_benchmark
+from ppl_models.ledger import pictures
 from ppl_models.ledger.recipes import simulators
 from ppl_models.ledger.recipes.simulators import TASKS, NeuralPosterior, c2st, drawn
+from ppl_models.ledger.recipes.trained import seen, weights_at
 
 COUNT = 40_000
 NOTHING = Benchmark(torch.zeros(0), torch.zeros(0), {})
@@ -135,6 +137,27 @@ def test_a_posterior_outside_of_the_prior_is_told(estimated: NeuralPosterior) ->
     elsewhere = dist.Uniform(torch.full((2,), 90.0), 91.0).to_event(1)
     with pytest.raises(ArithmeticError, match=r"theta: expected draws inside the prior, got 0 of 550"):
         drawn(estimated, elsewhere, torch.zeros(2), 50, seed=0)
+
+
+def test_a_recipe_draws_its_posterior_and_is_evaluated_by_its_weights(tmp_path, monkeypatch) -> None:
+    made = Benchmark(torch.tensor([[-0.2, 0.4]]), torch.rand(1, 200, 2), {})
+    monkeypatch.setattr(simulators, "read_benchmark", lambda _: made)
+    path = tmp_path / "weights.safetensors.gz"
+    with seen() as shown, weights_at(path):
+        found = simulators.estimated(True, 0, name="two_moons")
+    (one,) = shown
+    assert [(tuple(v.shape), label) for v, label in one.points] == [((200, 2), "reference"), ((200, 2), "estimated")]
+    axes = pictures.Figure().subplots()
+    pictures.rows_made(one.result.bound.pair, one.rows, one.points)(axes)
+    assert [len(c.get_offsets()) for c in axes.collections] == [200, 200]
+    # Without points there is nothing to be drawn beside the losses.
+    assert pictures.rows_made(one.result.bound.pair, one.rows) is None
+    # The weights are those of the last fit: of fewer simulations nothing is said.
+    monkeypatch.setattr(simulators, "QUICK", {50: 10, 200: 50})
+    with weights_at(path, read=True):
+        again = simulators.estimated(True, 0, name="two_moons")
+    assert set(again) == {"figure", "at 200", "at 200, sd"}
+    assert again["figure"] == pytest.approx(found["figure"], abs=0.1)
 
 
 def test_the_classifier_tells_samples_apart() -> None:

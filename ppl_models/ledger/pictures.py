@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +30,13 @@ def write(shown: Shown, title: str, path: Path) -> Path:
         title: The title of the picture.
         path: The file; its folder is created.
     """
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    curve, made = figure.subplots(1, 2)
-    learning_curve(curve, shown)
     with torch.no_grad(), shown.result.state():
-        rows_made(made, shown.result.bound.pair, shown.rows)
+        draw = rows_made(shown.result.bound.pair, shown.rows, shown.points)
+    figure = Figure(figsize=(8 if draw else 4.5, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if draw else 1, squeeze=False)[0]
+    learning_curve(panels[0], shown)
+    if draw:
+        draw(panels[1])
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(path, partial(figure.savefig, dpi=80))
@@ -61,23 +63,41 @@ def learning_curve(axes: Axes, shown: Shown) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def rows_made(axes: Axes, pair: Pair, data: Mapping[str, Tensor]) -> None:
-    """Draw what a pair makes: images, or points in the plane over those of the data; nothing else."""
+def rows_made(
+    pair: Pair, data: Mapping[str, Tensor], points: Sequence[tuple[Tensor, str]] = ()
+) -> Callable[[Axes], None] | None:
+    """What draws the rows that a pair makes: as images, or as points in the plane over those of the data.
+
+    Args:
+        pair: The pair.
+        data: The data by name.
+        points: Points (N, 2) to draw in their place, and what they are.
+
+    Returns:
+        A function of axes; None where there is nothing that could be drawn.
+    """
     x = next(iter(data.values()))
-    if x.dim() == 2 and x.shape[1] == 2 and hasattr(pair, "generate"):
-        made = pair.generate(2000, seed=0)
-        for rows, colour, label in ((x[:2000], "0.7", "data"), (made, "C3", "generated")):
-            across, up = rows.cpu().numpy().T
-            axes.scatter(across, up, s=3, color=colour, label=label)
-        axes.set(xticks=[], yticks=[], aspect="equal")
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
-        return
+    if not points and x.dim() == 2 and x.shape[1] == 2 and hasattr(pair, "generate"):
+        points = ((x[:2000], "data"), (pair.generate(2000, seed=0), "generated"))
+    if points:
+        return partial(_scatter, points=points)
     grids = pair.pictures(**data) if hasattr(pair, "pictures") else {}
     # Planes of an image stand one above the other.
     sides = {(planes * side) * side: (planes * side, side) for planes in (3, 1) for side in range(2, 65)}
     images, title = next(iter(grids.values()), (x, ""))
     if not grids or images.shape[-1] not in sides:
-        axes.set_axis_off()
-        return
-    show(axes, images, sides[images.shape[-1]])
-    axes.set_title(title, fontsize=9, loc="left")
+        return None
+
+    def draw(axes: Axes) -> None:
+        show(axes, images, sides[images.shape[-1]])
+        axes.set_title(title, fontsize=9, loc="left")
+
+    return draw
+
+
+def _scatter(axes: Axes, points: Sequence[tuple[Tensor, str]]) -> None:
+    for (rows, label), colour in zip(points, ("0.7", "C3"), strict=True):
+        across, up = rows.cpu().numpy().T
+        axes.scatter(across, up, s=3, color=colour, label=label)
+    axes.set(xticks=[], yticks=[], aspect="equal")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")

@@ -32,11 +32,13 @@ from torch import Tensor, nn
 
 from inference import Result, isolated, pointwise_log_likelihood
 from ppl_models.data.sbibm import Benchmark, read_benchmark
-from ppl_models.ledger.recipes.trained import placed, trained_by_stages
+from ppl_models.ledger.recipes.trained import placed, reads_weights, show_points, trained_by_stages
 from ppl_models.models.pair import Pair, nothing
 
 BUDGETS = {1_000: 50, 10_000: 100, 100_000: 500}
 """Numbers of simulations, each with the size of its minibatches."""
+QUICK = {200: 50}
+"""The same at the size for tests."""
 HELD_OUT = 0.1
 """Fraction of the simulations by which the stage is chosen."""
 RATES = (1e-3, 1e-3, 1e-3, 5e-4, 2e-4, 1e-4)
@@ -228,7 +230,10 @@ def estimated(quick: bool, seed: int, *, name: str) -> dict[str, float]:
     The stage of each fit is chosen by a tenth of its simulations.
     """
     files = read_benchmark(name)
-    budgets, observations, draws = ({200: 50}, 1, 200) if quick else (BUDGETS, 10, 10_000)
+    budgets, observations, draws = (QUICK, 1, 200) if quick else (BUDGETS, 10, 10_000)
+    if reads_weights():
+        # They are those of the figure.
+        budgets = {max(budgets): budgets[max(budgets)]}
     found: dict[str, float] = {}
     for count, batch in budgets.items():
         rows = placed(simulations(name, count, seed))
@@ -247,10 +252,10 @@ def estimated(quick: bool, seed: int, *, name: str) -> dict[str, float]:
             seed=seed,
         )
         with result.state():
-            accuracies = [
-                c2st(files.reference[k, :draws], drawn(result.bound.pair, TASKS[name].prior, placed(x), draws, k))
-                for k, x in enumerate(files.observations[:observations])
-            ]
+            pair, prior, seen = result.bound.pair, TASKS[name].prior, files.observations[:observations]
+            ours = [drawn(pair, prior, placed(x), draws, k) for k, x in enumerate(seen)]
+            accuracies = [c2st(files.reference[k, :draws], ours[k]) for k in range(observations)]
+        show_points((files.reference[0, :2000, :2], "reference"), (ours[0][:2000, :2], "estimated"))
         found[f"at {count:,}"] = float(np.mean(accuracies))
         found[f"at {count:,}, sd"] = float(np.std(accuracies))
     return {"figure": found[f"at {max(budgets):,}"], **found}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,12 +45,14 @@ class Shown:
         rows: The data, by name.
         losses: Loss per row of each step.
         valid: Steps, and the loss per validation row after them.
+        points: Points (N, 2) of the plane and what they are, in place of rows that the pair makes.
     """
 
     result: Result
     rows: Mapping[str, Tensor]
     losses: np.ndarray
     valid: Sequence[tuple[int, float]] = ()
+    points: Sequence[tuple[Tensor, str]] = ()
 
 
 _SHOWN: ContextVar[list[Shown] | None] = ContextVar("shown", default=None)
@@ -85,6 +87,13 @@ def show(
     held[:] = [Shown(result, rows, losses, tuple(valid))]
 
 
+def show_points(*points: tuple[Tensor, str]) -> None:
+    """Let points (N, 2) of the plane, each set with its name, be drawn beside the fit that is shown."""
+    held = _SHOWN.get()
+    if held:
+        held[:] = [replace(held[0], points=points)]
+
+
 @contextmanager
 def checkpoints_in(folder: Path) -> Iterator[None]:
     """Let each call of :func:`trained` in the block keep its checkpoint in a folder: the first in ``1``, and so on."""
@@ -113,6 +122,12 @@ def weights_at(path: Path, *, read: bool = False) -> Iterator[None]:
         yield
     finally:
         _WEIGHTS.reset(token)
+
+
+def reads_weights() -> bool:
+    """Whether recipes take the weights of their pair from a file, and train nothing."""
+    _, read = _WEIGHTS.get() or (None, False)
+    return read
 
 
 def placed(what: T) -> T:
