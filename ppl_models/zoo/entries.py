@@ -98,7 +98,7 @@ _IMAGES: dict[str, Any] = {
 _AUTOREGRESSIVE: dict[str, Any] = {
     **_IMAGES,
     "also": ("binarized_mnist", "mnist", "omniglot", "xwindows", "news20_w100"),
-    "methods": {"maximum likelihood": centred(partial(fit, steps=2000, batch=100, learning_rate=0.005))},
+    "methods": {"maximum likelihood": partial(centred, steps=2000, batch=100, learning_rate=0.005)},
     "source": "densities that sum to one; held-out likelihood",
     "small": {},
 }
@@ -424,9 +424,9 @@ ENTRIES = (
         arguments=lambda dataset: {"features": dataset.features, "layers": sized(dataset, (40, 20), (200, 200))},
         also=("binarized_mnist", "mnist", "omniglot"),
         methods={
-            "wake-sleep": centred(by_minibatches(objective=WakeSleep, learning_rate=0.005)),
-            "RWS": centred(by_minibatches(objective=partial(RWS, 10), learning_rate=0.005)),
-            "VIMCO": centred(by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.005)),
+            "wake-sleep": by_minibatches(centred, objective=WakeSleep, learning_rate=0.005),
+            "RWS": by_minibatches(centred, objective=partial(RWS, 10), learning_rate=0.005),
+            "VIMCO": by_minibatches(centred, objective=partial(VIMCO, 10), learning_rate=0.005),
         },
         source="held-out likelihood; all states in the tests; published ones in the ledger",
         small={"layers": (3, 2)},
