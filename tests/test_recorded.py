@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from inference import sample
 from inference.compiler import policy, potential
 from inference.compiler.recorded import _RECORDED, same
+from inference.compiler.watch import Watch
 from inference.kernels import NUTS
 from ppl_models import GaussianNaiveBayes
 
@@ -118,6 +120,17 @@ def test_data_changed_in_place_are_seen(count) -> None:
     agree_with_new(plain, count, y, records=False)
 
 
+def activated(x: Tensor) -> Tensor:
+    return ACTIVATION(x)
+
+
+ACTIVATION = torch.sin
+
+
+class Prior:
+    scale = 1.0
+
+
 class Box:
     def __init__(self) -> None:
         self.scale = 1.0
@@ -189,6 +202,35 @@ def test_globals_are_watched(count, monkeypatch) -> None:
     drawn(plain)
     monkeypatch.setattr(f"{__name__}.SCALE", 0.5)
     agree_with_new(plain, count, records=True)
+
+
+@pytest.mark.parametrize("name", ["ACTIVATION", "Prior"])
+def test_a_function_of_torch_or_a_class_in_place_of_another_is_seen(name: str, count, monkeypatch) -> None:
+    def model(y: Tensor) -> None:
+        # As near to nothing as a comparison of energies can miss.
+        normal(Prior.scale + 1e-9 * activated(torch.ones(())), y)
+
+    other = {"ACTIVATION": torch.cos, "Prior": type("Prior", (), {"scale": 1.0 + 1e-9, "__module__": __name__})}
+    drawn(model)
+    agree_with_new(model, count, records=False)
+    drawn(model)
+    monkeypatch.setattr(f"{__name__}.{name}", other[name])
+    agree_with_new(model, count, records=True)
+
+
+def test_packages_of_others_are_not_looked_into_but_the_own_is(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    for package in ("own_models_of_a_test", "tools_of_a_test"):
+        (folder / f"{package}.py").write_text("import numpy\nHELD = numpy.ones(2)\ndef run():\n    return HELD[0]\n")
+    monkeypatch.syspath_prepend(str(folder))
+    own, tools = map(importlib.import_module, ("own_models_of_a_test", "tools_of_a_test"))
+    assert not Watch(partial(own.run)).whole
+
+    def model() -> Any:
+        return tools.run()
+
+    assert Watch(model).whole and not Watch(model, own.run).whole
 
 
 def test_a_function_defined_again_is_the_same(count) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from types import FunctionType, MethodType
@@ -34,14 +34,21 @@ class _Recorded:
     """A potential, what it was recorded from, and what tells whether that has changed."""
 
     density: BatchedPotential
-    model: Callable[..., Any]
+    model: partial[Any]
     kind: Any
     watch: Watch
-    values: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
 
     def holds(self) -> bool:
         """Whether nothing has changed that the model takes from outside."""
-        return not self.watch.changed() and self.values == _values(self.density, self.watch)
+        return not self.watch.changed() and self.values == fingerprints(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors on which the potential may depend, those of Pyro's store as they are now: memory may change."""
+        given = (*self.model.args, *self.model.keywords.values(), *(p.value for p in self.watch.places))
+        held = [*self.density.outside, *(v for v in given if isinstance(v, Tensor))]
+        stored = {f"parameter {n}": v for n, v in pyro.get_param_store().named_parameters()}
+        return {str(k): v for k, v in enumerate({id(v): v for v in held}.values())} | stored
 
 
 _RECORDED: OrderedDict[int, _Recorded] = OrderedDict()
@@ -52,16 +59,20 @@ _NUMBERS = count()
 
 
 def recorded(
-    model: Callable[..., Any] | None, potential: Callable[..., Tensor], example: dict[str, Tensor], chains: int
+    model: partial[Any] | None,
+    potential: Callable[..., Tensor],
+    example: dict[str, Tensor],
+    chains: int,
+    given: tuple[Tensor, ...] = (),
 ) -> tuple[BatchedPotential, Callable[[], None] | None]:
     """The graph of a potential, recorded now or before.
 
     Args:
-        model: The model that is called without arguments, for instance a partial function with its data; None: it is
-            not known, and the potential is recorded.
+        model: The model with its arguments; None: it is not known, and the potential is recorded anew.
         potential: Its potential function.
         example: Unconstrained values of one chain by name.
         chains: Number of chains.
+        given: Further arguments of the potential, with which it is recorded anew.
 
     Returns:
         The graph, and a function that forgets it if it was recorded before; None if it is new.
@@ -69,8 +80,8 @@ def recorded(
     Raises:
         Untraceable: The potential cannot be recorded.
     """
-    if model is None or am_i_wrapped():
-        return BatchedPotential(potential, example, chains), None
+    if model is None or given or am_i_wrapped():
+        return BatchedPotential(potential, example, chains, given=given), None
     shapes = tuple((n, Form.of(v)) for n, v in example.items())
     kind = shapes, chains, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
     for number, known in [*_RECORDED.items()]:
@@ -79,13 +90,14 @@ def recorded(
         if known.holds():
             _RECORDED.move_to_end(number)
             return known.density.again(potential, example), partial(_forget, number)
-        del _RECORDED[number]
+        _forget(number)
     density = BatchedPotential(potential, example, chains)
-    watch = Watch(model)
-    if watch.whole and sum(v.numel() for v in _tensors(density, watch).values()) <= policy.RECORDED_NUMBERS:
-        # What runs from now on is a copy: this one is never fused.
-        kept = density.again(_forgotten, {n: torch.empty_like(v) for n, v in example.items()})
-        _RECORDED[next(_NUMBERS)] = _Recorded(kept, model, kind, watch, _values(density, watch))
+    # It is never fused, and called through copies alone.
+    kept = density.again(_forgotten, example)
+    made = _Recorded(kept, model, kind, Watch(model))
+    if made.watch.whole and sum(v.numel() for v in made.tensors().values()) <= policy.RECORDED_NUMBERS:
+        made.values = fingerprints(made.tensors())
+        _RECORDED[next(_NUMBERS)] = made
         while len(_RECORDED) > policy.RECORDED_POTENTIALS:
             _RECORDED.popitem(last=False)
     return density, None
@@ -123,18 +135,6 @@ def _parts(function: FunctionType) -> tuple[Any, ...]:
     """What a function has besides its code and its globals."""
     cells = [c.cell_contents for c in function.__closure__ or ()]
     return cells, function.__defaults__, function.__kwdefaults__, vars(function)
-
-
-def _tensors(density: BatchedPotential, watch: Watch) -> dict[str, Tensor]:
-    """Tensors on which a recorded potential may depend, those of Pyro's store as they are now."""
-    places = [p.value for p in watch.places if isinstance(p.value, Tensor)]
-    held = {str(k): v for k, v in enumerate({id(v): v for v in [*density.outside, *places]}.values())}
-    return held | {f"parameter {n}": v for n, v in pyro.get_param_store().named_parameters()}
-
-
-def _values(density: BatchedPotential, watch: Watch) -> dict[str, Any]:
-    """What tells whether they are the same: memory may be changed without a trace."""
-    return fingerprints(_tensors(density, watch))
 
 
 def _forgotten(*_: Any) -> Tensor:

@@ -73,15 +73,16 @@ class Watch:
 
     Attributes:
         places: The places.
-        whole: Whether all of them are known: outside other libraries' functions nothing was met that cannot be looked
-            into, or that is too large.
+        whole: Whether all of them are known: nothing was met that cannot be looked into, or that is too large, but for
+            what functions of other packages use.
     """
 
     def __init__(self, *roots: Any) -> None:
         self.places: list[Place] = []
         self.whole = True
         self._seen: dict[int, Any] = {}
-        self._libraries = set[int]()
+        self._others = set[int]()
+        self._packages = set(_packages(roots))
         self._classes: set[type] = set()
         self._waiting: list[tuple[Any, str]] = [(r, getattr(r, "__name__", type(r).__name__)) for r in roots]
         while self._waiting and len(self.places) < MOST:
@@ -93,10 +94,8 @@ class Watch:
                     self._visit(item, name)
                 except Exception:  # an object that does not let itself be looked at is not watched
                     self._leave_out(item)
-                if id(item) in self._libraries or (
-                    isinstance(item, FunctionType) and is_foreign(item.__module__ or "")
-                ):
-                    self._libraries |= {id(v) for v, _ in self._waiting[known:]}
+                if id(item) in self._others or (isinstance(item, FunctionType) and self._of_others(item.__module__)):
+                    self._others |= {id(v) for v, _ in self._waiting[known:]}
         self.whole &= not self._waiting
 
     def changed(self) -> list[Place]:
@@ -158,7 +157,11 @@ class Watch:
             self._leave_out(item)
 
     def _leave_out(self, item: Any) -> None:
-        self.whole &= id(item) in self._libraries
+        self.whole &= id(item) in self._others
+
+    def _of_others(self, module: str | None) -> bool:
+        """Whether a module is another library's than that of the functions which are watched."""
+        return is_foreign(module or "") and (module or "").partition(".")[0] not in self._packages
 
     def _function(self, item: FunctionType, name: str) -> None:
         name = item.__name__ or name
@@ -218,13 +221,22 @@ class Watch:
             self._put(get, (owner, key), value, named(key))
 
     def _put(self, get: Callable[..., Any], key: tuple[Any, ...], value: Any, name: str) -> None:
-        if isinstance(value, type) and not is_foreign(value.__module__):
-            self._waiting.append((value, name))
-        if isinstance(value, _CONSTANT):
-            return
+        # A name may come to stand for another function of torch, or for a class that was defined again.
         self.places.append(Place(get, key, value, name))
-        if not isinstance(value, (*PLAIN, Tensor)):
+        own = isinstance(value, type) and not is_foreign(value.__module__)
+        if own or not isinstance(value, (*PLAIN, *_CONSTANT, Tensor)):
             self._waiting.append((value, name))
+
+
+def _packages(items: Any) -> Iterator[str]:
+    """Packages of functions, and of those that partial functions hold, but for torch, Pyro and this package."""
+    for item in items:
+        if isinstance(item, partial):
+            yield from _packages((item.func, *item.args))
+        elif callable(item):
+            module = getattr(item, "__module__", None) or type(item).__module__
+            if not is_library(module):
+                yield module.partition(".")[0]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pyro import poutine
@@ -17,7 +17,7 @@ from torch import Tensor
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable
 from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
-from inference.compiler.potential import BatchedPotential
+from inference.compiler.potential import BatchedPotential, Potential
 from inference.compiler.recorded import recorded
 from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
 from inference.core.checks import check_chance, check_count, check_positive
@@ -430,15 +430,12 @@ class Hamiltonian(BatchedKernel):
 
     def _traced_start(self, example: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
         """Record the potential, or take what was recorded before, and place the chains where both agree."""
-        potential, given = self.potential_fn, tuple(self._given.values())
-        model, begun, forget = None, random_state(), None
+        model, begun = None, random_state()
         if self.model is not None and self._given_transforms is None and self._nesting is None:
             model = partial(self.model, *args, **kwargs)
         try:
-            if given:
-                self._density = BatchedPotential(potential, example, self.num_chains, given=given)  # type: ignore[arg-type]
-            else:
-                self._density, forget = recorded(model, potential, example, self.num_chains)  # type: ignore[arg-type]
+            given, potential = tuple(self._given.values()), cast(Potential, self.potential_fn)
+            self._density, forget = recorded(model, potential, example, self.num_chains, given)
         except Untraceable as error:
             self._density = self._untraced(example, error)
             return self._start_position()

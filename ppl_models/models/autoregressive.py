@@ -63,7 +63,7 @@ class Conditionals(Rowwise):
 
     def log_prob(self, value: Tensor) -> Tensor:
         # Zeros and ones are the same in any precision.
-        value = value.to(self.like)
+        value = value.to(self.like.dtype)
         sign = 2 * value - 1
         scores = torch.stack([logsigmoid(sign * logits(value)).sum(-1) for logits in self.logits])
         # The average of densities: an average of log odds over orders would belong to no density.
@@ -94,7 +94,7 @@ class Conditionals(Rowwise):
             Rows (N, D), and their log importance weights (N,): the log probability of the known features, each given
             the preceding ones, which the draws did not take into account.
         """
-        x = x.to(self.like)
+        x = x.to(self.like.dtype)
         filled, weight = x.nan_to_num(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for d in self.order[k].tolist():
             logit = self.logit(filled, d, k)

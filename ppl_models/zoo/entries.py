@@ -15,7 +15,8 @@ from inference import Method, Moments, fit, sample
 from inference.kernels import NUTS
 from inference.objectives import RWS, VIMCO, WakeSleep
 from ppl_models.data.frames import Roles
-from ppl_models.models.autoregressive import FVSBN, MADE, NADE
+from ppl_models.data.sets import Dataset
+from ppl_models.models.autoregressive import FVSBN, MADE, NADE, Autoregressive
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.cyclegan import CycleGAN
 from ppl_models.models.diffusion.chain import DiffusionChain
@@ -40,7 +41,6 @@ from ppl_models.zoo.entry import Entry, features, labelled
 from ppl_models.zoo.methods import (
     adversarial,
     by_minibatches,
-    centred,
     closed_form,
     counted,
     denoising,
@@ -53,6 +53,10 @@ from ppl_models.zoo.methods import (
 
 def _moments(pair: Any, data: Any) -> Moments:
     return pair.moments(**data)
+
+
+def _centred(pair: Autoregressive | HelmholtzMachine, dataset: Dataset) -> None:
+    pair.centre(dataset.train["x"])
 
 
 def bits(pair: DiffusionChain, data: Mapping[str, Any]) -> pd.DataFrame:
@@ -98,7 +102,8 @@ _IMAGES: dict[str, Any] = {
 _AUTOREGRESSIVE: dict[str, Any] = {
     **_IMAGES,
     "also": ("binarized_mnist", "mnist", "omniglot", "xwindows", "news20_w100"),
-    "methods": {"maximum likelihood": partial(centred, steps=2000, batch=100, learning_rate=0.005)},
+    "begin": _centred,
+    "methods": {"maximum likelihood": partial(fit, steps=2000, batch=100, learning_rate=0.005)},
     "source": "densities that sum to one; held-out likelihood",
     "small": {},
 }
@@ -422,11 +427,12 @@ ENTRIES = (
         title="Helmholtz machine, two layers of binary causes",
         make=HelmholtzMachine,
         arguments=lambda dataset: {"features": dataset.features, "layers": sized(dataset, (40, 20), (200, 200))},
+        begin=_centred,
         also=("binarized_mnist", "mnist", "omniglot"),
         methods={
-            "wake-sleep": by_minibatches(centred, objective=WakeSleep, learning_rate=0.005),
-            "RWS": by_minibatches(centred, objective=partial(RWS, 10), learning_rate=0.005),
-            "VIMCO": by_minibatches(centred, objective=partial(VIMCO, 10), learning_rate=0.005),
+            "wake-sleep": by_minibatches(objective=WakeSleep, learning_rate=0.005),
+            "RWS": by_minibatches(objective=partial(RWS, 10), learning_rate=0.005),
+            "VIMCO": by_minibatches(objective=partial(VIMCO, 10), learning_rate=0.005),
         },
         source="held-out likelihood; all states in the tests; published ones in the ledger",
         small={"layers": (3, 2)},

@@ -42,6 +42,7 @@ class Entry:
             first one.
         source: What its results are compared with.
         arguments: From a data set to arguments of ``make``. Overrides that it names are passed to it.
+        begin: Called with a new pair and its data set, where initial values depend on the data.
         also: Names of other data sets that fit the pair.
         prepare: Arguments of ``data.load``: standardised, binary, scaled to [0, 1], or with few labels.
         truth: Exact or reference mean and standard deviation of each site, from a pair and its data; None: there is
@@ -59,6 +60,7 @@ class Entry:
     methods: Mapping[str, Method]
     source: str
     arguments: Callable[..., Mapping[str, Any]] = features
+    begin: Callable[[Any, Dataset], None] | None = None
     also: tuple[str, ...] = ()
     prepare: Mapping[str, Any] = field(default_factory=dict)
     truth: Callable[[Any, Any], Moments] | None = None
@@ -103,7 +105,10 @@ class Entry:
         overrides = {**self.overrides, **overrides}
         known = inspect.signature(self.arguments).parameters
         arguments = self.arguments(dataset, **{n: v for n, v in overrides.items() if n in known})
-        return self.make(**{**arguments, **overrides}).to(device=dataset.device, dtype=self.dtype)
+        made = self.make(**{**arguments, **overrides}).to(device=dataset.device, dtype=self.dtype)
+        if self.begin is not None:
+            self.begin(made, dataset)
+        return made
 
     def compare(
         self,
