@@ -140,12 +140,18 @@ class Box:
 
 def changes() -> dict[str, tuple[Any, Callable[[], Any]]]:
     """Models, each with what changes it between two calls."""
+    prior = dist.Normal(0.0, torch.ones(()).double())
     number, held, mapping, box = [1.0], torch.ones(()).double(), {"scale": 1.0}, Box()
     module, default = nn.Linear(1, 1).double(), 1.0
     nn.init.constant_(module.weight, 1.0)
 
     def by_module(y: Tensor) -> None:
         normal(module.weight.exp().squeeze(), y)
+
+    def by_prior(y: Tensor) -> None:
+        mu = pyro.sample("mu", prior)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     def by_default(y: Tensor, scale: float = default) -> None:
         normal(scale, y)
@@ -163,6 +169,7 @@ def changes() -> dict[str, tuple[Any, Callable[[], Any]]]:
         "attribute": (lambda y: normal(box.scale, y), lambda: setattr(box, "scale", LITTLE)),
         "tensor": (lambda y: normal(held, y), lambda: held.fill_(LITTLE)),
         "memory of a tensor": (lambda y: normal(held * 1.0, y), lambda: held.data.fill_(1 / LITTLE)),
+        "prior": (by_prior, lambda: setattr(prior, "scale", prior.scale * LITTLE)),
         "weights": (by_module, lambda: module.weight.data.fill_(LITTLE)),
         "default": (by_default, set_default),
         # Nothing tells of it: the comparison with the model does.
@@ -285,6 +292,37 @@ def test_a_fused_kernel_leaves_what_is_kept_unfused(count) -> None:
     again = kernel(fused=False)
     assert count() == 0 and again.execution == "traced"
     assert again._run is not kernel(fused=True)._run
+
+
+def test_pieces_that_are_compiled_leave_those_that_are_kept_as_they_are(count, monkeypatch) -> None:
+    monkeypatch.setattr(policy, "PIECED_NODES", 50)
+
+    def autoregression(y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, torch.ones(()).double()))
+        level = torch.zeros(()).double()
+        for k in range(len(y)):
+            level = (slope * level + 0.1 * y[k]).tanh()
+            pyro.sample(f"y_{k}", dist.Normal(level, 1.0), obs=y[k])
+
+    def kernel() -> NUTS:
+        made = NUTS(autoregression, num_chains=2, jit_compile=False)
+        made.setup(0, Y.repeat(10))
+        return made
+
+    def compiled(made: NUTS) -> list[bool]:
+        return [p.run != p.graph.forward for p in made._density.pieces._programs.values()]
+
+    first = kernel()
+    assert not any(compiled(first)) and count() > 0
+    first.fuse(1e9)
+    again = kernel()
+    assert count() == 0 and any(compiled(first)) and not any(compiled(again))
+    again.fuse(1e9)
+    third = kernel()
+    position = torch.linspace(-1, 1, 2).double()[:, None]
+    for one, other in zip(first._density.run(position), third._density.run(position), strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(compiled(again)) and not any(compiled(third))
 
 
 def test_same_tells_callables_apart() -> None:

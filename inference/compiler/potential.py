@@ -199,13 +199,12 @@ class BatchedPotential:
         return pieces
 
     def again(self, potential: Potential, example: dict[str, Tensor]) -> BatchedPotential:
-        """The graph, not fused, for a potential function from which the same graph would be recorded."""
+        """The graph for a potential function from which the same would be recorded; pieces of it are not compiled."""
         made = copy(self)
         made._potential, made._example, made.held = potential, example, list(self.held)
         if self.pieces is not None:
             made.pieces = self.pieces.again()
-            made._traced = chains_last(made.pieces)
-        made.forward = made._traced
+            made.forward = made._traced = chains_last(made.pieces)
         return made
 
     def unfuse(self) -> None:

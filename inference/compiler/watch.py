@@ -5,9 +5,9 @@ default arguments, attributes of modules, objects and functions, and entries of 
 each such place is remembered with what it held. A call of the program compares identities, which takes about 0.1 us per
 place.
 
-Not seen: entries of containers with more than ``LARGEST`` entries, attributes of objects of other libraries, numbers
-inside NumPy arrays, files, clocks, the environment, and what C code keeps. The comparison with the eager run finds
-these at the calls at which it is made.
+Not seen: entries of containers with more than ``LARGEST`` entries, attributes of objects of other libraries (but for
+distributions), numbers inside NumPy arrays, files, clocks, the environment, and what C code keeps. The comparison with
+the eager run finds these at the calls at which it is made.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from inference.compiler.reads import is_foreign, is_library, is_standard
 
@@ -145,6 +146,9 @@ class Watch:
             self._module(item)
         elif isinstance(item, type):
             self._class(item)
+        elif isinstance(item, Distribution):
+            own = {k: v for k, v in vars(item).items() if isinstance(v, (*PLAIN, Tensor, Distribution))}
+            self._attributes(item, own)
         elif isinstance(item, _BAGS) or not is_foreign(type(item).__module__):
             self._attributes(item, getattr(item, "__dict__", {}))
             slots = {n: getattr(item, n) for n in _slots(type(item)) if hasattr(item, n)}
