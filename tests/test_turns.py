@@ -80,9 +80,11 @@ def pictured(seed: int) -> tuple[np.ndarray, Tensor]:
 @pytest.mark.parametrize("verb", [fitted, drawn, moments, pictured])
 def test_verbs_in_two_threads_give_what_they_give_one_after_another(verb, alone) -> None:
     before = pyro.settings.get("validate_distributions_pyro")
-    serial = [verb(seed) for seed in range(4)]
-    with ThreadPoolExecutor(3) as pool:
-        at_once = list(pool.map(verb, range(4)))
+    # A thread that begins beside a fit takes the fit's number of torch's threads, which rounding depends on.
+    with handlers.threads_set(1):
+        serial = [verb(seed) for seed in range(4)]
+        with ThreadPoolExecutor(3) as pool:
+            at_once = list(pool.map(verb, range(4)))
     for one, other in zip(serial, at_once, strict=True):
         np.testing.assert_array_equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
