@@ -27,7 +27,7 @@ from inference import (
     prior_predictive,
     sample,
 )
-from inference.compiler.passes import pack_constants
+from inference.compiler.constants import pack_constants
 from inference.core.bound import bind
 from inference.core.handlers import preserved_rng, random_state, set_random_state
 from inference.kernels import ChEES, Gibbs
@@ -244,7 +244,8 @@ def test_pair_and_data_apart_are_named() -> None:
 
 def test_constants_are_packed_by_type_and_device() -> None:
     held = [torch.ones(2), torch.ones(3, device="meta"), torch.ones(3), torch.ones(1, dtype=torch.float64)]
-    packs, call = pack_constants(lambda positions, *constants: constants, 0, held)
+    pack, call = pack_constants(lambda positions, *constants: constants, 0, held)
+    packs = pack(held)
     assert sorted((str(p.device), p.dtype.itemsize, len(p)) for p in packs) == [
         ("cpu", 4, 5),
         ("cpu", 8, 1),

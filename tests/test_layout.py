@@ -7,8 +7,8 @@ from torch.fx import GraphModule
 
 from inference.compiler import policy
 from inference.compiler.capture import traced
+from inference.compiler.constants import lift_constants, pack_constants
 from inference.compiler.layout import rearrange
-from inference.compiler.passes import lift_constants, pack_constants
 
 ROWS, FEW = 40, 3
 
@@ -87,7 +87,8 @@ def test_small_constants_go_together_by_type_and_large_ones_alone() -> None:
     q, given = torch.randn(6, 2).double(), torch.randn(6, 2).double()
     graph = traced(function, q, given)
     held = lift_constants(graph)
-    packs, call = pack_constants(graph, 1, held)
+    pack, call = pack_constants(graph, 1, held)
+    packs = pack(held)
     sizes = sorted((p.numel(), p.dtype) for p in packs)
     assert len(held) == 4
     assert sizes == sorted([(9, torch.float64), (3, torch.int64), (policy.PACKED_NUMBERS + 1, torch.float64)])

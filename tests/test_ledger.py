@@ -27,7 +27,7 @@ from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes import simulators
 from ppl_models.ledger.recipes.posteriors import R_HAT, SPREAD, WORST_Z, judged
-from ppl_models.ledger.recipes.trained import placed, seen, trained, trained_by_stages, weights_at
+from ppl_models.ledger.recipes.trained import kept, placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
 
@@ -123,26 +123,28 @@ def test_a_killed_seed_goes_on_from_its_checkpoints(tmp_path, monkeypatch) -> No
         def __init__(self) -> None:
             self.model, self.guide = model, AutoNormal(model)
 
-    killed = [True]
+    killed, computed = [True], list[int]()
 
     def run(quick: bool, seed: int) -> dict[str, float]:
         _, first = trained(Plain, x, steps=20, draws=10, seed=seed, progress=False)
         _, second = trained(Plain, x, steps=30, draws=10, seed=seed, progress=False)
+        long = kept("long", lambda: computed.append(1) or 1 / 3)
         if killed.pop() if killed else False:
             raise KeyboardInterrupt
-        return {"figure": float(first.losses[-1]), "other": float(second.losses[-1])}
+        return {"figure": float(first.losses[-1]), "other": float(second.losses[-1]), "long": long}
 
     expected = ledger.reproduce(recipe(run=lambda *a: (killed.clear(), run(*a))[1]), tmp_path / "whole", seeds=1)
     killed.append(True)
     with pytest.raises(KeyboardInterrupt):
         ledger.reproduce(recipe(run=run), tmp_path / "killed", seeds=1)
-    (kept,) = (tmp_path / "killed" / ".running").glob("made-0-*")
-    assert sorted(p.name for p in kept.iterdir()) == ["1", "2"]
+    (folder,) = (tmp_path / "killed" / ".running").glob("made-0-*")
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "long.json"]
+    assert len(computed) == 2
     # The second start takes no step: what the first one took is there.
     monkeypatch.setattr("inference.runners.steps.EagerSteps.advance", None)
     record = ledger.reproduce(recipe(run=run), tmp_path / "killed", seeds=1)
     assert record["details"] == expected["details"]
-    assert not kept.exists()
+    assert len(computed) == 2 and not folder.exists()
 
 
 def staged(scores: list[float], tmp_path: Path, *, read: bool = False) -> tuple[float, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -104,22 +104,177 @@ def test_a_pair_is_known_by_itself(count) -> None:
     assert all(torch.equal(v, again.draws[n]) for n, v in first.draws.items())
 
 
-def test_other_data_are_other_graphs(count) -> None:
+def test_other_data_of_the_same_shape_take_the_place_of_those_in_the_graph(count) -> None:
     drawn(plain)
-    for other in (Y + 1e-9, Y[:3], Y * 2):
+    # So little more that a comparison of energies would pass over what is left of the first.
+    for other in (Y + 1e-9, Y * 2, Y.flip(0), Y):
+        agree_with_new(plain, count, other, records=False)
+        drawn(plain)
+    for other in (Y[:3], Y.float(), Y.repeat(2)[::2], Y.clone().requires_grad_()):
         agree_with_new(plain, count, other, records=True)
-    agree_with_new(plain, count, records=True)
 
 
 def test_data_changed_in_place_are_seen(count) -> None:
     y = Y.clone()
     drawn(plain, y)
-    # So little that a comparison of energies would pass over it.
     y[0] += 1e-9
-    agree_with_new(plain, count, y, records=True)
-    y.data[1] += 1e-9
-    agree_with_new(plain, count, y, records=True)
     agree_with_new(plain, count, y, records=False)
+    y.data[1] += 1e-9
+    agree_with_new(plain, count, y, records=False)
+
+
+WHOLE = torch.tensor([0, 2, 1, 2])
+HELD = Y.clone()
+MADE: dict[str, Tensor] = {}
+
+
+@lru_cache
+def standardised(y: Tensor) -> Tensor:
+    return (y - y.mean()) / y.std()
+
+
+def by_groups(y: Tensor) -> None:
+    with pyro.plate("groups", 3):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu[y], 1.0), obs=y.double())
+
+
+def by_counts(y: Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, torch.ones(()).double()))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def by_moments(y: Tensor) -> None:
+    sums = torch.zeros(2).double()
+    sums[0] += y.sum()
+    sums[1].add_((y * y).sum())
+    normal(sums.sum().exp().reciprocal() + 1.0, y / y.std())
+
+
+def by_mixture(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 3.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2).double()), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+
+def by_another_name(y: Tensor) -> None:
+    normal(1.0, y.data)
+
+
+def by_mask(y: Tensor) -> None:
+    with poutine.mask(mask=y > 0):
+        normal(y.abs().mean(), y)
+
+
+REPLACED = {
+    "groups": (by_groups, WHOLE, WHOLE.flip(0)),
+    "counts": (by_counts, WHOLE, WHOLE + 1),
+    "written in place": (by_moments, Y, Y * 1.1),
+    "enumerated": (by_mixture, Y, Y.flip(0) * 2),
+    "another name": (by_another_name, Y, Y.flip(0)),
+    "masked": (by_mask, Y, -Y * 0.9),
+}
+"""Models with two data sets, of which the second takes the place of the first."""
+
+
+@pytest.mark.parametrize("name", list(REPLACED))
+def test_what_depends_on_the_data_alone_is_computed_anew(name: str, count) -> None:
+    model, first, second = REPLACED[name]
+    drawn(model, first)
+    for y in (second, first, second + (1e-9 if second.is_floating_point() else 0)):
+        agree_with_new(model, count, y, records=False)
+        drawn(model, first)
+
+
+def read_as_a_number(y: Tensor) -> None:
+    normal(1.0 + float(y[0]) * 1e-9, y)
+
+
+def read_by_a_branch(y: Tensor) -> None:
+    normal(1.0 if y[0] > 0.5 else 1.0 + 1e-9, y)
+
+
+def read_by_a_mask(y: Tensor) -> None:
+    normal(1.0, y[y > 0.5])
+
+
+def read_as_an_array(y: Tensor) -> None:
+    normal(1.0, torch.from_numpy(y.numpy() * 1.0))
+
+
+def kept_elsewhere(y: Tensor) -> None:
+    normal(1.0, standardised(y))
+
+
+def kept_by_identity(y: Tensor) -> None:
+    key = str(id(y))
+    if key not in MADE:
+        MADE[key] = y * 2
+    normal(1.0, MADE[key])
+
+
+def bounded_by_the_data(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Uniform(torch.zeros(()).double(), y.abs().max()))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def bounded_by_a_latent_and_the_data(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.Gamma(2.0, torch.ones(()).double()))
+    bound = pyro.sample("bound", dist.Uniform(torch.zeros(()).double(), y.abs().max()))
+    mu = pyro.sample("mu", dist.Uniform(-scale, scale + y.abs().max()))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0 + bound), obs=y)
+
+
+def found_elsewhere_too(y: Tensor) -> None:
+    normal(1.0, y - 1e-9 * HELD)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        read_as_a_number,
+        read_by_a_branch,
+        read_by_a_mask,
+        read_as_an_array,
+        kept_elsewhere,
+        kept_by_identity,
+        bounded_by_the_data,
+        bounded_by_a_latent_and_the_data,
+        found_elsewhere_too,
+    ],
+)
+def test_data_whose_values_had_a_part_in_the_graph_are_not_replaced(model: Any, count) -> None:
+    for y in (HELD + 1e-9, 1.5 * HELD.flip(0)):
+        # These are the very tensor that a model finds elsewhere too.
+        _RECORDED.clear()
+        drawn(model, HELD)
+        agree_with_new(model, count, y, records=True)
+
+
+def test_bounds_that_other_data_leave_as_they_are_leave_the_graph(count) -> None:
+    drawn(bounded_by_the_data)
+    agree_with_new(bounded_by_the_data, count, Y.flip(0), records=False)
+
+
+def test_one_tensor_in_two_places_is_not_replaced_by_two(count) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        normal(1.0, y + 1e-9 * x)
+
+    def drawn(x: Tensor, y: Tensor) -> Tensor:
+        return sample(model, {"x": x, "y": y}, draws=8, warmup=8, chains=2, seed=0, progress=False).draws["mu"]
+
+    drawn(Y, Y)
+    found = drawn(Y * 2, Y)
+    _RECORDED.clear()
+    assert torch.equal(found, drawn(Y * 2, Y))
+    count()
+    drawn(Y, Y * 2)
+    assert count() == 0
 
 
 def activated(x: Tensor) -> Tensor:
@@ -304,9 +459,9 @@ def test_pieces_that_are_compiled_leave_those_that_are_kept_as_they_are(count, m
             level = (slope * level + 0.1 * y[k]).tanh()
             pyro.sample(f"y_{k}", dist.Normal(level, 1.0), obs=y[k])
 
-    def kernel() -> NUTS:
+    def kernel(y: Tensor = Y) -> NUTS:
         made = NUTS(autoregression, num_chains=2, jit_compile=False)
-        made.setup(0, Y.repeat(10))
+        made.setup(0, y.repeat(10))
         return made
 
     def compiled(made: NUTS) -> list[bool]:
@@ -323,6 +478,15 @@ def test_pieces_that_are_compiled_leave_those_that_are_kept_as_they_are(count, m
     for one, other in zip(first._density.run(position), third._density.run(position), strict=True):
         torch.testing.assert_close(one, other)
     assert any(compiled(again)) and not any(compiled(third))
+    count()
+    other = kernel(Y.flip(0))
+    assert count() == 0
+    _RECORDED.clear()
+    new = kernel(Y.flip(0))
+    assert count() > 0 and new._density.pieces is not None
+    for found, expected in zip(other._density.run(position), new._density.run(position), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.allclose(other._density.run(position)[0], first._density.run(position)[0])
 
 
 def test_same_tells_callables_apart() -> None:

@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
-
-from inference.compiler import policy
-
-
-def lift_constants(graph: GraphModule, before: int = 0) -> list[Tensor]:
-    """Turn the tensors that a graph holds into its last inputs but ``before``, and return them; they may change."""
-    held: dict[str, Node] = {}
-    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
-        name = str(node.target)
-        if name not in held:
-            held[name] = add_input(graph, f"held_{len(held)}", before)
-            held[name].meta = dict(node.meta)
-        node.replace_all_uses_with(held[name])
-        graph.graph.erase_node(node)
-    tensors = [attrgetter(name)(graph) for name in held]
-    graph.recompile()
-    return tensors
 
 
 def add_input(graph: GraphModule, name: str, before: int = 0) -> Node:
@@ -46,37 +27,6 @@ def chains_last(forward: Callable[..., Any]) -> Callable[..., Any]:
         return energies, gradients.mT.clone(memory_format=torch.contiguous_format)
 
     return call
-
-
-def pack_constants(
-    graph: Callable[..., Any], given: int, held: list[Tensor]
-) -> tuple[list[Tensor], Callable[..., Any]]:
-    """Pack small constants of a graph into one per dtype and device: every round of a loop pays for each input.
-
-    Args:
-        graph: A function of positions, ``given`` further arguments, and the constants.
-        given: Number of further arguments.
-        held: The constants.
-
-    Returns:
-        The packed constants, and the graph as a function of positions, further arguments, and these.
-    """
-    held = [h.detach() for h in held]
-    small = [k for k, h in enumerate(held) if h.numel() <= policy.PACKED_NUMBERS]
-    kinds: dict[Any, list[int]] = {}
-    for k in small:
-        kinds.setdefault((held[k].dtype, held[k].device), []).append(k)
-    whole = [k for k in range(len(held)) if k not in small]
-    packs = [torch.cat([held[k].reshape(-1) for k in chosen]) for chosen in kinds.values()]
-
-    def call(positions: Tensor, *rest: Tensor) -> Any:
-        parts: dict[int, Tensor] = dict(zip(whole, rest[given + len(packs) :], strict=True))
-        for chosen, pack in zip(kinds.values(), rest[given:], strict=False):
-            pieces = pack.split([held[k].numel() for k in chosen])
-            parts |= {k: piece.reshape(held[k].shape) for k, piece in zip(chosen, pieces, strict=True)}
-        return graph(positions, *rest[:given], *(parts[k] for k in range(len(held))))
-
-    return [*packs, *(held[k] for k in whole)], call
 
 
 def share_products(graph: GraphModule) -> GraphModule:
@@ -107,28 +57,6 @@ def share_products(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def fold_constants(graph: GraphModule) -> GraphModule:
-    """Compute what depends on no input, such as terms of the data alone, once instead of in every leapfrog step."""
-    known = constants_of(graph)
-    # A view stays in the graph: as a constant it would alias the tensor that it views.
-    needed = {n for n in graph.graph.nodes if n not in known}
-    for node in reversed(known):
-        if is_view(node) and any(u in needed for u in node.users):
-            needed.add(node)
-    for k, (node, value) in enumerate(known.items()):
-        if node.op == "call_function" and node not in needed and any(u in needed for u in node.users):
-            graph.register_buffer(f"folded_{k}", value.contiguous())
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.get_attr(f"folded_{k}"))
-    # Checks of the data have been made: they have no users, but an effect that keeps them alive.
-    for node in reversed(known):
-        if not node.users:
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
 def is_view(node: Node) -> bool:
     """Whether a node is a tensor that the graph holds, or a view of another node."""
     if node.target is operator.getitem:
@@ -137,18 +65,6 @@ def is_view(node: Node) -> bool:
     # An in-place operation returns its argument too, but that has no other name.
     views = schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
     return node.op == "get_attr" or views
-
-
-def constants_of(graph: GraphModule) -> dict[Node, Any]:
-    """Values of the nodes that depend on no input, views included."""
-    known: dict[Node, Any] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            known[node] = attrgetter(str(node.target))(graph).detach()
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not is_noise(node):
-            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known
 
 
 def out_of_place(graph: GraphModule) -> bool:

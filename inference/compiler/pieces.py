@@ -24,9 +24,10 @@ from torch.fx.node import map_arg
 
 from inference.compiler import policy
 from inference.compiler.capture import traced
+from inference.compiler.constants import as_function_of, constants_of
 from inference.compiler.form import Form
 from inference.compiler.fuse import fused
-from inference.compiler.passes import constants_of, is_view, out_of_place, share_products, simplify
+from inference.compiler.passes import is_view, out_of_place, share_products, simplify
 from inference.compiler.recorder import Recording
 from inference.compiler.selections import collect_selections
 
@@ -58,10 +59,18 @@ class Pieces:
         graph: A graph of one chain, without in-place operations (see :func:`cut`).
         bounds: Where pieces begin and end among its operations.
         inputs: Its inputs, of many chains: the first dimension is that of chains.
+        data: Tensors that the graph holds and others may replace (:meth:`again`).
     """
 
-    def __init__(self, graph: GraphModule, bounds: Sequence[tuple[int, int]], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        graph: GraphModule,
+        bounds: Sequence[tuple[int, int]],
+        inputs: Sequence[Tensor],
+        data: Sequence[Tensor] = (),
+    ) -> None:
         self._constants = constants_of(graph)
+        self._derive = as_function_of(graph, self._constants, data)
         operations = _operations(graph, self._constants)
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         self._places = {n: k for k, n in enumerate([*placeholders, *self._constants, *operations])}
@@ -109,9 +118,12 @@ class Pieces:
                 piece.program.run = fused(piece.program.graph, [values[k] for k in piece.inputs])
             self._run_piece(piece, values)
 
-    def again(self) -> Pieces:
-        """The same pieces, none of them compiled."""
+    def again(self, data: Sequence[Tensor] | None = None) -> Pieces:
+        """The same pieces, none of them compiled, with tensors in the place of the argument ``data``."""
         made = copy(self)
+        if data is not None:
+            made._start = list(self._start)
+            made._start[self._inputs : self._inputs + len(self._constants)] = self._derive(*data)
         made._programs = {k: replace(p, run=p.graph.forward) for k, p in self._programs.items()}
         renewed = {id(p): made._programs[k] for k, p in self._programs.items()}
         made._pieces = [replace(piece, program=renewed[id(piece.program)]) for piece in self._pieces]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from typing import Any
@@ -20,19 +20,12 @@ from torch.fx import GraphModule
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
+from inference.compiler.constants import fold_constants, lift_constants, pack_constants, strangers
 from inference.compiler.failures import failures_to_nan
 from inference.compiler.form import Form
 from inference.compiler.fuse import fused
 from inference.compiler.layout import rearrange
-from inference.compiler.passes import (
-    chains_last,
-    fold_constants,
-    is_pure,
-    is_view,
-    lift_constants,
-    pack_constants,
-    share_products,
-)
+from inference.compiler.passes import chains_last, is_pure, is_view, share_products
 from inference.compiler.pieces import Pieces, cut
 from inference.core.contracts import Kernel
 
@@ -134,10 +127,13 @@ class BatchedPotential:
         chains: Number of chains.
         given: Further arguments of the potential, (chains, \*shape): the first entries of ``held``, which may be
             replaced.
+        data: Tensors from outside the potential that others may replace (:meth:`again`).
         eager: Call the potential for one chain after another; slow, for potentials that cannot be traced.
 
     Attributes:
         outside: Tensors from outside the potential that its graph holds, or whose values were read.
+        strange: Those of ``outside`` of which it is not known that other data leave them as they are: all but the data
+            and numbers of the model's code. Values of data that were read are among them.
 
     Raises:
         Untraceable: The potential reads values of its tensors, or its graph differs from it around ``example``.
@@ -150,6 +146,7 @@ class BatchedPotential:
         chains: int,
         *,
         given: tuple[Tensor, ...] = (),
+        data: Sequence[Tensor] = (),
         eager: bool = False,
     ) -> None:
         self._potential, self._example = potential, example
@@ -165,17 +162,24 @@ class BatchedPotential:
         self.code, self.operations, self.nodes = "", 0, 0
         self.pieces: Pieces | None = None
         self.outside: list[Tensor] = []
+        self.strange: list[Tensor] = []
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
             recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
-            self.outside = [*recorded.parameters(), *recorded.buffers(), *(v for v, _ in recorded.meta["read"])]
-            self.pieces = self._cut(recorded, (many, *given))
+            read = [v for v, _ in recorded.meta["read"]]
+            self.outside = [*recorded.parameters(), *recorded.buffers(), *read]
+            self.strange = [*read, *strangers(recorded, data)]
+            self.pieces = self._cut(recorded, (many, *given), data)
         if not eager and self.pieces is None:
             one = recorded if is_pure(recorded) else traced(functionalize(recorded), *inputs)
-            graph = fold_constants(share_products(traced(functionalize(torch.vmap(one)), many, *given)))
-            packed, call = pack_constants(rearrange(graph), len(given), lift_constants(graph))
-            self.held = [*given, *packed]
+            graph = share_products(traced(functionalize(torch.vmap(one)), many, *given))
+            # Whatever tracing has copied is not known for what it was.
+            self.strange += strangers(graph, [*data, *self.outside])
+            self._derive = fold_constants(graph, data)
+            constants = lift_constants(graph)
+            self._pack, call = pack_constants(rearrange(graph), len(given), constants)
+            self.held = [*given, *self._pack(constants)]
             graph = traced(chains_last(call), many.mT.contiguous(), *self.held)
             self.code, self.operations, self.nodes = graph.code, count_operations(graph), count_nodes(graph)
             # The call of a module goes through hooks that the compiler cannot follow.
@@ -186,25 +190,35 @@ class BatchedPotential:
             for reach in REACHES:
                 self.check(many + reach * steps)
 
-    def _cut(self, recorded: GraphModule, inputs: tuple[Tensor, ...]) -> Pieces | None:
+    def _cut(self, recorded: GraphModule, inputs: tuple[Tensor, ...], data: Sequence[Tensor]) -> Pieces | None:
         """The graph of one chain in pieces, if it is long and repeats itself."""
         if count_nodes(recorded) < policy.PIECED_NODES:
             return None
         bounds = cut(recorded)
         if bounds is None:
             return None
-        pieces = Pieces(recorded, bounds, inputs)
+        pieces = Pieces(recorded, bounds, inputs, data)
         self.forward = chains_last(pieces)
         self.operations, self.nodes = pieces.operations, pieces.nodes
         return pieces
 
-    def again(self, potential: Potential, example: dict[str, Tensor]) -> BatchedPotential:
-        """The graph for a potential function from which the same would be recorded; pieces of it are not compiled."""
+    def again(
+        self, potential: Potential, example: dict[str, Tensor], data: Sequence[Tensor] | None = None
+    ) -> BatchedPotential:
+        """The graph for a potential function from which the same would be recorded; pieces of it are not compiled.
+
+        Args:
+            potential: The potential function.
+            example: Unconstrained values of one chain by name.
+            data: Tensors in the place of the argument ``data``. Default: those.
+        """
         made = copy(self)
         made._potential, made._example, made.held = potential, example, list(self.held)
         if self.pieces is not None:
-            made.pieces = self.pieces.again()
+            made.pieces = self.pieces.again(data)
             made.forward = made._traced = chains_last(made.pieces)
+        elif data is not None:
+            made.held[self._given :] = self._pack(self._derive(*data))
         return made
 
     def unfuse(self) -> None:

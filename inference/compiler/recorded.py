@@ -1,9 +1,13 @@
-r"""Potentials that were recorded in this process: a second call with the same model and data records nothing.
+r"""Potentials that were recorded in this process: a second call with the same model records nothing.
 
 A graph is used again where recording it once more would give the same: the model is the same function (or one of the
 same code and the same closure, as when a cell of a notebook is run again), its arguments are equal, and all that it
 takes from outside itself is known (:class:`Watch`) and unchanged. Models of which this cannot be told are recorded at
 each call. What is used again is compared with the model where the chains are, as what is new.
+
+Other data of the same shapes take the place of those in the graph, and what depends on them alone is computed anew,
+unless their values had a part in how the graph came to be: they were read (a length of unique values, a boolean index),
+something else in the graph may have been made of them, or a support has other bounds.
 """
 
 from __future__ import annotations
@@ -25,30 +29,80 @@ from inference.compiler import policy
 from inference.compiler.capture import Untraceable
 from inference.compiler.form import Form
 from inference.compiler.potential import BatchedPotential
+from inference.compiler.supports import taken_limits
 from inference.compiler.watch import FIXED, Watch
 from inference.core.packing import fingerprints
 
 
 @dataclass
 class _Recorded:
-    """A potential, what it was recorded from, and what tells whether that has changed."""
+    """A potential, what it was recorded from, and what tells whether that has changed.
+
+    Attributes:
+        density: The potential; it is never fused, and called through copies alone.
+        model: The model with its arguments.
+        settings: What else decides the graph.
+        watch: What the model takes from outside.
+        limits: What the potential took from the run of the model that it was made from.
+        takes_data: Whether data of the same shapes may take the place of those in the graph.
+        values: Fingerprints of the tensors on which the graph depends, but for data that others may replace.
+    """
 
     density: BatchedPotential
     model: partial[Any]
-    kind: Any
+    settings: Any
     watch: Watch
+    limits: tuple[tuple[str, ...], list[Tensor]] | None
+    takes_data: bool = field(init=False)
     values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        data, places = data_of(self.model), {id(p.value) for p in self.watch.places}
+        # A tensor that the model finds elsewhere too stays there, whatever the data are.
+        apart = len({id(v) for v in data} - places) == len(data)
+        limits = [] if self.limits is None else self.limits[1]
+        known = places | {id(v) for v in (*limits, *_stored().values())}
+        self.takes_data = self.limits is not None and apart and known.issuperset(map(id, self.density.strange))
+
+    def fits(self, model: partial[Any], settings: Any, limits: Any) -> bool:
+        """Whether a potential of this model is this one, or this one with other data."""
+        if settings != self.settings:
+            return False
+        if not self.takes_data:
+            return same(model, self.model)
+        forms = [list(map(Form.of, data_of(m))) for m in (model, self.model)]
+        return forms[0] == forms[1] and same((_without_data(model), limits), (_without_data(self.model), self.limits))
 
     def holds(self) -> bool:
         """Whether nothing has changed that the model takes from outside."""
         return not self.watch.changed() and self.values == fingerprints(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors on which the potential may depend, those of Pyro's store as they are now: memory may change."""
+        """Tensors on which the graph depends, those of Pyro's store as they are now: memory may change."""
         given = (*self.model.args, *self.model.keywords.values(), *(p.value for p in self.watch.places))
         held = [*self.density.outside, *(v for v in given if isinstance(v, Tensor))]
-        stored = {f"parameter {n}": v for n, v in pyro.get_param_store().named_parameters()}
-        return {str(k): v for k, v in enumerate({id(v): v for v in held}.values())} | stored
+        replaced = {id(v) for v in data_of(self.model)} if self.takes_data else set()
+        kept = {id(v): v for v in held if id(v) not in replaced}
+        return {str(k): v for k, v in enumerate(kept.values())} | _stored()
+
+
+def _stored() -> dict[str, Tensor]:
+    return {f"parameter {n}": v for n, v in pyro.get_param_store().named_parameters()}
+
+
+def data_of(model: partial[Any]) -> list[Tensor]:
+    """Arguments of a model that are tensors of numbers and nothing else."""
+    return [v for v in (*model.args, *model.keywords.values()) if _is_data(v)]
+
+
+def _is_data(value: Any) -> bool:
+    return type(value) is Tensor and not value.requires_grad and Form.of(value) is not None
+
+
+def _without_data(model: partial[Any]) -> Any:
+    """What a model is made of besides its data."""
+    kept = [None if _is_data(v) else v for v in model.args]
+    return model.func, kept, {n: None if _is_data(v) else v for n, v in model.keywords.items()}
 
 
 _RECORDED: OrderedDict[int, _Recorded] = OrderedDict()
@@ -83,21 +137,23 @@ def recorded(
     if model is None or given or am_i_wrapped():
         return BatchedPotential(potential, example, chains, given=given), None
     shapes = tuple((n, Form.of(v)) for n, v in example.items())
-    kind = shapes, chains, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+    settings = shapes, chains, torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+    limits, data = taken_limits(potential), data_of(model)
     for number, known in [*_RECORDED.items()]:
-        if known.kind != kind or not same(model, known.model):
+        if not known.fits(model, settings, limits):
             continue
         if known.holds():
             _RECORDED.move_to_end(number)
-            return known.density.again(potential, example), partial(_forget, number)
+            again = known.density.again(potential, example, data if known.takes_data else None)
+            return again, partial(_forget, number)
         _forget(number)
-    density = BatchedPotential(potential, example, chains)
-    # It is never fused, and called through copies alone.
-    kept = density.again(_forgotten, example)
-    made = _Recorded(kept, model, kind, Watch(model))
-    if made.watch.whole and sum(v.numel() for v in made.tensors().values()) <= policy.RECORDED_NUMBERS:
-        made.values = fingerprints(made.tensors())
-        _RECORDED[next(_NUMBERS)] = made
+    density = BatchedPotential(potential, example, chains, data=data)
+    watch = Watch(model)
+    if watch.whole:
+        made = _Recorded(density.again(_forgotten, example), model, settings, watch, limits)
+        if sum(v.numel() for v in (*data, *made.tensors().values())) <= policy.RECORDED_NUMBERS:
+            made.values = fingerprints(made.tensors())
+            _RECORDED[next(_NUMBERS)] = made
         while len(_RECORDED) > policy.RECORDED_POTENTIALS:
             _RECORDED.popitem(last=False)
     return density, None

@@ -27,9 +27,10 @@ from torch.fx import GraphModule
 
 from inference.compiler.capture import Gradients, Untraceable, collect_gradients, traced
 from inference.compiler.closure import reachable
+from inference.compiler.constants import lift_constants
 from inference.compiler.fuse import fused
 from inference.compiler.noise import Draw, Given
-from inference.compiler.passes import is_noise, lift_constants
+from inference.compiler.passes import is_noise
 from inference.compiler.watch import PLAIN, Place, Watch
 from inference.core.contracts import Objective
 from inference.core.handlers import preserved_rng

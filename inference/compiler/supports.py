@@ -240,6 +240,16 @@ def _refuse_held(
     held.update(before)
 
 
+def taken_limits(potential: Any) -> tuple[tuple[str, ...], list[Tensor]] | None:
+    """What a potential of a model took from the run that it was made from: the sites whose supports move, and the
+    tensors in the transforms of the others; None if that is not known."""
+    moving = potential.names if isinstance(potential, MovingSupports) else ()
+    pyros = potential._pyros if isinstance(potential, MovingSupports) else getattr(potential, "__self__", None)
+    if not isinstance(pyros, _PEMaker):
+        return None
+    return moving, [v for n, t in pyros.transforms.items() if n not in moving for v in limits_of(t)]
+
+
 def limits_of(support: Any, _within: tuple[Any, ...] = ()) -> Iterator[Tensor]:
     """The tensors in a constraint: its bounds, and what the transforms of an image move them by."""
     for value in vars(support).values() if isinstance(support, constraints.Constraint | Transform) else support:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from inference import Result, isolated, pointwise_log_likelihood
 from ppl_models.data.sbibm import Benchmark, read_benchmark
-from ppl_models.ledger.recipes.trained import placed, reads_weights, show_points, trained_by_stages
+from ppl_models.ledger.recipes.trained import kept, placed, reads_weights, show_points, trained_by_stages
 from ppl_models.models.pair import Pair, nothing
 
 BUDGETS = {1_000: 50, 10_000: 100, 100_000: 500}
@@ -254,7 +254,8 @@ def estimated(quick: bool, seed: int, *, name: str) -> dict[str, float]:
         with result.state():
             pair, prior, seen = result.bound.pair, TASKS[name].prior, files.observations[:observations]
             ours = [drawn(pair, prior, placed(x), draws, k) for k, x in enumerate(seen)]
-            accuracies = [c2st(files.reference[k, :draws], ours[k]) for k in range(observations)]
+            told = [partial(c2st, files.reference[k, :draws], ours[k]) for k in range(observations)]
+            accuracies = [kept(f"c2st of {count} at {k}", one) for k, one in enumerate(told)]
         show_points((files.reference[0, :2000, :2], "reference"), (ours[0][:2000, :2], "estimated"))
         found[f"at {count:,}"] = float(np.mean(accuracies))
         found[f"at {count:,}, sd"] = float(np.std(accuracies))

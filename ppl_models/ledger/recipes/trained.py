@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,6 +176,24 @@ def fitted(pair: Pair, data: Any, *objective: Any, method: Callable[..., Result]
     result = method(pair, data, *objective, **arguments)
     show(result, data, first=True)
     return result
+
+
+def kept(name: str, compute: Callable[[], float]) -> float:
+    """A figure that takes long to compute, as it was found before the recipe was killed.
+
+    Args:
+        name: Its name in the recipe.
+        compute: Computes it.
+    """
+    checkpoints = _KEPT.get()
+    if checkpoints is None:
+        return compute()
+    path = checkpoints[0].folder / f"{name}.json"
+    if not path.exists():
+        value = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(value)))
+    return float(json.loads(path.read_text()))
 
 
 def trained_by_stages(
