@@ -347,13 +347,14 @@ def test_parameters_of_the_store_are_watched(count) -> None:
     def model(y: Tensor) -> None:
         normal(pyro.param("scale", torch.ones(()).double()), y)
 
-    def energy() -> float:
+    def energy(y: Tensor = Y) -> float:
         kernel = NUTS(model, num_chains=2, jit_compile=False)
-        kernel.setup(0, Y)
+        kernel.setup(0, y)
         return float(kernel._density.run(torch.ones(2, 1).double())[0][0])
 
     first = energy()
     assert count() > 0 and energy() == first and count() == 0
+    assert energy(Y + 1.0) != first and count() == 0
     # Another tensor of the same name, and the same tensor with another value.
     pyro.get_param_store()["scale"] = torch.full((), LITTLE, dtype=torch.float64)
     assert energy() != first and count() > 0
