@@ -9,6 +9,7 @@ import pytest
 import seeds
 import torch
 
+from inference.compiler import fuse
 from inference.core.handlers import isolated
 
 pytest.register_assert_rewrite("laws")
@@ -29,6 +30,12 @@ def seeds_of_documentation(request: pytest.FixtureRequest) -> Iterator[None]:
     """The examples of documentation print the figures of their own seeds."""
     with seeds.unmoved() if request.module.__name__ in ("test_doctests", "test_readme") else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_spent() -> None:
+    """What earlier tests have run does not decide what is compiled in this one."""
+    fuse._SPENT.clear()
 
 
 @pytest.fixture

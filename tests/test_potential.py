@@ -1,6 +1,8 @@
 """Compiled programs: the same numbers as Pyro's own, nothing frozen, and a word where they cannot be had."""
 
+from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +19,7 @@ from inference.compiler import fuse, policy
 from inference.compiler.capture import Untraceable, traced
 from inference.compiler.potential import BatchedPotential, CompiledPotential, compile_kernel
 from inference.core.handlers import isolated
-from inference.kernels import ChEES
+from inference.kernels import ChEES, Gibbs
 from ppl_models.zoo.entries import ZOO
 
 
@@ -202,6 +204,51 @@ def test_a_graph_of_thousands_of_operations_is_not_fused_by_itself() -> None:
     assert policy.worth_fusing(calls, 2000, "auto", 2000)
     assert not policy.worth_fusing(calls, 5000, "auto", 5000)
     assert policy.worth_fusing(1, 5000, True, 5000)
+
+
+def test_whoever_has_spent_what_fusing_costs_fuses() -> None:
+    cost = policy.FUSE_POTENTIAL_OPERATIONS
+    assert not policy.worth_fusing(0, 300, "auto", 300, kept=True, spent=cost - 1)
+    assert policy.worth_fusing(0, 300, "auto", 300, spent=cost)
+    assert not policy.worth_fusing(0, 2 * policy.FUSED_NODES, "auto", 2 * policy.FUSED_NODES, spent=3 * cost)
+    assert not policy.worth_fusing(0, 5000, "auto", 5000, spent=1e12)
+    assert not policy.worth_fusing(0, 300, False, 300, spent=cost)
+
+
+@pytest.mark.parametrize("kind", ["NUTS", "ChEES", "Gibbs"])
+def test_runs_without_a_program_are_counted_for_later_ones(kind: str, monkeypatch) -> None:
+    given = list[tuple[float, int, float]]()
+    monkeypatch.setattr(fuse, "_SPENT", OrderedDict())
+
+    def worth(calls: float, operations: int, mode: Any, nodes: int, kept: bool, spent: float) -> bool:
+        given.append((calls, operations, spent))
+        return False
+
+    monkeypatch.setattr(policy, "worth_fusing", worth)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 3.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((), 0.5).double())) if kind == "Gibbs" else 0.0
+            pyro.sample("y", dist.Normal(mu + z, 1.0), obs=y)
+
+    def run(count: int = 6) -> float:
+        given.clear()
+        kernel: Any = {"kernel": Gibbs} if kind == "Gibbs" else {}
+        chains, y = 4 if kind == "NUTS" else 8, torch.randn(count).double()
+        quiet(model, {"y": y}, draws=8, warmup=8, chains=chains, **kernel)
+        # What others have spent decides at the beginning alone.
+        assert all(spent == 0 for _, _, spent in given[1:])
+        return given[0][2]
+
+    assert run() == 0
+    (first,) = fuse._SPENT.values()
+    assert run() == first > 0
+    assert run(count=7) == 0
+    assert run() > first
+    monkeypatch.setattr(policy, "SPENT_KEYS", 1)
+    run()
+    assert run(count=7) == 0
 
 
 def test_a_loop_over_time_is_not_fused(monkeypatch) -> None:

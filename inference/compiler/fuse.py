@@ -123,6 +123,23 @@ def is_compiled(key: Any) -> bool:
     return _threaded(key) in _PROGRAMS or store.holds(_threaded(key))
 
 
+_SPENT: OrderedDict[Any, float] = OrderedDict()
+"""Operations that were computed without a program, by its key; at most ``policy.SPENT_KEYS``, the last counted last."""
+
+
+def spend(key: Any, operations: float) -> None:
+    """Count operations that were computed without the program of a key."""
+    _SPENT[_threaded(key)] = spent(key) + operations
+    _SPENT.move_to_end(_threaded(key))
+    while len(_SPENT) > policy.SPENT_KEYS:
+        _SPENT.popitem(last=False)
+
+
+def spent(key: Any) -> float:
+    """Operations that this process has computed without the program of a key."""
+    return _SPENT.get(_threaded(key), 0.0)
+
+
 def keeps_programs() -> bool:
     """Whether programs are kept for other processes."""
     return store.folder() is not None

@@ -121,6 +121,10 @@ RECORDED_POTENTIALS, RECORDED_NUMBERS = 16, 1_000_000
 0.1 s, telling that it is the same 2 ms."""
 
 
+SPENT_KEYS = 64
+"""Programs of which a process counts what was computed without them."""
+
+
 MAX_TRACES = 16
 """Programs that one objective may trace before it is taken to change at every step."""
 
@@ -163,8 +167,10 @@ def worth_tracing(calls: int, mode: bool | str) -> bool:
     return mode is True or (mode == "auto" and calls >= TRACE_POTENTIAL_CALLS)
 
 
-def worth_fusing(calls: float, operations: int, mode: bool | str, nodes: int = 0, kept: bool = False) -> bool:
-    """Whether a potential is to be fused before so many calls.
+def worth_fusing(
+    calls: float, operations: int, mode: bool | str, nodes: int = 0, kept: bool = False, spent: float = 0.0
+) -> bool:
+    """Whether a potential is to be fused before so many calls: these are worth it, or earlier ones would have been.
 
     Args:
         calls: Calls ahead.
@@ -172,11 +178,14 @@ def worth_fusing(calls: float, operations: int, mode: bool | str, nodes: int = 0
         mode: ``compile`` of the verb.
         nodes: Nodes of the graph; from ``FUSED_NODES`` on the cost of fusing is taken to grow with their square.
         kept: Whether the program is kept for later processes.
+        spent: Operations that earlier runs of the process have computed without it. Whoever has spent what it costs
+            is taken to go on: so much is lost at most by not having fused at once.
     """
     if mode != "auto":
         return mode is True
-    cost = FUSE_POTENTIAL_OPERATIONS * max(1.0, (nodes / FUSED_NODES) ** 2) / (KEPT_USES if kept else 1)
-    return nodes <= MAX_FUSED_NODES and calls * operations >= cost
+    cost = FUSE_POTENTIAL_OPERATIONS * max(1.0, (nodes / FUSED_NODES) ** 2)
+    worth = calls * operations >= cost / (KEPT_USES if kept else 1) or spent >= cost
+    return nodes <= MAX_FUSED_NODES and worth
 
 
 def worth_a_piece(nodes: int, uses: int, calls: float) -> bool:

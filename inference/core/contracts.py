@@ -284,6 +284,7 @@ class BatchedKernel(Kernel):
         nodes: Operations in the graph of a gradient, with which the cost of fusing it grows.
         compiled: Whether what ``fuse`` compiles was compiled before, so that it costs nothing.
         kept: Whether what ``fuse`` compiles is kept for later processes.
+        spent: Operations that earlier runs of the process have computed without what ``fuse`` compiles.
         state: Position and adaptation of the chains, from which they can go on.
     """
 
@@ -300,6 +301,7 @@ class BatchedKernel(Kernel):
     nodes: int = 0
     compiled: bool = False
     kept: bool = False
+    spent: float = 0.0
     state: Any = None
 
     _initial: dict[str, Tensor] | None = None
@@ -325,6 +327,9 @@ class BatchedKernel(Kernel):
     @abstractmethod
     def advance(self) -> Any:
         """Run a block of transitions and return what ``collect`` needs of it: warmup first, then draws."""
+
+    def spend(self, gradients: int) -> None:
+        """Count gradients that were computed without what ``fuse`` compiles, for ``spent`` of later kernels."""
 
     @abstractmethod
     def collect(self, blocks: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

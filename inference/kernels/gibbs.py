@@ -189,6 +189,16 @@ class Gibbs(BatchedKernel):
         """Whether the program of these moves is kept for later processes."""
         return self._rest is not None and self._rest.kept
 
+    @property
+    def spent(self) -> float:  # type: ignore[override]
+        """Operations that this process has computed without the program of these moves."""
+        return 0.0 if self._rest is None else self._rest.spent
+
+    def spend(self, gradients: int) -> None:
+        """Count gradients of these moves that were computed without their program."""
+        if self._rest is not None:
+            self._rest.spend(gradients)
+
     def fuse(self, calls: float = policy.PIECE_CALLS) -> None:
         """Compile the moves of the continuous sites, before so many gradients."""
         if self._rest is not None:

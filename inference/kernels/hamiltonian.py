@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable
-from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly
+from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly, spend, spent
 from inference.compiler.potential import BatchedPotential, Potential
 from inference.compiler.recorded import recorded
 from inference.compiler.supports import MovingSupports, follow_supports, images_as_supports
@@ -194,6 +194,16 @@ class Hamiltonian(BatchedKernel):
     def kept(self) -> bool:  # type: ignore[override]
         """Whether the program of a block is kept for later processes."""
         return self._whole and self._lasts and keeps_programs()
+
+    @property
+    def spent(self) -> float:  # type: ignore[override]
+        """Operations that this process has computed without the program of a block."""
+        return spent(self._key()) if self._whole else 0.0
+
+    def spend(self, gradients: int) -> None:
+        """Count gradients that were computed without the program of a block."""
+        if self._whole:
+            spend(self._key(), gradients * self.operations)
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         r"""Next draw of all chains, (chains, \*shape) by site, from a block of transitions that is run ahead."""

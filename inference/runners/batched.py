@@ -236,6 +236,8 @@ class _Run:
                     keep()
                 if called_by_exclusive() or interrupts.pressed != 1 or drawn.made < LEAST_DRAWS:
                     raise
+            if not self.fused:
+                kernel.spend(kernel.gradients - self.before)
             kernel.check()
             return drawn.joined()
 
@@ -264,9 +266,12 @@ class _Run:
 
     def _fuse_if_worth_it(self, gradients: float) -> None:
         kernel = self.kernel
+        # What other runs have done decides before the first block alone, so that a run does not depend on its pauses.
+        begins = self.mode == "auto" and self.done == 0
+        spent = kernel.spent if begins else 0.0
         if not self.fused and (
-            policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes, kernel.kept)
-            or (self.mode == "auto" and self.done == 0 and kernel.compiled)
+            policy.worth_fusing(gradients, kernel.operations, self.mode, kernel.nodes, kernel.kept, spent)
+            or (begins and kernel.compiled)
         ):
             self.fused = max(gradients, 1.0 if self.mode == "auto" else policy.PIECE_CALLS)
             kernel.fuse(self.fused)
