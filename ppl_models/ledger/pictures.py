@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,8 +80,9 @@ def rows_made(
     x = next(iter(data.values()))
     if not points and x.dim() == 2 and x.shape[1] == 2 and hasattr(pair, "generate"):
         points = ((x[:2000], "data"), (pair.generate(2000, seed=0), "generated"))
+        return partial(_scatter, points=points, aspect="equal")
     if points:
-        return partial(_scatter, points=points)
+        return partial(_scatter, points=points, labels=("first parameter", "second parameter"))
     grids = pair.pictures(**data) if hasattr(pair, "pictures") else {}
     # Planes of an image stand one above the other.
     sides = {(planes * side) * side: (planes * side, side) for planes in (3, 1) for side in range(2, 65)}
@@ -95,9 +97,19 @@ def rows_made(
     return draw
 
 
-def _scatter(axes: Axes, points: Sequence[tuple[Tensor, str]]) -> None:
-    for (rows, label), colour in zip(points, ("0.7", "C3"), strict=True):
+def _scatter(
+    axes: Axes,
+    points: Sequence[tuple[Tensor, str]],
+    labels: tuple[str, str] = ("", ""),
+    aspect: Literal["auto", "equal"] = "auto",
+) -> None:
+    """Draw two sets of points, the second over the first, so that both are seen."""
+    for (rows, label), colour, size in zip(points, ("0.6", "C3"), (10, 2), strict=True):
         across, up = rows.cpu().numpy().T
-        axes.scatter(across, up, s=3, color=colour, label=label)
-    axes.set(xticks=[], yticks=[], aspect="equal")
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.scatter(across, up, s=size, color=colour, label=label, linewidths=0)
+    axes.set_aspect(aspect)
+    axes.set_xlabel(labels[0], fontsize=9)
+    axes.set_ylabel(labels[1], fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, markerscale=2)
