@@ -125,7 +125,8 @@ def _npe(name: str) -> Recipe:
         protocol=f"mean of ten observations, reference draws and classifier of sbibm; there {few} and {more} at 1,000 "
         "and 10,000",
         sure="checked",
-        limits="the classifier takes up to 2.6 minutes on a core for each of the 30 comparisons",
+        limits="one schedule for all tasks; the classifier takes up to 2.6 minutes on a core for each of the 30 "
+        "comparisons",
     )
 
 
