@@ -149,6 +149,21 @@ def test_a_file_that_is_not_as_it_was_written_is_not_loaded(damage: str, folder:
     assert store.load(path, lambda file: file.read_bytes()) == compiled()
 
 
+def test_a_program_that_cannot_be_made_is_tried_again_after_as_much_work(
+    folder: Path, written: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no program")
+
+    for key in ("sums", "others"):
+        fuse.spend(key, 5)
+    compiled()
+    monkeypatch.setattr(fuse, "write_package", fail)
+    with pytest.raises(RuntimeError, match="no program"):
+        compiled("others")
+    assert fuse.spent("sums") == 5 and fuse.spent("others") == 0
+
+
 def test_programs_of_code_from_elsewhere_are_not_kept(folder: Path, written: list[Path]) -> None:
     compiled(lasting=False)
     assert len(written) == 1

@@ -2,7 +2,7 @@ r"""Constants of a graph: the tensors that it holds, and what depends on them al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -83,7 +83,7 @@ def fold_constants(graph: GraphModule, data: Sequence[Tensor] = ()) -> Callable[
         if is_view(node) and any(u in needed for u in node.users):
             needed.add(node)
     folded = [n for n in known if n.op == "call_function" and n not in needed and any(u in needed for u in n.users)]
-    held = dict.fromkeys(n for n in _holders(graph) if n in needed)
+    held = [n for n in _holders(graph) if n in needed]
     derive = as_function_of(graph, [*held, *folded], data)
     places = {str(n.target): k for k, n in enumerate(held)}
     for k, node in enumerate(folded):
@@ -119,7 +119,7 @@ def constants_of(graph: GraphModule) -> dict[Node, Any]:
     return known
 
 
-def as_function_of(graph: GraphModule, wanted: Iterable[Node], data: Sequence[Tensor]) -> Callable[..., list[Any]]:
+def as_function_of(graph: GraphModule, wanted: Collection[Node], data: Sequence[Tensor]) -> Callable[..., list[Any]]:
     """Constants of a graph as a function of tensors in the place of some that it holds.
 
     Args:
@@ -127,12 +127,9 @@ def as_function_of(graph: GraphModule, wanted: Iterable[Node], data: Sequence[Te
         wanted: Nodes that depend on no input.
         data: Tensors that the graph may hold, known by identity.
     """
-    wanted = list(wanted)
-    needed, waiting = set(wanted), list(wanted)
-    while waiting:
-        more = [n for n in waiting.pop().all_input_nodes if n not in needed]
-        needed |= set(more)
-        waiting += more
+    needed = set(wanted)
+    for node in reversed(graph.graph.nodes):
+        needed |= set(node.all_input_nodes) if node in needed else set()
     made, copies = Graph(), dict[Node, Node]()
     places = {id(value): made.placeholder(f"data_{k}") for k, value in enumerate(data)}
     for node in [n for n in graph.graph.nodes if n in needed]:
@@ -148,14 +145,14 @@ def as_function_of(graph: GraphModule, wanted: Iterable[Node], data: Sequence[Te
     return constants
 
 
-def strangers(graph: GraphModule, data: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that a graph holds and that are neither ``data`` nor numbers of the code that it was recorded from."""
-    own = {id(v) for v in data}
+def held_besides(graph: GraphModule, known: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that a graph holds and that are neither ``known`` nor numbers of the code that it was recorded from."""
     # The operation by which torch.tensor takes numbers.
     literal = torch.ops.aten.lift_fresh_copy.default
     nodes = [n for n in _holders(graph) if not all(u.target is literal for u in n.users)]
     held = [attrgetter(str(n.target))(graph) for n in nodes]
-    return [v for v in held if id(v) not in own]
+    known_ids = {id(v) for v in known}
+    return [v for v in held if id(v) not in known_ids]
 
 
 def _holders(graph: GraphModule) -> list[Node]:

@@ -115,7 +115,12 @@ def looped(
                     store.save(path, made)
             return Package(made, example, result)
 
-    return _kept(key, build)
+    try:
+        return _kept(key, build)
+    except Exception:
+        # As much again is to be spent without it before the next attempt.
+        _SPENT.pop(_threaded(key), None)
+        raise
 
 
 def is_compiled(key: Any) -> bool:

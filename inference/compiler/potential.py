@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable, traced
-from inference.compiler.constants import fold_constants, lift_constants, pack_constants, strangers
+from inference.compiler.constants import fold_constants, held_besides, lift_constants, pack_constants
 from inference.compiler.failures import failures_to_nan
 from inference.compiler.form import Form
 from inference.compiler.fuse import fused
@@ -132,8 +132,8 @@ class BatchedPotential:
 
     Attributes:
         outside: Tensors from outside the potential that its graph holds, or whose values were read.
-        strange: Those of ``outside`` of which it is not known that other data leave them as they are: all but the data
-            and numbers of the model's code. Values of data that were read are among them.
+        unexplained: Those of ``outside`` of which it is not known that other data leave them as they are: all but the
+            data and numbers of the model's code. Values of data that were read are among them.
 
     Raises:
         Untraceable: The potential reads values of its tensors, or its graph differs from it around ``example``.
@@ -162,20 +162,20 @@ class BatchedPotential:
         self.code, self.operations, self.nodes = "", 0, 0
         self.pieces: Pieces | None = None
         self.outside: list[Tensor] = []
-        self.strange: list[Tensor] = []
+        self.unexplained: list[Tensor] = []
         if not eager:
             # Without in-place writes: vmap would unroll some of them, and a compiled loop cannot contain any.
             inputs = (first, *(g[0] for g in given))
             recorded = failures_to_nan(traced(lambda *inputs: self._one(*inputs), *inputs))
             read = [v for v, _ in recorded.meta["read"]]
             self.outside = [*recorded.parameters(), *recorded.buffers(), *read]
-            self.strange = [*read, *strangers(recorded, data)]
+            self.unexplained = [*read, *held_besides(recorded, data)]
             self.pieces = self._cut(recorded, (many, *given), data)
         if not eager and self.pieces is None:
             one = recorded if is_pure(recorded) else traced(functionalize(recorded), *inputs)
             graph = share_products(traced(functionalize(torch.vmap(one)), many, *given))
             # Whatever tracing has copied is not known for what it was.
-            self.strange += strangers(graph, [*data, *self.outside])
+            self.unexplained += held_besides(graph, [*data, *self.outside])
             self._derive = fold_constants(graph, data)
             constants = lift_constants(graph)
             self._pack, call = pack_constants(rearrange(graph), len(given), constants)

@@ -62,7 +62,7 @@ class _Recorded:
         apart = len({id(v) for v in data} - places) == len(data)
         limits = [] if self.limits is None else self.limits[1]
         known = places | {id(v) for v in (*limits, *_stored().values())}
-        self.takes_data = self.limits is not None and apart and known.issuperset(map(id, self.density.strange))
+        self.takes_data = self.limits is not None and apart and known.issuperset(map(id, self.density.unexplained))
 
     def fits(self, model: partial[Any], settings: Any, limits: Any) -> bool:
         """Whether a potential of this model is this one, or this one with other data."""

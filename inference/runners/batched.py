@@ -236,7 +236,7 @@ class _Run:
                     keep()
                 if called_by_exclusive() or interrupts.pressed != 1 or drawn.made < LEAST_DRAWS:
                     raise
-            if not self.fused:
+            if kernel.execution == "traced":
                 kernel.spend(kernel.gradients - self.before)
             kernel.check()
             return drawn.joined()

@@ -254,8 +254,8 @@ def estimated(quick: bool, seed: int, *, name: str) -> dict[str, float]:
         with result.state():
             pair, prior, seen = result.bound.pair, TASKS[name].prior, files.observations[:observations]
             ours = [drawn(pair, prior, placed(x), draws, k) for k, x in enumerate(seen)]
-            told = [partial(c2st, files.reference[k, :draws], ours[k]) for k in range(observations)]
-            accuracies = [kept(f"c2st of {count} at {k}", one) for k, one in enumerate(told)]
+            samples = zip(files.reference[:observations, :draws], ours, strict=True)
+            accuracies = [kept(f"c2st of {count} at {k}", partial(c2st, *two)) for k, two in enumerate(samples)]
         show_points((files.reference[0, :2000, :2], "reference"), (ours[0][:2000, :2], "estimated"))
         found[f"at {count:,}"] = float(np.mean(accuracies))
         found[f"at {count:,}, sd"] = float(np.std(accuracies))
