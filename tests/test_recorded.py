@@ -112,6 +112,7 @@ def test_other_data_of_the_same_shape_take_the_place_of_those_in_the_graph(count
         drawn(plain)
     for other in (Y[:3], Y.float(), Y.repeat(2)[::2], Y.clone().requires_grad_()):
         agree_with_new(plain, count, other, records=True)
+        drawn(plain)
 
 
 def test_data_changed_in_place_are_seen(count) -> None:
@@ -125,6 +126,7 @@ def test_data_changed_in_place_are_seen(count) -> None:
 
 WHOLE = torch.tensor([0, 2, 1, 2])
 HELD = Y.clone()
+NETWORK = nn.Linear(1, 1).double()
 MADE: dict[str, Tensor] = {}
 
 
@@ -160,6 +162,17 @@ def by_mixture(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
 
 
+def by_weights_of_a_module(y: Tensor) -> None:
+    normal(NETWORK(y[:, None]).squeeze(-1).exp(), y)
+
+
+def by_a_bound_that_moves(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.Gamma(2.0, torch.ones(()).double()))
+    mu = pyro.sample("mu", dist.Uniform(-scale, scale))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
 def by_nested_plates(y: Tensor) -> None:
     with pyro.plate("columns", y.shape[1], dim=-1):
         mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=y.dtype), 3.0))
@@ -187,6 +200,8 @@ REPLACED = {
     "counts": (by_counts, WHOLE, WHOLE + 1),
     "written in place": (by_moments, Y, Y * 1.1),
     "enumerated": (by_mixture, Y, Y.flip(0) * 2),
+    "weights of a module": (by_weights_of_a_module, Y, Y.flip(0)),
+    "a bound that moves": (by_a_bound_that_moves, Y, Y.flip(0)),
     "nested plates": (by_nested_plates, Y.reshape(2, 2), Y.flip(0).reshape(2, 2)),
     "float32": (by_nested_plates, Y.reshape(2, 2).float(), Y.flip(0).reshape(2, 2).float()),
     "kernel matrix": (by_kernel_matrix, Y, Y * 1.5),
@@ -270,6 +285,23 @@ def test_data_whose_values_had_a_part_in_the_graph_are_not_replaced(model: Any, 
         _RECORDED.clear()
         drawn(model, HELD)
         agree_with_new(model, count, y, records=True)
+
+
+def test_what_another_package_has_kept_of_the_data_is_not_taken_for_other_data(count, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    lines = ("from functools import lru_cache", "@lru_cache", "def centred(y):", "    return y - y.mean()")
+    (folder / "keeping_tools_of_a_test.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+    tools = importlib.import_module("keeping_tools_of_a_test")
+
+    def model(y: Tensor) -> None:
+        # So little of it that a comparison of energies would pass over what is left of the first.
+        normal(1.0, y + 1e-9 * tools.centred(y))
+
+    drawn(model)
+    assert _RECORDED
+    agree_with_new(model, count, Y.flip(0), records=True)
 
 
 def test_bounds_that_other_data_leave_as_they_are_leave_the_graph(count) -> None:
