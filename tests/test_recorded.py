@@ -307,6 +307,11 @@ def test_what_another_package_has_kept_of_the_data_is_not_taken_for_other_data(c
 def test_bounds_that_other_data_leave_as_they_are_leave_the_graph(count) -> None:
     drawn(bounded_by_the_data)
     agree_with_new(bounded_by_the_data, count, Y.flip(0), records=False)
+    # What bounds a support by a latent site is drawn anew in each call.
+    drawn(by_a_bound_that_moves)
+    count()
+    drawn(by_a_bound_that_moves, Y.flip(0), seed=1)
+    assert count() == 0
 
 
 def test_one_tensor_in_two_places_is_not_replaced_by_two(count) -> None:
