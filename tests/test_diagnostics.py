@@ -24,6 +24,7 @@ from inference.diagnostics.chains import R_HAT as R_HAT_LIMIT
 from inference.diagnostics.chains import r_hat_limit
 from inference.diagnostics.convergence import Diagnosis, diagnose
 from inference.diagnostics.guides import GuideCheck
+from inference.diagnostics.ranks import normal_scores
 from inference.diagnostics.weights import effective_fraction, pareto_k
 
 R_HAT = r"R-hat is [\d.]+ for {}, above 1\.01: the chains disagree; run a longer warmup and more draws, and look for .*"
@@ -340,6 +341,46 @@ def test_the_table_has_arvizs_numbers_one_row_a_scalar() -> None:
         np.testing.assert_allclose(table[column], expected, rtol=1e-12)
     assert diagnose(idata).worst_r_hat == max(float(rhat["mu"]), float(rhat["w"].max()))
     assert diagnose(idata).min_ess_bulk == min(float(ess["mu"]), float(ess["w"].min()))
+
+
+AWKWARD = {
+    "equal draws": noise(4, 100).round(1),
+    "an odd number of draws": noise(4, 101),
+    "signs": np.sign(noise(4, 100)),
+    "a chain of another width": noise(4, 100) * np.array([1, 1, 1, 5])[:, None],
+    "chains that stand still": np.repeat(noise(4, 1), 100, 1),
+    "two values, equally far from the median": np.tile([0.0, 1.0], (4, 50)),
+    "constant": np.ones((4, 100)),
+    "single precision": noise(4, 100).astype(np.float32),
+    "far from zero": 1e9 + noise(4, 100),
+    "one chain": noise(1, 100),
+    "seven draws": noise(4, 7),
+    "three draws": noise(4, 3),
+    "not a number": np.where(noise(4, 100) > 2, np.nan, noise(4, 100)),
+    "infinite": np.where(noise(4, 100) > 2, np.inf, noise(4, 100)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("what", AWKWARD)
+def test_r_hat_and_effective_sizes_are_arvizs_whatever_the_draws(what: str) -> None:
+    draws = AWKWARD[what]
+    # ArviZ folds single precision in single precision, where more draws are equally far from the median.
+    exact = draws.astype(float)
+    alone = diagnose(chains(mu=draws)).table.loc["mu"]
+    beside = diagnose(chains(mu=draws, other=noise(*draws.shape, seed=5))).table.loc["mu"]
+    for row in (alone, beside):
+        assert row["r_hat"] == pytest.approx(azs.rhat(exact), rel=1e-12, nan_ok=True)
+        assert row["ess_bulk"] == pytest.approx(azs.ess(draws), rel=1e-12, nan_ok=True)
+
+
+def test_normal_scores_are_those_of_mean_ranks() -> None:
+    draws = noise(3, 40, 2, 2).round(1)
+    for k in np.ndindex(2, 2):
+        one = draws[:, :, *k]
+        ranks = scipy.stats.rankdata(one).reshape(one.shape)
+        expected = scipy.stats.norm.ppf((ranks - 3 / 8) / (one.size + 1 / 4))
+        np.testing.assert_allclose(normal_scores(draws)[:, :, *k], expected, rtol=1e-13)
 
 
 def test_a_quantity_bears_the_names_of_its_coordinates() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from inference.core.lazy import pd, special, stats, xr
+from inference.core.lazy import pd, stats, xr
 from inference.diagnostics.advice import FALSE_ALARMS
 from inference.diagnostics.quantities import draws_of, quantities_of
+from inference.diagnostics.ranks import normal_scores
 
 R_HAT = 1.01
 """R-hat above which up to four chains disagree; for more chains see :func:`r_hat_limit`."""
@@ -64,8 +65,7 @@ def r_hat_limit(draws: np.ndarray, quantities: int = 1) -> float:
     z = math.sqrt(2 * math.log(4 * quantities / FALSE_ALARMS))
     limits = []
     for values in (draws, abs(draws - np.median(draws))):
-        ranks = stats.rankdata(values).reshape(values.shape)
-        normal = special.ndtri((ranks - 0.375) / (values.size + 0.25))
+        normal = normal_scores(values)
         halves = np.stack([normal[:, :half], normal[:, -half:]], 1)
         within = halves.var(-1, ddof=1).mean()
         means = halves.mean(-1)

@@ -23,6 +23,7 @@ from inference.diagnostics.chains import advise_chains, advise_ensembles, disagr
 from inference.diagnostics.guides import PARETO_K, GuideCheck, usable
 from inference.diagnostics.losses import diverged, still_falling
 from inference.diagnostics.quantities import names_of, parts_of, quantities_of
+from inference.diagnostics.ranks import can_be_ranked, ranked
 from inference.diagnostics.weights import weigh
 
 TAILS = (0.05, 0.95)
@@ -202,11 +203,12 @@ def _columns(draws: xr.Dataset, chains: bool, ensembles: int) -> pd.DataFrame:
     # A constant quantity has a standard deviation of about 1e-17 by rounding.
     columns = {"mean": draws.mean(over), "sd": draws.std(over, ddof=1).where(draws.max(over) != draws.min(over), 0.0)}
     if chains:
+        bulk, r_hat = ranked(draws) if can_be_ranked(draws) else (azs.ess(draws, method="bulk"), azs.rhat(draws))
         columns |= {
             "mcse_mean": azs.mcse(draws, method="mean"),
-            "ess_bulk": azs.ess(draws, method="bulk"),
+            "ess_bulk": bulk,
             "ess_tail": azs.ess(draws, method="tail", prob=TAILS),
-            "r_hat": azs.rhat(draws),
+            "r_hat": r_hat,
         }
     each = draws.sizes["chain"] // ensembles
     if ensembles > 1 and each > 1:
