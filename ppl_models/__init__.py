@@ -22,6 +22,7 @@ if _spec is not None and Path(_spec.origin or "").parent != _INFERENCE:
 _HOMES = {
     "ppl_models.data": ("Dataset", "load", "simulate_modes", "simulate_naive_bayes", "simulate_returns"),
     "ppl_models.ledger": ("RECIPES", "reproduce"),
+    "ppl_models.models.any_order": ("EoNADE",),
     "ppl_models.models.autoregressive": ("FVSBN", "MADE", "NADE"),
     "ppl_models.models.bayesian_network": ("BayesianNetwork",),
     "ppl_models.models.cyclegan": ("CycleGAN",),

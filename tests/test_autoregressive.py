@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import logsigmoid
 
 from inference import fit, log_evidence, prior_predictive
+from inference.objectives import Denoising
 from ppl_models import ZOO, data
+from ppl_models.models.any_order import EoNADE, Remaining
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE, Autoregressive
 
 ALL = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).double()
@@ -26,6 +29,7 @@ def pairs() -> dict[str, Autoregressive]:
         "MADE": MADE(6, hidden=(9,), seed=2),
         "MADE, two layers": MADE(6, hidden=(24, 16), direct=False),
         "MADE, three orders": MADE(6, hidden=(12,), orders=3),
+        "EoNADE": EoNADE(6, hidden=5, orders=3),
     }
     for pair in made.values():
         for p in pair.parameters():
@@ -76,14 +80,14 @@ def test_a_centred_pair_begins_at_the_means_of_the_features(name: str) -> None:
         pair.centre(rows / 2)
 
 
-@pytest.mark.parametrize("name", ["made", "nade", "fvsbn", "helmholtz_machine"])
+@pytest.mark.parametrize("name", ["made", "nade", "eonade", "fvsbn", "helmholtz_machine"])
 def test_pairs_of_the_zoo_begin_centred_and_take_data_of_any_form(name: str) -> None:
     entry, run = ZOO[name], {"draws": 1, "progress": False}
     whole = entry.load()
-    data = replace(whole, train={"x": whole.train["x"][:120]})
+    data = replace(whole, train={"x": whole.train["x"][:200]})
     x, pair = data.train["x"], entry.pair(data)
     bias = (pair.biases[0] if name == "helmholtz_machine" else pair.bias).detach()
-    torch.testing.assert_close(bias.double().sigmoid(), (x.double().sum(0) + 0.5) / 121, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias.double().sigmoid(), (x.double().sum(0) + 0.5) / 201, rtol=1e-4, atol=1e-5)
     bias.fill_(0.25)
     for given in (x, x.numpy(), x.bool(), {"x": x.int()}, pd.DataFrame(x.numpy())):
         # A fit goes on from where the pair is.
@@ -137,6 +141,59 @@ def test_orders_are_averaged_as_densities() -> None:
             assert float(single[-1].sum()) == pytest.approx(1.0)
         torch.testing.assert_close(pair.log_evidence(ALL).exp(), torch.stack(single).mean(0))
     assert len({tuple(o) for o in pair.order.tolist()}) == 3
+
+
+def test_an_order_of_an_order_agnostic_pair_is_the_loop_of_its_paper() -> None:
+    pair = pairs()["EoNADE"]
+    for order, logits in zip(pair.order.tolist(), pair.conditionals(), strict=True):
+        for x in ALL[::9]:
+            inside, expected = pair.threshold.clone(), torch.zeros(6).double()
+            for d in order:
+                expected[d] = pair.bias[d] + pair.outward[d] @ inside.relu()
+                inside = inside + x[d] * pair.inward[d] + pair.places[d]
+            torch.testing.assert_close(logits(x[None])[0], expected)
+            known = torch.isin(torch.arange(6), torch.tensor(order[:2]))[None]
+            torch.testing.assert_close(pair.log_odds(x[None], known)[0, order[2]], expected[order[2]])
+
+
+def test_one_place_of_a_random_order_estimates_the_mean_over_all_orders() -> None:
+    """Exactly, by all subsets and all 720 orders."""
+    pair, rows = pairs()["EoNADE"], ALL[::5]
+    with torch.no_grad():
+        by_place = []
+        for size in range(6):
+            chosen = [torch.tensor(c, dtype=torch.long) for c in itertools.combinations(range(6), size)]
+            known = [torch.zeros(6, dtype=torch.bool).index_fill(0, c, True).expand(len(rows), 6) for c in chosen]
+            by_place.append(torch.stack([Remaining(pair.log_odds(rows, k), k).log_prob(rows) for k in known]).mean(0))
+        pair.order = torch.tensor(list(itertools.permutations(range(6))))
+        scores = [logsigmoid((2 * rows - 1) * logits(rows)).sum(-1) for logits in pair.conditionals()]
+    torch.testing.assert_close(torch.stack(by_place).mean(0), torch.stack(scores).mean(0))
+    # What is known at a place is any subset of its size, equally often.
+    torch.manual_seed(0)
+    step = torch.arange(6_000) % 6 + 1
+    known = pair.given_some(rows[:1].expand(6_000, 6), step).known
+    assert torch.equal(known.sum(1), step - 1)
+    for place in range(2, 7):
+        share = known[step == place].double().mean(0)
+        assert float((share - (place - 1) / 6).abs().max()) < 5 * 0.5 / 1_000**0.5
+
+
+def test_training_at_random_places_lowers_the_loss_in_every_order() -> None:
+    digits = data.load("digits", binarise=True)
+    torch.manual_seed(0)
+    pair = EoNADE(64, hidden=100, orders=4)
+    x, test = digits.train["x"], digits.test["x"]
+    result = fit(pair, x, Denoising(pair.steps), steps=1500, batch=100, learning_rate=0.005, progress=False)
+    share = x.mean(0).clamp(1e-3, 1 - 1e-3)
+    alone = float(torch.distributions.Bernoulli(share).log_prob(test).sum(-1).mean())
+    with torch.no_grad(), result.state():
+        each = [float(logsigmoid((2 * test - 1) * f(test)).sum(-1).mean()) for f in pair.conditionals()]
+        together = float(pair.log_evidence(test).mean())
+    assert min(each) > alone + 4
+    # The logarithm of a mean is at least the mean of the logarithms.
+    assert together > sum(each) / len(each)
+    # The loss is that of the mean order, in training and per data set.
+    assert -result.losses[-200:].mean() / len(x) == pytest.approx(sum(each) / len(each), abs=3)
 
 
 @PAIRS
@@ -202,6 +259,10 @@ REFUSED = [
     (lambda: fit(FVSBN(3), torch.zeros(2, 4)), r"x: expected \(rows, 3\), got \(2, 4\)"),
     (lambda: NADE(3, hidden=0), "hidden: expected an integer of at least 1, got 0"),
     (lambda: MADE(3, orders=0), "orders: expected an integer of at least 1, got 0"),
+    (lambda: EoNADE(1), "features: expected at least 2, got 1"),
+    (lambda: EoNADE(3).model(torch.zeros(2, 3), step=4), "step: expected 1 to 3, got 4 to 4"),
+    (lambda: EoNADE(3).model(step=1), "step: expected rows x to score at it, got none"),
+    (lambda: fit(EoNADE(3), torch.zeros(2, 3), Denoising(3)), "steps: expected 2, those of the pair, got 3"),
     (lambda: MADE(1), "features: expected at least 2, got 1"),
     (lambda: FVSBN(3).impute(torch.tensor([[0.0, 2.0, torch.nan]])), "x: expected zeros and ones, got 2"),
     (lambda: FVSBN(3).impute(torch.zeros(1, 3), particles=0), "particles: expected an integer of at least 1, got 0"),

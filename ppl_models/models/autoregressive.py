@@ -240,7 +240,7 @@ class NADE(Autoregressive):
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """Each feature from the hidden layer of the preceding ones."""
-        return [_Hidden(self.inward, self.outward, self.threshold, self.bias)]
+        return [HiddenUnits(self.inward, self.outward, self.threshold, self.bias)]
 
 
 @dataclass(frozen=True)
@@ -266,13 +266,24 @@ class _Masked:
 
 
 @dataclass(frozen=True)
-class _Hidden:
-    """Log odds of all features of NADE, or of one."""
+class HiddenUnits:
+    """Log odds of all features by hidden units that see the preceding ones, or of one.
+
+    Attributes:
+        inward: Weights from each feature to the units, (D, H).
+        outward: Weights from the units to each feature, (D, H).
+        threshold: Biases of the units (H,).
+        bias: Biases of the features (D,).
+        places: What is added to the units for each preceding feature, whatever its value, (D, H); None: nothing.
+        activation: From their sums to the units.
+    """
 
     inward: Tensor
     outward: Tensor
     threshold: Tensor
     bias: Tensor
+    places: Tensor | None = None
+    activation: Callable[[Tensor], Tensor] = torch.sigmoid
 
     def __call__(self, x: Tensor) -> Tensor:
         # Features in groups of F: the sum before a group is cumulative, that within it a product with a triangle.
@@ -284,13 +295,19 @@ class _Hidden:
         before = sums.cumsum(0) - sums + self.threshold
         preceding = rows[:, :, None] * torch.ones(GROUP, GROUP, dtype=x.dtype, device=x.device).tril(-1)
         within = (preceding.reshape(len(inward), -1, GROUP) @ inward).reshape(*preceding.shape[:3], width)
-        hidden = (before[:, :, None] + within).sigmoid()
+        summed = before[:, :, None] + within
+        if self.places is not None:
+            shifts = pad(self.places.cumsum(0) - self.places, (0, 0, 0, fill))
+            summed = summed + shifts.reshape(-1, 1, GROUP, width)
+        hidden = self.activation(summed)
         logits = (hidden * outward[:, None]).sum(-1).transpose(0, 1).reshape(-1, size + fill)
         return logits[:, :size].reshape(x.shape) + self.bias
 
     def one(self, x: Tensor, d: int) -> Tensor:
-        hidden = (x[:, :d] @ self.inward[:d] + self.threshold).sigmoid()
-        return hidden @ self.outward[d] + self.bias[d]
+        summed = x[:, :d] @ self.inward[:d] + self.threshold
+        if self.places is not None:
+            summed = summed + self.places[:d].sum(0)
+        return self.activation(summed) @ self.outward[d] + self.bias[d]
 
 
 class MADE(Autoregressive):

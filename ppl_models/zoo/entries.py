@@ -16,6 +16,7 @@ from inference.kernels import NUTS
 from inference.objectives import RWS, VIMCO, WakeSleep
 from ppl_models.data.frames import Roles
 from ppl_models.data.sets import Dataset
+from ppl_models.models.any_order import EoNADE
 from ppl_models.models.autoregressive import FVSBN, MADE, NADE, Autoregressive
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.cyclegan import CycleGAN
@@ -388,6 +389,15 @@ ENTRIES = (
         title="NADE, one hidden layer shared by all features",
         make=NADE,
         arguments=lambda dataset: {"features": dataset.features, "hidden": sized(dataset, 100, 500)},
+        small={"hidden": 8},
+    ),
+    _of(
+        _AUTOREGRESSIVE,
+        name="eonade",
+        title="Order-agnostic NADE, any feature given any others",
+        make=EoNADE,
+        arguments=lambda dataset: {"features": dataset.features, "hidden": sized(dataset, 100, 500), "orders": 4},
+        methods={"random orders": denoising()},
         small={"hidden": 8},
     ),
     _of(

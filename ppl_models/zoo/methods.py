@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoDelta
 
 from inference import Joint, Method, Result, fit
 from inference.objectives import EM, Adversarial, Denoising, Predictability
+from ppl_models.models.any_order import EoNADE
 from ppl_models.models.bayesian_network import BayesianNetwork
 from ppl_models.models.diffusion.chain import DiffusionChain
 from ppl_models.models.linear_factors import PPCA
@@ -102,9 +103,9 @@ def adversaries(
 
 
 def denoising(**settings: Any) -> Method:
-    """Train a diffusion chain by single noising steps; ``settings`` are arguments of ``Denoising``."""
+    """Train a pair of many steps by one random step per row; ``settings`` are arguments of ``Denoising``."""
 
-    def method(pair: DiffusionChain, given: Any, **arguments: Any) -> Result:
+    def method(pair: DiffusionChain | EoNADE, given: Any, **arguments: Any) -> Result:
         schedule: dict[str, Any] = {"steps": 2000, "batch": 128, "learning_rate": 0.002}
         return fit(pair, given, Denoising(pair.steps, **settings), **{**schedule, **arguments})
 

@@ -1,29 +1,37 @@
-r"""Recipes whose figure is the test negative log likelihood (NLL) of static binarized MNIST, in nats per image."""
+r"""Recipes whose figure is the test negative log likelihood (NLL) of binarized MNIST, in nats per image."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta
 from scipy.special import logsumexp
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from inference import Result, fit, log_evidence, pointwise_log_likelihood
-from inference.objectives import EM, IWAE
+from inference import Result, fit, isolated, log_evidence, pointwise_log_likelihood
+from inference.objectives import EM, IWAE, RWS, VIMCO, Denoising
 from ppl_models import data
 from ppl_models.ledger.recipes.trained import placed, trained, trained_by_stages
+from ppl_models.models.any_order import EoNADE
 from ppl_models.models.autoregressive import Autoregressive
 from ppl_models.models.mixture import BernoulliMixture
 from ppl_models.models.sigmoid_belief import HelmholtzMachine
-from ppl_models.models.vae import VAE
+from ppl_models.models.vae import VAE, HierarchicalVAE
 
 BURDA = tuple((3**k, 0.001 * 10 ** (-k / 7)) for k in range(8))
 """Epochs and learning rates of Burda et al. 2016: 3,280 epochs in eight stages."""
+
+
+COPIES = 9
+"""Most binarizations of the training images in a stage, each with a draw of its own per pixel."""
 
 
 Stages = Sequence[tuple[int, float]]
@@ -61,18 +69,61 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
     }
 
 
-def vae(quick: bool, seed: int, *, particles: int, stages: Stages) -> dict[str, float]:
-    """Test NLL of a VAE with one stochastic layer, by importance sampling with 5,000 particles.
+@dataclass(frozen=True)
+class Images:
+    """Images of binarized MNIST.
 
-    The stage is chosen by 1,000 validation images and 200 particles.
+    Attributes:
+        pixels: Names of the pixels.
+        train: Training images of a stage of so many epochs.
+        valid: Validation images.
+        test: Test images.
+    """
+
+    pixels: tuple[str, ...]
+    train: Callable[[int, int], Tensor]
+    valid: Tensor
+    test: Tensor
+
+
+def static(few: int | None, rows: int | None, some: int) -> Images:
+    """Images that were made binary once: so many of the training, the test and the validation images (None: all)."""
+    pixels, x, test = _rows(few, rows)
+    return Images(pixels, lambda *_: x, _valid(some), test)
+
+
+def dynamic(few: int | None, rows: int | None, some: int, seed: int) -> Images:
+    """Images whose pixels are drawn with their grey levels as probabilities, those of training again and again.
+
+    The last of the 60,000 training images are the validation images.
+    """
+    images = data.load("mnist")
+    grey, held = images.train["x"][:-some][:few], images.train["x"][-some:]
+
+    def binary(grey: Tensor, which: int, copies: int = 1) -> Tensor:
+        with isolated(1000 * seed + which):
+            return placed(torch.bernoulli(grey.expand(copies, *grey.shape)).flatten(0, 1))
+
+    def train(stage: int, epochs: int) -> Tensor:
+        return binary(grey, stage + 2, min(epochs, COPIES))
+
+    return Images(images.features, train, binary(held, 0), binary(images.test["x"][:rows], 1))
+
+
+def vae(
+    quick: bool, seed: int, *, particles: int, stages: Stages, layers: int = 1, again: bool = False
+) -> dict[str, float]:
+    """Test NLL of a VAE with one or two stochastic layers, by importance sampling with 5,000 particles.
+
+    The stage is chosen by 1,000 validation images and 200 particles. ``again``: with dynamic binarization.
     """
     few, k, rows, some = (300, 20, 20, 20) if quick else (None, 5000, None, 1000)
-    pixels, x, test = _rows(few, rows)
-    valid = _valid(some)
+    images = dynamic(few, rows, some, seed) if again else static(few, rows, some)
+    valid, test = images.valid, images.test
     objective = IWAE(particles) if particles > 1 else Trace_ELBO()
     result, found = trained_by_stages(
-        lambda: VAE(pixels, 50),
-        x,
+        lambda: HierarchicalVAE(images.pixels) if layers == 2 else VAE(images.pixels, 50),
+        images.train,
         objective,
         stages=stages[:2] if quick else stages,
         score=lambda result: log_evidence(result, valid, k=min(k, 200), progress=False).mean,
@@ -80,7 +131,7 @@ def vae(quick: bool, seed: int, *, particles: int, stages: Stages) -> dict[str, 
     )
     evidence = log_evidence(result, test, k=k)
     with torch.no_grad(), result.state():
-        active = int(result.bound.pair.active(x).sum())
+        active = int(result.bound.pair.active(images.train(0, 1)).sum())
     return {"figure": -evidence.mean, **found, "active factors": active}
 
 
@@ -105,6 +156,39 @@ def autoregressive(
     return {"figure": -log_evidence(result, test, "exact", batch=100).mean, **found}
 
 
+def any_order(quick: bool, seed: int, *, stages: Stages) -> dict[str, float]:
+    """Exact test NLL of an order-agnostic NADE whose densities in 128 random orders are averaged, and in fewer.
+
+    The stage is chosen by 1,000 validation images in one order.
+    """
+    few, rows, some, orders, hidden = (100, 20, 20, 4, 20) if quick else (None, None, 1000, 128, 500)
+    pixels, x, test = _rows(few, rows)
+    valid = _valid(some)
+
+    @torch.no_grad()
+    def scores(pair: EoNADE, x: Tensor, count: int) -> Tensor:
+        parts = pair.conditionals()[:count]
+        return torch.stack([torch.cat([logsigmoid((2 * b - 1) * f(b)).sum(-1) for b in x.split(100)]) for f in parts])
+
+    def score(result: Result) -> float:
+        with result.state():
+            return float(scores(result.bound.pair, valid, 1).double().mean())
+
+    result, found = trained_by_stages(
+        lambda: EoNADE(pixels, hidden=hidden, orders=orders),
+        x,
+        Denoising(len(pixels) - 1),
+        stages=((2, 0.001),) if quick else stages,
+        score=score,
+        seed=seed,
+    )
+    with result.state():
+        each = scores(result.bound.pair, test, orders).double()
+    counts = [2**k for k in range(orders.bit_length())]
+    curve = {n: -float((each[:n].logsumexp(0) - math.log(n)).mean()) for n in counts}
+    return {"figure": curve[orders], **{f"{n} orders": value for n, value in curve.items()}, **found}
+
+
 def belief_net(
     quick: bool, seed: int, *, layers: Sequence[int], objective: Callable[[], Any], epochs: int
 ) -> dict[str, float]:
@@ -122,6 +206,31 @@ def belief_net(
     evidence = log_evidence(result, test, k=k, seed=seed)
     bound = result.losses[-max(1, steps // epochs) :].mean() / len(x)
     return {"figure": -evidence.mean, "Monte Carlo error": evidence.monte_carlo_error, "train bound": float(bound)}
+
+
+def belief_net_bound(quick: bool, seed: int, *, layers: Sequence[int], epochs: int) -> dict[str, float]:
+    """Negative ELBO of the validation images of a Helmholtz machine, by one draw of its guide.
+
+    It is fitted by NVIL, VIMCO and reweighted wake-sleep; the one with the best ELBO of training images is taken.
+    """
+    few, steps, rows = (200, 20, 20) if quick else (None, epochs * 500, None)
+    pixels, x, _ = _rows(few, 1)
+    valid, seen = _valid(rows), x[: len(x) if quick else 10_000]
+    objectives = {"NVIL": TraceGraph_ELBO, "VIMCO": partial(VIMCO, 10), "RWS": partial(RWS, 10)}
+    found: dict[str, float] = {}
+    for name, objective in objectives.items():
+
+        def make(baseline: int = 100 * (name == "NVIL")) -> HelmholtzMachine:
+            pair = placed(HelmholtzMachine(pixels, layers, baseline=baseline))
+            pair.centre(x)
+            return pair
+
+        schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": 0.003, "draws": 1}
+        _, result = trained(make, x, objective, seed=seed, **schedule)
+        bounds = {part: -log_evidence(result, of, k=1, seed=seed).mean for part, of in (("train", seen), ("", valid))}
+        found |= {f"{name}, train": bounds["train"], name: bounds[""]}
+    best = min(objectives, key=lambda name: found[f"{name}, train"])
+    return {"figure": found[best], **found}
 
 
 def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:

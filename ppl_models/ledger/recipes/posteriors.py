@@ -15,11 +15,12 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, init_to_median
 from torch import Tensor
 
-from inference import Result, sample
+from inference import Result, isolated, sample
 from ppl_models import data
-from ppl_models.ledger.recipes.trained import placed
+from ppl_models.ledger.recipes.trained import fitted, placed
 
 ODE_STEPS = 10
 """Steps per year of the ODE solver: its error is far below the noise of the data."""
@@ -60,6 +61,24 @@ def posteriors(quick: bool, seed: int, *, kernel: Any = None) -> dict[str, float
         z, spread, r_hat = judged(entry.columns(by_chain(result)), stored.reference)
         found["figure"] += z < WORST_Z and spread < SPREAD and r_hat < R_HAT
         found |= {f"{name}: worst z": z, f"{name}: sd off by": spread, f"{name}: R-hat": r_hat}
+    return found
+
+
+def guided(quick: bool, seed: int) -> dict[str, float]:
+    """Number of posteriors that a normal guide of full rank gets right, and the worst figures of each."""
+    names = list(POSTERIORS)[:1] if quick else list(POSTERIORS)
+    found: dict[str, float] = {"figure": 0}
+    for name in names:
+        entry = POSTERIORS[name]
+        stored = data.load(f"posteriordb/{name}", dtype=torch.float64)
+        rows = {n: placed(v) for n, v in entry.data(stored.train).items()}
+        guide = AutoMultivariateNormal(entry.model, init_loc_fn=init_to_median)
+        with isolated(seed):
+            guide(**rows)
+        result = fitted((entry.model, guide), rows, steps=20 if quick else 30_000, draws=10_000, seed=seed)
+        z, spread, _ = judged(entry.columns(by_chain(result)), stored.reference)
+        found["figure"] += z < WORST_Z and spread < SPREAD
+        found |= {f"{name}: worst z": z, f"{name}: sd off by": spread}
     return found
 
 
@@ -139,7 +158,8 @@ def forward(rows: Tensor, scores: Tensor) -> None:
 def _positive_ordered(name: str, first: Any, second: Any) -> Tensor:
     """Two ordered positive numbers with a normal density on each, as Stan's ``positive_ordered`` has it."""
     low = pyro.sample(f"{name}1", dist.HalfNormal(first[1]).mask(False))
-    high = pyro.sample(f"{name}2", dist.Uniform(low, 1e3).mask(False))
+    # The second by its distance from the first: the support of a site is fixed.
+    high = low + pyro.sample(f"{name}_gap", dist.HalfNormal(second[1]).mask(False))
     for value, (mean, sd) in ((low, first), (high, second)):
         pyro.factor(f"{name}_{mean}", dist.Normal(mean, sd).log_prob(value))
     return torch.stack([low, high], -1)
@@ -246,7 +266,8 @@ def _transitions(*sites: str) -> Callable[[Columns], dict[str, np.ndarray]]:
 
     def columns(draws: Columns) -> dict[str, np.ndarray]:
         stays = {f"theta{k + 1}[{k + 1}]": draws["rows"][..., k, k] for k in (0, 1)}
-        return stays | {f"{n}[{k}]": draws[f"{n}{k}"] for n in sites for k in (1, 2)}
+        low = {f"{n}[1]": draws[f"{n}1"] for n in sites}
+        return stays | low | {f"{n}[2]": draws[f"{n}1"] + draws[f"{n}_gap"] for n in sites}
 
     return columns
 

@@ -160,11 +160,11 @@ def _built(make: Callable[[], P], seed: int) -> P:
         return placed(make())
 
 
-def fitted(pair: Pair, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
+def fitted(pair: Any, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
     """Fit a pair, from where it was if it was killed.
 
     Args:
-        pair: The pair.
+        pair: The pair, or a (model, guide) tuple.
         data: Data of the fit.
         objective: The objective, unless it is the default one.
         method: ``fit``, or another method of the same arguments.
@@ -198,7 +198,7 @@ def kept(name: str, compute: Callable[[], float]) -> float:
 
 def trained_by_stages(
     make: Callable[[], P],
-    data: Tensor,
+    data: Tensor | Callable[[int, int], Tensor],
     *objective: Any,
     stages: Sequence[tuple[int, float]],
     score: Callable[[Result], float],
@@ -212,7 +212,8 @@ def trained_by_stages(
 
     Args:
         make: Builds the pair.
-        data: Rows of the fit.
+        data: Rows of the fit, or a function from a stage and its epochs to its rows: some copies of the training rows,
+            each with noise of its own.
         objective: The objective, unless it is the default one.
         stages: Epochs and learning rate of each stage.
         score: From a Result to its mean log density of validation rows, in nats.
@@ -226,17 +227,21 @@ def trained_by_stages(
     """
     pair = _built(make, seed)
     path, read = _WEIGHTS.get() or (None, False)
+    rows_of = data if callable(data) else lambda *_: data
+    rows = rows_of(0, 1)
+    per_epoch = max(1, len(rows) // batch)
     if path is not None and read:
         pair.load_state_dict(load(gzip.decompress(path.read_bytes())), strict=False)
-        return fit(pair, data, *objective, steps=0, draws=1, seed=seed, progress=False), {}
+        return fit(pair, rows, *objective, steps=0, draws=1, seed=seed, progress=False), {}
     best, held, done, left = None, dict[str, Tensor](), 0, list(enumerate(stages))
     losses, scores = list[np.ndarray](), list[tuple[int, float]]()
-    found, per_epoch = {"valid": math.inf}, max(1, len(data) // batch)
+    found = {"valid": math.inf}
     while left:
         k, (epochs, rate) = left.pop(0)
+        rows = rows_of(k, epochs)
         result = fitted(
             pair,
-            data,
+            rows,
             *objective,
             seed=seed * len(stages) + k,
             steps=epochs * per_epoch,
@@ -245,17 +250,17 @@ def trained_by_stages(
             optimizer=PyroOptim(torch.optim.Adam, {"lr": rate, "weight_decay": weight_decay}),
         )
         done, valid = done + epochs, -score(result)
-        losses.append(np.asarray(result.losses))
+        losses.append(np.asarray(result.losses) / len(rows))
         scores.append((done * per_epoch, valid))
         if valid < found["valid"]:
             best, held = result, {n: v.detach().clone() for n, v in pair.state_dict().items()}
-            found = {"valid": valid, "epochs": done, "train": float(result.losses[-per_epoch:].mean()) / len(data)}
+            found = {"valid": valid, "epochs": done, "train": float(losses[-1][-per_epoch:].mean())}
         elif best is not None:
             pair.load_state_dict(held)
             left = [stage for stage in left if stage[1][1] < rate]
     if best is None:
         raise ArithmeticError("valid: expected a finite score of the first stage, got none")
-    show(best, data, np.concatenate(losses), scores)
+    show(best, rows, np.concatenate(losses) * len(rows), scores)
     if path is not None:
         # In half precision, which changes a log density by less than a thousandth of a nat per row.
         names = {n for n, _ in pair.named_parameters()}
