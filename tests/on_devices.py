@@ -50,7 +50,7 @@ def trained(entry: Entry, pair: Pair, data: dict[str, Tensor], method: str) -> R
     """One step of a method, which goes without nothing."""
     run, rows = entry.fits[method], len(next(iter(data.values())))
     asked = {n: v for n, v in SHORT.items() if n in settings(run)}
-    if "batch" in getattr(run, "keywords", {}) or entry.name == "diffusion":
+    if "batch" in getattr(run, "keywords", {}):
         asked["batch"] = rows // 2
     result = run(pair, data, **asked)
     assert [said for said in result.diagnosis.unjudged if not said.startswith("Pareto k")] == []

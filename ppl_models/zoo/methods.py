@@ -6,6 +6,7 @@ A method changes nothing about the pair but its parameters.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any
@@ -102,14 +103,17 @@ def adversaries(
     return fit(pair, given, objective, steps=steps, batch=batch, optimizer=optimizer, seed=seed, **arguments)
 
 
+def by_single_steps(
+    pair: DiffusionChain | EoNADE, given: Any, objective: Callable[[int], Denoising], **arguments: Any
+) -> Result:
+    """Train a pair of many steps by one random step per row; the objective is made from their number."""
+    return fit(pair, given, objective(pair.steps), **arguments)
+
+
 def denoising(**settings: Any) -> Method:
-    """Train a pair of many steps by one random step per row; ``settings`` are arguments of ``Denoising``."""
-
-    def method(pair: DiffusionChain | EoNADE, given: Any, **arguments: Any) -> Result:
-        schedule: dict[str, Any] = {"steps": 2000, "batch": 128, "learning_rate": 0.002}
-        return fit(pair, given, Denoising(pair.steps, **settings), **{**schedule, **arguments})
-
-    return method
+    """Training by single steps with the zoo's defaults; ``settings`` are arguments of ``Denoising``."""
+    schedule: dict[str, Any] = {"steps": 2000, "batch": 128, "learning_rate": 0.002}
+    return partial(by_single_steps, objective=partial(Denoising, **settings), **schedule)
 
 
 def adversarial(kind: str = "non_saturating", **penalty: Any) -> Method:
