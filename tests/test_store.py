@@ -20,10 +20,11 @@ from torch import Tensor
 
 from inference import sample
 from inference.compiler import fuse, policy, store
+from inference.compiler.capture import Untraceable
 from inference.compiler.package import Package, write_package
 from inference.core.handlers import isolated
 from inference.core.private import scan
-from inference.kernels import NUTS, ChEES
+from inference.kernels import NUTS, ChEES, hamiltonian
 
 HERE = Path(__file__).parent
 
@@ -233,6 +234,31 @@ def test_the_program_of_a_users_own_transitions_is_for_this_process_alone(
     assert len(written) == 1
     assert not own.compiled
     assert not folder.exists()
+
+
+def test_a_program_is_compared_once_in_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bool] = []
+    compare, refuses = hamiltonian._refuse_other_moves, [True, False, False, False]
+
+    def counted(moves: Any, expected: Any) -> None:
+        compared.append(True)
+        compare(moves, expected)
+        if refuses[len(compared) - 1]:
+            raise Untraceable("another transition")
+
+    monkeypatch.setattr(hamiltonian, "_refuse_other_moves", counted)
+    with pytest.warns(UserWarning, match="not fused: another transition"):
+        refused = quick(Y, compile=True, seed=1)
+    assert refused.idata.attrs["execution"] == "traced"
+    # One that did not agree is compared again; one that agreed is not, with other data either.
+    draws = [quick(Y, compile=True, seed=1).draws["mu"] for _ in range(2)]
+    quick(Y + 1, compile=True, seed=2)
+    assert len(compared) == 2
+    # From the disk it is compared again.
+    monkeypatch.setattr(fuse, "_PROGRAMS", OrderedDict())
+    draws.append(quick(Y, compile=True, seed=1).draws["mu"])
+    assert len(compared) == 3
+    assert all(torch.equal(d, draws[0]) for d in draws)
 
 
 class Begun(Exception):

@@ -28,7 +28,12 @@ class Package:
         path: The file.
         example: Arguments, nested tensors, of the shapes, strides and types of all calls.
         result: Results of the function from a list of their tensors.
+
+    Attributes:
+        agrees: Whether a call was found to agree with the function.
     """
+
+    agrees = False
 
     def __init__(self, path: Path, example: Any, result: Callable[[list[Tensor]], Any]) -> None:
         # One runner, of all threads.
