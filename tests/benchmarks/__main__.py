@@ -5,8 +5,8 @@ Suites are svi, chains, growth, start, series and calls.
 Contenders take turns, one busy at a time. Every measurement is written as it is made (``records.jsonl``), so that a
 run that was interrupted can be rendered (``--render``). The peers come with ``pip install -e '.[benchmarks]'``.
 ``ranks`` (a fit in two processes against one), ``memory`` (its peak by the number of rows), ``checkpoints`` (what they
-cost) and the questions to a fitted pair (``outliers``, ``imputation``, ``compression``, ``denoising_digits``,
-``semi_supervised``) stand for themselves.
+cost), ``bernoulli_mixtures`` (a recipe of the ledger, one thing changed at a time) and the questions to a fitted pair
+(``outliers``, ``imputation``, ``compression``, ``denoising_digits``, ``semi_supervised``) stand for themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .worker import Worker
 
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "nutpie", "pymc", "blackjax", "arviz-stats")
 QUESTIONS = ("outliers", "imputation", "compression", "denoising_digits", "semi_supervised")
-ALONE = ("ranks", "memory", "checkpoints", *QUESTIONS)
+ALONE = ("ranks", "memory", "checkpoints", "bernoulli_mixtures", *QUESTIONS)
 Say = Callable[..., None]
 
 

@@ -64,7 +64,7 @@ def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, f
     _, result = trained(make, x, method=by_em, steps=steps, draws=1, seed=seed)
     return {
         "figure": -float(pointwise_log_likelihood(result, test).double().mean()),
-        "the same by numpy": -_by_numpy(result.draws, test),
+        "the same by numpy": -by_numpy(result.draws, test),
         "train": -float(pointwise_log_likelihood(result, x).double().mean()),
     }
 
@@ -233,7 +233,7 @@ def belief_net_bound(quick: bool, seed: int, *, layers: Sequence[int], epochs: i
     return {"figure": found[best], **found}
 
 
-def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
+def by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
     """Mean log likelihood of a Bernoulli mixture by NumPy alone, in float64."""
     probs, weights = (draws[n][0].double().numpy() for n in ("probs", "weights"))
     probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().cpu().numpy()
