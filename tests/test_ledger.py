@@ -1,6 +1,7 @@
 """The ledger: records, its table, what is refused; the recipes' quick sizes."""
 
 import json
+import math
 import re
 import resource
 import subprocess
@@ -25,7 +26,7 @@ from ppl_models.cli import app
 from ppl_models.data.sbibm import Benchmark
 from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
-from ppl_models.ledger.recipes import simulators
+from ppl_models.ledger.recipes import likelihood, simulators
 from ppl_models.ledger.recipes.posteriors import R_HAT, SPREAD, WORST_Z, judged
 from ppl_models.ledger.recipes.trained import kept, placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
@@ -174,6 +175,63 @@ def test_the_best_stage_is_kept_and_lower_rates_begin_there(scores: list[float],
     assert value == log_evidence(result, ROWS, "exact").mean
     again, trained_again = staged([], tmp_path, read=True)
     assert again == pytest.approx(value, rel=1e-3) and trained_again == {}
+
+
+def test_a_stage_takes_the_rows_that_are_made_for_it(tmp_path) -> None:
+    asked = list[tuple[int, int]]()
+
+    def rows(stage: int, epochs: int) -> torch.Tensor:
+        asked.append((stage, epochs))
+        return ROWS.repeat(stage + 1, 1)
+
+    given = iter([-3.0, -2.0])
+    with seen() as shown:
+        result, found = trained_by_stages(
+            lambda: FVSBN(6), rows, stages=((1, 0.1), (2, 0.1)), score=lambda _: next(given), batch=50, seed=0
+        )
+    # An epoch is one of the training rows, however many copies a stage has.
+    assert asked == [(0, 1), (0, 1), (1, 2)] and found["epochs"] == 3
+    assert len(shown[0].losses) == 4 + 2 * 4 and len(result.losses) == 8
+    # Losses are per row.
+    assert found["train"] == pytest.approx(result.losses[-4:].mean() / 400)
+    assert abs(shown[0].losses[-1] - shown[0].losses[3]) < 0.3 * shown[0].losses[3]
+
+
+def test_dynamic_binarization_draws_training_images_anew_and_keeps_the_others() -> None:
+    try:
+        grey = data.load("mnist")
+    except FileNotFoundError:
+        pytest.skip("MNIST is not at hand")
+    images, again = (likelihood.dynamic(500, 30, 40, seed) for seed in (0, 0))
+    other = likelihood.dynamic(500, 30, 40, 1)
+    first, second = images.train(0, 1), images.train(1, 3)
+    assert (len(first), len(second), len(images.train(2, 50))) == (500, 1500, likelihood.COPIES * 500)
+    assert (len(images.valid), len(images.test)) == (40, 30)
+    for x in (first, second, images.valid, images.test):
+        assert set(x.unique().tolist()) == {0.0, 1.0}
+    # The same seed, stage and split give the same pixels, as a run that goes on needs; others do not.
+    for made in (lambda i: i.train(1, 3), lambda i: i.valid, lambda i: i.test):
+        assert torch.equal(made(images), made(again)) and not torch.equal(made(images), made(other))
+    assert not torch.equal(first, second[:500]) and not torch.equal(second[:500], second[500:1000])
+    # Each pixel is one as often as its grey level says; validation images are the last ones.
+    count = likelihood.COPIES
+    share = images.train(2, 50).reshape(count, 500, -1).mean(0)
+    error = (share - grey.train["x"][:500]) / (0.25 / count) ** 0.5
+    assert abs(float(error.mean())) < 0.01 and float(error.abs().max()) < 6
+    assert float((images.valid - grey.train["x"][-40:]).abs().mean()) < 0.1
+    assert float((images.test - grey.test["x"][:30]).abs().mean()) < 0.1
+
+
+def test_the_bound_of_a_belief_net_is_that_of_the_objective_that_is_best_in_training(monkeypatch) -> None:
+    try:
+        data.load("binarized_mnist")
+    except FileNotFoundError:
+        pytest.skip("MNIST is not at hand")
+    found = likelihood.belief_net_bound(True, 0, layers=(5,), epochs=1)
+    best = min(("NVIL", "VIMCO", "RWS"), key=lambda name: found[f"{name}, train"])
+    assert found["figure"] == found[best]
+    # An ELBO of fits of a few steps: better than a coin for each pixel.
+    assert all(0 < found[name] < 784 * math.log(2) for name in ("NVIL", "VIMCO", "RWS"))
 
 
 def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypatch) -> None:
