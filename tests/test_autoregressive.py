@@ -152,6 +152,7 @@ def test_an_order_of_an_order_agnostic_pair_is_the_loop_of_its_paper() -> None:
                 expected[d] = pair.bias[d] + pair.outward[d] @ inside.relu()
                 inside = inside + x[d] * pair.inward[d] + pair.places[d]
             torch.testing.assert_close(logits(x[None])[0], expected)
+            torch.testing.assert_close(torch.cat([logits.one(x[None], d) for d in range(6)]), expected)
             known = torch.isin(torch.arange(6), torch.tensor(order[:2]))[None]
             torch.testing.assert_close(pair.log_odds(x[None], known)[0, order[2]], expected[order[2]])
 
@@ -259,8 +260,19 @@ REFUSED = [
     (lambda: fit(FVSBN(3), torch.zeros(2, 4)), r"x: expected \(rows, 3\), got \(2, 4\)"),
     (lambda: NADE(3, hidden=0), "hidden: expected an integer of at least 1, got 0"),
     (lambda: MADE(3, orders=0), "orders: expected an integer of at least 1, got 0"),
-    (lambda: EoNADE(1), "features: expected at least 2, got 1"),
-    (lambda: EoNADE(3).model(torch.zeros(2, 3), step=4), "step: expected 1 to 3, got 4 to 4"),
+    (lambda: EoNADE(2), "features: expected at least 3, got 2"),
+    (lambda: EoNADE(3).model(torch.zeros(2, 3), step=4), "step: expected 1 to 3, got 4"),
+    (lambda: EoNADE(3).model(torch.zeros(2, 3), step=np.int64(0)), "step: expected 1 to 3, got 0"),
+    (lambda: EoNADE(3).model(torch.zeros(2, 3), step=1.5), "step: expected integers, got torch.float32"),
+    (lambda: EoNADE(3).check(torch.zeros(2, 3), step=torch.tensor([1, 4])), "step: expected 1 to 3, got 1 to 4"),
+    (
+        lambda: EoNADE(3).check(torch.zeros(2, 3), step=torch.ones(3).int()),
+        r"step: expected one integer, or one per row, got \(3,\)",
+    ),
+    (
+        lambda: fit(EoNADE(3), torch.zeros(2, 3), Denoising(2, simple=True), progress=False),
+        "simple: expected a model with the site residual, got one without",
+    ),
     (lambda: EoNADE(3).model(step=1), "step: expected rows x to score at it, got none"),
     (lambda: fit(EoNADE(3), torch.zeros(2, 3), Denoising(3)), "steps: expected 2, those of the pair, got 3"),
     (lambda: MADE(1), "features: expected at least 2, got 1"),

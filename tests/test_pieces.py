@@ -10,7 +10,9 @@ import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
+from torch.fx import GraphModule
 
+from inference import sample
 from inference.compiler import policy
 from inference.compiler.capture import traced
 from inference.compiler.passes import out_of_place, simplify
@@ -18,7 +20,7 @@ from inference.compiler.pieces import Pieces, periods
 from inference.compiler.potential import BatchedPotential
 from inference.compiler.selections import collect_selections
 from inference.core.bound import bind
-from inference.kernels import NUTS
+from inference.kernels import NUTS, ChEES
 from inference.runners.batched import _Run, kernel_of
 
 CHAINS = 5
@@ -116,6 +118,20 @@ def test_compiled_pieces_have_the_energies_and_gradients_of_the_model() -> None:
     assert any(p.run != p.graph.forward for p in many.pieces.worth())
     for got, expected in zip(many.run(positions), many._loop(positions), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pieces_with_other_results_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: GraphModule, *_: Any) -> Callable[..., Any]:
+        return lambda *inputs: [1.5 * v for v in graph(*inputs)]
+
+    y, size = torch.randn(30).double(), {"draws": 4, "warmup": 4, "chains": 2, "progress": False, "kernel": ChEES}
+    expected = sample(recursion, y, **size, compile=False).draws
+    monkeypatch.setattr("inference.compiler.pieces.fused", wrong)
+    with pytest.warns(UserWarning, match="not fused: a fused transition differs from the traced one in"):
+        got = sample(recursion, y, **size, compile=True)
+    assert got.idata.attrs["execution"] == "traced"
+    for name, draws in expected.items():
+        torch.testing.assert_close(got.draws[name], draws, rtol=0, atol=0)
 
 
 def test_gradients_of_rows_are_stacked() -> None:

@@ -97,6 +97,7 @@ def log_joint(model: Callable[..., Any], data: dict[str, np.ndarray], values: di
     """Log density of data and values, without the masked priors."""
     given = {n: torch.as_tensor(v) for n, v in values.items()}
     trace = poutine.trace(poutine.condition(model, given)).get_trace(**{n: torch.as_tensor(v) for n, v in data.items()})
+    assert given.keys() <= trace.nodes.keys()
     return float(trace.log_prob_sum())
 
 
@@ -146,6 +147,8 @@ def test_two_ordered_states_of_drives_have_the_density_of_a_sum_over_paths() -> 
     )
     exact = np.log(total) + sum(stats.dirichlet(a).logpdf(r) for a, r in zip(alpha, rows, strict=True))
     exact += sum(stats.norm([0, 3], 1).logpdf(pair).sum() for pair in (phi, rate))
-    values = {"rows": rows, **{f"{n}{k + 1}": p[k] for n, p in (("phi", phi), ("lambda", rate)) for k in (0, 1)}}
+    values = {"rows": rows, "phi1": phi[0], "lambda1": rate[0]}
+    # Of the second number the site is its distance from the first.
+    values |= {"phi_gap": phi[1] - phi[0], "lambda_gap": rate[1] - rate[0]}
     found = log_joint(posteriors.hmm_drive, {"u": u, "v": v, "alpha": alpha}, values)
     assert found == pytest.approx(exact, rel=1e-9)

@@ -151,9 +151,9 @@ class Hamiltonian(BatchedKernel):
             self.fuse()
 
     def fuse(self, calls: float = policy.PIECE_CALLS) -> None:
-        """Compile the block of transitions, and run it once so that compilation happens here.
+        """Compile the block of transitions, and compare its first one with that of the traced block.
 
-        A program that this process has run, and found to agree, is taken as it is.
+        A program that this process has found to agree before is taken as it is.
 
         Args:
             calls: Gradients that lie ahead: pieces of a long graph are compiled where these are worth it.
@@ -167,17 +167,22 @@ class Hamiltonian(BatchedKernel):
                 # A program that is wrong may write into what it is given.
                 self._chains = Chains(*(v.clone() for v in chains))
                 *rest, noise = self._inputs(learning=False)
+                first, agrees = type(noise)(*(v[:1] for v in noise)), False
                 if density.pieces is not None:
+                    # They take the place of those in the traced block.
+                    expected = plain(*rest, first)[2]
                     density.pieces.fuse(self._chains.position.mT, *density.held, calls=calls)
                 elif density.like.device.type == "cpu":
                     result = partial(_result, self.moves)
                     self._run = looped(plain, self._key(), (*rest, noise), result, lasting=self._lasts)
+                    agrees = getattr(self._run, "agrees", False)
+                    expected = None if agrees else plain(*rest, first)[2]
                 else:
+                    expected = plain(*rest, first)[2]
                     # A loop inside the program would wait for the device at every leapfrog step.
                     density.forward = torch.compile(density.forward, dynamic=False)
                     self._run = self._plain()
-                if not getattr(self._run, "agrees", False):
-                    expected = plain(*rest, type(noise)(*(v[:1] for v in noise)))[2]
+                if not agrees:
                     _refuse_other_moves(self._run(*rest, noise)[2], expected)
                 if isinstance(self._run, Package):
                     self._run.agrees = True

@@ -2,7 +2,8 @@ r"""The bound of a diffusion chain, estimated from one random edge per row.
 
 The bound of a chain of T steps is a sum over its T + 1 edges of Gaussian KL divergences in closed form. One edge per
 row, drawn at random and divided by its probability, gives an unbiased estimate for one call of the network. Model and
-guide of the pair take an argument ``step`` (rows,), from 1 to T + 1, that selects the edge.
+guide of the pair take an argument ``step`` (rows,), from 1 to T + 1, that selects the edge. So may any pair whose log
+likelihood is a sum of so many terms, such as :class:`~ppl_models.EoNADE`: its features one after another.
 
 References: Ho, Jain and Abbeel 2020 (https://arxiv.org/abs/2006.11239; the simple loss); Nichol and Dhariwal 2021
 (https://arxiv.org/abs/2102.09672; the hybrid loss and importance sampling of steps); Kingma, Salimans, Poole and Ho
@@ -29,7 +30,7 @@ from inference.objectives.game import takes
 
 
 class Denoising(Trace_ELBO, Objective):
-    r"""Minus the bound of a diffusion chain, or its simple loss, at one random edge per row.
+    r"""Minus the bound of a pair of many steps, or the simple loss of a diffusion chain, at one random step per row.
 
     .. math::
 
@@ -113,7 +114,9 @@ class Denoising(Trace_ELBO, Objective):
         traces = next(self._get_traces(model, guide, args, {**kwargs, "step": step}))
         loss, cost = torch.zeros(()), torch.zeros(())
         if self.simple:
-            residual: Any = traces[0].nodes["residual"]
+            residual: Any = traces[0].nodes.get("residual")
+            if residual is None:
+                raise ValueError("simple: expected a model with the site residual, got one without: take the bound")
             loss = (torch.as_tensor(residual["scale"]) * residual["value"].square().sum(-1)).sum()
         if self.weight:
             cost, scale = edges(*traces)

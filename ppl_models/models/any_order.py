@@ -40,23 +40,23 @@ class EoNADE(Autoregressive):
     uniform this is an unbiased estimate of the mean of log p over all orders. ``Denoising(pair.steps)`` draws i so.
 
     Args:
-        features: Number of features D, at least two, or their names.
+        features: Number of features D, at least three, or their names.
         hidden: Number of hidden units H.
         orders: Number of orders K whose densities are averaged. The first is the order of the columns.
         seed: Seed of the other orders.
 
-    Data: x (N, D), zeros and ones. Sites: x (D,) of each row. One pass of all orders needs memory for N x D x H
-    numbers.
+    Data: x (N, D), zeros and ones. Sites: x (D,) of each row. Without ``step`` one pass needs memory for N x D x H
+    numbers, with gradients for K times as many.
 
     Example:
-        >>> pair = EoNADE(2, hidden=8, orders=2)
-        >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        >>> pair = EoNADE(3, hidden=8, orders=2)
+        >>> x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
         >>> print(f"{pair.log_evidence(x).exp().sum().item():.3f}")
         1.000
     """
 
     def __init__(self, features: int | Sequence[str], *, hidden: int = 500, orders: int = 1, seed: int = 0) -> None:
-        count_of("features", features, 2)
+        count_of("features", features, 3)
         check_count("hidden", hidden)
         check_count("orders", orders)
         super().__init__(features)
@@ -86,7 +86,7 @@ class EoNADE(Autoregressive):
 
     def given_some(self, x: Tensor, step: int | Tensor) -> Remaining:
         """The features of rows (N, D) that are not known, given ``step`` - 1 random ones."""
-        if isinstance(step, int):
+        if not isinstance(step, Tensor):
             self.check(step=step)
         place = torch.rand_like(x, dtype=self.origin.dtype).argsort(-1).argsort(-1)
         known = place < torch.as_tensor(step, device=x.device).reshape(-1, 1) - 1
@@ -99,12 +99,18 @@ class EoNADE(Autoregressive):
         return linear(summed.relu(), self.outward, self.bias)
 
     def check(self, x: Any = None, *, step: Any = None, **_: Any) -> None:
-        """Raise ValueError unless x is a binary matrix (rows, D), and step within 1 to D."""
+        """Raise ValueError unless x is a binary matrix (rows, D), and step one integer, or one per row, from 1 to D."""
         super().check(x)
         if step is not None:
             steps = torch.as_tensor(step)
-            if not ((steps >= 1) & (steps <= self.features)).all():
-                raise ValueError(f"step: expected 1 to {self.features}, got {steps.min()} to {steps.max()}")
+            if steps.dtype in (torch.bool, torch.float32, torch.float64):
+                raise ValueError(f"step: expected integers, got {steps.dtype}")
+            if steps.dim() and (x is None or steps.shape != (len(x),)):
+                raise ValueError(f"step: expected one integer, or one per row, got {tuple(steps.shape)}")
+            low, high = map(int, steps.aminmax())
+            if not 1 <= low <= high <= self.features:
+                got = low if low == high else f"{low} to {high}"
+                raise ValueError(f"step: expected 1 to {self.features}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,9 @@ class _InOrder:
         return self._sorted()(x[..., self.order])[..., self.order.argsort()]
 
     def one(self, x: Tensor, d: int) -> Tensor:
-        return self._sorted().one(x[:, self.order], int(self.order.argsort()[d]))
+        before = self.order[: int((self.order == d).nonzero())]
+        summed = x[:, before] @ self.inward[before] + self.places[before].sum(0) + self.threshold
+        return summed.relu() @ self.outward[d] + self.bias[d]
 
     def _sorted(self) -> HiddenUnits:
         inward, outward, bias, places = (w[self.order] for w in (self.inward, self.outward, self.bias, self.places))

@@ -368,6 +368,16 @@ def _stays(*names: str) -> Callable[[Arrays], Arrays]:
     return columns
 
 
+def _ordered(*names: str) -> Callable[[Arrays], Arrays]:
+    """The same with pairs of ordered numbers, of which the second is drawn as a distance from the first."""
+
+    def columns(draws: Arrays) -> Arrays:
+        low = {f"{n}1": draws[f"{n}1"] for n in names}
+        return {**_stays()(draws), **low, **{f"{n}2": draws[f"{n}1"] + draws[f"{n}_gap"] for n in names}}
+
+    return columns
+
+
 _STAYS = {"stay0": "theta1[1]", "stay1": "theta2[2]"}
 _LOTKA = {f"theta{k}": f"theta[{k}]" for k in range(1, 5)}
 _LOTKA |= {f"{n}{k}": f"{n}[{k}]" for n in ("z_init", "sigma") for k in (1, 2)}
@@ -388,14 +398,14 @@ SERIES = {
         partial(_stored, "hmm_example", "y"),
         _of_the_ledger("hmm_example"),
         None,
-        _stays("mu1", "mu2"),
+        _ordered("mu"),
         partial(_stored_draws, "hmm_example-hmm_example", {**_STAYS, "mu1": "mu[1]", "mu2": "mu[2]"}),
     ),
     "hmm_drive_0": Series(
         partial(_stored, "bball_drive_event_0", "u", "v", "alpha"),
         _of_the_ledger("hmm_drive"),
         None,
-        _stays("phi1", "phi2", "lambda1", "lambda2"),
+        _ordered("phi", "lambda"),
         partial(
             _stored_draws,
             "bball_drive_event_0-hmm_drive_0",

@@ -6,6 +6,7 @@ flat prior is a proper one whose density is masked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,17 @@ def by_chain(result: Result) -> dict[str, np.ndarray]:
 
 
 def judged(draws: Columns, reference: Mapping[str, Tensor]) -> tuple[float, float, float]:
-    """Worst z of a mean, worst relative difference of a standard deviation, and worst R-hat."""
+    """Worst z of a mean, worst relative difference of a standard deviation, and worst R-hat; inf where a draw is not finite."""
     worst = np.zeros(3)
     for name, ours in draws.items():
         theirs = reference[name].double().numpy()
+        if not np.isfinite(ours).all():
+            return math.inf, math.inf, math.inf
         error = np.hypot(azs.mcse(ours, method="mean"), azs.mcse(theirs, method="mean"))
         z = abs(ours.mean() - theirs.mean()) / error
-        worst = np.fmax(worst, [z, abs(ours.std() / theirs.std() - 1), azs.rhat(ours)])
+        # One chain has no R-hat. What is not a number is not right.
+        r_hat = azs.rhat(ours) if len(ours) > 1 else 0.0
+        worst = np.maximum(worst, [z, abs(ours.std() / theirs.std() - 1), r_hat])
     return float(worst[0]), float(worst[1]), float(worst[2])
 
 

@@ -238,6 +238,8 @@ def trained_by_stages(
     found = {"valid": math.inf}
     while left:
         k, (epochs, rate) = left.pop(0)
+        # Those of the last stage may be large.
+        del rows
         rows = rows_of(k, epochs)
         result = fitted(
             pair,
