@@ -341,6 +341,8 @@ RECIPES: dict[str, Recipe] = {
             entry="diffusion",
             title="bits per pixel, bound",
             run=diffusion.diffusion,
+            source="no canonical figure; of dequantised MNIST NICE has 4.34 (read), Real NVP 1.06 and Glow 1.05 "
+            "(recalled)",
             protocol="MNIST of 256 levels, 2,000 test images; here 1,000 steps, a small U-Net, 40,000 steps of 128",
             limits="40,000 steps of the U-Net take more than ten hours on two cores",
         ),
@@ -354,6 +356,8 @@ RECIPES: dict[str, Recipe] = {
             protocol="MNIST, 10,000 samples, a classifier of their own; here a network of 256 units fitted on MNIST",
             sure="recalled",
             better="higher",
+            limits="the classifier names 98.1 % of the test digits rightly; another schedule was not tried, at an hour "
+            "and a half",
         ),
         _UNPUBLISHED(
             name="infogan_digits",
