@@ -90,7 +90,7 @@ def by_chain(result: Result) -> dict[str, np.ndarray]:
 
 
 def judged(draws: Columns, reference: Mapping[str, Tensor]) -> tuple[float, float, float]:
-    """Worst z of a mean, worst relative difference of a standard deviation, and worst R-hat; inf if a draw is not finite."""
+    """Worst z of a mean, worst relative difference of an sd, and worst R-hat; infinite if a draw is not finite."""
     worst = np.zeros(3)
     for name, ours in draws.items():
         theirs = reference[name].double().numpy()
