@@ -8,6 +8,7 @@ from typing import Any
 import arviz_base as azb
 import arviz_stats as azs
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,6 +21,7 @@ from pyro.infer.autoguide import AutoDelta
 
 import inference
 from inference import kernels
+from inference.diagnostics import quantities
 from inference.diagnostics.chains import R_HAT as R_HAT_LIMIT
 from inference.diagnostics.chains import r_hat_limit
 from inference.diagnostics.convergence import Diagnosis, diagnose
@@ -372,6 +374,19 @@ def test_r_hat_and_effective_sizes_are_arvizs_whatever_the_draws(what: str) -> N
     for row in (alone, beside):
         assert row["r_hat"] == pytest.approx(azs.rhat(exact), rel=1e-12, nan_ok=True)
         assert row["ess_bulk"] == pytest.approx(azs.ess(draws), rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("part", [1, 900, 1000])
+def test_a_table_in_parts_is_that_of_the_whole(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several threads too: numbers, their order and their names."""
+    idata = chains(mu=noise(4, 100), w=noise(4, 100, 2, 3, seed=1), x=noise(4, 100, 5, seed=2))
+    whole = diagnose(idata)
+    monkeypatch.setattr(quantities, "PART", part)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = diagnose(idata)
+        pd.testing.assert_frame_equal(found.table, whole.table, rtol=1e-12)
+        assert found.advice == whole.advice
 
 
 def test_normal_scores_are_those_of_mean_ranks() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from inference.diagnostics.advice import advise_guide, advise_latents
 from inference.diagnostics.chains import advise_chains, advise_ensembles, disagreeing
 from inference.diagnostics.guides import PARETO_K, GuideCheck, usable
 from inference.diagnostics.losses import diverged, still_falling
-from inference.diagnostics.quantities import names_of, parts_of, quantities_of
+from inference.diagnostics.quantities import names_of, parts_of, quantities_of, side_by_side
 from inference.diagnostics.ranks import can_be_ranked, ranked
 from inference.diagnostics.weights import weigh
 
@@ -189,7 +190,7 @@ def _summary(posterior: xr.Dataset, chains: bool, ensembles: int = 1) -> pd.Data
     with warnings.catch_warnings():
         # Draws that are not finite, or constant, give nan; the advice reports it.
         warnings.simplefilter("ignore", RuntimeWarning)
-        parts = [_columns(part, chains, ensembles) for part in parts_of(posterior)]
+        parts = side_by_side(partial(_columns, chains=chains, ensembles=ensembles), parts_of(posterior))
     return pd.concat(parts).set_axis(pd.Index(names, name="quantity"))
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from inference.core.lazy import xr
 
-PART = 2**22
-"""Numbers of draws that are diagnosed at once."""
+T = TypeVar("T")
+
+PART = 2**20
+"""Numbers of draws that are diagnosed at once, by one thread."""
 
 
 def quantities_of(idata: xr.DataTree) -> xr.Dataset:
@@ -34,6 +38,19 @@ def parts_of(posterior: xr.Dataset) -> Iterator[xr.Dataset]:
         for some in np.split(np.arange(flat.shape[2]), range(width := max(1, PART // over), flat.shape[2], width)):
             values = np.ascontiguousarray(flat[..., some[0] : some[-1] + 1])
             yield xr.Dataset({name: (("chain", "draw", "quantity"), values)})
+
+
+def side_by_side(function: Callable[[xr.Dataset], T], parts: Iterator[xr.Dataset]) -> list[T]:
+    """What a function makes of parts of a posterior, in torch's number of threads, of which each holds one part."""
+    first, second = next(parts), next(parts, None)
+    if second is None:
+        return [function(first)]
+    # A second to import.
+    from joblib import Parallel, delayed
+
+    every = itertools.chain((first, second), parts)
+    threads = Parallel(torch.get_num_threads(), require="sharedmem", pre_dispatch="n_jobs")
+    return list(threads(delayed(function)(part) for part in every))
 
 
 def names_of(array: xr.DataArray) -> list[str]:
