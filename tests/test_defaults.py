@@ -199,6 +199,7 @@ FIGURES: dict[str, Check] = {
     "factorial_code": reconstructs,
     "made": beats_independence(LEARNT),
     "nade": beats_independence(LEARNT),
+    "eonade": beats_independence(LEARNT),
     "fvsbn": beats_independence(LEARNT),
     "markov_chain": predicts_letters,
     "sigmoid_belief_net": bounds_the_rows,
