@@ -128,6 +128,11 @@ def is_compiled(key: Any) -> bool:
     return _threaded(key) in _PROGRAMS or store.holds(_threaded(key))
 
 
+def agrees(key: Any) -> bool:
+    """Whether this process has found the program of a key that :func:`looped` takes to agree with its function."""
+    return bool(getattr(_PROGRAMS.get(_threaded(key)), "agrees", False))
+
+
 _SPENT: OrderedDict[Any, float] = OrderedDict()
 """Operations that were computed without a program, by its key; at most ``policy.SPENT_KEYS``, the last counted last."""
 

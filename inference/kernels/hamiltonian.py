@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inference.compiler import policy
 from inference.compiler.capture import Untraceable
-from inference.compiler.fuse import has_compiler, is_compiled, keeps_programs, looped, quietly, spend, spent
+from inference.compiler.fuse import agrees, has_compiler, is_compiled, keeps_programs, looped, quietly, spend, spent
 from inference.compiler.package import Package
 from inference.compiler.potential import BatchedPotential, Potential
 from inference.compiler.recorded import recorded
@@ -167,22 +167,20 @@ class Hamiltonian(BatchedKernel):
                 # A program that is wrong may write into what it is given.
                 self._chains = Chains(*(v.clone() for v in chains))
                 *rest, noise = self._inputs(learning=False)
-                first, agrees = type(noise)(*(v[:1] for v in noise)), False
+                expected = None
+                if not (self._whole and agrees(self._key())):
+                    # Before it is compiled: pieces take the place of those in the traced block.
+                    expected = plain(*rest, type(noise)(*(v[:1] for v in noise)))[2]
                 if density.pieces is not None:
-                    # They take the place of those in the traced block.
-                    expected = plain(*rest, first)[2]
                     density.pieces.fuse(self._chains.position.mT, *density.held, calls=calls)
                 elif density.like.device.type == "cpu":
                     result = partial(_result, self.moves)
                     self._run = looped(plain, self._key(), (*rest, noise), result, lasting=self._lasts)
-                    agrees = getattr(self._run, "agrees", False)
-                    expected = None if agrees else plain(*rest, first)[2]
                 else:
-                    expected = plain(*rest, first)[2]
                     # A loop inside the program would wait for the device at every leapfrog step.
                     density.forward = torch.compile(density.forward, dynamic=False)
                     self._run = self._plain()
-                if not agrees:
+                if expected is not None:
                     _refuse_other_moves(self._run(*rest, noise)[2], expected)
                 if isinstance(self._run, Package):
                     self._run.agrees = True

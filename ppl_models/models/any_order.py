@@ -16,7 +16,6 @@ References: Uria, Murray and Larochelle 2014, "A Deep and Tractable Density Esti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyro
@@ -25,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
-from ppl_models.models.autoregressive import Autoregressive, HiddenUnits
+from ppl_models.models.autoregressive import NADE, HiddenUnits
 from ppl_models.models.checks import check_count, count_of, random_source
 from ppl_models.models.parts.distributions import Rowwise
 
 
-class EoNADE(Autoregressive):
+class EoNADE(NADE):
     r"""Order-agnostic NADE, and the average of its densities over some orders.
 
     .. math:: \log p(x) = \log \frac{1}{K} \sum_k \prod_i p(x_{o_k(i)} \mid x_{o_k(1)}, \dots, x_{o_k(i-1)})
@@ -57,23 +56,18 @@ class EoNADE(Autoregressive):
 
     def __init__(self, features: int | Sequence[str], *, hidden: int = 500, orders: int = 1, seed: int = 0) -> None:
         count_of("features", features, 3)
-        check_count("hidden", hidden)
         check_count("orders", orders)
-        super().__init__(features)
+        super().__init__(features, hidden=hidden)
         random = random_source(seed)
         others = [torch.randperm(self.features, generator=random) for _ in range(orders - 1)]
         self.order = torch.stack([torch.arange(self.features), *others])
         self.steps = self.features - 1
-        self.inward = nn.Parameter(torch.randn(self.features, hidden) / self.features**0.5)
         self.places = nn.Parameter(torch.zeros(self.features, hidden))
-        self.outward = nn.Parameter(torch.randn(self.features, hidden) / hidden**0.5)
-        self.threshold = nn.Parameter(torch.zeros(hidden))
-        self.bias = nn.Parameter(torch.zeros(self.features))
 
     def conditionals(self) -> list[Callable[[Tensor], Tensor]]:
         """Each feature from the hidden units of those before it, in each order."""
         parts = self.inward, self.outward, self.threshold, self.bias, self.places
-        return [_InOrder(order, *parts) for order in self.order]
+        return [HiddenUnits(*parts, torch.relu, order) for order in self.order]
 
     def model(self, x: Tensor | None = None, *, step: int | Tensor | None = None) -> Tensor:
         """Draw or score the rows, or with ``step`` score them at one place of a random order; return x."""
@@ -103,7 +97,7 @@ class EoNADE(Autoregressive):
         super().check(x)
         if step is not None:
             steps = torch.as_tensor(step)
-            if steps.dtype in (torch.bool, torch.float32, torch.float64):
+            if steps.is_floating_point() or steps.dtype == torch.bool:
                 raise ValueError(f"step: expected integers, got {steps.dtype}")
             if steps.dim() and (x is None or steps.shape != (len(x),)):
                 raise ValueError(f"step: expected one integer, or one per row, got {tuple(steps.shape)}")
@@ -111,30 +105,6 @@ class EoNADE(Autoregressive):
             if not 1 <= low <= high <= self.features:
                 got = low if low == high else f"{low} to {high}"
                 raise ValueError(f"step: expected 1 to {self.features}, got {got}")
-
-
-@dataclass(frozen=True)
-class _InOrder:
-    """Log odds of all features, each given those before it in an order (D,), or of one."""
-
-    order: Tensor
-    inward: Tensor
-    outward: Tensor
-    threshold: Tensor
-    bias: Tensor
-    places: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._sorted()(x[..., self.order])[..., self.order.argsort()]
-
-    def one(self, x: Tensor, d: int) -> Tensor:
-        before = self.order[: int((self.order == d).nonzero())]
-        summed = x[:, before] @ self.inward[before] + self.places[before].sum(0) + self.threshold
-        return summed.relu() @ self.outward[d] + self.bias[d]
-
-    def _sorted(self) -> HiddenUnits:
-        inward, outward, bias, places = (w[self.order] for w in (self.inward, self.outward, self.bias, self.places))
-        return HiddenUnits(inward, outward, self.threshold, bias, places, torch.relu)
 
 
 class Remaining(Rowwise):

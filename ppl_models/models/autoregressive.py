@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -267,7 +267,7 @@ class _Masked:
 
 @dataclass(frozen=True)
 class HiddenUnits:
-    """Log odds of all features by hidden units that see the preceding ones, or of one.
+    """Log odds of all features by hidden units that see the preceding ones in an order, or of one.
 
     Attributes:
         inward: Weights from each feature to the units, (D, H).
@@ -276,6 +276,7 @@ class HiddenUnits:
         bias: Biases of the features (D,).
         places: What is added to the units for each preceding feature, whatever its value, (D, H); None: nothing.
         activation: From their sums to the units.
+        order: Order of the features (D,); None: that of the columns.
     """
 
     inward: Tensor
@@ -284,8 +285,14 @@ class HiddenUnits:
     bias: Tensor
     places: Tensor | None = None
     activation: Callable[[Tensor], Tensor] = torch.sigmoid
+    order: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            names = ("inward", "outward", "bias", "places")
+            parts: dict[str, Any] = {n: None if (v := getattr(self, n)) is None else v[self.order] for n in names}
+            in_turn = replace(self, order=None, **parts)
+            return in_turn(x[..., self.order])[..., self.order.argsort()]
         # Features in groups of F: the sum before a group is cumulative, that within it a product with a triangle.
         size, width = self.inward.shape
         fill = -size % GROUP
@@ -304,9 +311,10 @@ class HiddenUnits:
         return logits[:, :size].reshape(x.shape) + self.bias
 
     def one(self, x: Tensor, d: int) -> Tensor:
-        summed = x[:, :d] @ self.inward[:d] + self.threshold
+        before = slice(d) if self.order is None else self.order[: int((self.order == d).nonzero())]
+        summed = x[:, before] @ self.inward[before] + self.threshold
         if self.places is not None:
-            summed = summed + self.places[:d].sum(0)
+            summed = summed + self.places[before].sum(0)
         return self.activation(summed) @ self.outward[d] + self.bias[d]
 
 

@@ -51,20 +51,43 @@ def _valid(count: int | None) -> Tensor:
     return placed(images["x"][:count])
 
 
-def bernoulli_mixture(quick: bool, seed: int, *, components: int) -> dict[str, float]:
-    """Exact test NLL of a Bernoulli mixture fitted by EM."""
-    count, few, steps = (20, 500, 5) if quick else (components, None, 40)
-    pixels, x, test = _rows(few, few)
+def bernoulli_mixture(
+    quick: bool,
+    seed: int,
+    *,
+    components: int,
+    alpha: float = 0.1,
+    rows: int | None = None,
+    steps: int = 40,
+    random: bool = False,
+) -> dict[str, float]:
+    """Exact test NLL of a Bernoulli mixture fitted by EM.
+
+    Args:
+        quick: A size for tests.
+        seed: Seed of the start.
+        components: Number of components.
+        alpha: Smoothing.
+        rows: Training images. Default: all.
+        steps: Steps of EM.
+        random: Start from random responsibilities, not from the centres of k-means++.
+    """
+    count, few, steps = (20, 500, 5) if quick else (components, None, steps)
+    pixels, x, test = _rows(few or rows, few)
 
     def by_em(pair: BernoulliMixture, x: Tensor, **arguments: Any) -> Result:
         start = pair.start(x, seed=seed)
+        if random:
+            with isolated(seed):
+                start = torch.rand_like(start)
+            start = start / start.sum(1, keepdim=True)
         return fit(pair, x, EM(pair.maximise, start, max_plate_nesting=1), **arguments)
 
-    make = partial(BernoulliMixture, pixels, components=count, alpha=0.1, concentration=2.0, guide=AutoDelta)
+    make = partial(BernoulliMixture, pixels, components=count, alpha=alpha, concentration=2.0, guide=AutoDelta)
     _, result = trained(make, x, method=by_em, steps=steps, draws=1, seed=seed)
     return {
         "figure": -float(pointwise_log_likelihood(result, test).double().mean()),
-        "the same by numpy": -by_numpy(result.draws, test),
+        "the same by numpy": -_by_numpy(result.draws, test),
         "train": -float(pointwise_log_likelihood(result, x).double().mean()),
     }
 
@@ -233,7 +256,7 @@ def belief_net_bound(quick: bool, seed: int, *, layers: Sequence[int], epochs: i
     return {"figure": found[best], **found}
 
 
-def by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
+def _by_numpy(draws: Mapping[str, Tensor], x: Tensor) -> float:
     """Mean log likelihood of a Bernoulli mixture by NumPy alone, in float64."""
     probs, weights = (draws[n][0].double().numpy() for n in ("probs", "weights"))
     probs, rows = probs.clip(1e-7, 1 - 1e-7), x.double().cpu().numpy()

@@ -7,7 +7,7 @@ flat prior is a proper one whose density is masked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ standard errors, the largest relative difference of a standard deviation, and th
 Columns = Mapping[str, np.ndarray]
 
 
+Worst = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Posterior:
     """A posterior of the database.
@@ -52,14 +55,9 @@ class Posterior:
 def posteriors(quick: bool, seed: int, *, kernel: Any = None) -> dict[str, float]:
     """Number of posteriors that chains of the default size get right, and the worst figures of each."""
     size: dict[str, Any] = {"draws": 8, "warmup": 8, "chains": 8} if quick else {}
-    names = list(POSTERIORS)[:1] if quick else list(POSTERIORS)
     found: dict[str, float] = {"figure": 0}
-    for name in names:
-        entry = POSTERIORS[name]
-        stored = data.load(f"posteriordb/{name}", dtype=torch.float64)
-        rows = {n: placed(v) for n, v in entry.data(stored.train).items()}
-        result = sample(entry.model, rows, kernel, seed=seed, **size)
-        z, spread, r_hat = judged(entry.columns(by_chain(result)), stored.reference)
+    for name, model, rows, judge in _cases(quick):
+        z, spread, r_hat = judge(sample(model, rows, kernel, seed=seed, **size))
         found["figure"] += z < WORST_Z and spread < SPREAD and r_hat < R_HAT
         found |= {f"{name}: worst z": z, f"{name}: sd off by": spread, f"{name}: R-hat": r_hat}
     return found
@@ -67,20 +65,28 @@ def posteriors(quick: bool, seed: int, *, kernel: Any = None) -> dict[str, float
 
 def guided(quick: bool, seed: int) -> dict[str, float]:
     """Number of posteriors that a normal guide of full rank gets right, and the worst figures of each."""
-    names = list(POSTERIORS)[:1] if quick else list(POSTERIORS)
     found: dict[str, float] = {"figure": 0}
-    for name in names:
-        entry = POSTERIORS[name]
-        stored = data.load(f"posteriordb/{name}", dtype=torch.float64)
-        rows = {n: placed(v) for n, v in entry.data(stored.train).items()}
-        guide = AutoMultivariateNormal(entry.model, init_loc_fn=init_to_median)
+    for name, model, rows, judge in _cases(quick):
+        guide = AutoMultivariateNormal(model, init_loc_fn=init_to_median)
         with isolated(seed):
             guide(**rows)
-        result = fitted((entry.model, guide), rows, steps=20 if quick else 30_000, draws=10_000, seed=seed)
-        z, spread, _ = judged(entry.columns(by_chain(result)), stored.reference)
+        z, spread, _ = judge(fitted((model, guide), rows, steps=20 if quick else 30_000, draws=10_000, seed=seed))
         found["figure"] += z < WORST_Z and spread < SPREAD
         found |= {f"{name}: worst z": z, f"{name}: sd off by": spread}
     return found
+
+
+def _cases(quick: bool) -> Iterator[tuple[str, Callable[..., Any], dict[str, Tensor], Callable[[Result], Worst]]]:
+    """Name, model and data of each posterior, the first one for tests, and what judges a Result of it."""
+    for name, entry in list(POSTERIORS.items())[: 1 if quick else None]:
+        stored = data.load(f"posteriordb/{name}", dtype=torch.float64)
+
+        def judge(
+            result: Result, entry: Posterior = entry, reference: Mapping[str, Tensor] = stored.reference
+        ) -> Worst:
+            return judged(entry.columns(by_chain(result)), reference)
+
+        yield name, entry.model, {n: placed(v) for n, v in entry.data(stored.train).items()}, judge
 
 
 def by_chain(result: Result) -> dict[str, np.ndarray]:
@@ -89,7 +95,7 @@ def by_chain(result: Result) -> dict[str, np.ndarray]:
     return {n: v.reshape(chains, -1, *v.shape[1:]).numpy() for n, v in result.draws.items()}
 
 
-def judged(draws: Columns, reference: Mapping[str, Tensor]) -> tuple[float, float, float]:
+def judged(draws: Columns, reference: Mapping[str, Tensor]) -> Worst:
     """Worst z of a mean, worst relative difference of an sd, and worst R-hat; infinite if a draw is not finite."""
     worst = np.zeros(3)
     for name, ours in draws.items():
