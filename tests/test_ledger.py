@@ -16,8 +16,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
+from torch.nn.functional import logsigmoid
 from typer.testing import CliRunner
 
 from inference import fit, isolated, log_evidence
@@ -27,7 +29,7 @@ from ppl_models.data.sbibm import Benchmark
 from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes import likelihood, simulators
-from ppl_models.ledger.recipes.posteriors import R_HAT, SPREAD, WORST_Z, judged
+from ppl_models.ledger.recipes.posteriors import POSTERIORS, R_HAT, SPREAD, WORST_Z, judged
 from ppl_models.ledger.recipes.trained import kept, placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
@@ -225,14 +227,50 @@ def test_dynamic_binarization_draws_training_images_anew_and_keeps_the_others() 
     assert float((images.test - grey.test["x"][:30]).abs().mean()) < 0.1
 
 
+def test_densities_of_orders_are_averaged_one_after_another() -> None:
+    try:
+        data.load("binarized_mnist")
+    except FileNotFoundError:
+        pytest.skip("MNIST is not at hand")
+    with seen() as shown:
+        found = likelihood.any_order(True, 0, stages=())
+    pair, test = shown[0].result.bound.pair, data.load("binarized_mnist").test["x"][:20]
+    with torch.no_grad(), shown[0].result.state():
+        for count in (1, 2, 4):
+            scores = [logsigmoid((2 * test - 1) * f(test)).sum(-1).double() for f in pair.conditionals()[:count]]
+            expected = -torch.stack(scores).exp().mean(0).log().mean()
+            assert found[f"{count} orders"] == pytest.approx(float(expected), rel=1e-6)
+        assert found["figure"] == pytest.approx(-float(pair.log_evidence(test).double().mean()), rel=1e-6)
+    assert found["4 orders"] < found["2 orders"] + math.log(2)
+
+
+def test_ordered_numbers_of_a_chain_are_the_first_and_its_distance_from_the_second() -> None:
+    rows = np.array([[0.9, 0.1], [0.4, 0.6]])
+    draws = {"rows": rows, "mu1": np.array(3.0), "mu_gap": np.array(6.5)}
+    found = POSTERIORS["hmm_example-hmm_example"].columns(draws)
+    assert {n: float(v) for n, v in found.items()} == {
+        "theta1[1]": 0.9,
+        "theta2[2]": 0.6,
+        "mu[1]": 3.0,
+        "mu[2]": 9.5,
+    }
+
+
 def test_the_bound_of_a_belief_net_is_that_of_the_objective_that_is_best_in_training(monkeypatch) -> None:
     try:
         data.load("binarized_mnist")
     except FileNotFoundError:
         pytest.skip("MNIST is not at hand")
-    found = likelihood.belief_net_bound(True, 0, layers=(5,), epochs=1)
+    with seen() as shown:
+        found = likelihood.belief_net_bound(True, 0, layers=(200,), epochs=1)
     best = min(("NVIL", "VIMCO", "RWS"), key=lambda name: found[f"{name}, train"])
     assert found["figure"] == found[best]
+    # The ELBO by Pyro, of which the figure is one draw: the bound of 50 particles is tighter by more than its spread.
+    (first,), valid = shown, data.load("binarized_mnist").valid["x"][:20]
+    with torch.no_grad(), first.result.state():
+        halves = first.result.bound.pair.model, first.result.bound.pair.guide
+        losses = torch.tensor([Trace_ELBO().loss(*halves, valid) for _ in range(50)]) / len(valid)
+    assert found["NVIL"] == pytest.approx(float(losses.mean()), abs=5 * float(losses.std()))
     # An ELBO of fits of a few steps: better than a coin for each pixel.
     assert all(0 < found[name] < 784 * math.log(2) for name in ("NVIL", "VIMCO", "RWS"))
 
