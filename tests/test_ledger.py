@@ -17,7 +17,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.optim import PyroOptim
 from torch.nn.functional import logsigmoid
 from typer.testing import CliRunner
@@ -30,9 +30,10 @@ from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes import likelihood, simulators
 from ppl_models.ledger.recipes.posteriors import POSTERIORS, R_HAT, SPREAD, WORST_Z, judged
-from ppl_models.ledger.recipes.trained import kept, placed, seen, trained, trained_by_stages, weights_at
+from ppl_models.ledger.recipes.trained import fitted, kept, placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
+from ppl_models.models.mixture import BernoulliMixture
 
 README = Path(__file__).parent.parent / "README.md"
 ROWS = (torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) < 0.3).float()
@@ -300,13 +301,45 @@ def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
+    "made",
+    [
+        lambda: (_mean, AutoMultivariateNormal(_mean)),
+        lambda: BernoulliMixture(6, components=3, guide=AutoDelta),
+    ],
+    ids=["a guide", "a pair"],
+)
+def test_the_weights_of_a_guide_are_kept_though_it_has_none_until_it_is_called(made, tmp_path) -> None:
+    states = []
+    for read in (False, True):
+        with weights_at(tmp_path / "weights.gz", read=read):
+            pair = made()
+            result = fitted(pair, ROWS, steps=40, learning_rate=0.05, draws=1, seed=0, progress=False)
+        assert len(result.losses) == (0 if read else 40)
+        states.append((pair[1] if isinstance(pair, tuple) else pair).state_dict())
+    assert states[0]
+    torch.testing.assert_close(states[1], states[0], rtol=0.001, atol=0.001)
+
+
+def _mean(x: torch.Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
     ("name", "image", "curve"), [("bars", True, 50), ("gan_ring", False, 60), ("infogan_digits", True, 20)]
 )
 def test_a_run_is_drawn_with_its_losses_and_rows(name: str, image: bool, curve: int, tmp_path) -> None:
-    with seen() as shown:
-        ledger.RECIPES[name].run(True, 0)
+    with seen() as shown, weights_at(tmp_path / "weights.gz"):
+        found = ledger.RECIPES[name].run(True, 0)
     (one,) = shown
     assert len(one.losses) == curve
+    # What the pairs of a GAN have learnt is kept, all that is found by it again the same.
+    if name == "bars":
+        assert not (tmp_path / "weights.gz").exists()
+    else:
+        with weights_at(tmp_path / "weights.gz", read=True):
+            assert ledger.RECIPES[name].run(True, 0) == pytest.approx(found, rel=0.02, abs=0.01)
     # The losses of the figure's own pair, per row: of several starts the one that was taken.
     np.testing.assert_allclose(one.losses * len(one.rows["x"]), one.result.losses)
     axes = Figure().subplots(1, 2)

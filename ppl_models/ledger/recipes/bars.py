@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyro
@@ -56,7 +57,8 @@ def bars(quick: bool, seed: int) -> dict[str, float]:
             pair = placed(HelmholtzMachine(16, (8, 1)))
         pair.centre(x)
         exact = deepcopy(pair)
-        result = fitted(pair, x, partial(RWS, 10), steps=steps, batch=100, learning_rate=0.02, draws=1, seed=start)
+        schedule: dict[str, Any] = {"steps": steps, "batch": 100, "learning_rate": 0.02, "draws": 1, "seed": start}
+        result = fitted(pair, x, partial(RWS, 10), keep=False, **schedule)
         fit((exactly(exact, probability), nothing), images.float(), steps=steps // 5, learning_rate=0.05, draws=1)
         bound = result.losses[-max(1, steps // 10) :].mean() / len(x)
         results.append(result)

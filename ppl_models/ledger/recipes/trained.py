@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,44 @@ T = TypeVar("T", bound=Tensor | nn.Module)
 _PLACE: ContextVar[torch.device | None] = ContextVar("place", default=None)
 
 
-_WEIGHTS: ContextVar[tuple[Path, bool] | None] = ContextVar("weights", default=None)
+class Weights:
+    """What training has changed of the pairs of a recipe, in half precision in a file.
+
+    Of a density that changes less than a thousandth of a nat per row.
+
+    Args:
+        path: The file.
+        read: Whether pairs are taken from it and not trained.
+    """
+
+    def __init__(self, path: Path, read: bool = False) -> None:
+        self.path, self.read = path, read
+        self._held, self._parts = dict[str, Tensor](), count(1)
+
+    def part(self) -> str:
+        """Prefix of the names of the next pair that is fitted at once."""
+        return f"{next(self._parts)}/"
+
+    def restore(self, pair: nn.Module, part: str = "") -> bool:
+        """Put a pair where it was; return whether it has all that was changed, as a guide has once it was called."""
+        held = load(gzip.decompress(self.path.read_bytes()))
+        own = {n.removeprefix(part): v for n, v in held.items() if n.startswith(part)}
+        return not pair.load_state_dict(own, strict=False).unexpected_keys
+
+    def keep(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], part: str = "") -> None:
+        """Write what differs of the state of a pair, with that of the pairs before it.
+
+        But for discriminators, by which nothing is evaluated.
+        """
+        named = {n: v for n, v in after.items() if not n.startswith("discriminator")}
+        changed = {n: v for n, v in named.items() if n not in before or not torch.equal(before[n], v)}
+        small = {n: v.half() if v.is_floating_point() else v for n, v in changed.items()}
+        self._held |= {f"{part}{n}": v.cpu().contiguous() for n, v in small.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, lambda file: file.write_bytes(gzip.compress(save(self._held), mtime=0)))
+
+
+_WEIGHTS: ContextVar[Weights | None] = ContextVar("weights", default=None)
 
 
 _KEPT: ContextVar[tuple[Checkpoint, Iterator[int]] | None] = ContextVar("kept", default=None)
@@ -117,8 +155,8 @@ def running_on(device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def weights_at(path: Path, *, read: bool = False) -> Iterator[None]:
-    """Let recipes in the block write the weights of their pair to a file, or take them from there and train nothing."""
-    token = _WEIGHTS.set((path, read))
+    """Let recipes in the block write the weights of their pairs to a file, or take them from it and train nothing."""
+    token = _WEIGHTS.set(Weights(path, read))
     try:
         yield
     finally:
@@ -127,8 +165,8 @@ def weights_at(path: Path, *, read: bool = False) -> Iterator[None]:
 
 def reads_weights() -> bool:
     """Whether recipes take the weights of their pair from a file, and train nothing."""
-    _, read = _WEIGHTS.get() or (None, False)
-    return read
+    weights = _WEIGHTS.get()
+    return weights is not None and weights.read
 
 
 def placed(what: T) -> T:
@@ -160,7 +198,9 @@ def _built(make: Callable[[], P], seed: int) -> P:
         return placed(make())
 
 
-def fitted(pair: Any, data: Any, *objective: Any, method: Callable[..., Result] = fit, **arguments: Any) -> Result:
+def fitted(
+    pair: Any, data: Any, *objective: Any, method: Callable[..., Result] = fit, keep: bool = True, **arguments: Any
+) -> Result:
     """Fit a pair, from where it was if it was killed.
 
     Args:
@@ -168,14 +208,38 @@ def fitted(pair: Any, data: Any, *objective: Any, method: Callable[..., Result] 
         data: Data of the fit.
         objective: The objective, unless it is the default one.
         method: ``fit``, or another method of the same arguments.
+        keep: Whether weights are kept, and taken from where they are. Not where the losses of the fit are used.
         **arguments: Those of the method.
     """
+    weights, halves = _WEIGHTS.get(), pair if isinstance(pair, tuple) else (pair,)
+    module = next((half for half in halves if isinstance(half, nn.Module)), None)
+    if weights is None or module is None or not keep:
+        return _fitted(pair, data, *objective, method=method, **arguments)
+    part = weights.part()
+    if weights.read:
+        again = partial(method, pair, data, *objective, **(arguments | {"steps": 0}))
+        if not weights.restore(module, part):
+            again()
+            weights.restore(module, part)
+        return again()
+    before = _state(module)
+    result = _fitted(pair, data, *objective, method=method, **arguments)
+    weights.keep(before, module.state_dict(), part)
+    return result
+
+
+def _fitted(pair: Any, data: Any, *objective: Any, method: Callable[..., Result], **arguments: Any) -> Result:
+    """Fit a pair, from where it was if it was killed; its weights are kept by whoever calls."""
     kept = _KEPT.get()
     if kept is not None:
         arguments["checkpoint"] = kept[0].part(str(next(kept[1])))
     result = method(pair, data, *objective, **arguments)
     show(result, data, first=True)
     return result
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {n: v.detach().clone() for n, v in module.state_dict().items()}
 
 
 def kept(name: str, compute: Callable[[], float]) -> float:
@@ -226,14 +290,15 @@ def trained_by_stages(
         mean loss per row in its last epoch.
     """
     pair = _built(make, seed)
-    path, read = _WEIGHTS.get() or (None, False)
+    weights = _WEIGHTS.get()
     rows_of = data if callable(data) else lambda *_: data
     rows = rows_of(0, 1)
     per_epoch = max(1, len(rows) // batch)
-    if path is not None and read:
-        pair.load_state_dict(load(gzip.decompress(path.read_bytes())), strict=False)
+    if weights is not None and weights.read:
+        weights.restore(pair)
         return fit(pair, rows, *objective, steps=0, draws=1, seed=seed, progress=False), {}
-    best, held, done, left = None, dict[str, Tensor](), 0, list(enumerate(stages))
+    before = _state(pair)
+    best, held, done, left = None, before, 0, list(enumerate(stages))
     losses, scores = list[np.ndarray](), list[tuple[int, float]]()
     found = {"valid": math.inf}
     while left:
@@ -241,10 +306,11 @@ def trained_by_stages(
         # Those of the last stage may be large.
         del rows
         rows = rows_of(k, epochs)
-        result = fitted(
+        result = _fitted(
             pair,
             rows,
             *objective,
+            method=fit,
             seed=seed * len(stages) + k,
             steps=epochs * per_epoch,
             batch=batch,
@@ -255,7 +321,7 @@ def trained_by_stages(
         losses.append(np.asarray(result.losses) / len(rows))
         scores.append((done * per_epoch, valid))
         if valid < found["valid"]:
-            best, held = result, {n: v.detach().clone() for n, v in pair.state_dict().items()}
+            best, held = result, _state(pair)
             found = {"valid": valid, "epochs": done, "train": float(losses[-1][-per_epoch:].mean())}
         elif best is not None:
             pair.load_state_dict(held)
@@ -263,10 +329,6 @@ def trained_by_stages(
     if best is None:
         raise ArithmeticError("valid: expected a finite score of the first stage, got none")
     show(best, rows, np.concatenate(losses) * len(rows), scores)
-    if path is not None:
-        # In half precision, which changes a log density by less than a thousandth of a nat per row.
-        names = {n for n, _ in pair.named_parameters()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        halves = save({n: v.half().cpu().contiguous() for n, v in held.items() if n in names})
-        write_whole(path, lambda file: file.write_bytes(gzip.compress(halves, mtime=0)))
+    if weights is not None:
+        weights.keep(before, held)
     return best, found
