@@ -29,7 +29,7 @@ from ppl_models.data.sbibm import Benchmark
 from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes import likelihood, simulators
-from ppl_models.ledger.recipes.posteriors import POSTERIORS, R_HAT, SPREAD, WORST_Z, judged
+from ppl_models.ledger.recipes.posteriors import POSTERIORS, R_HAT, SPREAD, WORST_Z, by_measure, judged
 from ppl_models.ledger.recipes.trained import fitted, kept, placed, seen, trained, trained_by_stages, weights_at
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
@@ -298,6 +298,20 @@ def test_a_record_is_checked_by_the_weights_of_its_first_seed(tmp_path, monkeypa
     (tmp_path / "made.jsonl").write_text(json.dumps(line) + "\n")
     answer = CliRunner().invoke(app, ["reproduce", "made", "--check", "--out", str(tmp_path)])
     assert answer.exit_code == 1 and "which is on record, got" in answer.stderr
+
+
+def test_posteriors_beyond_a_limit_are_drawn_red(tmp_path) -> None:
+    found = {"figure": 1, "a-one: worst z": 3.9, "a-one: sd off by": 0.05, "b-two: worst z": math.inf}
+    judged = by_measure(found | {"b-two: sd off by": 0.2})
+    assert judged.figures == {"worst z": {"a-one": 3.9, "b-two": math.inf}, "sd off by": {"a-one": 0.05, "b-two": 0.2}}
+    assert judged.limits == {"worst z": WORST_Z, "sd off by": SPREAD}
+    for axes in pictures.judgements(judged).axes:
+        (dots,) = axes.collections
+        assert np.isfinite(dots.get_offsets()).all()
+        blue, red = dots.get_facecolors()
+        assert blue[2] > blue[0] and red[0] > red[2]
+    path = pictures.write(judged, "judged", tmp_path / "pictures" / "judged.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

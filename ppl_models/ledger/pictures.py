@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference import write_whole
-from ppl_models.ledger.recipes.trained import Shown
+from ppl_models.ledger.recipes.trained import Judged, Shown
 from ppl_models.models.pair import Pair
 from ppl_models.zoo.pictures import show
 
@@ -23,14 +23,22 @@ POINTS = 300
 """Points of a learning curve: each is a mean of equally many steps."""
 
 
-def write(shown: Shown, title: str, path: Path) -> Path:
+def write(shown: Shown | Judged, title: str, path: Path) -> Path:
     """Draw a run and write it as a small PNG file.
 
     Args:
-        shown: The fit to draw.
+        shown: The fit to draw, or the cases that were judged.
         title: The title of the picture.
         path: The file; its folder is created.
     """
+    figure = judgements(shown) if isinstance(shown, Judged) else fitting(shown)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(path, partial(figure.savefig, dpi=80))
+
+
+def fitting(shown: Shown) -> Figure:
+    """The learning curve of a fit, and the rows that its pair makes."""
     with torch.no_grad(), shown.result.state():
         draw = rows_made(shown.result.bound.pair, shown.rows, shown.points)
     figure = Figure(figsize=(8 if draw else 4.5, 3.4), layout="constrained")
@@ -38,9 +46,26 @@ def write(shown: Shown, title: str, path: Path) -> Path:
     learning_curve(panels[0], shown)
     if draw:
         draw(panels[1])
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, partial(figure.savefig, dpi=80))
+    return figure
+
+
+def judgements(judged: Judged) -> Figure:
+    """The figures of each case, a panel per measure, with a line at the limit; what is beyond it is red."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(judged.figures), sharey=True, squeeze=False)[0]
+    for axes, (measure, cases) in zip(panels, judged.figures.items(), strict=True):
+        limit, values = judged.limits[measure], list(cases.values())
+        finite = [v if math.isfinite(v) else 2 * limit for v in values]
+        colours = ["C0" if v < limit else "C3" for v in values]
+        axes.scatter(finite, range(len(cases)), color=colours, s=25, zorder=3)
+        axes.axvline(limit, color="0.4", lw=1, ls="--")
+        axes.set_xlabel(f"{measure}, limit {limit:g}", fontsize=9)
+        axes.set_yticks(range(len(cases)), [name.split("-")[0] for name in cases], fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", color="0.9", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    return figure
 
 
 def learning_curve(axes: Axes, shown: Shown) -> None:

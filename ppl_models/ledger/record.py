@@ -215,7 +215,7 @@ def _run_seed(recipe: Recipe, directory: Path, quick: bool, seed: int, place: to
         # A second to import.
         from ppl_models.ledger.pictures import write
 
-        title = f"{recipe.name}: {recipe.title} {found['figure']:.2f}, published {recipe.known}"
+        title = f"{recipe.name}: {recipe.title}: {found['figure']:.2f}, published {recipe.known}"
         write(shown[0], title, directory / "pictures" / f"{recipe.name}.png")
     shutil.rmtree(folder, ignore_errors=True)
 

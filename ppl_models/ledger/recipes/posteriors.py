@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inference import Result, isolated, sample
 from ppl_models import data
-from ppl_models.ledger.recipes.trained import fitted, placed
+from ppl_models.ledger.recipes.trained import Judged, fitted, placed, show_judged
 
 ODE_STEPS = 10
 """Steps per year of the ODE solver: its error is far below the noise of the data."""
@@ -60,6 +60,7 @@ def posteriors(quick: bool, seed: int, *, kernel: Any = None) -> dict[str, float
         z, spread, r_hat = judge(sample(model, rows, kernel, seed=seed, **size))
         found["figure"] += z < WORST_Z and spread < SPREAD and r_hat < R_HAT
         found |= {f"{name}: worst z": z, f"{name}: sd off by": spread, f"{name}: R-hat": r_hat}
+    show_judged(by_measure(found))
     return found
 
 
@@ -73,7 +74,19 @@ def guided(quick: bool, seed: int) -> dict[str, float]:
         z, spread, _ = judge(fitted((model, guide), rows, steps=20 if quick else 30_000, draws=10_000, seed=seed))
         found["figure"] += z < WORST_Z and spread < SPREAD
         found |= {f"{name}: worst z": z, f"{name}: sd off by": spread}
+    show_judged(by_measure(found))
     return found
+
+
+def by_measure(found: Mapping[str, float]) -> Judged:
+    """The worst figures of each posterior beside their limits."""
+    limits = {"worst z": WORST_Z, "sd off by": SPREAD, "R-hat": R_HAT}
+    figures = {
+        measure: {n.removesuffix(f": {measure}"): v for n, v in found.items() if n.endswith(f": {measure}")}
+        for measure in limits
+    }
+    measured = {measure: cases for measure, cases in figures.items() if cases}
+    return Judged(measured, {measure: limits[measure] for measure in measured})
 
 
 def _cases(quick: bool) -> Iterator[tuple[str, Callable[..., Any], dict[str, Tensor], Callable[[Result], Worst]]]:

@@ -94,13 +94,26 @@ class Shown:
     points: Sequence[tuple[Tensor, str]] = ()
 
 
-_SHOWN: ContextVar[list[Shown] | None] = ContextVar("shown", default=None)
+@dataclass(frozen=True)
+class Judged:
+    """Several cases that are judged, and are drawn in place of a fit.
+
+    Attributes:
+        figures: What each case has of each measure, by measure and case.
+        limits: What a case that is right has at most, by measure.
+    """
+
+    figures: Mapping[str, Mapping[str, float]]
+    limits: Mapping[str, float]
+
+
+_SHOWN: ContextVar[list[Shown | Judged] | None] = ContextVar("shown", default=None)
 
 
 @contextmanager
-def seen() -> Iterator[list[Shown]]:
+def seen() -> Iterator[list[Any]]:
     """Collect the fit that is to be drawn of the recipes in the block: the last that they show, else their first."""
-    held: list[Shown] = []
+    held: list[Shown | Judged] = []
     token = _SHOWN.set(held)
     try:
         yield held
@@ -126,10 +139,17 @@ def show(
     held[:] = [Shown(result, rows, losses, tuple(valid))]
 
 
+def show_judged(judged: Judged) -> None:
+    """Let cases that are judged be drawn."""
+    held = _SHOWN.get()
+    if held is not None:
+        held[:] = [judged]
+
+
 def show_points(*points: tuple[Tensor, str]) -> None:
     """Let points (N, 2) of the plane, each set with its name, be drawn beside the fit that is shown."""
     held = _SHOWN.get()
-    if held:
+    if held and isinstance(held[0], Shown):
         held[:] = [replace(held[0], points=points)]
 
 
