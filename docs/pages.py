@@ -219,9 +219,7 @@ def ledger() -> str:
     ]
     open_ones = [r for r in RECIPES.values() if r.limits and (r.name not in found or not r.met(found[r.name]))]
     limits = [f"| `{r.name}` | {'not run' if r.name not in found else 'not met'} | {r.limits} |" for r in open_ones]
-    drawn = [
-        f"![{n}: a picture of its run](../ledger/{n}.png)" for n in RECIPES if (LEDGER / f"{n}.png").exists()
-    ]
+    drawn = [f"![{n}: a picture of its run](../ledger/{n}.png)" for n in RECIPES if (LEDGER / f"{n}.png").exists()]
     return f"""# Ledger
 
 {len(RECIPES)} recipes for published figures. `ppl-models reproduce RECIPE` runs one and appends what it obtained;

@@ -57,10 +57,12 @@ def test_earthquakes_have_the_likelihoods_of_the_publication() -> None:
         means = np.cumsum(np.exp(point[:2]))
         leave, back = 1 / (1 + np.exp(-point[2:]))
         matrix = np.array([[1 - leave, leave], [back, 1 - back]])
-        alpha = np.log(np.array([back, leave]) / (back + leave)) + poisson(means).logpmf(y[0])
-        for value in y[1:]:
-            alpha = logsumexp(alpha[:, None] + np.log(matrix), axis=0) + poisson(means).logpmf(value)
-        return float(-logsumexp(alpha))
+        masses, total = poisson.pmf(y[:, None], means), 0.0
+        alpha = np.array([back, leave]) / (back + leave) * masses[0]
+        for mass in masses[1:]:
+            total += np.log(alpha.sum())
+            alpha = alpha / alpha.sum() @ matrix * mass
+        return float(-total - np.log(alpha.sum()))
 
     found = minimize(loss, [2.7, 2.3, -2.5, -2.0], method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-6})
     assert found.fun == pytest.approx(342.3183, abs=1e-3)

@@ -360,15 +360,15 @@ def test_a_fit_goes_on_from_its_folder(run, tmp_path) -> None:
 
 def test_chains_go_on_from_their_folder(run, tmp_path) -> None:
     out = tmp_path / "out"
-    asked = ("sample", "naive_bayes", "--data", "iris", "--chains", 2, "--warmup", 50)
-    assert run(*asked, "--draws", 20, "--out", out).exit_code == 0
+    asked = ("sample", "naive_bayes", "--data", "iris", "--chains", 2, "--warmup", 20)
+    assert run(*asked, "--draws", 10, "--out", out).exit_code == 0
     begun = ppl_models.restore(out / "nuts")
-    answer = run("sample", "--from", out / "nuts", "--draws", 30, "--out", tmp_path / "more")
+    answer = run("sample", "--from", out / "nuts", "--draws", 15, "--out", tmp_path / "more")
     assert answer.exit_code == 0, answer.output
     more = xr.open_datatree(tmp_path / "more" / "nuts" / "idata.nc")
-    assert dict(more.sample_stats.sizes) == {"chain": 2, "draw": 50}
+    assert dict(more.sample_stats.sizes) == {"chain": 2, "draw": 25}
     for name, values in begun.idata["posterior"].data_vars.items():
-        np.testing.assert_array_equal(more.posterior[name][:, :20], values)
+        np.testing.assert_array_equal(more.posterior[name][:, :10], values)
 
 
 @pytest.mark.parametrize(

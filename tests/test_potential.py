@@ -164,6 +164,7 @@ def test_fused_potentials_of_plain_models_are_pyros(name: str) -> None:
         agree(partial(model, y), at_once=True)
 
 
+@pytest.mark.slow
 def test_chains_of_a_compiled_potential_have_the_conjugate_posterior() -> None:
     def model(y: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0).double(), 1.0))

@@ -79,8 +79,7 @@ SHALLOW = partial(NUTS, max_tree_depth=4, full_mass=False)
     ("kernel", "compile"),
     [
         *((kernel, False) for kernel in (ChEES, NUTS, SHALLOW)),
-        (ChEES, True),
-        *(pytest.param(kernel, True, marks=pytest.mark.slow) for kernel in (NUTS, SHALLOW)),
+        *(pytest.param(kernel, True, marks=pytest.mark.slow) for kernel in (ChEES, NUTS, SHALLOW)),
     ],
 )
 def test_chains_go_on_from_a_folder(kernel: Any, compile: bool, tmp_path: Path) -> None:
