@@ -107,7 +107,7 @@ def ours(case: Case) -> tuple[Callable[[int], float], Losses]:
     return seconds, lambda count: run(count, learning_rate=FROZEN).losses
 
 
-def _svi(case: Case, loss: Any) -> tuple[Steps, Losses]:
+def _svi(case: Case, loss: Any, optimizer: Any = None) -> tuple[Steps, Losses]:
     import pyro
     from pyro.infer import SVI
     from pyro.optim import Adam
@@ -115,7 +115,7 @@ def _svi(case: Case, loss: Any) -> tuple[Steps, Losses]:
     pyro.clear_param_store()
     pair, take = case.pair(), case.minibatches()
     model, guide = pair if isinstance(pair, tuple) else (pair.model, pair.guide)
-    svi = SVI(model, guide, Adam({"lr": RATE}), loss=loss)
+    svi = SVI(model, guide, optimizer or Adam({"lr": RATE}), loss=loss)
 
     def steps(count: int) -> None:
         for _ in range(count):
@@ -133,14 +133,13 @@ def pyro_svi(case: Case) -> tuple[Steps, Losses]:
     return _svi(case, Trace_ELBO())
 
 
-def pyro_compiled(case: Case) -> tuple[Steps, Losses]:
+def pyro_compiled(case: Case, *, joint: bool) -> tuple[Steps, Losses]:
     from pyro.infer import Trace_ELBO
 
-    try:
-        from inference.compiler.objective import Compiled
-    except ImportError:
-        raise RuntimeError("inference has no Compiled yet") from None
-    return _svi(case, Compiled(Trace_ELBO()))
+    from inference import Joint
+    from inference.objectives import Compiled
+
+    return _svi(case, Compiled(Trace_ELBO()), Joint(torch.optim.Adam, {"lr": RATE}) if joint else None)
 
 
 def numpyro_svi(case: Case, *, jitted: bool) -> tuple[Steps, Losses]:
@@ -206,7 +205,8 @@ AS_CALLED, CALLED_FOR = "NumPyro svi.run, 10,000 steps as called", 10_000
 CONTENDERS: dict[str, Callable[[Case], tuple[Steps, Losses]]] = {
     "fit": ours,
     "Pyro SVI.step": pyro_svi,
-    "Pyro SVI.step, loss=Compiled": pyro_compiled,
+    "Pyro SVI.step, loss=Compiled": partial(pyro_compiled, joint=False),
+    "Pyro SVI.step, loss=Compiled, optimizer=Joint": partial(pyro_compiled, joint=True),
     "NumPyro svi.run": partial(numpyro_svi, jitted=True),
     AS_CALLED: partial(numpyro_svi, jitted=False),
     "PyTorch by hand": lambda case: _by_hand(case, compile=False, fused=False),
