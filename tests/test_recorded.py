@@ -21,7 +21,7 @@ from inference import sample
 from inference.compiler import policy, potential
 from inference.compiler.recorded import _RECORDED, same
 from inference.compiler.watch import Watch
-from inference.kernels import NUTS
+from inference.kernels import NUTS, ChEES
 from ppl_models import GaussianNaiveBayes
 
 Y = torch.tensor([0.5, 1.5, -0.3, 2.0]).double()
@@ -491,8 +491,8 @@ def test_potentials_are_kept_in_a_bounded_number(monkeypatch) -> None:
 
 
 def test_a_fused_kernel_leaves_what_is_kept_unfused(count) -> None:
-    def kernel(fused: bool) -> NUTS:
-        made = NUTS(plain, num_chains=2, jit_compile=fused)
+    def kernel(fused: bool) -> ChEES:
+        made = ChEES(plain, num_chains=2, jit_compile=fused)
         made.setup(0, Y)
         return made
 
