@@ -30,7 +30,16 @@ from ppl_models.ledger import pictures, record
 from ppl_models.ledger.entries import RECIPES
 from ppl_models.ledger.recipes import likelihood, simulators
 from ppl_models.ledger.recipes.posteriors import POSTERIORS, R_HAT, SPREAD, WORST_Z, by_measure, judged
-from ppl_models.ledger.recipes.trained import fitted, kept, placed, seen, trained, trained_by_stages, weights_at
+from ppl_models.ledger.recipes.trained import (
+    Weights,
+    fitted,
+    kept,
+    placed,
+    seen,
+    trained,
+    trained_by_stages,
+    weights_at,
+)
 from ppl_models.ledger.record import GRADES, Recipe
 from ppl_models.models.autoregressive import FVSBN
 from ppl_models.models.mixture import BernoulliMixture
@@ -332,6 +341,18 @@ def test_the_weights_of_a_guide_are_kept_though_it_has_none_until_it_is_called(m
         states.append((pair[1] if isinstance(pair, tuple) else pair).state_dict())
     assert states[0]
     torch.testing.assert_close(states[1], states[0], rtol=0.001, atol=0.001)
+
+
+def test_weights_beyond_half_precision_are_kept_whole(tmp_path) -> None:
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    before = {n: v.clone() for n, v in one.state_dict().items()}
+    with torch.no_grad():
+        one.bias.copy_(torch.tensor([-8e4, 0.1, 2.0]))
+    Weights(tmp_path / "weights.gz").keep(before, one.state_dict())
+    expected = other.weight.clone()
+    assert Weights(tmp_path / "weights.gz", read=True).restore(other)
+    # What training has left as it was is not in the file.
+    assert torch.equal(other.bias, one.bias) and torch.equal(other.weight, expected)
 
 
 def _mean(x: torch.Tensor) -> None:
