@@ -518,7 +518,7 @@ def test_chains_go_on(kernel: Any, warmup: int, kills: tuple[int, ...], tmp_path
     chains(model, kernel, tmp_path / "run", kills, compile=False, warmup=warmup)
 
 
-@pytest.mark.parametrize("kernel", [ChEES, NUTS])
+@pytest.mark.parametrize("kernel", [ChEES, pytest.param(NUTS, marks=pytest.mark.slow)])
 def test_fused_chains_go_on(kernel: Any, tmp_path: Path) -> None:
     last = chains(model, kernel, tmp_path / "run", (2, 1), compile=True)
     assert last.idata.attrs["execution"] == "fused"

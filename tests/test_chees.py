@@ -129,7 +129,7 @@ def test_heavy_tails() -> None:
         pyro.sample("t", dist.StudentT(double(3.0), 0.0, 1.0))
         pyro.sample("cauchy", dist.Cauchy(double(0.0), 1.0))
 
-    result = run(model, draws=400)
+    result = run(model, draws=200)
     for name, law in (("t", scipy.stats.t(3)), ("cauchy", scipy.stats.cauchy())):
         for p in (0.05, 0.25, 0.5, 0.75, 0.95):
             below = (posterior(result, name) < law.ppf(p)).astype(float)

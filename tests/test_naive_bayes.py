@@ -397,7 +397,7 @@ def test_losses_of_minibatches_average_to_the_loss_of_all_rows(family: str, know
 @pytest.mark.parametrize("family", ["gaussian", "multinomial", pytest.param("bernoulli", marks=pytest.mark.slow)])
 def test_nuts_agrees_with_the_exact_posterior(family: str) -> None:
     data, pair = draw(family, classes=2, features=2), make(family, 2, 2)
-    result = inference.sample(pair, data, draws=300, warmup=150, chains=2, progress=False)
+    result = inference.sample(pair, data, draws=150, warmup=100, chains=2, progress=False)
     assert_chains_agree(result, pair.moments(**data))
 
 

@@ -129,7 +129,7 @@ def test_a_potential_that_reads_its_draws_is_refused_and_the_line_is_named() -> 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be mapped", "ignore:.*diagnosis")
 def test_chains_of_a_model_that_reads_its_draws_are_the_eager_chains() -> None:
-    run = partial(sample, branching, Y[:1], PyroNUTS, draws=20, warmup=20, chains=1, progress=False)
+    run = partial(sample, branching, Y[:1], PyroNUTS, draws=5, warmup=5, chains=1, progress=False)
     with pytest.warns(UserWarning, match=r"eagerly.*test_traced.py:\d+ \(if mu.tolist\(\) > 0:\) reads"):
         compiled = run(compile=True)
     assert compiled.idata.attrs["execution"] == "eager"
