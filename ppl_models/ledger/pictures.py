@@ -84,6 +84,7 @@ def learning_curve(axes: Axes, shown: Shown) -> None:
     if math.isfinite(low) and math.isfinite(high) and low < high:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_xlabel("step", fontsize=9)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylabel("loss per row", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
