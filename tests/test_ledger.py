@@ -380,7 +380,9 @@ def test_a_run_is_drawn_with_its_losses_and_rows(name: str, image: bool, curve: 
     axes = Figure().subplots(1, 2)
     pictures.learning_curve(axes[0], one)
     pictures.rows_made(one.result.bound.pair, one.rows)(axes[1])
-    assert len(axes[0].lines) == 1 and bool(axes[1].images) is image and bool(axes[1].collections) is not image
+    assert [line.get_label() for line in axes[0].lines] == (["training"] if name == "bars" else ["guide", "model"])
+    assert all(0 < line.get_xdata()[-1] < curve for line in axes[0].lines)
+    assert bool(axes[1].images) is image and bool(axes[1].collections) is not image
     path = pictures.write(one, "a run", tmp_path / "pictures" / f"{name}.png")
     assert path.stat().st_size < 200_000
 

@@ -69,17 +69,20 @@ def judgements(judged: Judged) -> Figure:
 
 
 def learning_curve(axes: Axes, shown: Shown) -> None:
-    """Draw the losses per row of training, and those of validation rows after each stage."""
-    losses = shown.losses
+    """Draw the losses per row of training, of both players of a game, and those of validation rows after each stage."""
+    losses = shown.losses.reshape(len(shown.losses), -1)
     width = max(1, len(losses) // POINTS)
-    means = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
+    means = losses[: len(losses) // width * width].reshape(-1, width, losses.shape[1]).mean(1)
     steps = (np.arange(len(means)) + 0.5) * width
-    axes.plot(steps, means, color="C0", lw=1, label="training")
+    names = ("training",) if losses.shape[1] == 1 else ("guide", "model")
+    for k, (name, column) in enumerate(zip(names, means.T, strict=True)):
+        axes.plot(steps, column, color=f"C{k}", lw=1, label=name)
     if shown.valid:
         axes.plot(*zip(*shown.valid, strict=True), "o", color="C3", ms=4, label="validation, after a stage")
+    if shown.valid or len(names) > 1:
         axes.legend(frameon=False, fontsize=8)
     # The first steps lie far above the others.
-    late = means[len(means) // 50 :]
+    late = means[len(means) // 50 :].ravel()
     low, high = (f([f(late), *(v for _, v in shown.valid)]) for f in (min, max))
     if math.isfinite(low) and math.isfinite(high) and low < high:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
