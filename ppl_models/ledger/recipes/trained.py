@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from pyro.optim import PyroOptim
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -50,11 +52,30 @@ class Weights:
         """Prefix of the names of the next pair that is fitted at once."""
         return f"{next(self._parts)}/"
 
-    def restore(self, pair: nn.Module, part: str = "") -> bool:
-        """Put a pair where it was; return whether it has all that was changed, as a guide has once it was called."""
-        held = load(gzip.decompress(self.path.read_bytes()))
+    def restore(self, pair: nn.Module, part: str = "", call: Callable[[], Any] | None = None) -> None:
+        """Put a pair where it was.
+
+        Args:
+            pair: The pair.
+            part: Its prefix in the file.
+            call: Called where the pair does not have all that is in the file, as a guide until it was called.
+
+        Raises:
+            ValueError: The file is not whole, has nothing of the pair, or something that it does not have.
+        """
+        try:
+            held = load(gzip.decompress(self.path.read_bytes()))
+        except (EOFError, OSError, SafetensorError, zlib.error) as error:
+            raise ValueError(f"weights: expected a whole file of weights, got {self.path} ({error})") from None
         own = {n.removeprefix(part): v for n, v in held.items() if n.startswith(part)}
-        return not pair.load_state_dict(own, strict=False).unexpected_keys
+        if not own:
+            raise ValueError(f"weights: expected those of fit {part.rstrip('/')} in {self.path}, got none")
+        others = pair.load_state_dict(own, strict=False).unexpected_keys
+        if others and call:
+            call()
+            others = pair.load_state_dict(own, strict=False).unexpected_keys
+        if others:
+            raise ValueError(f"weights: expected those of {type(pair).__name__}, got {', '.join(others)} too")
 
     def keep(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], part: str = "") -> None:
         """Write what differs of the state of a pair, with that of the pairs before it.
@@ -115,7 +136,7 @@ _SHOWN: ContextVar[list[Shown | Judged] | None] = ContextVar("shown", default=No
 
 
 @contextmanager
-def seen() -> Iterator[list[Any]]:
+def seen() -> Iterator[list[Shown | Judged]]:
     """Collect the fit that is to be drawn of the recipes in the block: the last that they show, else their first."""
     held: list[Shown | Judged] = []
     token = _SHOWN.set(held)
@@ -242,9 +263,7 @@ def fitted(
     part = weights.part()
     if weights.read:
         again = partial(method, pair, data, *objective, **(arguments | {"steps": 0}))
-        if not weights.restore(module, part):
-            again()
-            weights.restore(module, part)
+        weights.restore(module, part, again)
         return again()
     before = _state(module)
     result = _fitted(pair, data, *objective, method=method, **arguments)
