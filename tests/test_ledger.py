@@ -321,10 +321,12 @@ def test_posteriors_beyond_a_limit_are_drawn_red(tmp_path) -> None:
     assert judged.figures == {"worst z": {"a-one": 3.9, "b-two": math.inf}, "sd off by": {"a-one": 0.05, "b-two": 0.2}}
     assert judged.limits == {"worst z": WORST_Z, "sd off by": SPREAD}
     for axes in pictures.judgements(judged).axes:
-        (dots,) = axes.collections
-        assert np.isfinite(dots.get_offsets()).all()
-        blue, red = dots.get_facecolors()
+        (blue,), (red,) = (dot.get_facecolors() for dot in axes.collections)
         assert blue[2] > blue[0] and red[0] > red[2]
+    # What is not finite is an arrow, twice as far as the limit.
+    (_, beyond), (_, near) = (axes.collections for axes in pictures.judgements(judged).axes)
+    assert beyond.get_offsets()[0, 0] == 2 * WORST_Z and near.get_offsets()[0, 0] == 0.2
+    assert len(beyond.get_paths()[0].vertices) < len(near.get_paths()[0].vertices)
     path = pictures.write(judged, "judged", tmp_path / "pictures" / "judged.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -428,7 +430,9 @@ def test_a_run_is_drawn_with_its_losses_and_rows(name: str, image: bool, curve: 
     pictures.learning_curve(axes[0], one)
     pictures.rows_made(one.result.bound.pair, one.rows)(axes[1])
     assert [line.get_label() for line in axes[0].lines] == (["training"] if name == "bars" else ["guide", "model"])
-    assert all(0 < line.get_xdata()[-1] < curve for line in axes[0].lines)
+    for line, losses in zip(axes[0].lines, one.losses.reshape(curve, -1).T, strict=True):
+        assert 0 < line.get_xdata()[-1] < curve
+        np.testing.assert_allclose(line.get_ydata(), losses)
     assert bool(axes[1].images) is image and bool(axes[1].collections) is not image
     path = pictures.write(one, "a run", tmp_path / "pictures" / f"{name}.png")
     assert path.stat().st_size < 200_000

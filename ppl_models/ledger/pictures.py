@@ -50,14 +50,17 @@ def fitting(shown: Shown) -> Figure:
 
 
 def judgements(judged: Judged) -> Figure:
-    """The figures of each case, a panel per measure, with a line at the limit; what is beyond it is red."""
+    """The figures of each case, a panel per measure, with a line at the limit; what is beyond it is red.
+
+    An arrow at twice the limit stands for what is not finite.
+    """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     panels = figure.subplots(1, len(judged.figures), sharey=True, squeeze=False)[0]
     for axes, (measure, cases) in zip(panels, judged.figures.items(), strict=True):
-        limit, values = judged.limits[measure], list(cases.values())
-        finite = [v if math.isfinite(v) else 2 * limit for v in values]
-        colours = ["C0" if v < limit else "C3" for v in values]
-        axes.scatter(finite, range(len(cases)), color=colours, s=25, zorder=3)
+        limit = judged.limits[measure]
+        for row, value in enumerate(cases.values()):
+            at, marker = (value, "o") if math.isfinite(value) else (2 * limit, ">")
+            axes.scatter(at, row, color="C0" if value < limit else "C3", marker=marker, s=25, zorder=3)
         axes.axvline(limit, color="0.4", lw=1, ls="--")
         axes.set_xlabel(f"{measure}, limit {limit:g}", fontsize=9)
         axes.set_yticks(range(len(cases)), [name.split("-")[0] for name in cases], fontsize=8)
