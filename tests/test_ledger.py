@@ -336,8 +336,9 @@ def test_posteriors_beyond_a_limit_are_drawn_red(tmp_path) -> None:
     [
         lambda: (_mean, AutoMultivariateNormal(_mean)),
         lambda: BernoulliMixture(6, components=3, guide=AutoDelta),
+        lambda: (shifted := _Shifted(), AutoNormal(shifted)),
     ],
-    ids=["a guide", "a pair"],
+    ids=["a guide", "a pair", "two modules"],
 )
 def test_the_weights_of_a_guide_are_kept_though_it_has_none_until_it_is_called(made, tmp_path) -> None:
     states = []
@@ -346,8 +347,9 @@ def test_the_weights_of_a_guide_are_kept_though_it_has_none_until_it_is_called(m
             pair = made()
             result = fitted(pair, ROWS, steps=40, learning_rate=0.05, draws=1, seed=0, progress=False)
         assert len(result.losses) == (0 if read else 40)
-        states.append((pair[1] if isinstance(pair, tuple) else pair).state_dict())
-    assert states[0]
+        modules = [half for half in (pair if isinstance(pair, tuple) else (pair,)) if isinstance(half, torch.nn.Module)]
+        states.append([module.state_dict() for module in modules])
+    assert all(states[0])
     torch.testing.assert_close(states[1], states[0], rtol=0.001, atol=0.001)
 
 
@@ -408,6 +410,20 @@ def test_weights_beyond_half_precision_are_kept_whole(tmp_path) -> None:
     Weights(tmp_path / "weights.gz", read=True).restore(other)
     # What training has left as it was is not in the file.
     assert torch.equal(other.bias, one.bias) and torch.equal(other.weight, expected)
+
+
+class _Shifted(torch.nn.Module):
+    """A mean with a prior, and a shift of each feature that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Linear(1, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> None:
+        pyro.module("shift", self.shift)
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu + self.shift.weight[:, 0], 1.0).to_event(1), obs=x)
 
 
 def _mean(x: torch.Tensor) -> None:

@@ -257,10 +257,10 @@ def fitted(
         **arguments: Those of the method.
     """
     weights, halves = _WEIGHTS.get(), pair if isinstance(pair, tuple) else (pair,)
-    module = next((half for half in halves if isinstance(half, nn.Module)), None)
-    if weights is None or module is None or not keep:
+    modules = [half for half in halves if isinstance(half, nn.Module)]
+    if weights is None or not modules or not keep:
         return _fitted(pair, data, *objective, method=method, **arguments)
-    part = weights.part()
+    module, part = pair if isinstance(pair, nn.Module) else nn.ModuleList(modules), weights.part()
     if weights.read:
         again = partial(method, pair, data, *objective, **(arguments | {"steps": 0}))
         weights.restore(module, part, again)
